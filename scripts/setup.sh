@@ -1,0 +1,26 @@
+# Sourced by the other scripts, from the repository's root: a virtual environment in .venv with the pinned
+# requirements, made on first use and again only when requirements.txt changes. Sets PYTHON.
+PYTHON="$PWD/.venv/bin/python"
+
+make_environment() {
+    local base="${XDPO_PYTHON:-python3}" stamp=.venv/installed-requirements
+    if cmp -s requirements.txt "$stamp"; then return; fi
+    if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        echo "error: Python 3.11 or newer is needed, got $("$base" --version 2>&1); set XDPO_PYTHON to one" >&2
+        return 1
+    fi
+    if ! "$base" -m venv .venv; then
+        echo "error: could not make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2
+        return 1
+    fi
+    echo "installing requirements.txt into .venv (once; PyTorch is a large download where it comes with CUDA) …"
+    # torch first: with it in place no other package's resolver picks another build.
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)" &&
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt || {
+        echo "error: installing failed; see above, then run the same command again" >&2
+        return 1
+    }
+    cp requirements.txt "$stamp"
+}
+
+make_environment || exit 1
