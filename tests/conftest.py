@@ -1,0 +1,152 @@
+"""What every test stands on: no network, one thread, a cache of its own; and small preference data of known colours."""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+# Read by the libraries at their import, hence before any test module is.
+_CACHE = tempfile.mkdtemp(prefix="xdpo-tests-")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = _CACHE
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
+import io  # noqa: E402
+import json  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def encoded_image(color="red", size=(16, 16), format="PNG"):
+    """Bytes of an image of one colour."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", size, color).save(buffer, format)
+    return buffer.getvalue()
+
+
+def pick_a_pic_row(number, **changes):
+    """A row in the schema of Pick-a-Pic v2. Image 0 is green and preferred, image 1 is red."""
+    return {
+        "are_different": True,
+        "best_image_uid": f"a{number}",
+        "caption": f"a photo of {number}",
+        "created_at": None,
+        "has_label": True,
+        "image_0_uid": f"a{number}",
+        "image_0_url": "",
+        "image_1_uid": f"b{number}",
+        "image_1_url": "",
+        "jpg_0": encoded_image("lime"),
+        "jpg_1": encoded_image("red"),
+        "label_0": 1.0,
+        "label_1": 0.0,
+        "model_0": "one",
+        "model_1": "two",
+        "ranking_id": 1000 + number,
+        "user_id": 1,
+        "num_example_per_prompt": 1,
+        "__index_level_0__": number,
+    } | changes
+
+
+def write_pick_a_pic(path, rows):
+    """Write rows of pick_a_pic_row to a parquet file with the types of Pick-a-Pic v2; returns the path as str."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = dict.fromkeys(rows[0], pa.string()) | {
+        "are_different": pa.bool_(),
+        "has_label": pa.bool_(),
+        "created_at": pa.timestamp("ns"),
+        "jpg_0": pa.binary(),
+        "jpg_1": pa.binary(),
+        "label_0": pa.float64(),
+        "label_1": pa.float64(),
+        "ranking_id": pa.int64(),
+        "user_id": pa.int64(),
+        "num_example_per_prompt": pa.int64(),
+        "__index_level_0__": pa.int64(),
+    }
+    schema = pa.schema([(name, types[name]) for name in rows[0]])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema), path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory):
+    """A real CLIPTokenizer of 8 tokens' length whose words are letters and digits."""
+    from transformers import CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8)
+
+
+def build_pipeline(folder, tokenizer, prediction_type="epsilon"):
+    """Save a Stable Diffusion pipeline of a few thousand weights: 16-pixel images, (4, 8, 8) latents."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    positions = {"max_position_embeddings": tokenizer.model_max_length}
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            latent_channels=4,
+            sample_size=16,
+        ),
+        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **text, **ends, **positions)),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            cross_attention_dim=16,
+            attention_head_dim=2,
+            norm_num_groups=8,
+        ),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", prediction_type=prediction_type, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def small_pipeline(tmp_path_factory, tiny_tokenizer):
+    return build_pipeline(tmp_path_factory.mktemp("pipeline") / "epsilon", tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def v_prediction_pipeline(tmp_path_factory, tiny_tokenizer):
+    return build_pipeline(tmp_path_factory.mktemp("pipeline") / "v", tiny_tokenizer, "v_prediction")
+
+
+@pytest.fixture(scope="session")
+def small_pairs(tmp_path_factory):
+    """Twelve pairs in Pick-a-Pic's schema, every image of another colour; path of the parquet file."""
+    colours = ["red", "lime", "blue", "white", "black", "yellow", "cyan", "magenta", "gray", "orange", "pink", "brown"]
+    rows = [
+        pick_a_pic_row(number, jpg_0=encoded_image(colours[number]), jpg_1=encoded_image(colours[(number + 5) % 12]))
+        for number in range(len(colours))
+    ]
+    return write_pick_a_pic(tmp_path_factory.mktemp("pairs") / "train.parquet", rows)

@@ -1,0 +1,224 @@
+"""Pairs → training examples: which pair stands at a position of the training order, and all that is random about it.
+
+An example is a function of (seed, position) alone, never of the batch, the worker, the process or the time. That
+is what lets a resumed run jump to its position, and two processes see exactly what one would.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from xdpo import noise
+from xdpo.data.images import UnreadableImageError, decode_rgb, square_pixels
+from xdpo.data.table import DataError, PairTable, pair_id
+
+MAX_SUBSTITUTIONS = 100
+
+
+class PairDataset(Dataset):
+    """Examples by position 0, 1, 2, … without end: position p belongs to epoch p // len(table).
+
+    tokenizer: a CLIP-like tokenizer with a model_max_length. config: the `data` section (resolution, crop,
+    horizontal_flip, caption_dropout).
+    shuffle: each epoch has its own permutation of the pairs; otherwise the order of the table.
+    augment: crop, flip and caption dropout as configured; otherwise centre crop alone. For held-out pairs both are off.
+    """
+
+    def __init__(
+        self, table: PairTable, tokenizer: Any, seed: int, config: Any, *, shuffle: bool = True, augment: bool = True
+    ):
+        if tokenizer.model_max_length > 10_000:  # transformers' "unknown" is about 1e30
+            raise ValueError(
+                f"the tokenizer's model_max_length is {tokenizer.model_max_length}; "
+                "set it in tokenizer_config.json (77 for Stable Diffusion)"
+            )
+        self.table = table
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.config = config
+        self.shuffle = shuffle
+        self.augment = augment
+        self._epoch_order: tuple[int, torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        """Pairs in an epoch; positions go on beyond it."""
+        return len(self.table)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """The example at a position.
+
+        pixel_values (2, 3, R, R) float32 in [−1, 1], chosen first; input_ids (L,) int64; position and row, int;
+        pair_id; caption_dropped; truncated, whether the caption lost tokens; unreadable, rows of the source met on the
+        way whose images cannot be decoded. The next pair of the table stands in for such a row, so the
+        example stays a function of (seed, position).
+        Raises DataError after 100 unreadable pairs in a row, or when none of a smaller table can be read.
+        """
+        index, unreadable = self._index_at(position), []
+        for _ in range(min(len(self.table), MAX_SUBSTITUTIONS)):
+            row = int(self.table.rows[index])
+            record = self.table.dataset[row]
+            try:
+                images = [decode_rgb(record["jpg_0"]), decode_rgb(record["jpg_1"])]
+                break
+            except UnreadableImageError as error:
+                unreadable.append(row)
+                reason = error
+                index = (index + 1) % len(self.table)
+        else:
+            raise DataError(
+                f"{len(unreadable)} pairs in a row have unreadable images, last {_named(self.table, row)}: {reason}"
+            )
+        if self.table.chosen_side[index] == 1:
+            images.reverse()
+        caption, caption_dropped = record["caption"], self._drops_caption(position)
+        input_ids, truncated = self._tokenize("" if caption_dropped else caption)
+        return {
+            "position": position,
+            "row": row,
+            "pair_id": pair_id(record, row),
+            "pixel_values": self._transform(images, position),
+            "input_ids": input_ids,
+            "caption_dropped": caption_dropped,
+            "truncated": truncated,
+            "unreadable": unreadable,
+        }
+
+    def _index_at(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.table))
+        if not self.shuffle:
+            return place
+        if self._epoch_order is None or self._epoch_order[0] != epoch:
+            self._epoch_order = epoch, noise.permutation(self.seed, epoch, len(self.table))
+        return int(self._epoch_order[1][place])
+
+    def _transform(self, images: list[Any], position: int) -> torch.Tensor:
+        """One flip and one relative crop for both images of a pair."""
+        flip, offset = False, (0.5, 0.5)
+        if self.augment:
+            # All three are always drawn, so that switching one off leaves the others as they were.
+            coin, across, down = torch.rand(3, generator=noise.generator(self.seed, position, "augment")).tolist()
+            flip = self.config.horizontal_flip and coin < 0.5
+            offset = (across, down) if self.config.crop == "random" else offset
+        return torch.stack([square_pixels(image, self.config.resolution, offset=offset, flip=flip) for image in images])
+
+    def _drops_caption(self, position: int) -> bool:
+        if not self.augment:
+            return False
+        draw = torch.rand(1, generator=noise.generator(self.seed, position, "caption")).item()
+        return draw < self.config.caption_dropout
+
+    def _tokenize(self, caption: str) -> tuple[torch.Tensor, bool]:
+        length = self.tokenizer.model_max_length
+        tokens = self.tokenizer(caption, padding="max_length", truncation=True, max_length=length).input_ids
+        whole = self.tokenizer(caption, truncation=False, verbose=False).input_ids
+        return torch.tensor(tokens), len(whole) > length
+
+
+class StepSampler:
+    """The positions of one rank's micro-batches, from an optimizer step on, without end.
+
+    Optimizer step k consumes positions k·G … (k+1)·G − 1 with G = total_batch_pairs = W·A·B; its micro-step a on
+    rank r of W takes the B = micro_batch_pairs positions from k·G + (a·W + r)·B. So the same pairs make up a step
+    however G is split, and the end of an epoch ends no step.
+    """
+
+    def __init__(
+        self, *, start_step: int, total_batch_pairs: int, micro_batch_pairs: int, rank: int = 0, world_size: int = 1
+    ):
+        if total_batch_pairs % (micro_batch_pairs * world_size):
+            raise ValueError(
+                f"total_batch_pairs {total_batch_pairs} must be a multiple of "
+                f"micro_batch_pairs {micro_batch_pairs} × {world_size} processes"
+            )
+        self.first_position = start_step * total_batch_pairs + rank * micro_batch_pairs
+        self.stride = micro_batch_pairs * world_size
+        self.micro_batch_pairs = micro_batch_pairs
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.first_position
+        while True:  # (a·W + r)·B grows by W·B from micro-step to micro-step, and so it does from step to step
+            yield list(range(first, first + self.micro_batch_pairs))
+            first += self.stride
+
+
+def collate_pairs(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A list of B examples → one batch.
+
+    positions, rows (B,) int64; pair_ids, list of str; pixel_values (2B, 3, R, R), all chosen, then all rejected;
+    input_ids (B, L); truncated, how many captions lost tokens; unreadable, list of rows found unreadable on the way.
+    """
+    pixels = torch.stack([example["pixel_values"] for example in examples], dim=1)  # (2, B, 3, R, R)
+    return {
+        "positions": torch.tensor([example["position"] for example in examples]),
+        "rows": torch.tensor([example["row"] for example in examples]),
+        "pair_ids": [example["pair_id"] for example in examples],
+        "pixel_values": pixels.flatten(0, 1),
+        "input_ids": torch.stack([example["input_ids"] for example in examples]),
+        "truncated": sum(example["truncated"] for example in examples),
+        "unreadable": [row for example in examples for row in example["unreadable"]],
+    }
+
+
+def make_loader(
+    dataset: PairDataset,
+    *,
+    start_step: int,
+    total_batch_pairs: int,
+    micro_batch_pairs: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """An endless loader of this rank's micro-batches (see StepSampler and collate_pairs).
+
+    Batches do not depend on num_workers. It shards by itself: don't hand it to accelerate's prepare.
+    """
+    sampler = StepSampler(
+        start_step=start_step,
+        total_batch_pairs=total_batch_pairs,
+        micro_batch_pairs=micro_batch_pairs,
+        rank=rank,
+        world_size=world_size,
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate_pairs,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # its own: a loader must not draw from the global one
+    )
+
+
+class UnreadableTracker:
+    """Stops a run whose data are damaged: more than max_share of the pairs read have unreadable images."""
+
+    def __init__(self, table: PairTable, max_share: float):
+        self.table = table
+        self.max_share = max_share
+        self.pairs_read = 0
+        self.rows: set[int] = set()
+
+    def update(self, pairs_read: int, unreadable: Iterable[int]) -> None:
+        """Count pairs read and the unreadable rows met meanwhile, each row once.
+
+        The share is taken of at least 100 pairs, so that one bad file does not end a run at its start, and of at most
+        the table's pairs, so that it does not fade with the epochs. Raises DataError, naming up to ten rows.
+        """
+        self.pairs_read += pairs_read
+        self.rows.update(unreadable)
+        pairs_seen = max(min(self.pairs_read, len(self.table)), 100)
+        if len(self.rows) > self.max_share * pairs_seen:
+            named = ", ".join(_named(self.table, row) for row in sorted(self.rows)[:10])
+            raise DataError(
+                f"{len(self.rows)} of the first {self.pairs_read:,} pairs read have unreadable images, more than "
+                f"data.max_unreadable_share={self.max_share:g} allows: {named}. Repair the files, or raise the share"
+            )
+
+
+def _named(table: PairTable, row: int) -> str:
+    return f"row {row} (pair {table.pair_id(row)})"

@@ -1,0 +1,155 @@
+"""The table of usable pairs: the columns read, which rows are dropped and why, which image is the chosen one.
+
+The columns are those of Pick-a-Pic v2: encoded images `jpg_0` and `jpg_1`, `label_0` (1: image 0 is preferred,
+0: image 1 is, 0.5: a tie), `caption`. They are oriented here, once; every other module says chosen and rejected.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+REQUIRED_COLUMNS = ("jpg_0", "jpg_1", "label_0", "caption")
+OPTIONAL_COLUMNS = ("label_1", "has_label", "are_different", "ranking_id", "image_0_uid", "image_1_uid", "__key__")
+ID_COLUMNS = ("ranking_id", "image_0_uid", "image_1_uid", "__key__")
+
+
+class DataError(ValueError):
+    """The preference data cannot be used as they are; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class PairCounts:
+    """What became of the rows of a source. Each row has one fate: `rows` is the sum of all the others."""
+
+    rows: int
+    unlabelled: int  # has_label is False, or a label is missing
+    without_caption: int
+    identical: int  # are_different is False: the same image twice, whose gradient is zero
+    ties: int
+    beyond_max_pairs: int
+    kept: int
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in asdict(self).items())
+
+
+@dataclass(frozen=True, eq=False)
+class PairTable:
+    """The usable pairs of a source, addressed by index 0 … len − 1 in the order of the source.
+
+    dataset: the source's rows, unfiltered; `rows[index]` (int64) is the row of a usable pair in it and
+    `chosen_side[index]` (uint8) is 0 where image 0 is the chosen one, 1 where image 1 is.
+    """
+
+    dataset: "Dataset"
+    rows: np.ndarray
+    chosen_side: np.ndarray
+    counts: PairCounts
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def pair_id(self, row: int) -> str:
+        """Name of the pair at a row of the source, without reading its images."""
+        columns = [name for name in ID_COLUMNS if name in self.dataset.column_names]
+        return pair_id(self.dataset.select_columns(columns)[row] if columns else {}, row)
+
+
+def pair_id(example: dict[str, Any], row: int) -> str:
+    """The ranking's id, else the two images' uids, else the key within a tar, else the row number."""
+    if example.get("ranking_id") is not None:
+        return str(example["ranking_id"])
+    if example.get("image_0_uid") and example.get("image_1_uid"):
+        return f"{example['image_0_uid']}/{example['image_1_uid']}"
+    return str(example.get("__key__") or row)
+
+
+def with_house_columns(dataset: "Dataset", where: str) -> "Dataset":
+    """Give columns the house's names, keep images encoded, leave out what nobody reads."""
+    from datasets import Image
+
+    require_columns(dataset.column_names, where)
+    names = _house_names(dataset.column_names)
+    dataset = dataset.select_columns(list(names)).rename_columns(names)
+    for column in ("jpg_0", "jpg_1"):
+        if isinstance(dataset.features[column], Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+    return dataset
+
+
+def _house_names(columns: Iterable[str]) -> dict[str, str]:
+    """Source column → house column. Members of a tar have endings (`jpg_0.jpg`); exact names come first."""
+    names: dict[str, str] = {}
+    for column in sorted(columns, key=lambda column: "." in column):
+        name = column.split(".")[0]
+        name = "caption" if name == "original_prompt" else name
+        if name in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS) and name not in names.values():
+            names[column] = name
+    return names
+
+
+def require_columns(found: list[str], where: str) -> None:
+    missing = set(REQUIRED_COLUMNS) - set(_house_names(found).values())
+    if missing:
+        raise DataError(f"{where} lacks the columns {listed(sorted(missing))}; it has {listed(found)}")
+
+
+def usable_pairs(dataset: "Dataset", max_pairs: int | None, where: str) -> PairTable:
+    """Filter and orient by the label columns alone: a million rows take about a second and no image is touched."""
+    light = [name for name in dataset.column_names if name not in ("jpg_0", "jpg_1")]
+    table = dataset.select_columns(light).with_format("arrow")[:]
+    label_0 = _numbers(table, "label_0", where)
+    label_1 = _numbers(table, "label_1", where) if "label_1" in light else 1 - label_0
+
+    labelled = _flags(table, "has_label") & ~np.isnan(label_0) & ~np.isnan(label_1)
+    tie = label_0 == label_1
+    decided = ((label_0 == 1) & (label_1 == 0)) | ((label_0 == 0) & (label_1 == 1))
+    strange = np.flatnonzero(labelled & ~tie & ~decided)
+    if len(strange):
+        shown = ", ".join(f"row {row}: {label_0[row]:g}/{label_1[row]:g}" for row in strange[:10])
+        raise DataError(
+            f"{where}: label_0/label_1 must be 1/0, 0/1 or 0.5/0.5, got others in {len(strange)} rows ({shown})"
+        )
+
+    captioned = ~table.column("caption").is_null().to_numpy()
+    different = _flags(table, "are_different")
+    # A row has one fate: each filter sees only what the ones before it let through.
+    remaining = np.ones(len(label_0), dtype=bool)
+    dropped = []
+    for passes in (labelled, captioned, different, ~tie):
+        dropped.append(int((remaining & ~passes).sum()))
+        remaining &= passes
+    rows = np.flatnonzero(remaining)
+    kept = rows[:max_pairs]
+    counts = PairCounts(len(label_0), *dropped, beyond_max_pairs=len(rows) - len(kept), kept=len(kept))
+    if not len(kept):
+        raise DataError(f"no usable pair in {where}: {counts}")
+    return PairTable(dataset, kept, (label_0[kept] == 0).astype(np.uint8), counts)
+
+
+def _numbers(table: Any, name: str, where: str) -> np.ndarray:
+    """A column as float64, missing values as NaN. WebDataset and CSV carry labels as text."""
+    column = table.column(name)
+    try:
+        values = ["nan" if value is None or value == "" else value for value in column.to_pylist()]
+        return np.array(values, dtype=object).astype(np.float64)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{where}: column {name} must hold numbers: {error}") from error
+
+
+def _flags(table: Any, name: str) -> np.ndarray:
+    """A column as booleans; what is missing counts as True."""
+    if name not in table.column_names:
+        return np.ones(table.num_rows, dtype=bool)
+    return np.array(
+        [str(value).strip().lower() not in ("false", "0", "0.0") for value in table.column(name).to_pylist()]
+    )
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(map(str, names))
