@@ -1,0 +1,461 @@
+"""train_xdpo.py as its users run it: what it trains, how it resumes, how it stops, what it refuses."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_xdpo
+from xdpo import checkpoint, models
+from xdpo.config import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL_RUN = [
+    "compute.precision=fp32",
+    "data.source=parquet",
+    "data.resolution=16",
+    "data.num_workers=0",
+    "data.horizontal_flip=true",
+    "optim.learning_rate=1e-4",
+    "optim.scale_lr=false",
+    "optim.warmup_steps=0",
+    "train.total_batch_pairs=4",
+    "train.micro_batch_pairs=2",
+    "train.max_steps=6",
+    "checkpoint.every=3",
+    "eval.every=0",
+    "samples.every=0",
+    "samples.prompts=[a red square]",
+    "samples.num_inference_steps=2",
+    "log.trackers=[]",
+]
+
+
+@pytest.fixture
+def run(small_pipeline, small_pairs, tmp_path, monkeypatch):
+    """Train in this process: run("name", "key=value", …) → (exit status, run folder)."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    monkeypatch.chdir(ROOT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def call(name, *overrides):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        folder = tmp_path / name
+        options = [word for word in overrides if word.startswith("--")]
+        keys = [word for word in overrides if not word.startswith("--")]
+        arguments = ["--config", "configs/base.yaml", *options, *SMALL_RUN]
+        paths = [f"model.pipeline={small_pipeline}", f"data.path={small_pairs}", f"output_dir={folder}"]
+        try:
+            return train_xdpo.main([*arguments, *paths, *keys]), folder
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    yield call
+    PartialState._reset_state()
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def relative_distance(one, other):
+    """Norm of the difference of two runs' weights over the norm of the weights."""
+    first, second = policy_of(one), policy_of(other)
+    assert first.keys() == second.keys()
+    flat = [torch.cat([weights[name].flatten().double() for name in first]) for weights in (first, second)]
+    return ((flat[0] - flat[1]).norm() / flat[0].norm()).item()
+
+
+def policy_of(folder):
+    return load_file(checkpoint.checkpoints(folder)[-1] / "policy.safetensors")
+
+
+def assert_same_run(one, other):
+    """The same weights, moments and logged numbers, to the last bit."""
+    for name in ("policy", "optimizer"):
+        first, second = (
+            load_file(checkpoint.checkpoints(folder)[-1] / f"{name}.safetensors") for folder in (one, other)
+        )
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first), f"{name} differs"
+    timed = ("pairs_per_second", "peak_memory_gb")
+    logged = [[{k: v for k, v in row.items() if k not in timed} for row in rows_of(folder)] for folder in (one, other)]
+    assert logged[0] == logged[1]
+
+
+VARIANTS = {
+    "full": [],
+    "lora": ["model.trainable=lora", "model.lora_rank=4"],
+    "bf16 autocast": ["compute.precision=bf16"],
+    "lora in bf16": ["model.trainable=lora", "model.lora_rank=4", "compute.precision=bf16"],
+    "gradient checkpointing": ["compute.gradient_checkpointing=true"],
+    "channels last, eager attention": ["compute.channels_last=true", "compute.attention=eager"],
+    "ema": ["model.ema_decay=0.5"],
+    "min-SNR": ["noise.weighting=min_snr"],
+    "own noise": ["noise.shared_by_pair=false"],
+    "diffusion_dpo": ["loss.name=diffusion_dpo"],
+    "eq9": ["loss.reward=eq9"],
+    "eq10": ["loss.reward=eq10"],
+}
+
+
+@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
+def test_each_variant_starts_at_ln_2_trains_and_exports_a_model_that_diffusers_loads(run, small_pipeline, overrides):
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    status, folder = run("run", "train.max_steps=2", *overrides)
+
+    assert status == 0
+    first, second = rows_of(folder)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["margin"] == pytest.approx(0, abs=1e-6)
+    assert first["implicit_accuracy"] == 0.5
+    assert first["gradient_norm"] > 0
+    assert second["loss"] != first["loss"]
+    base = models.load_parts(load_config(folder / "config.yaml").model).unet
+    pipeline = StableDiffusionPipeline.from_pretrained(small_pipeline, safety_checker=None, dtype=torch.float32)
+    if "model.trainable=lora" in overrides:
+        pipeline.load_lora_weights(folder / "export")
+    else:
+        trained = UNet2DConditionModel.from_pretrained(folder / "export", subfolder="unet")
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            small_pipeline, unet=trained, safety_checker=None, dtype=torch.float32
+        )
+    inputs = torch.randn(1, 4, 8, 8), 500, torch.randn(1, 8, 16)
+    with torch.no_grad():
+        assert not torch.allclose(pipeline.unet(*inputs).sample, base(*inputs).sample, atol=1e-7)
+    assert pipeline("a", num_inference_steps=1, output_type="np").images.shape == (1, 16, 16, 3)
+    assert "load_lora_weights" in (folder / "export" / "README.md").read_text() or (folder / "export" / "unet").is_dir()
+
+
+def test_a_v_prediction_model_trains(run, v_prediction_pipeline):
+    status, folder = run("run", "train.max_steps=2", f"model.pipeline={v_prediction_pipeline}")
+
+    assert status == 0
+    assert rows_of(folder)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_training_lowers_the_loss_on_its_pairs(run, small_pairs):
+    _, folder = run("run", "train.max_steps=40", "eval.every=40", f"eval.path={small_pairs}", "loss.beta=100")
+
+    before, after = (row["eval/loss"] for row in rows_of(folder) if "eval/loss" in row)
+    assert before == pytest.approx(math.log(2), abs=1e-6)
+    assert after < 0.9 * math.log(2)
+
+
+def test_accumulating_equals_a_larger_micro_batch(run):
+    _, small = run("small", "train.micro_batch_pairs=1")
+    _, large = run("large", "train.micro_batch_pairs=4")
+
+    assert relative_distance(small, large) < 1e-5
+
+
+# --- resume ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("where", "pairs"), [("in the middle of an epoch", 10), ("at the end of an epoch", 12), ("after several", 4)]
+)
+def test_resumed_equals_uninterrupted(run, where, pairs, workers):
+    common = (f"data.max_pairs={pairs}", f"data.num_workers={workers}", "model.ema_decay=0.9")
+    _, whole = run("whole", *common)
+    run("parts", *common, "train.max_steps=3")
+    status, parts = run("parts", *common)
+
+    assert status == 0
+    assert_same_run(whole, parts)
+
+
+def test_a_finished_run_is_left_as_it_is(run):
+    _, folder = run("run", "train.max_steps=3")
+    before = policy_of(folder)
+    status, _ = run("run", "train.max_steps=3")
+
+    assert status == 0
+    assert all(torch.equal(before[name], tensor) for name, tensor in policy_of(folder).items())
+    assert [row["step"] for row in rows_of(folder)] == [1, 2, 3]
+
+
+def test_sigterm_finishes_the_step_saves_and_resumes_to_the_same_end(run, monkeypatch, capsys):
+    _, whole = run("whole")
+    rate = train_xdpo.learning_rate_at
+
+    def interrupted(settings, step_number):
+        if step_number == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return rate(settings, step_number)
+
+    monkeypatch.setattr(train_xdpo, "learning_rate_at", interrupted)
+    status, folder = run("parts")
+    assert status == 128 + signal.SIGTERM
+    stopped_after = rows_of(folder)[-1]["step"]
+    assert stopped_after in (2, 3)
+    assert checkpoint.checkpoints(folder)[-1].name == f"step_{stopped_after:08d}"
+    assert "the same command resumes" in capsys.readouterr().out
+
+    monkeypatch.setattr(train_xdpo, "learning_rate_at", rate)
+    assert run("parts")[0] == 0
+    assert_same_run(whole, folder)
+
+
+def test_a_changed_config_is_refused_by_name_unless_allowed(run, capsys):
+    _, folder = run("run", "train.max_steps=3")
+    status, _ = run("run", "loss.beta=2000")
+
+    assert status == 1
+    assert "loss.beta: 1000" in capsys.readouterr().err
+    assert run("run", "loss.beta=2000", "--allow-config-change")[0] == 0
+    assert rows_of(folder)[-1]["step"] == 6
+
+
+def test_keys_without_effect_may_change_between_two_parts_of_a_run(run):
+    run("run", "train.max_steps=3")
+    status, folder = run("run", "train.micro_batch_pairs=4", "data.num_workers=1", "checkpoint.every=1")
+
+    assert status == 0
+    assert rows_of(folder)[-1]["step"] == 6
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_what_to_do(run, monkeypatch, capsys):
+    save, calls = checkpoint.save_file, []
+
+    def filling_up(tensors, path):
+        calls.append(path)
+        if len(calls) > 2:  # the second checkpoint's first file
+            Path(path).write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", filling_up)
+    status, folder = run("run")
+    message = capsys.readouterr().err
+    assert status == 1
+    assert "disk is full" in message and "run the same command again" in message
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000003"]
+
+    monkeypatch.setattr(checkpoint, "save_file", save)
+    _, whole = run("whole")
+    assert run("run")[0] == 0
+    assert_same_run(whole, folder)
+
+
+# --- looking while training --------------------------------------------------------------------------------
+
+
+def test_held_out_pairs_and_samples_appear_at_their_intervals(run, small_pairs):
+    from PIL import Image
+
+    _, folder = run("run", "eval.every=3", f"eval.path={small_pairs}", "eval.pairs=5", "samples.every=6")
+
+    evaluations = [row for row in rows_of(folder) if "eval/margin" in row]
+    assert [row["step"] for row in evaluations] == [0, 3, 6]
+    assert evaluations[0]["eval/implicit_accuracy"] == 0.5
+    assert evaluations[2]["eval/margin"] != 0
+    sheets = sorted(path.name for path in (folder / "samples").iterdir())
+    assert sheets == ["step_00000000.png", "step_00000006.png"]
+    assert Image.open(folder / "samples" / sheets[0]).width > 2 * 16
+
+
+def test_evaluation_does_not_depend_on_the_micro_batch_or_the_training_seed(run, small_pairs):
+    common = ("eval.every=1", f"eval.path={small_pairs}", "train.max_steps=1")
+    _, one = run("one", *common, "train.micro_batch_pairs=1")
+    _, other = run("other", *common, "train.micro_batch_pairs=4", "seed=7")
+
+    first, second = (rows_of(folder)[0]["eval/reference_error"] for folder in (one, other))
+    assert first == pytest.approx(second, rel=1e-6)
+
+
+def test_the_run_folder_explains_itself(run):
+    _, folder = run("run", "train.max_steps=1", "log.trackers=[tensorboard]")
+
+    record = json.loads((folder / "run.json").read_text())
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["training_pairs"]["kept"] == 12
+    assert record["starts"][0]["command"]
+    assert load_config(folder / "config.yaml").train.max_steps == 1
+    assert list((folder / "tensorboard").rglob("events.out.tfevents.*"))
+
+
+# --- what it refuses ---------------------------------------------------------------------------------------
+
+
+def test_dry_run_prints_the_config_and_what_follows_and_writes_nothing(run, capsys):
+    status, folder = run("run", "--dry-run")
+
+    shown = capsys.readouterr().out
+    assert status == 0
+    assert "total_batch_pairs: 4" in shown and "effective β" in shown
+    assert not folder.exists()
+
+
+BAD_INPUT = {
+    "unknown key": (["loss.bta=1"], "did you mean loss.beta"),
+    "wrong type": (["train.max_steps=many"], "train.max_steps"),
+    "out of range": (["loss.beta=-5"], "loss.beta"),
+    "missing data file": (["data.path=nowhere/*.parquet"], "nowhere/*.parquet"),
+    "missing pipeline folder": (["model.pipeline=./nowhere"], "model.pipeline"),
+    "batch that does not split": (["train.total_batch_pairs=5"], "total batch of 5 pairs"),
+    "fp16 without a GPU": (["compute.precision=fp16"], "compute.precision"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_is_refused_in_one_screen_before_weights_are_loaded(run, monkeypatch, capsys, overrides, message):
+    if "compute.precision=fp16" in overrides and torch.accelerator.is_available():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setattr(models, "load_parts", lambda config: pytest.fail("weights were loaded"))
+    status, folder = run("run", *overrides)
+
+    error = capsys.readouterr().err
+    assert status == 1
+    assert message in error
+    assert len(error.splitlines()) < 20 and "Traceback" not in error
+    assert not folder.exists()
+
+
+def test_a_model_folder_without_a_unet_is_refused(run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "half" / "vae").mkdir(parents=True)
+    monkeypatch.setattr(models, "load_parts", lambda config: pytest.fail("weights were loaded"))
+
+    assert run("run", f"model.pipeline={tmp_path / 'half'}")[0] == 1
+    assert "unet" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_a_run_is_refused(run, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+
+    assert run("run")[0] == 1
+    assert "thesis.tex" in capsys.readouterr().err
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_write_permission_is_refused(run, tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    try:
+        assert run("run")[0] == 1
+    finally:
+        tmp_path.chmod(0o700)
+    assert "no permission" in capsys.readouterr().err
+
+
+def test_a_diverged_run_stops_naming_pairs_and_values_and_keeps_its_weights_finite(run, capsys):
+    status, folder = run("run", "optim.learning_rate=1e20", "optim.max_grad_norm=null", "checkpoint.every=1")
+
+    message = capsys.readouterr().err
+    assert status == 1
+    assert "not finite in optimizer step" in message and "pair 10" in message and "e policy" in message
+    assert rows_of(folder)[-1]["step"] < 6
+
+
+# --- several processes, real kills -------------------------------------------------------------------------
+
+
+def command(small_pipeline, small_pairs, folder, *overrides):
+    paths = [f"model.pipeline={small_pipeline}", f"data.path={small_pairs}", f"output_dir={folder}"]
+    return ["--config", "configs/base.yaml", *SMALL_RUN, *paths, *overrides]
+
+
+def launch(launcher, arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *launcher, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_xdpo.py"]
+
+
+def test_two_processes_equal_one_with_twice_the_accumulation_and_resume_bit_for_bit(
+    run, small_pipeline, small_pairs, tmp_path
+):
+    _, one = run("one", "train.micro_batch_pairs=1", "data.max_pairs=10", "eval.every=6", f"eval.path={small_pairs}")
+    common = ("train.micro_batch_pairs=1", "data.max_pairs=10", "eval.every=6", f"eval.path={small_pairs}")
+    for folder, overrides in {"two": common, "parts": (*common, "train.max_steps=3")}.items():
+        ended = launch(TWO_PROCESSES, command(small_pipeline, small_pairs, tmp_path / folder, *overrides))
+        assert ended.returncode == 0, ended.stderr[-3000:]
+    ended = launch(TWO_PROCESSES, command(small_pipeline, small_pairs, tmp_path / "parts", *common))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+
+    assert relative_distance(one, tmp_path / "two") < 1e-5
+    record = json.loads((tmp_path / "two" / "run.json").read_text())
+    assert record["processes"] == 2
+    for row, other in zip(rows_of(one), rows_of(tmp_path / "two"), strict=True):
+        for key in ("loss", "d_chosen", "eval/margin"):
+            assert row.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-3, abs=1e-5)
+    whole, parts = policy_of(tmp_path / "two"), policy_of(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+KILLED = """
+import os, signal, sys
+import train_xdpo
+from xdpo import checkpoint, step
+target, name, count = {target}, {name!r}, {count}
+original, calls = getattr(target, name), []
+def deadly(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+setattr(target, name, deadly)
+sys.exit(train_xdpo.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "target", "name", "count"),
+    [
+        ("in a step, between two checkpoints", "step", "preference_loss", 9),
+        ("in the second checkpoint, one file written", "checkpoint", "save_file", 4),
+        ("before the second checkpoint is renamed", "checkpoint", "_flush", 8),
+    ],
+)
+def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
+    run, small_pipeline, small_pairs, tmp_path, moment, target, name, count
+):
+    _, whole = run("whole")
+    script = KILLED.format(target=target, name=name, count=count)
+    arguments = command(small_pipeline, small_pairs, tmp_path / "killed")
+    ended = launch(["-c", script], arguments)
+    assert ended.returncode == -signal.SIGKILL
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "killed")] == ["step_00000003"]
+
+    assert run("killed")[0] == 0
+    assert_same_run(whole, tmp_path / "killed")
+
+
+# --- every shipped config ------------------------------------------------------------------------------------
+
+TINY_CONFIGS = sorted(path for path in (ROOT / "configs" / "tiny").rglob("*.yaml") if path.name != "base.yaml")
+
+
+@pytest.mark.parametrize("path", TINY_CONFIGS, ids=[str(path.relative_to(ROOT)) for path in TINY_CONFIGS])
+def test_every_embedded_config_runs_two_steps(path, tmp_path, monkeypatch):
+    from accelerate.state import AcceleratorState, GradientState
+
+    monkeypatch.chdir(ROOT)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    small = ["train.max_steps=2", "train.total_batch_pairs=4", "train.micro_batch_pairs=4", "eval.pairs=4"]
+    samples = ["samples.num_inference_steps=2", "eval.every=2", "samples.every=2", "log.trackers=[]"]
+    status = train_xdpo.main(["--config", str(path), f"output_dir={tmp_path / 'run'}", *small, *samples])
+
+    assert status == 0
+    assert rows_of(tmp_path / "run")[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)

@@ -1,0 +1,186 @@
+"""The parts of a Stable Diffusion pipeline as training needs them: encoders, the trainable policy, the reference."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from xdpo.config import ComputeConfig, ModelConfig
+
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # all attention projections of the UNet
+PIPELINE_FOLDERS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
+
+
+@dataclass(frozen=True)
+class PipelineParts:
+    """What a pipeline folder holds, all weights float32, nothing trainable."""
+
+    tokenizer: object
+    text_encoder: nn.Module
+    vae: nn.Module
+    unet: nn.Module
+    scheduler: object
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, downscaling, downscaling): an image of side R has latents of (channels, R/d, R/d)."""
+        downscaling = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.vae.config.latent_channels, downscaling, downscaling
+
+
+def check_pipeline_folder(pipeline: str) -> None:
+    """Refuse a local folder that isn't a Stable Diffusion pipeline, before any weight is read.
+
+    A name that is no folder here is taken for a hub id and passes. Raises ValueError.
+    """
+    folder = Path(pipeline)
+    if not folder.is_dir():
+        if folder.is_absolute() or pipeline.startswith(".") or pipeline.count("/") != 1:
+            raise ValueError(
+                f"model.pipeline: no folder {pipeline!r} here, and it isn't a hub id of the form owner/name; "
+                "give a folder in Stable Diffusion format (paths are relative to where the command is run) or a hub id"
+            )
+        return
+    missing = [name for name in PIPELINE_FOLDERS if not (folder / name).is_dir()]
+    if not (folder / "model_index.json").is_file():
+        missing.insert(0, "model_index.json")
+    if (folder / "unet").is_dir() and not list((folder / "unet").glob("*.safetensors")):
+        missing.append("unet/*.safetensors")
+    if missing:
+        raise ValueError(
+            f"model.pipeline: {pipeline!r} is not a Stable Diffusion pipeline folder; it lacks {', '.join(missing)}. "
+            "Save one with StableDiffusionPipeline.save_pretrained(folder, safe_serialization=True)"
+        )
+
+
+def load_parts(config: ModelConfig) -> PipelineParts:
+    """Load a pipeline from a hub id or a folder; safetensors only, float32.
+
+    Raises ValueError where it can't be loaded or has no UNet in Stable Diffusion format.
+    """
+    import diffusers
+    import transformers
+    from diffusers import StableDiffusionPipeline
+
+    check_pipeline_folder(config.pipeline)
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            config.pipeline,
+            revision=config.revision,
+            dtype=torch.float32,
+            use_safetensors=True,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"model.pipeline: could not load {config.pipeline!r}: {error}\n"
+            "Check the name and the network, or download it once and give its folder"
+        ) from error
+    for module in (pipeline.text_encoder, pipeline.vae, pipeline.unet):
+        module.eval().requires_grad_(False)
+    return PipelineParts(pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, pipeline.unet, pipeline.scheduler)
+
+
+def pipeline_with(parts: PipelineParts, unet: nn.Module):
+    """A StableDiffusionPipeline that shares the parts' memory and denoises with `unet`; no safety checker."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        unet=unet,
+        scheduler=copy.deepcopy(parts.scheduler),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def make_reference(unet: nn.Module, model: ModelConfig, compute: ComputeConfig) -> nn.Module | None:
+    """The frozen reference: a copy of the UNet, or None for LoRA, whose reference is the policy with its adapter off.
+
+    Its weights stay float32 and its forward runs under the policy's autocast: any other precision moves the first
+    margin away from 0 by rounding times β.
+    """
+    if model.trainable == "lora":
+        return None
+    reference = copy.deepcopy(unet).eval().requires_grad_(False)
+    _apply_compute(reference, compute)
+    return reference
+
+
+def make_policy(unet: nn.Module, model: ModelConfig, compute: ComputeConfig) -> nn.Module:
+    """Make `unet` trainable, in place: all of it, or a LoRA adapter on every attention projection."""
+    if model.trainable == "lora":
+        from peft import LoraConfig
+
+        unet.add_adapter(
+            LoraConfig(
+                r=model.lora_rank,
+                lora_alpha=model.lora_alpha,
+                init_lora_weights="gaussian",
+                target_modules=list(LORA_TARGETS),
+            )
+        )
+    else:
+        unet.requires_grad_(True)
+    if compute.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    _apply_compute(unet, compute)
+    return unet.train()
+
+
+def _apply_compute(unet: nn.Module, compute: ComputeConfig) -> None:
+    """Switches that policy and reference must share to stay comparable to the last bit."""
+    if compute.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if compute.attention == "eager":
+        from diffusers.models.attention_processor import AttnProcessor
+
+        unet.set_attn_processor(AttnProcessor())
+    if compute.compile:
+        unet.compile(fullgraph=True)
+
+
+@contextmanager
+def adapter_off(unet: nn.Module) -> Iterator[None]:
+    """Run the LoRA policy as its own reference."""
+    unet.disable_adapters()
+    try:
+        yield
+    finally:
+        unet.enable_adapters()
+
+
+def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+@torch.no_grad()
+def encode_images(vae: nn.Module, pixel_values: Tensor, posterior_noise: Tensor | None) -> Tensor:
+    """Pixels (N, 3, R, R) in [-1, 1] → latents (N, C, h, w) float32, times the VAE's scaling factor.
+
+    `posterior_noise`, shape of the latents, samples the posterior; None takes its mean.
+    """
+    posterior = vae.encode(pixel_values).latent_dist
+    latents = posterior.mean.float()
+    if posterior_noise is not None:
+        latents = latents + posterior.std.float() * posterior_noise
+    return latents * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def encode_captions(text_encoder: nn.Module, input_ids: Tensor) -> Tensor:
+    """Token ids (B, L) → text states (B, L, D)."""
+    return text_encoder(input_ids).last_hidden_state

@@ -1,0 +1,93 @@
+"""What a run says: metrics.jsonl, trackers, a progress bar. Silent on every process but the first."""
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+
+class RunLog:
+    """Logs one row of numbers per optimizer step.
+
+    Rows go to `folder`/metrics.jsonl (flushed at once, so that a kill loses none), to the trackers that the
+    accelerator was built with, and the most telling of them to a progress bar. A resumed run drops the rows after
+    its checkpoint and writes them anew.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, folder: Path, *, project: str, config: dict, start_step: int, max_steps: int
+    ):
+        """`config` maps dotted keys to plain values, for the trackers; `project` is their name for the work."""
+        self.accelerator = accelerator
+        self.is_main = accelerator.is_main_process
+        self.path = folder / "metrics.jsonl"
+        if self.is_main:
+            _drop_rows_after(self.path, start_step)
+        accelerator.init_trackers(project)
+        for tracker in accelerator.trackers:  # one page of text, not an hparams folder for every start
+            if tracker.name == "tensorboard":
+                tracker.tracker.add_text("config", "\n".join(f"    {k}: {v}" for k, v in config.items()), start_step)
+            else:
+                tracker.store_init_configuration(config)
+        self.bar = tqdm(
+            total=max_steps,
+            initial=start_step,
+            unit="step",
+            disable=not self.is_main,
+            dynamic_ncols=True,
+            smoothing=0.1,
+        )
+
+    def say(self, text: str) -> None:
+        """One line for people, above the progress bar."""
+        if self.is_main:
+            self.bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def row(self, step: int, numbers: dict[str, float], advance: bool = False) -> None:
+        """Log `numbers` at `step`; `advance` moves the bar by one optimizer step."""
+        if self.is_main:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **numbers}) + "\n")
+            if advance:
+                shown = {"loss": "loss", "acc": "implicit_accuracy", "lr": "learning_rate"}
+                self.bar.set_postfix({short: f"{numbers[name]:.3g}" for short, name in shown.items()}, refresh=False)
+                self.bar.update()
+        self.accelerator.log(numbers, step=step)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.accelerator.end_training()
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, oldest first; a last line that a kill cut short is left out."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    if path.is_file():
+        kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
+        aside = path.with_name(path.name + ".part")
+        aside.write_text("".join(kept), encoding="utf-8")
+        os.replace(aside, path)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory used so far, in GB: the accelerator's where there is one, else this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
