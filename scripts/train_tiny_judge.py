@@ -1,0 +1,126 @@
+"""Train and measure the embedded judge: `python scripts/train_tiny_judge.py` (about ten minutes on one core).
+
+The judge learns from freshly drawn scenes, flaws included; half of the images pass through the base's autoencoder
+first, so that it reads generated images as well as drawn ones. What it gets right on scenes it has not seen goes
+to assets/tiny/judge.json.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+from torch.nn.functional import cross_entropy
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from xdpo.tiny.annotator import Rendering, random_flaws, render
+from xdpo.tiny.judges import HEADS, JUDGE_WEIGHTS, AttributeReader, alignment, labels_of
+from xdpo.tiny.world import Scene, random_scene
+
+FLAWLESS_SHARE = 0.4
+
+
+def draw_batch(rng: np.random.Generator, count: int) -> tuple[list[Scene], list[Rendering], torch.Tensor]:
+    """`count` scenes of any kind, held-out ones among them, with their renderings and pixels (B, 3, 32, 32)."""
+    scenes = [random_scene(rng) for _ in range(count)]
+    renderings = [render(scene, rng, random_flaws(rng, FLAWLESS_SHARE)) for scene in scenes]
+    pixels = torch.from_numpy(np.stack([rendering.pixels for rendering in renderings]))
+    return scenes, renderings, pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def labels_and_appeal(renderings: list[Rendering]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    labels = [labels_of(rendering.shown, rendering.placement) for rendering in renderings]
+    classes = {name: torch.tensor([label[name] for label in labels]) for name in HEADS}
+    return classes, torch.tensor([rendering.appeal for rendering in renderings], dtype=torch.float32)
+
+
+@torch.no_grad()
+def through_autoencoder(vae: AutoencoderKL, pixels: torch.Tensor, spread: float) -> torch.Tensor:
+    """Encoded, moved by Gaussian noise of `spread` standard deviations, decoded, and rounded as a saved image is."""
+    latents = vae.encode(pixels).latent_dist.mode()
+    latents = latents + spread / vae.config.scaling_factor * torch.randn(latents.shape)
+    decoded = vae.decode(latents).sample.clamp(-1, 1)
+    return ((decoded + 1) * 127.5).round() / 127.5 - 1
+
+
+def rank_correlation(one: list[float], other: list[float]) -> float:
+    """Spearman's ρ."""
+    return float(pd.Series(one).rank().corr(pd.Series(other).rank()))
+
+
+@torch.no_grad()
+def measure(reader: AttributeReader, vae: AutoencoderKL | None, count: int, seed: int) -> dict[str, float]:
+    """Agreement with the truth on `count` new renderings; through the autoencoder if one is given."""
+    scenes, renderings, pixels = draw_batch(np.random.default_rng(seed), count)
+    outputs = reader(pixels if vae is None else through_autoencoder(vae, pixels, spread=0.0))
+    classes, appeal = labels_and_appeal(renderings)
+    numbers, right, known_total = {}, 0, 0
+    for name in HEADS:
+        known = classes[name] >= 0
+        hits = (outputs[name].argmax(1) == classes[name])[known]
+        numbers[name] = hits.float().mean().item()
+        right, known_total = right + hits.sum().item(), known_total + known.sum().item()
+    numbers["all attributes"] = right / known_total
+    probabilities = {name: outputs[name].softmax(1).numpy() for name in HEADS}
+    judged = [alignment(s, {n: rows[i] for n, rows in probabilities.items()}) for i, s in enumerate(scenes)]
+    truth = [rendering.alignment for rendering in renderings]
+    numbers["alignment: mean absolute error"] = float(np.abs(np.subtract(judged, truth)).mean())
+    numbers["alignment: Spearman"] = rank_correlation(judged, truth)
+    numbers["appeal: mean absolute error"] = (outputs["appeal"] - appeal).abs().mean().item()
+    numbers["appeal: Spearman"] = rank_correlation(outputs["appeal"].tolist(), appeal.tolist())
+    return {name: round(value, 4) for name, value in numbers.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", default="assets/tiny/pipeline", help="whose autoencoder images pass through")
+    parser.add_argument(
+        "--out", type=Path, default=JUDGE_WEIGHTS, help="where the weights go; the measures beside them"
+    )
+    parser.add_argument("--steps", type=int, default=4_000)
+    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--test-images", type=int, default=4_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    vae = AutoencoderKL.from_pretrained(options.pipeline, subfolder="vae", dtype=torch.float32).eval()
+    reader = AttributeReader()
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=2e-3, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=options.steps)
+    for step in range(options.steps):
+        rng = np.random.default_rng((options.seed, step))
+        _, renderings, pixels = draw_batch(rng, options.batch)
+        half = options.batch // 2
+        pixels[:half] = through_autoencoder(vae, pixels[:half], spread=float(rng.uniform(0, 0.25)))
+        classes, appeal = labels_and_appeal(renderings)
+        outputs = reader(pixels)
+        loss = sum(cross_entropy(outputs[name], classes[name], ignore_index=-1) for name in HEADS)
+        loss = loss + 5 * (outputs["appeal"] - appeal).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 200 == 0 or step == options.steps - 1:
+            print(f"step {step}: loss {loss.item():.4f}", flush=True)
+    reader.eval().half().float()  # what half precision keeps is what gets measured
+    numbers = {
+        "drawn": measure(reader, None, options.test_images, options.seed + 1_000),
+        "through the autoencoder": measure(reader, vae, options.test_images, options.seed + 2_000),
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.half().contiguous() for name, tensor in reader.state_dict().items()}, options.out)
+    report = {"images": options.test_images, "seed": options.seed, "steps": options.steps, "accuracy": numbers}
+    options.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
