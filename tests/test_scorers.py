@@ -1,0 +1,515 @@
+"""The five metrics against their originals' scores, and what happens to files, names and images that are not in order.
+
+tests/vectors/metric_scores.json holds what the originals print for tests/metric_fixtures.py; where ../shared has tiny
+checkpoints with golden scores of its own, those are compared too.
+"""
+
+import json
+import math
+import pickle
+import shutil
+from pathlib import Path
+
+import metric_fixtures as fixtures
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from xdpo.scorers import SCORER_NAMES, load_scorer, pixels, scorer_version
+from xdpo.scorers.blip import BLIP_VIT_L_16, build_image_reward, load_bert_tokenizer
+from xdpo.scorers.clip import VIT_H_14, VIT_L_14, build_clip, clean, from_open_clip, load_tokenizer
+from xdpo.scorers.interface import full_precision
+from xdpo.scorers.metrics import METRICS
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "reference" / "metrics"
+GOLDEN = json.loads((ROOT / "tests" / "vectors" / "metric_scores.json").read_text())["scores"]
+TOLERANCE = 1e-5
+FACTORS = {"hpsv2": 100, "hpsv2.1": 100}  # ours over the number in the golden file
+UNITS = {"pickscore": 100, "hpsv2": 100, "hpsv2.1": 100}  # what multiplies the cosine that the tolerance is for
+
+
+@pytest.fixture(scope="session")
+def metric_weights(tmp_path_factory):
+    return fixtures.write_weights(tmp_path_factory.mktemp("metrics") / "weights")
+
+
+@pytest.fixture(scope="session")
+def judge_weights(tmp_path_factory):
+    """An untrained judge."""
+    from safetensors.torch import save_file
+
+    from xdpo.tiny.judges import AttributeReader
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("judge") / "judge.safetensors"
+    save_file(AttributeReader().state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def odd_images():
+    return fixtures.odd_images()
+
+
+def differences(name, scores, golden, factor):
+    unit = UNITS.get(name, 1)
+    return [abs(ours - factor * theirs) / unit for ours, theirs in zip(scores, golden, strict=True)]
+
+
+# --- golden scores -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize("name", sorted(METRICS))
+def test_a_metric_equals_its_original_on_odd_images(name, batch_size, metric_weights, odd_images):
+    keys = [key for key, score in GOLDEN[name].items() if score is not None]
+    scorer = load_scorer(name, weights=metric_weights)
+    scores = scorer.score([odd_images[key] for key in keys], [fixtures.PROMPTS[key] for key in keys], batch_size)
+    gaps = differences(name, scores, [GOLDEN[name][key] for key in keys], FACTORS.get(name, 1))
+    assert max(gaps) < TOLERANCE, dict(zip(keys, gaps, strict=True))
+
+
+def test_the_golden_scores_tell_images_apart():
+    for name, scores in GOLDEN.items():
+        known = [score for score in scores.values() if score is not None]
+        assert len(known) >= 12 and np.std(known) > 100 * TOLERANCE, name
+
+
+def test_an_image_that_fails_in_the_original_gets_a_finite_score(metric_weights, odd_images):
+    for name, scores in GOLDEN.items():
+        keys = [key for key, score in scores.items() if score is None]
+        scorer = load_scorer(name, weights=metric_weights)
+        assert np.isfinite(scorer.score([odd_images[key] for key in keys], ["a cat"] * len(keys))).all(), name
+
+
+SHARED_SIZES = {
+    "clip_vit_h_14": {
+        "projection_dim": 64,
+        "text_config": fixtures.TEXT | {"num_hidden_layers": 3},
+        "vision_config": fixtures.VISION | {"num_hidden_layers": 3},
+    },
+    "clip_vit_l_14": {"vision_config": fixtures.VISION | {"num_hidden_layers": 3}},
+    "blip_vit_l_16": {
+        "vision_config": {
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+        },
+        "text_config": {
+            "vocab_size": 199,
+            "encoder_hidden_size": 64,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+        },
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def shared_weights(tmp_path_factory):
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("shared") / "weights"
+    places = {
+        fixtures.PICKSCORE: "pick/model.safetensors",
+        f"{fixtures.LAION}/tokenizer.json": "pick/tokenizer.json",
+        fixtures.HPS: "HPS_tiny.pt",
+        fixtures.HPS_21: "HPS_tiny.pt",
+        fixtures.CLIP_L: "vitl/model.safetensors",
+        fixtures.AESTHETIC_HEAD: "sac+logos+ava1-l14-linearMSE.pth",
+        fixtures.IMAGE_REWARD: "IR_tiny.pt",
+        "google-bert/bert-base-uncased/vocab.txt": "bert-base-uncased/vocab.txt",
+    }
+    for place, source in places.items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).symlink_to(SHARED / source)
+    hps = torch.load(SHARED / "HPS_tiny.pt", weights_only=True)["state_dict"]
+    save_file(hps, folder / fixtures.CLIP_H)
+    (folder / "sizes.json").write_text(json.dumps(SHARED_SIZES))
+    return folder
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/reference/metrics is not on this machine")
+@pytest.mark.parametrize("batch_size", [1, 6])
+@pytest.mark.parametrize("name", sorted(METRICS))
+def test_a_metric_equals_its_original_on_the_shared_checkpoints(name, batch_size, shared_weights):
+    golden = json.loads((SHARED / "golden.json").read_text())
+    key = {"pickscore": "pickscore_cosine", "hpsv2.1": "hpsv2"}.get(name, name)
+    factor = math.exp(4.6052) if name == "pickscore" else FACTORS.get(name, 1)
+    images = [Image.open(SHARED / "images" / f"{number}.png") for number in range(6)]
+    prompts = json.loads((SHARED / "prompts.json").read_text())
+    scores = load_scorer(name, weights=shared_weights).score(images, prompts, batch_size)
+    assert max(differences(name, scores, golden[key], factor)) < TOLERANCE
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/reference/metrics is not on this machine")
+def test_the_prompt_tokens_are_those_of_image_reward():
+    golden = json.loads((SHARED / "golden.json").read_text())
+    tokenize = load_bert_tokenizer(SHARED / "bert-base-uncased" / "vocab.txt")
+    ids, _ = tokenize(json.loads((SHARED / "prompts.json").read_text()))
+    assert ids.tolist() == golden["image_reward_token_ids"]
+
+
+# --- what small checkpoints cannot show ----------------------------------------------------------------
+
+
+def flat(sizes):
+    return {f"{half}.{key}": value for half in sizes if half.endswith("_config") for key, value in sizes[half].items()}
+
+
+def test_the_clip_models_have_the_published_sizes_and_activations():
+    text = {
+        "text_config.vocab_size": 49408,
+        "text_config.hidden_size": 1024,
+        "text_config.intermediate_size": 4096,
+        "text_config.num_hidden_layers": 24,
+        "text_config.num_attention_heads": 16,
+        "text_config.max_position_embeddings": 77,
+        "text_config.hidden_act": "gelu",
+        "text_config.layer_norm_eps": 1e-5,
+        "text_config.eos_token_id": 2,
+    }
+
+    def vision(width, layers, activation):
+        return {
+            "vision_config.hidden_size": width,
+            "vision_config.intermediate_size": 4 * width,
+            "vision_config.num_hidden_layers": layers,
+            "vision_config.num_attention_heads": 16,
+            "vision_config.image_size": 224,
+            "vision_config.patch_size": 14,
+            "vision_config.hidden_act": activation,
+            "vision_config.layer_norm_eps": 1e-5,
+        }
+
+    assert flat(VIT_H_14) == text | vision(1280, 32, "gelu")
+    assert flat(VIT_L_14) == vision(1024, 24, "quick_gelu")
+    assert (VIT_H_14["projection_dim"], VIT_L_14["projection_dim"]) == (1024, 768)
+
+
+def test_image_reward_has_the_published_sizes_epsilons_and_heads():
+    vision, text = BLIP_VIT_L_16["vision_config"], BLIP_VIT_L_16["text_config"]
+    assert vision == {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 224,
+        "patch_size": 16,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+    }
+    assert (text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"]) == (768, 3072, 12)
+    assert (text["num_attention_heads"], text["vocab_size"], text["encoder_hidden_size"]) == (12, 30524, 1024)
+    assert (text["layer_norm_eps"], text["hidden_act"]) == (1e-12, "gelu")
+
+
+def test_the_built_modules_have_the_epsilons_and_activations_of_the_tables(metric_weights):
+    def merged(base, changes):
+        return {half: base[half] | changes.get(half, {}) for half in ("vision_config", "text_config")}
+
+    sizes = merged(BLIP_VIT_L_16, fixtures.SIZES["blip_vit_l_16"])
+    reward = build_image_reward(sizes, metric_weights / fixtures.IMAGE_REWARD)
+    assert epsilons(reward.vision) == {1e-6}
+    assert epsilons(reward.text) == {1e-12}
+    changes = fixtures.SIZES["clip_vit_h_14"]
+    clip = build_clip(merged(VIT_H_14, changes) | {"projection_dim": 64}, metric_weights / fixtures.HPS)
+    assert epsilons(clip) == {1e-5}
+    activations = {type(layer.mlp.activation_fn).__name__ for layer in clip.vision_model.encoder.layers}
+    assert activations == {"GELUActivation"}
+    assert not any(module.training for module in (*clip.modules(), *reward.modules()))
+
+
+def epsilons(model):
+    return {module.eps for module in model.modules() if isinstance(module, torch.nn.LayerNorm)}
+
+
+def test_every_open_clip_tensor_of_the_full_size_has_its_place():
+    from accelerate import init_empty_weights
+    from transformers import CLIPConfig, CLIPModel
+
+    shapes = fixtures.open_clip_shapes(1024, VIT_H_14["vision_config"], VIT_H_14["text_config"], 49408)
+    converted = from_open_clip({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    with init_empty_weights(include_buffers=False):
+        expected = CLIPModel(CLIPConfig(**VIT_H_14)).state_dict()
+    assert {name: tensor.shape for name, tensor in converted.items()} == {
+        name: tensor.shape for name, tensor in expected.items()
+    }
+    assert round(sum(math.prod(shape) for shape in shapes.values()) / 1e6, 1) == 986.1
+
+
+def test_query_key_and_value_are_split_in_that_order():
+    fused = torch.arange(6.0).view(6, 1)
+    converted = from_open_clip({"visual.transformer.resblocks.3.attn.in_proj_weight": fused})
+    parts = [converted[f"vision_model.encoder.layers.3.self_attn.{kind}_proj.weight"].tolist() for kind in "qkv"]
+    assert parts == [[[0.0], [1.0]], [[2.0], [3.0]], [[4.0], [5.0]]]
+
+
+# --- images --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preprocess", [pixels.crop_floor, pixels.crop_half_even])
+def test_one_colour_stays_one_colour(preprocess):
+    result = preprocess(Image.new("RGB", (300, 200), (255, 0, 51)))
+    expected = [
+        (value - mean) / std
+        for value, mean, std in zip((1.0, 0.0, 0.2), pixels.CHANNEL_MEANS, pixels.CHANNEL_STDS, strict=True)
+    ]
+    assert result.shape == (3, 224, 224) and result.dtype == torch.float32
+    assert torch.allclose(result, torch.tensor(expected).view(3, 1, 1).expand(3, 224, 224), atol=1e-6)
+
+
+def test_padding_centres_a_wide_image_between_black_bars():
+    result = pixels.pad(Image.new("RGB", (448, 200), "white"))
+    black = torch.tensor([-mean / std for mean, std in zip(pixels.CHANNEL_MEANS, pixels.CHANNEL_STDS, strict=True)])
+    rows = (result[:, :, 0] - black[:, None]).abs().amax(0) < 1e-6
+    assert rows.tolist() == [True] * 62 + [False] * 100 + [True] * 62
+
+
+def test_the_two_crops_part_ways_at_an_overhang_of_three_pixels():
+    columns = np.arange(227, dtype=np.uint8)[None, :, None].repeat(224, 0).repeat(3, 2)
+    image = Image.fromarray(columns)
+    first = [
+        (preprocess(image)[0, 0, 0] * pixels.CHANNEL_STDS[0] + pixels.CHANNEL_MEANS[0]).item() * 255
+        for preprocess in (pixels.crop_floor, pixels.crop_half_even)
+    ]
+    assert first == pytest.approx([1, 2], abs=1e-3)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9000), (9000, 1), (30000, 2)])
+@pytest.mark.parametrize("preprocess", [pixels.crop_floor, pixels.crop_half_even, pixels.pad])
+def test_strips_of_any_ratio_are_preprocessed(preprocess, size):
+    assert preprocess(Image.new("RGB", size, "teal")).shape == (3, 224, 224)
+
+
+def test_the_shortcut_for_long_strips_shows_the_same_pixels(monkeypatch):
+    strip = Image.fromarray(np.random.default_rng(0).integers(0, 256, (7, 900, 3), dtype=np.uint8))
+    whole = pixels.crop_floor(strip)
+    monkeypatch.setattr(pixels, "MAX_RESIZED_PIXELS", 1)
+    assert (pixels.crop_floor(strip) - whole).abs().max() < 1.5 / 255 / min(pixels.CHANNEL_STDS)
+
+
+def test_the_orientation_in_exif_is_not_applied(odd_images):
+    turned = odd_images["EXIF says turn"]
+    plain = Image.fromarray(np.asarray(turned))
+    assert turned.getexif()[274] == 6
+    for preprocess in (pixels.crop_floor, pixels.crop_half_even, pixels.pad):
+        assert torch.equal(preprocess(turned), preprocess(plain))
+
+
+# --- prompts -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompt, cleaned",
+    [
+        ("“A  Cat”\n it’s", '"a cat" it\'s'),
+        ("fish &amp;amp; chips", "fish & chips"),
+        ("  Ünïcode\t", "ünïcode"),
+        ("", ""),
+    ],
+)
+def test_prompts_are_cleaned_as_open_clip_does(prompt, cleaned):
+    assert clean(prompt) == cleaned
+
+
+def test_a_long_prompt_keeps_its_end_token_at_the_77th_place(metric_weights):
+    tokenize = load_tokenizer(metric_weights / fixtures.LAION / "tokenizer.json")
+    start, end = fixtures.CLIP_VOCABULARY - 2, fixtures.CLIP_VOCABULARY - 1
+    ids = tokenize(["word " * 200, "a"])
+    assert ids.shape == (2, 77)
+    assert ids[0, 0] == start and ids[0, 76] == end and (ids[0, 1:76] < start).all()
+    assert ids[1].tolist() == [start, fixtures.clip_vocabulary()["a</w>"], end] + [0] * 74
+
+
+# --- files ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def altered(metric_weights, tmp_path):
+    """A copy of the weights folder to spoil."""
+    return Path(shutil.copytree(metric_weights, tmp_path / "weights"))
+
+
+def test_missing_files_are_all_named_with_size_and_source(tmp_path):
+    with pytest.raises(ValueError) as raised:
+        load_scorer("aesthetic", weights=tmp_path)
+    message = str(raised.value)
+    assert "aesthetic: 2 of 2 files" in message
+    assert "openai/clip-vit-large-patch14/model.safetensors (1.71 GB)" in message
+    assert "hf download openai/clip-vit-large-patch14 model.safetensors --revision 32bd64288804d66eef" in message
+    assert "linearMSE.pth (3.71 MB)" in message and "raw.githubusercontent.com" in message
+    assert "--weights DIR" in message
+
+
+def test_without_a_network_the_same_message_names_the_hub_files(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=r"pickscore: 2 of 2 files .*\n.*PickScore_v1/model.safetensors \(3.94 GB\)"):
+        scorer_version("pickscore")
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
+        scorer_version("aesthetic")
+
+
+def test_a_folder_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="no weights folder 'nowhere'"):
+        load_scorer("clip", weights="nowhere")
+
+
+@pytest.mark.parametrize("place, name", [(fixtures.PICKSCORE, "pickscore"), (fixtures.IMAGE_REWARD, "image_reward")])
+def test_a_file_cut_short_is_found_before_any_model_is_read(altered, place, name):
+    content = (altered / place).read_bytes()
+    (altered / place).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=rf"(?s){name}: 1 of 2 files.*{place}.*is broken or cut short at \d"):
+        scorer_version(name, altered)
+
+
+def test_a_pinned_file_with_another_content_is_refused_where_the_originals_are_meant(altered):
+    (altered / "sizes.json").unlink()
+    with pytest.raises(ValueError, match="is not the original: its sha256 is"):
+        scorer_version("clip", altered)
+
+
+def test_a_model_of_another_size_is_refused_by_name(altered):
+    shutil.copy(altered / fixtures.CLIP_L, altered / fixtures.PICKSCORE)
+    with pytest.raises(ValueError, match=r"2 of another shape, as text_projection.weight.*sizes.json"):
+        load_scorer("pickscore", weights=altered)
+
+
+def test_pickled_code_is_not_run(altered):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (altered / "sprung",))
+
+    torch.save({"state_dict": Trap()}, altered / fixtures.HPS)
+    with pytest.raises(ValueError, match=r"HPS_v2_compressed.pt .* can't be read"):
+        load_scorer("hpsv2", weights=altered)
+    assert not (altered / "sprung").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"clip_vit_b_32": {}}'])
+def test_a_wrong_sizes_file_is_named(altered, content):
+    (altered / "sizes.json").write_text(content)
+    with pytest.raises(ValueError, match=r"sizes\.json"):
+        load_scorer("clip", weights=altered)
+
+
+def test_half_precision_weights_are_computed_in_float32(altered):
+    from safetensors.torch import load_file
+
+    whole = load_file(altered / fixtures.CLIP_H)
+    torch.save({"state_dict": {name: tensor.half() for name, tensor in whole.items()}}, altered / fixtures.HPS)
+    rounded = {name: tensor.half().float() for name, tensor in whole.items()}
+    torch.save({"state_dict": rounded}, altered / fixtures.HPS_21)
+    image = [Image.new("RGB", (64, 64), "olive")]
+    half, full = (load_scorer(name, weights=altered).score(image, ["a cat"]) for name in ("hpsv2", "hpsv2.1"))
+    assert half == full
+
+
+# --- the interface -------------------------------------------------------------------------------------
+
+
+def test_an_unknown_scorer_lists_the_names_and_the_nearest():
+    with pytest.raises(ValueError, match=r"unknown scorer 'hps2'; choose from aesthetic, .*did you mean 'hpsv2'"):
+        load_scorer("hps2")
+
+
+def test_a_prompt_is_needed_for_every_image(metric_weights):
+    with pytest.raises(ValueError, match="2 images but 1 prompts"):
+        load_scorer("clip", weights=metric_weights).score([Image.new("RGB", (9, 9))] * 2, ["a"])
+
+
+def test_no_images_have_no_scores(metric_weights):
+    assert load_scorer("image_reward", weights=metric_weights).score([], []) == []
+
+
+@pytest.mark.parametrize("name", SCORER_NAMES)
+def test_a_scorer_says_what_a_cache_and_a_worker_need(name, metric_weights, judge_weights):
+    weights = judge_weights if name.startswith("tiny_") else metric_weights
+    scorer = load_scorer(name, weights=weights)
+    assert scorer.name == name and scorer.scale
+    assert scorer.version == scorer_version(name, weights)
+    assert pickle.loads(pickle.dumps(scorer.preprocess)) is scorer.preprocess
+
+
+def test_the_version_changes_with_the_weights_and_with_nothing_else(altered, metric_weights):
+    assert scorer_version("clip", altered) == scorer_version("clip", metric_weights)
+    shutil.copy(altered / fixtures.HPS_21, altered / fixtures.HPS)
+    assert scorer_version("hpsv2", altered) != scorer_version("hpsv2", metric_weights)
+    assert scorer_version("hpsv2", altered) != scorer_version("hpsv2.1", altered)
+
+
+def test_preprocessing_apart_from_the_forward_gives_the_same_scores(metric_weights, odd_images):
+    scorer = load_scorer("pickscore", weights=metric_weights)
+    images = [odd_images["square"], odd_images["CMYK"]]
+    items = [scorer.preprocess(image) for image in images]
+    assert scorer.score_batch(items, ["a", "b"]) == scorer.score(images, ["a", "b"])
+
+
+def test_the_judges_of_the_embedded_world_are_scorers_too(judge_weights):
+    image = Image.new("LA", (40, 40), (244, 9))
+    prompt = "a small red star above a large blue circle on a white background"
+    scores = {name: load_scorer(name, weights=judge_weights).score([image], [prompt])[0] for name in SCORER_NAMES[-3:]}
+    assert 0 <= scores["tiny_alignment"] <= 1 and 0 <= scores["tiny_appeal"] <= 1
+    assert scores["tiny_reward"] == pytest.approx(5 * scores["tiny_alignment"] + 2 * scores["tiny_appeal"], abs=1e-5)
+
+
+def test_a_missing_judge_is_named_and_a_weights_folder_leaves_the_judges_alone(tmp_path, judge_weights, monkeypatch):
+    with pytest.raises(ValueError, match=r"tiny_reward: no judge at nowhere\.safetensors; it ships in assets/tiny"):
+        load_scorer("tiny_reward", weights="nowhere.safetensors")
+    monkeypatch.setattr("xdpo.tiny.judges.JUDGE_WEIGHTS", judge_weights)
+    assert scorer_version("tiny_reward", tmp_path) == scorer_version("tiny_reward", judge_weights)
+
+
+OWN_SCORER = """
+class Brightness:
+    scale = "mean level"
+
+    def __init__(self, device):
+        self.device = device
+
+    def score(self, images, prompts):
+        assert all(image.mode == "RGB" for image in images)
+        return [sum(image.resize((1, 1)).getpixel((0, 0))) / 3 for image in images]
+
+
+class Forgetful:
+    def score(self, images, prompts):
+        return []
+"""
+
+
+def test_a_class_in_a_file_is_a_scorer(tmp_path):
+    (tmp_path / "own.py").write_text(OWN_SCORER)
+    name = f"{tmp_path / 'own.py'}:Brightness"
+    scorer = load_scorer(name)
+    assert scorer.score([Image.new("L", (5, 5), 30), Image.new("RGB", (9, 3), (90, 0, 0))], ["", ""]) == [30.0, 30.0]
+    assert (scorer.scale, scorer.name) == ("mean level", name)
+    before = scorer_version(name)
+    (tmp_path / "own.py").write_text(OWN_SCORER + "# changed\n")
+    assert before == scorer.version != scorer_version(name)
+
+
+def test_mistakes_in_an_own_scorer_are_named(tmp_path):
+    (tmp_path / "own.py").write_text(OWN_SCORER)
+    with pytest.raises(ValueError, match="returned 0 scores for 1 images"):
+        load_scorer(f"{tmp_path / 'own.py'}:Forgetful").score([Image.new("RGB", (5, 5))], [""])
+    with pytest.raises(ValueError, match="has no class 'Absent'"):
+        load_scorer(f"{tmp_path / 'own.py'}:Absent")
+    with pytest.raises(ValueError, match="no file"):
+        load_scorer(f"{tmp_path / 'other.py'}:Brightness")
+
+
+def test_scoring_restores_the_precision_it_found():
+    switch = torch.backends.cuda.matmul
+    before, switch.fp32_precision = switch.fp32_precision, "tf32"
+    try:
+        assert full_precision(lambda: (switch.fp32_precision, torch.is_grad_enabled()))() == ("ieee", False)
+        assert switch.fp32_precision == "tf32"
+    finally:
+        switch.fp32_precision = before

@@ -1,0 +1,77 @@
+"""A scorer of the user's own: a class in a Python file, named path/to/file.py:ClassName.
+
+The class needs `score(images, prompts)`: RGB PIL images and as many prompts → one number per image, higher being
+better. It is constructed with those of the keywords `device` and `weights` that it takes. If it has the attributes
+`version` and `scale`, they are used; without, the version is the file's checksum. If it has `preprocess` and
+`score_batch` as `interface.Scorer` describes them, DataLoader workers do the former.
+"""
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xdpo.scorers.interface import Scorer, as_rgb
+from xdpo.scorers.weights import digest
+
+
+def is_custom(name: str) -> bool:
+    return ".py:" in name
+
+
+def custom_class(name: str) -> tuple[type, Path]:
+    """The class that path/to/file.py:ClassName names, and the file. Raises ValueError where there is none."""
+    file, _, class_name = name.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"scorer {name!r}: no file {str(path)!r} here; give it as path/to/file.py:ClassName")
+    module_name = f"xdpo_custom_scorer_{digest(path)[:16]}"
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module  # where pickle looks for what the file defines
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[module_name]
+            raise
+    found = getattr(sys.modules[module_name], class_name, None)
+    if not inspect.isclass(found) or not callable(getattr(found, "score", None)):
+        raise ValueError(f"scorer {name!r}: {path} has no class {class_name!r} with a method score(images, prompts)")
+    return found, path
+
+
+def custom_version(name: str) -> str:
+    found, path = custom_class(name)
+    return str(getattr(found, "version", None) or f"{path.name}:{found.__name__} sha256 {digest(path)[:16]}")
+
+
+def load_custom(name: str, device: str | torch.device, weights: str | Path | None) -> Scorer:
+    """Construct the class behind the common interface."""
+    found, _ = custom_class(name)
+    accepted = inspect.signature(found).parameters.values()
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted)
+    names = {parameter.name for parameter in accepted}
+    offered = {"device": device, "weights": weights}
+    instance = found(**{key: value for key, value in offered.items() if takes_any or key in names})
+    score_batch = getattr(instance, "score_batch", instance.score)
+
+    def checked(items: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+        scores = [float(score) for score in score_batch(items, prompts)]
+        if len(scores) != len(items):
+            raise ValueError(
+                f"scorer {name!r} returned {len(scores)} scores for {len(items)} images; one each is needed"
+            )
+        return scores
+
+    return Scorer(
+        name=name,
+        version=custom_version(name),
+        scale=str(getattr(instance, "scale", "the scorer's own")),
+        preprocess=getattr(instance, "preprocess", as_rgb),
+        score_batch=checked,
+    )

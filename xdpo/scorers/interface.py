@@ -1,0 +1,57 @@
+"""What the rest of the project sees of a scorer."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores images against their prompts, higher being better.
+
+    name: as given to load_scorer. version: changes whenever the scores may; a key for caches. scale: one line on what
+    the numbers are. preprocess: a PIL image of any mode → what score_batch takes one of, on the CPU and without the
+    model, so that a DataLoader's workers can do it. score_batch: a list of those and as many prompts → their scores.
+    """
+
+    name: str
+    version: str
+    scale: str
+    preprocess: Callable[[Image.Image], Any]
+    score_batch: Callable[[Sequence[Any], Sequence[str]], list[float]]
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str], batch_size: int = 16) -> list[float]:
+        """One float per image. Raises ValueError where there are not as many prompts as images."""
+        if len(images) != len(prompts):
+            raise ValueError(f"{self.name}: {len(images)} images but {len(prompts)} prompts; give one prompt per image")
+        scores: list[float] = []
+        for start in range(0, len(images), batch_size):
+            batch = slice(start, start + batch_size)
+            scores += self.score_batch([self.preprocess(image) for image in images[batch]], list(prompts[batch]))
+        return scores
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The preprocessing of scorers that take PIL images."""
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def full_precision(function: Callable) -> Callable:
+    """Run `function` without gradients, autocast and TF32, whatever the rest of the process has switched on."""
+
+    def wrapped(*arguments):
+        switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+        before = [switch.fp32_precision for switch in switches]
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        try:
+            with torch.inference_mode(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+                return function(*arguments)
+        finally:
+            for switch, precision in zip(switches, before, strict=True):
+                switch.fp32_precision = precision
+
+    return wrapped

@@ -1,0 +1,80 @@
+"""PIL image → the 224×224 tensor that a metric's original reads: two ways to crop, one to pad.
+
+Pictures are read as the originals read them: alpha and palettes as Pillow's `convert("RGB")` sees them, grey
+repeated, EXIF orientation not applied. Two originals crop differently: PickScore and aesthetic through transformers'
+processor (RGB first, the crop rounded down), ImageReward through torchvision (RGB last, the crop rounded half to
+even). On RGB images whose overhang is no odd number the two agree.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+SIDE = 224  # pixels a side, of all five metrics
+CHANNEL_MEANS = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, also used by BLIP
+CHANNEL_STDS = (0.26862954, 0.26130258, 0.27577711)
+
+# Past this, only the part that the crop keeps is resized: a strip of 1×20,000 pixels would need gigabytes.
+MAX_RESIZED_PIXELS = 2**27
+
+
+def crop_floor(image: Image.Image) -> Tensor:
+    """Shorter side to 224, bicubic, and its middle, as transformers' CLIPImageProcessor: (3, 224, 224) float32.
+
+    For PickScore (Kirstain et al. 2023) and the aesthetic predictor.
+    """
+    return normalise(to_unit(_shrink_and_crop(image.convert("RGB"), lambda overhang: overhang // 2)))
+
+
+def crop_half_even(image: Image.Image) -> Tensor:
+    """Shorter side to 224, bicubic, and its middle, as torchvision's Resize and CenterCrop: (3, 224, 224) float32.
+
+    For ImageReward (Xu et al. 2023), which converts to RGB after the resize: transparent pixels weigh nothing
+    there, and images of a palette or of 1 bit are not interpolated.
+    """
+    return normalise(to_unit(_shrink_and_crop(image, lambda overhang: round(overhang / 2)).convert("RGB")))
+
+
+def pad(image: Image.Image) -> Tensor:
+    """Longer side to 224, bicubic on floats that are not clamped, black to a square: (3, 224, 224) float32.
+
+    For HPS v2 (Wu et al. 2023) and for CLIP as Diffusion-DPO and xDPO measure it. Sides that would round to 0 keep one
+    pixel, and images of exactly 224 on their longer side are padded too; the originals fail on both.
+    """
+    pixels = to_unit(image.convert("RGB"))
+    scale = SIDE / max(pixels.shape[1:])
+    height, width = (max(1, round(length * scale)) for length in pixels.shape[1:])
+    if scale != 1:
+        pixels = torch.nn.functional.interpolate(
+            pixels[None], (height, width), mode="bicubic", align_corners=False, antialias=True
+        )[0]
+    top, left = (SIDE - height) // 2, (SIDE - width) // 2
+    padding = (left, SIDE - width - left, top, SIDE - height - top)
+    return normalise(torch.nn.functional.pad(pixels, padding))
+
+
+def to_unit(image: Image.Image) -> Tensor:
+    """An RGB image as (3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """(3, H, W) in [0, 1] → CLIP's means and deviations, in place."""
+    means, deviations = (torch.tensor(values).view(3, 1, 1) for values in (CHANNEL_MEANS, CHANNEL_STDS))
+    return pixels.sub_(means).div_(deviations)
+
+
+def _shrink_and_crop(image: Image.Image, margin: Callable[[int], int]) -> Image.Image:
+    """The image at 224 pixels on its shorter side, cut square; `margin`: overhang → pixels cut at the left or top."""
+    short = min(image.size)
+    width, height = (SIDE if length == short else int(SIDE * length / short) for length in image.size)
+    left, top = margin(width - SIDE), margin(height - SIDE)
+    if width * height <= MAX_RESIZED_PIXELS:
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        return resized.crop((left, top, left + SIDE, top + SIDE))
+    across, down = image.width / width, image.height / height
+    box = (left * across, top * down, (left + SIDE) * across, (top + SIDE) * down)
+    return image.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=box)
