@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=JUDGE_WEIGHTS, help="where the weights go; the measures beside them"
     )
-    parser.add_argument("--steps", type=int, default=4_000)
+    parser.add_argument("--steps", type=int, default=2_500)
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--test-images", type=int, default=4_000)
     parser.add_argument("--seed", type=int, default=1)

@@ -1,0 +1,166 @@
+"""Checkpoints that are whole or absent, and a run folder that knows whose it is."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from xdpo.checkpoint import (
+    CheckpointError,
+    check_run_folder,
+    checkpoints,
+    describe_run,
+    git_commit,
+    load_checkpoint,
+    model_card,
+    save_checkpoint,
+    write_text,
+    writing_aside,
+)
+from xdpo.config import load_config
+
+CONFIG = load_config("configs/xdpo_sd15.yaml")
+
+
+def trained(steps, seed=0):
+    """A small model and its optimizer after some steps."""
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def save(folder, step, keep=2):
+    model, optimizer = trained(step)
+    return save_checkpoint(folder, step, model, optimizer, is_main=True, keep=keep, extra={"scaler": {"scale": 2.0}})
+
+
+def test_a_checkpoint_restores_weights_moments_and_progress_to_the_bit(tmp_path):
+    path = save(tmp_path, 3)
+    model, optimizer = trained(0, seed=1)
+    progress = load_checkpoint(path, model, optimizer)
+
+    expected_model, expected_optimizer = trained(3)
+    assert progress["step"] == 3 and progress["extra"]["scaler"] == {"scale": 2.0}
+    for one, other in zip(model.parameters(), expected_model.parameters(), strict=True):
+        assert torch.equal(one, other)
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(optimizer.state[one][key], expected_optimizer.state[other][key])
+
+
+def test_the_oldest_go_first_and_only_after_the_new_one_is_there(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save(tmp_path, step, keep=2)
+    replace, present = os.replace, []
+
+    def watched(source, target):
+        present.append([path.name for path in checkpoints(tmp_path)])
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    save(tmp_path, 3, keep=2)
+
+    assert present == [["step_00000001", "step_00000002"]]
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
+
+
+def test_a_half_written_checkpoint_is_not_one(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "checkpoints" / "step_00000002.part").mkdir()
+
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001"]
+
+
+def test_an_error_while_writing_leaves_nothing_behind_and_names_what_is_intact(tmp_path):
+    with (
+        pytest.raises(CheckpointError, match="what was saved before is intact"),
+        writing_aside(tmp_path / "x") as aside,
+    ):
+        (aside / "file").write_text("half")
+        raise OSError(5, "Input/output error")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_device_is_told_apart_from_other_errors(tmp_path):
+    with pytest.raises(CheckpointError, match="The disk is full"), writing_aside(tmp_path / "x") as aside:
+        (aside / "file").symlink_to("/dev/full")
+        with (aside / "file").open("w") as file:
+            file.write("x" * 100_000)
+
+
+def test_a_damaged_checkpoint_names_what_else_there_is_to_resume_from(tmp_path):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    weights = path / "policy.safetensors"
+    weights.write_bytes(weights.read_bytes()[:50])
+
+    with pytest.raises(CheckpointError, match="left to resume from: step_00000001"):
+        load_checkpoint(path, *trained(0))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    path = save(tmp_path, 1)
+    other = torch.nn.Linear(3, 1)
+    with pytest.raises(CheckpointError, match="holds another model"):
+        load_checkpoint(path, other, torch.optim.AdamW(other.parameters()))
+
+
+# --- the run folder ------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_records_each_start(tmp_path):
+    for _ in range(2):
+        describe_run(tmp_path / "run", CONFIG, training_pairs=12)
+
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert len(record["starts"]) == 2 and record["training_pairs"] == 12
+    assert load_config(tmp_path / "run" / "config.yaml") == CONFIG
+
+
+def test_another_config_is_refused_by_key_and_value(tmp_path):
+    describe_run(tmp_path / "run", CONFIG)
+    check_run_folder(tmp_path / "run", CONFIG, allow_config_change=False)
+    other = load_config("configs/xdpo_sd15.yaml", ["loss.eta=1", "checkpoint.keep=5"])
+
+    with pytest.raises(ValueError, match=r"loss\.eta: 0\.05 → 1") as refusal:
+        check_run_folder(tmp_path / "run", other, allow_config_change=False)
+    assert "checkpoint.keep" not in str(refusal.value)
+    check_run_folder(tmp_path / "run", other, allow_config_change=True)
+
+
+def test_a_file_in_the_way_is_refused(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        check_run_folder(tmp_path / "run", CONFIG, allow_config_change=False)
+
+
+def test_checking_a_folder_writes_nothing(tmp_path):
+    check_run_folder(tmp_path / "a" / "b", CONFIG, allow_config_change=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_small_files_are_replaced_whole(tmp_path):
+    for text in ("one", "two"):
+        write_text(tmp_path / "file", text)
+    assert (tmp_path / "file").read_text() == "two" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_commit_is_a_hash_or_absent():
+    commit = git_commit()
+    assert commit is None or len(commit.removesuffix("+changes")) == 40
+
+
+@pytest.mark.parametrize(("trainable", "words"), [("full", "UNet2DConditionModel"), ("lora", "load_lora_weights")])
+def test_the_model_card_says_how_to_load_the_model_and_what_made_it(trainable, words):
+    card = model_card(load_config("configs/xdpo_sd15.yaml", [f"model.trainable={trainable}"]))
+
+    assert words in card and "base_model: stable-diffusion-v1-5/stable-diffusion-v1-5" in card
+    assert "η = 0.05" in card and "warmup_steps: 500" in card

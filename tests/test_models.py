@@ -1,0 +1,148 @@
+"""Loading a pipeline's parts; what is trainable and what the reference is."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from xdpo.config import ComputeConfig, ModelConfig
+from xdpo.models import (
+    adapter_off,
+    check_pipeline_folder,
+    encode_captions,
+    encode_images,
+    load_parts,
+    make_policy,
+    make_reference,
+    pipeline_with,
+    trainable_parameters,
+)
+
+INPUTS = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.randn(2, 8, 16)
+
+
+@pytest.fixture
+def parts(small_pipeline):
+    return load_parts(ModelConfig(pipeline=small_pipeline))
+
+
+def predict(unet):
+    with torch.no_grad():
+        return unet(*INPUTS).sample
+
+
+def test_parts_come_frozen_in_float32_even_from_half_precision_files(small_pipeline, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    half = StableDiffusionPipeline.from_pretrained(small_pipeline, dtype=torch.float16, safety_checker=None)
+    half.save_pretrained(tmp_path / "half")
+    parts = load_parts(ModelConfig(pipeline=str(tmp_path / "half")))
+
+    for module in (parts.unet, parts.vae, parts.text_encoder):
+        assert all(p.dtype == torch.float32 and not p.requires_grad for p in module.parameters())
+    assert parts.latent_shape == (4, 2, 2)
+
+
+def test_full_fine_tuning_trains_every_weight_and_its_reference_is_an_untouched_copy(parts):
+    model, compute = ModelConfig(), ComputeConfig()
+    reference = make_reference(parts.unet, model, compute)
+    policy = make_policy(parts.unet, model, compute)
+    before = predict(reference)
+    with torch.no_grad():
+        for parameter in trainable_parameters(policy):
+            parameter.add_(0.01)
+
+    assert len(trainable_parameters(policy)) == len(list(policy.parameters()))
+    assert torch.equal(predict(reference), before)
+    assert not torch.allclose(predict(policy), before)
+    assert not trainable_parameters(reference)
+
+
+def test_lora_trains_adapters_alone_and_is_its_own_reference_bit_for_bit_with_them_off(parts):
+    base = predict(parts.unet)
+    model = ModelConfig(trainable="lora", lora_rank=4, lora_alpha=4)
+    assert make_reference(parts.unet, model, ComputeConfig()) is None
+    policy = make_policy(parts.unet, model, ComputeConfig())
+    assert torch.equal(predict(policy), base), "an untrained adapter changes nothing"
+    with torch.no_grad():
+        for parameter in trainable_parameters(policy):
+            parameter.add_(0.05)
+
+    names = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    assert names and all("lora_" in name for name in names)
+    assert not torch.allclose(predict(policy), base)
+    with adapter_off(policy):
+        assert torch.equal(predict(policy), base)
+    assert not torch.allclose(predict(policy), base)
+
+
+def test_images_become_scaled_latents_around_the_posterior_mean(parts):
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    scale = parts.vae.config.scaling_factor
+    mean = encode_images(parts.vae, pixels, None)
+    noise = torch.ones(2, 4, 8, 8)
+
+    assert mean.shape == (2, 4, 8, 8)
+    with torch.no_grad():
+        posterior = parts.vae.encode(pixels).latent_dist
+    torch.testing.assert_close(mean, posterior.mean * scale)
+    torch.testing.assert_close(encode_images(parts.vae, pixels, noise), (posterior.mean + posterior.std) * scale)
+
+
+def test_captions_become_the_states_that_the_pipeline_itself_uses(parts):
+    ids = torch.tensor(parts.tokenizer(["abc"], padding="max_length", max_length=8).input_ids)
+    states, _ = pipeline_with(parts, parts.unet).encode_prompt("abc", "cpu", 1, False)
+
+    torch.testing.assert_close(encode_captions(parts.text_encoder, ids), states)
+
+
+def test_the_pipeline_around_the_policy_samples_images(parts):
+    images = pipeline_with(parts, parts.unet)("a", num_inference_steps=1).images
+    assert images[0].size == (16, 16)
+
+
+# --- what it refuses -----------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_parts_names_them_all(tmp_path):
+    (tmp_path / "vae").mkdir()
+    with pytest.raises(ValueError, match=r"lacks model_index\.json, tokenizer, text_encoder, unet, scheduler"):
+        check_pipeline_folder(str(tmp_path))
+
+
+def test_pickled_weights_are_refused(small_pipeline, tmp_path):
+    folder = Path(shutil.copytree(small_pipeline, tmp_path / "pickled"))
+    for weights in (folder / "unet").glob("*.safetensors"):
+        weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(ValueError, match=r"unet/\*\.safetensors"):
+        check_pipeline_folder(str(folder))
+
+
+def test_a_path_that_is_neither_a_folder_nor_a_hub_id_is_refused():
+    check_pipeline_folder("owner/name")  # a hub id: nothing to check without a network
+    with pytest.raises(ValueError, match=r"no folder '\./missing' here"):
+        check_pipeline_folder("./missing")
+
+
+def test_an_unreachable_hub_model_says_to_check_the_name_or_give_a_folder():
+    with pytest.raises(ValueError, match="could not load 'nobody/nothing'"):
+        load_parts(ModelConfig(pipeline="nobody/nothing"))
+
+
+def test_a_damaged_weight_file_is_named(small_pipeline, tmp_path):
+    folder = Path(shutil.copytree(small_pipeline, tmp_path / "damaged"))
+    weights = next((folder / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="could not load"):
+        load_parts(ModelConfig(pipeline=str(folder)))
+
+
+def test_a_pipeline_of_another_kind_is_refused(small_pipeline, tmp_path):
+    folder = Path(shutil.copytree(small_pipeline, tmp_path / "other"))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["text_encoder"] = ["transformers", "NoSuchModel"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="could not load"):
+        load_parts(ModelConfig(pipeline=str(folder)))

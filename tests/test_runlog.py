@@ -1,0 +1,35 @@
+"""metrics.jsonl through kills and resumes."""
+
+import json
+
+import torch
+from accelerate import Accelerator
+
+from xdpo.runlog import RunLog, peak_memory_gb, read_rows
+
+
+def log_rows(folder, start_step, steps):
+    log = RunLog(Accelerator(cpu=True), folder, project="test", config={}, start_step=start_step, max_steps=10)
+    for step in steps:
+        log.row(step, {"loss": float(step), "implicit_accuracy": 0.5, "learning_rate": 1e-8}, advance=True)
+    log.close()
+
+
+def test_a_resumed_run_drops_the_rows_after_its_checkpoint(tmp_path):
+    log_rows(tmp_path, 0, [1, 2, 3, 4])
+    log_rows(tmp_path, 2, [3, 4, 5])
+
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1, "loss": 1.0}) + '\n{"step": 2, "lo')
+
+    assert read_rows(path) == [{"step": 1, "loss": 1.0}]
+    log_rows(tmp_path, 1, [2])
+    assert [row["step"] for row in read_rows(path)] == [1, 2]
+
+
+def test_peak_memory_is_in_gigabytes():
+    assert 0.05 < peak_memory_gb(torch.device("cpu")) < 1000

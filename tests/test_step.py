@@ -1,0 +1,125 @@
+"""A batch of pairs → errors → loss and statistics, on networks whose answer can be worked out by hand."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from xdpo.config import load_config
+from xdpo.loss import PairErrors
+from xdpo.models import load_parts
+from xdpo.noise import NoiseSchedule, add_noise
+from xdpo.step import STATISTICS, Example, ExampleMaker, denoising_errors, pair_errors, preference_loss
+
+
+class Offset(torch.nn.Module):
+    """Predicts its input plus one trainable number."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = torch.nn.Parameter(torch.tensor(float(value)))
+
+    def forward(self, latents, timesteps, states):
+        return SimpleNamespace(sample=latents + self.value)
+
+
+def example(targets, weights=1.0):
+    """One pair whose noisy latents are zero; `targets` are constant per image, chosen first."""
+    zeros = torch.zeros(2, 4, 2, 2)
+    constant = torch.tensor(targets).view(2, 1, 1, 1).expand_as(zeros)
+    return Example(zeros, torch.zeros(2, dtype=torch.long), torch.zeros(2, 1, 1), constant, torch.full((2,), weights))
+
+
+@pytest.fixture
+def maker(small_pipeline):
+    config = load_config("configs/base.yaml", [f"model.pipeline={small_pipeline}", "data.resolution=16"])
+    parts = load_parts(config.model)
+    return ExampleMaker(parts, NoiseSchedule.from_scheduler(parts.scheduler), config, torch.device("cpu"))
+
+
+def batch_of(positions):
+    """Each pair's pixels and tokens depend on its position alone."""
+    pixels = [torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(p)) * 2 - 1 for p in positions]
+    return {
+        "pixel_values": torch.stack(pixels, dim=1).flatten(0, 1),
+        "input_ids": torch.tensor([[position % 7] * 8 for position in positions]),
+    }
+
+
+def test_an_error_is_the_mean_over_the_image_of_the_squared_difference_times_its_weight():
+    errors = denoising_errors(Offset(1.0), example([3.0, 0.0], weights=2.0))
+
+    assert errors.tolist() == [2 * (1 - 3) ** 2, 2 * 1**2]
+
+
+def test_chosen_comes_first_and_the_reference_gets_no_gradient():
+    policy, reference = Offset(1.0), Offset(0.5)
+    errors = pair_errors(policy, policy, reference, example([1.0, 0.0]))
+    loss = preference_loss(errors, load_config("configs/xdpo_sd15.yaml", ["loss.beta=1"]).loss).loss.sum()
+    loss.backward()
+
+    assert [error.item() for error in errors] == [0.0, 1.0, 0.25, 0.25]
+    assert policy.value.grad is not None and policy.value.grad != 0
+    assert reference.value.grad is None
+
+
+def test_a_policy_equal_to_its_reference_has_loss_ln_2_margin_0_and_half_an_accuracy():
+    errors = PairErrors(*(torch.tensor([0.1, 0.2]),) * 4)
+    output = preference_loss(errors, load_config("configs/xdpo_sd15.yaml").loss)
+    statistics = dict(zip(STATISTICS, (output.statistics / 2).tolist(), strict=True))
+
+    assert statistics["loss"] == pytest.approx(math.log(2))
+    assert statistics["margin"] == 0 and statistics["implicit_accuracy"] == 0.5
+    assert statistics["sigmoid_minus_margin"] == 0.5
+    assert statistics["d_chosen"] == statistics["d_rejected"] == 0
+    assert statistics["policy_error"] == pytest.approx(0.15)
+
+
+def test_statistics_are_sums_over_pairs_and_count_wins():
+    errors = PairErrors(*map(torch.tensor, ([0.1, 0.3], [0.2, 0.1], [0.2, 0.2], [0.2, 0.2])))
+    output = preference_loss(errors, load_config("configs/diffusion_dpo_sd15.yaml").loss)
+    statistics = dict(zip(STATISTICS, output.statistics.tolist(), strict=True))
+
+    assert statistics["implicit_accuracy"] == 1  # the first pair is won, the second lost
+    assert statistics["d_chosen"] == pytest.approx(-0.1 + 0.1, abs=1e-6)
+    assert statistics["d_rejected"] == pytest.approx(0.0 - 0.1, abs=1e-6)
+    assert statistics["clamped"] == 0
+
+
+def test_a_pair_is_the_same_example_alone_and_in_a_batch(maker):
+    together = maker(batch_of([3, 4, 5]), 0, [3, 4, 5])
+    alone = maker(batch_of([4]), 0, [4])
+
+    for name in ("noisy_latents", "targets", "text_states", "timesteps"):
+        both = getattr(together, name)[[1, 4]]  # chosen and rejected of the second pair
+        torch.testing.assert_close(both, getattr(alone, name), rtol=1e-5, atol=1e-5)
+
+
+def test_a_pair_shares_its_timestep_noise_and_caption_but_not_its_latents(maker):
+    made = maker(batch_of([0, 1]), 0, [0, 1])
+
+    assert torch.equal(made.timesteps[:2], made.timesteps[2:])
+    assert torch.equal(made.targets[:2], made.targets[2:])
+    assert torch.equal(made.text_states[:2], made.text_states[2:])
+    assert not torch.allclose(made.noisy_latents[:2], made.noisy_latents[2:])
+    assert not torch.allclose(made.targets[0], made.targets[1])
+
+
+def test_noisy_latents_are_the_scaled_latents_at_their_timestep(maker):
+    from xdpo.noise import draw_noise
+
+    made = maker(batch_of([0]), 0, [0])
+    with torch.no_grad():
+        posterior = maker.parts.vae.encode(batch_of([0])["pixel_values"]).latent_dist
+    own = draw_noise(0, [0], (4, 8, 8), shared=False, stream="posterior")
+    latents = (posterior.mean + posterior.std * own) * maker.parts.vae.config.scaling_factor
+    expected = add_noise(maker.schedule, latents, made.targets, made.timesteps)
+    torch.testing.assert_close(made.noisy_latents, expected)
+
+
+def test_another_seed_or_position_makes_another_example(maker):
+    one, seed, position = maker(batch_of([0]), 0, [0]), maker(batch_of([0]), 1, [0]), maker(batch_of([0]), 0, [1])
+
+    assert not torch.equal(one.targets, seed.targets)
+    assert not torch.equal(one.targets, position.targets)

@@ -1,0 +1,205 @@
+"""The embedded world: what captions claim, what flaws do to them, what the annotator and the judges make of it."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from xdpo.scorers import load_scorer
+from xdpo.tiny import world
+from xdpo.tiny.annotator import TIE_WIDTH, Rendering, choose, random_flaws, render, utility
+from xdpo.tiny.judges import HEADS, LAYOUTS, AttributeReader, Judge, alignment, labels_of
+from xdpo.tiny.world import Placement, Scene, Thing
+
+PAIRS = Path(__file__).parent.parent / "assets" / "tiny" / "pairs"
+STAR_ABOVE_CIRCLE = Scene((Thing("star", "red", "small"), Thing("circle", "blue", "large")), "white", "above")
+
+
+def scenes(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [world.random_scene(rng) for _ in range(count)]
+
+
+def test_captions_read_as_english_and_parse_back_to_their_scene():
+    assert world.caption(STAR_ABOVE_CIRCLE) == "a small red star above a large blue circle on a white background"
+    for index, scene in enumerate(scenes(300)):
+        assert world.parse(world.caption(scene, index)) == scene
+
+
+def test_text_outside_the_grammar_is_refused_with_an_example():
+    with pytest.raises(ValueError, match="an example that is: 'a small red star"):
+        world.parse("a photo of a dog")
+
+
+def test_placements_fulfil_their_relation_and_keep_things_inside():
+    rng = np.random.default_rng(0)
+    for scene in scenes(300):
+        placement = world.place(scene, rng)
+        for thing, (x, y) in zip(scene.things, placement.centres, strict=True):
+            reach = 0.9 * world.SIZES[thing.size]
+            assert reach - 1 <= min(x, y) and max(x, y) <= world.IMAGE_SIZE - reach + 1
+        if scene.relation in world.RELATIONS:
+            (x0, y0), (x1, y1) = placement.centres
+            holds = {"above": y0 < y1, "below": y0 > y1, "to the left of": x0 < x1, "to the right of": x0 > x1}
+            assert holds[scene.relation]
+
+
+@pytest.mark.parametrize("shape", world.SHAPES)
+def test_a_shape_is_drawn_in_its_colour_and_covers_more_when_large(shape):
+    def ink(size):
+        scene = Scene((Thing(shape, "red", size),), "white")
+        image = world.draw(scene, Placement(((16.0, 16.0),)))
+        assert image.shape == (32, 32, 3) and image.min() >= 0 and image.max() <= 1
+        red = np.array(world.COLOURS["red"]) / 255
+        assert abs(image - red).sum(axis=2).min() < 0.02, "some pixel is wholly red"
+        return (abs(image - np.array(world.BACKGROUNDS["white"]) / 255).sum(axis=2) > 0.1).sum()
+
+    assert 10 < ink("small") < 0.7 * ink("large")
+
+
+def test_training_never_meets_a_held_out_scene_or_combination():
+    rng = np.random.default_rng(3)
+    for _ in range(500):
+        scene = world.training_scene(rng)
+        assert not world.is_held_out(scene)
+        assert all((thing.colour, thing.shape) not in world.UNSEEN_COMBINATIONS for thing in scene.things)
+
+
+def test_tinyprompts_are_two_hundred_distinct_held_out_prompts_in_four_categories():
+    rows = world.tiny_prompts()
+
+    assert Counter(category for category, _ in rows) == dict.fromkeys(world.PROMPT_CATEGORIES, 50)
+    assert len({prompt for _, prompt in rows}) == 200
+    for category, prompt in rows:
+        scene = world.parse(prompt)
+        assert world.is_held_out(scene)
+        assert (len(scene.things) == 1) == (category == "single object") or category == "unseen combination"
+
+
+def test_the_shipped_pairs_keep_training_and_prompts_apart():
+    train, test = (pq.read_table(PAIRS / f"{split}.parquet").to_pydict() for split in ("train", "test"))
+
+    assert not any(world.is_held_out(world.parse(caption)) for caption in train["caption"])
+    assert all(world.is_held_out(world.parse(caption)) for caption in test["caption"])
+    assert set(train["label_0"]) == {0.0, 0.5, 1.0}
+    assert all(a + b == 1 for a, b in zip(train["label_0"], train["label_1"], strict=True))
+    assert sum(path.stat().st_size for path in PAIRS.iterdir()) < 5e6
+
+
+# --- flaws and annotator -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flaw", "share_that_holds"),
+    [
+        (None, 9 / 9),
+        ("swapped colour", 8 / 9),  # one colour of: background, number, relation, 2 × (shape, colour, size)
+        ("wrong relation", 8 / 9),
+        ("missing object", 4 / 9),  # background and three attributes are left
+        ("blur", 9 / 9),
+    ],
+)
+def test_alignment_is_the_share_of_claims_that_hold(flaw, share_that_holds):
+    rendering = render(STAR_ABOVE_CIRCLE, np.random.default_rng(0), (flaw,) if flaw else ())
+
+    assert rendering.alignment == pytest.approx(share_that_holds)
+    assert (rendering.appeal == 1) == (flaw != "blur")
+
+
+def test_a_flaw_that_does_not_apply_changes_nothing():
+    alone = Scene((Thing("star", "red", "small"),), "white")
+    rendering = render(alone, np.random.default_rng(0), ("wrong relation", "missing object"))
+
+    assert rendering.flaws == () and rendering.alignment == 1
+
+
+def test_flaws_change_the_picture_as_they_say():
+    clean, washed, swapped = (
+        render(STAR_ABOVE_CIRCLE, np.random.default_rng(1), flaws).pixels.astype(float)
+        for flaws in ((), ("washed out",), ("swapped colour",))
+    )
+    assert washed.std() < 0.85 * clean.std()
+    assert abs(swapped - clean).max() > 50
+
+
+def test_the_annotator_prefers_the_better_picture_errs_sometimes_and_calls_near_equals_a_tie():
+    def rendering(alignment, appeal):
+        return Rendering(np.zeros((32, 32, 3), np.uint8), STAR_ABOVE_CIRCLE, Placement(()), (), alignment, appeal)
+
+    rng = np.random.default_rng(0)
+    good, bad, nearly = rendering(1, 1), rendering(8 / 9, 1), rendering(1, 1 - 0.4 * TIE_WIDTH / 2)
+    share = np.mean([choose(good, bad, rng) for _ in range(2000)])
+    expected = 1 / (1 + np.exp(-(utility(1, 1) - utility(8 / 9, 1)) / 0.42))
+    assert share == pytest.approx(expected, abs=0.03)
+    assert choose(good, nearly, rng) == 0.5
+
+
+# --- judges --------------------------------------------------------------------------------------------------
+
+
+def certain(scene, placement):
+    """Probabilities of a judge that is sure of the truth; things it doesn't see are spread evenly."""
+    labels = labels_of(scene, placement)
+    return {
+        name: np.eye(len(values))[labels[name]] if labels[name] >= 0 else np.full(len(values), 1 / len(values))
+        for name, values in HEADS.items()
+    }
+
+
+def test_a_judge_that_sees_the_truth_scores_as_the_annotator_counts():
+    rng = np.random.default_rng(5)
+    for scene in scenes(200, seed=4):
+        rendering = render(scene, rng, random_flaws(rng, 0.3))
+        judged = alignment(scene, certain(rendering.shown, rendering.placement))
+        lenient = {"wrong relation", "swapped colour"} <= set(rendering.flaws)  # either reading may then be the better
+        assert judged == pytest.approx(rendering.alignment) or (lenient and judged >= rendering.alignment)
+
+
+def test_labels_go_from_left_to_right_and_from_top_to_bottom():
+    labels = labels_of(STAR_ABOVE_CIRCLE, Placement(((16.0, 24.0), (16.0, 8.0))))  # drawn the wrong way round
+
+    assert LAYOUTS[labels["layout"]] == "vertical"
+    assert HEADS["shape0"][labels["shape0"]] == "circle" and HEADS["colour1"][labels["colour1"]] == "red"
+
+
+def test_the_shipped_judges_agree_with_the_truth_on_new_scenes_flaws_included():
+    rng = np.random.default_rng(77)
+    drawn = [(scene, render(scene, rng, random_flaws(rng, 0.4))) for scene in scenes(600, seed=78)]
+    images = [Image.fromarray(rendering.pixels) for _, rendering in drawn]
+    prompts = [world.caption(scene) for scene, _ in drawn]
+
+    judged = {name: np.array(load_scorer(f"tiny_{name}").score(images, prompts)) for name in ("alignment", "appeal")}
+    for name, scores in judged.items():
+        truth = np.array([getattr(rendering, name) for _, rendering in drawn])
+        assert abs(scores - truth).mean() < 0.05
+        assert np.corrcoef(scores, truth)[0, 1] > 0.9
+    rewards = load_scorer("tiny_reward").score(images, prompts)
+    assert rewards == pytest.approx([utility(a, b) for a, b in zip(judged["alignment"], judged["appeal"], strict=True)])
+
+
+def test_a_judge_takes_images_of_any_size_and_mode_and_scores_one_by_one_as_in_a_batch():
+    scene = Scene((Thing("square", "green", "large"),), "grey")
+    image = Image.fromarray(render(scene, np.random.default_rng(0)).pixels)
+    large = image.resize((256, 256), Image.Resampling.NEAREST).convert("RGBA")
+    judge, prompt = load_scorer("tiny_reward"), world.caption(scene)
+
+    one, other = judge.score([image, large], [prompt, prompt])
+    assert one == pytest.approx(other, abs=1e-5)
+    assert judge.score([image], [prompt])[0] == pytest.approx(one, abs=1e-5)
+
+
+def test_a_missing_judge_says_how_to_make_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape("scripts/train_tiny_judge.py")):
+        Judge("reward", weights=tmp_path / "nothing.safetensors")
+
+
+def test_the_reader_has_one_answer_per_head():
+    outputs = AttributeReader()(torch.zeros(2, 3, 32, 32))
+
+    assert {name: outputs[name].shape for name in HEADS} == {name: (2, len(values)) for name, values in HEADS.items()}
+    assert outputs["appeal"].shape == (2,)
