@@ -18,7 +18,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from xdpo.config import Config, load_config
-from xdpo.models import load_parts, pipeline_with
+from xdpo.models import load_model, read_model_spec, resolve_model
 from xdpo.report import compare
 from xdpo.runlog import read_rows
 from xdpo.sampling import contact_sheet, sample_images
@@ -39,19 +39,6 @@ def sample(pipeline, prompts: list[str], settings: Config, seed: int) -> list[Im
         image_size=settings.data.resolution,
         chunk_size=20,
     )
-
-
-def load_after(run: Path, settings: Config):
-    """The run's exported model as a pipeline."""
-    from diffusers import UNet2DConditionModel
-
-    parts = load_parts(settings.model)
-    pipeline = pipeline_with(parts, parts.unet)
-    if settings.model.trainable == "lora":
-        pipeline.load_lora_weights(run / "export")
-    else:
-        pipeline.unet = UNet2DConditionModel.from_pretrained(run / "export", subfolder="unet").eval()
-    return pipeline
 
 
 def draw_curve(run: Path, path: Path) -> None:
@@ -94,11 +81,13 @@ def main() -> None:
     rows = tiny_prompts(options.prompts)
     prompts = [prompt for _, prompt in rows]
 
-    parts = load_parts(settings.model)
+    base = load_model(resolve_model(*read_model_spec(settings.model.pipeline)))
     with torch.inference_mode():
         images = {
-            "before": sample(pipeline_with(parts, parts.unet), prompts, settings, options.seed),
-            "after": sample(load_after(options.run, settings), prompts, settings, options.seed),
+            "before": sample(base, prompts, settings, options.seed),
+            "after": sample(
+                load_model(resolve_model(*read_model_spec(str(options.run)))), prompts, settings, options.seed
+            ),
         }
     scores, comparisons = {}, {}
     for name in SCORERS:

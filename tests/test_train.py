@@ -95,7 +95,7 @@ def assert_same_run(one, other):
 
 VARIANTS = {
     "full": [],
-    "lora": ["model.trainable=lora", "model.lora_rank=4"],
+    "lora": ["model.trainable=lora", "model.lora_rank=4", "model.lora_alpha=16"],
     "bf16 autocast": ["compute.precision=bf16"],
     "lora in bf16": ["model.trainable=lora", "model.lora_rank=4", "compute.precision=bf16"],
     "gradient checkpointing": ["compute.gradient_checkpointing=true"],

@@ -275,7 +275,10 @@ def export_model(
             from peft import get_peft_model_state_dict
 
             layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, state_dict=weights))
-            StableDiffusionPipeline.save_lora_weights(aside, unet_lora_layers=layers)
+            adapter = unet.peft_config["default"].to_dict()  # without it a loader takes alpha for the rank
+            StableDiffusionPipeline.save_lora_weights(
+                aside, unet_lora_layers=layers, unet_lora_adapter_metadata=adapter
+            )
         else:
             with torch.device("meta"):
                 exported = type(unet).from_config(unet.config)

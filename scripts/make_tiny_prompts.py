@@ -1,0 +1,13 @@
+"""Write `tinyprompts`, the prompt set of the embedded world: `python scripts/make_tiny_prompts.py` (a second)."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from xdpo.tiny.world import tiny_prompts
+
+if __name__ == "__main__":
+    lines = ["category\tprompt", *(f"{category}\t{prompt}" for category, prompt in tiny_prompts())]
+    path = Path(__file__).resolve().parent.parent / "assets" / "tiny" / "prompts.tsv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,245 @@
+"""Models to generate with: what a user names → which files, of which version → a pipeline."""
+
+import difflib
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from pydantic import ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from xdpo.config import ComputeConfig, ModelConfig, Section, Text, load_config
+from xdpo.models.parts import check_pipeline_folder, load_parts, make_policy, pipeline_with
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+MODEL_CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "models"
+
+
+class ModelSpec(Section):
+    """What images are made with: a pipeline, its UNet replaced or adapted, or a run of train_xdpo.py.
+
+    configs/models/ holds the paper's five. `revision` is the hub revision of `unet` or `lora`, `base_revision` that
+    of `base`.
+    """
+
+    base: Text | None = None  # hub id or folder of a pipeline
+    base_revision: Text | None = None
+    unet: Text | None = None  # hub id or folder of a UNet in diffusers format, itself or under unet/
+    lora: Text | None = None  # hub id or folder with pytorch_lora_weights.safetensors
+    run: Text | None = None  # run folder (its export), or a checkpoint folder of a run
+    revision: Text | None = None
+
+    @model_validator(mode="after")
+    def _is_one_model(self):
+        if (self.base is None) == (self.run is None):
+            raise ValueError("give either base, a pipeline, or run, a run folder of train_xdpo.py")
+        if self.unet is not None and self.lora is not None:
+            raise ValueError("give unet or lora, not both")
+        if self.run is not None and (self.unet or self.lora or self.base_revision or self.revision):
+            raise ValueError("a run knows its base and weights; give run alone")
+        if self.revision is not None and not (self.unet or self.lora):
+            raise ValueError("revision is that of unet or lora; the pipeline's is base_revision")
+        return self
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A model whose files have been found. Revisions are hub commits, or "sha256:…" of local weights.
+
+    `kind` says what `weights` is: "unet" or "lora" (hub id or folder), "checkpoint" (folder), or "base" and None.
+    """
+
+    name: str
+    base: ModelConfig
+    base_revision: str
+    kind: str
+    weights: str | None = None
+    subfolder: str | None = None
+    revision: str | None = None
+
+    @property
+    def identity(self) -> dict[str, str | None]:
+        """What makes two models the same, wherever their files lie."""
+        base = "local folder" if Path(self.base.pipeline).is_dir() else self.base.pipeline
+        return {"base": base, "base_revision": self.base_revision, "kind": self.kind, "revision": self.revision}
+
+
+def read_model_spec(name: str, *, unet: str | None = None, lora: str | None = None) -> tuple[str, ModelSpec]:
+    """What a user names: (display name, spec). Raises ValueError for what can't be a model, saying what can.
+
+    name: a YAML file or the name of one in configs/models, a pipeline folder, a run folder, its export or a checkpoint
+    of it, or a hub id. `unet` and `lora` replace or adapt the UNet of a pipeline.
+    """
+    path, shipped = Path(name), sorted(file.stem for file in MODEL_CONFIGS.glob("*.yaml"))
+    if name in shipped:  # also where a folder is called so, as our own package is: that one is ./xdpo
+        path = MODEL_CONFIGS / f"{name}.yaml"
+    if path.suffix in (".yaml", ".yml"):
+        return path.stem, _spec_from_yaml(path, unet, lora)
+    folder = path.resolve()
+    if (folder / "model_index.json").is_file():
+        return folder.name, _spec(name, base=name, unet=unet, lora=lora)
+    if (folder / "config.yaml").is_file():
+        return folder.name, _spec(name, run=name, unet=unet, lora=lora)
+    if (folder.parent / "config.yaml").is_file() and folder.name == "export":
+        return folder.parent.name, _spec(name, run=name, unet=unet, lora=lora)
+    if (folder / "policy.safetensors").is_file():
+        return f"{folder.parent.parent.name}_{folder.name}", _spec(name, run=name, unet=unet, lora=lora)
+    if folder.is_dir():
+        raise ValueError(
+            f"model: {name!r} is no pipeline folder (model_index.json), run folder (config.yaml) or checkpoint "
+            "(policy.safetensors). A UNet or LoRA folder goes with its pipeline: --model PIPELINE --unet or --lora it"
+        )
+    if name.count("/") != 1 or path.is_absolute() or name.startswith("."):
+        near = difflib.get_close_matches(name, shipped, n=1)
+        raise ValueError(
+            f"model: no folder {name!r} here; choose from {', '.join(shipped)}, or give a folder, a YAML file or a hub "
+            "id of the form owner/name" + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    return name.replace("/", "_"), _spec(name, base=name, unet=unet, lora=lora)
+
+
+def resolve_model(name: str, spec: ModelSpec) -> ResolvedModel:
+    """Find a model's files and which version they are, before any weight is loaded.
+
+    Of hub models only small files are fetched here, which tells the commit. Raises ValueError where files are missing.
+    """
+    if spec.run is not None:
+        return _resolve_run(name, Path(spec.run))
+    base, base_revision = _resolve_base(ModelConfig(pipeline=spec.base, revision=spec.base_revision))
+    source, kind = (spec.unet, "unet") if spec.unet else (spec.lora, "lora")
+    if source is None:
+        return ResolvedModel(name, base, base_revision, "base")
+    files = ("unet/config.json", "config.json") if kind == "unet" else (LORA_FILE,)
+    if Path(source).is_dir():
+        file = next((file for file in files if (Path(source) / file).is_file()), None)
+        if file is None:
+            raise ValueError(f"model.{kind}: {source!r} has no {' or '.join(files)}")
+        folder = (Path(source) / file).parent
+        return ResolvedModel(name, base, base_revision, kind, str(folder), None, _local_revision(folder))
+    commit, file = _hub_commit(source, files, spec.revision, f"model.{kind}")
+    subfolder = file.rpartition("/")[0] or None
+    return ResolvedModel(name, base, base_revision, kind, source, subfolder, commit)
+
+
+def load_model(model: ResolvedModel):
+    """The StableDiffusionPipeline of a resolved model: float32, on the CPU, no safety checker.
+
+    Raises ValueError where weights can't be loaded or don't fit the base.
+    """
+    parts = load_parts(model.base)
+    on_hub = {} if Path(model.weights or "").is_dir() else {"revision": model.revision}
+    try:
+        if model.kind == "unet":
+            unet = type(parts.unet).from_pretrained(
+                model.weights, subfolder=model.subfolder, dtype=torch.float32, **on_hub
+            )
+            return pipeline_with(parts, unet.eval().requires_grad_(False))
+        if model.kind == "checkpoint":
+            return pipeline_with(parts, _load_checkpoint(parts.unet, Path(model.weights), model.base))
+        pipeline = pipeline_with(parts, parts.unet)
+        if model.kind == "lora":
+            pipeline.load_lora_weights(model.weights, weight_name=LORA_FILE, **on_hub)
+        return pipeline
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        problem = f"can't load {model.kind} weights of {model.weights}: {error}"
+        raise ValueError(f"model {model.name!r}: {problem}") from error
+
+
+def _spec(label: str, **fields: str | None) -> ModelSpec:
+    try:
+        return ModelSpec(**fields)
+    except ValidationError as error:
+        problems = "; ".join(
+            ".".join(map(str, problem["loc"])) + (": " if problem["loc"] else "") + problem["msg"]
+            for problem in error.errors()
+        )
+        raise ValueError(f"model {label}: {problems}") from None
+
+
+def _spec_from_yaml(path: Path, unet: str | None, lora: str | None) -> ModelSpec:
+    try:
+        fields = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"model: can't read {path}: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"model {path}: must be a mapping with {', '.join(ModelSpec.model_fields)}")
+    given = {key: value for key, value in (("unet", unet), ("lora", lora)) if value is not None}
+    return _spec(str(path), **{str(key): value for key, value in fields.items()}, **given)
+
+
+def _resolve_base(base: ModelConfig) -> tuple[ModelConfig, str]:
+    check_pipeline_folder(base.pipeline)
+    if Path(base.pipeline).is_dir():
+        return base, _local_revision(Path(base.pipeline), "*/")
+    commit, _ = _hub_commit(base.pipeline, ("model_index.json",), base.revision, "model.base")
+    return base.model_copy(update={"revision": commit}), commit
+
+
+def _resolve_run(name: str, path: Path) -> ResolvedModel:
+    """A run's export, or one of its checkpoints; the base is the one that the run trained."""
+    is_checkpoint = (path / "policy.safetensors").is_file()
+    run = path.resolve().parents[1] if is_checkpoint else path.resolve().parent if path.name == "export" else path
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"model.run: {str(path)!r} is neither a run folder of train_xdpo.py nor a checkpoint of one")
+    base, base_revision = _resolve_base(load_config(run / "config.yaml").model)
+    if is_checkpoint:
+        return ResolvedModel(name, base, base_revision, "checkpoint", str(path), None, _local_revision(path))
+    if (run / "export" / "unet").is_dir():
+        kind, weights = "unet", run / "export" / "unet"
+    elif (run / "export" / LORA_FILE).is_file():
+        kind, weights = "lora", run / "export"
+    else:
+        saved = ", ".join(str(folder) for folder in sorted((run / "checkpoints").glob("step_????????")))
+        raise ValueError(
+            f"model.run: {run} has no export, as it isn't finished; name one of its checkpoints: {saved or 'none yet'}"
+        )
+    return ResolvedModel(name, base, base_revision, kind, str(weights), None, _local_revision(weights))
+
+
+def _local_revision(folder: Path, depth: str = "") -> str:
+    """Which model a folder holds, whatever it is called: "sha256:…" over its weights and configs."""
+    total = hashlib.sha256()
+    weights = sorted(folder.glob(f"{depth}*.safetensors")) or sorted(folder.glob(f"{depth}*.bin"))
+    for path in [*weights, *sorted(folder.glob(f"{depth}*.json"))]:
+        if path.name != "optimizer.safetensors":  # of a checkpoint: not part of the model
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").digest()
+            total.update(path.relative_to(folder).as_posix().encode() + digest)
+    return f"sha256:{total.hexdigest()}"
+
+
+def _hub_commit(repository: str, files: tuple[str, ...], revision: str | None, key: str) -> tuple[str, str]:
+    """The commit that a hub revision stands for, and the first of `files` that it has."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    problem: Exception | None = None
+    for file in files:
+        try:
+            path = Path(hf_hub_download(repository, file, revision=revision))
+            return path.parents[file.count("/")].name, file  # …/snapshots/COMMIT/file
+        except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+            problem = error
+    raise ValueError(
+        f"{key}: can't find {' or '.join(files)} of {repository!r} on the hub or in its cache: "
+        f"{str(problem).strip().splitlines()[0].rstrip('.')}. "
+        "Check the name and the network, or download it once and give its folder"
+    ) from problem
+
+
+def _load_checkpoint(unet: nn.Module, folder: Path, model: ModelConfig) -> nn.Module:
+    """Put the weights of a training checkpoint, the moving average where one was kept, into the base's UNet."""
+    policy = make_policy(unet, model, ComputeConfig())
+    names = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    weights = load_file(folder / "policy.safetensors")
+    if weights.keys() != set(names):
+        raise ValueError(f"model.run: {folder} doesn't fit its run's config: it holds other parameters than the policy")
+    if (folder / "ema.safetensors").is_file():
+        average = load_file(folder / "ema.safetensors")
+        weights = {name: average[str(index)] for index, name in enumerate(names)}
+    policy.load_state_dict(weights, strict=False)
+    return policy.eval().requires_grad_(False)

@@ -1,0 +1,150 @@
+"""A folder of images that explains itself and that a kill at any moment leaves whole.
+
+```
+{output}/{set}/settings.json              what decides the pixels; what it was made with
+               manifest.jsonl             one line per image: file, category, index, prompt, seed, model, sha256, …
+               {category}/{index:05d}.png
+```
+
+An image is written aside, flushed, renamed, and then recorded in its process's part of the manifest. The parts are
+collected into manifest.jsonl, which alone says what is finished, at the end and before anything else is made.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from xdpo.checkpoint import library_versions, write_text
+
+SETTINGS, MANIFEST, PARTS = "settings.json", "manifest.jsonl", "manifest.part-*.jsonl"
+
+
+class ImageFolderError(ValueError):
+    """A folder that can't be used for these images; the message says why and what to do."""
+
+
+def check_image_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds something else, images of other settings, or that can't be written to. Writes nothing.
+
+    settings: flat, everything that decides a pixel; values as JSON has them. Raises ImageFolderError naming the keys
+    that differ.
+    """
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise ImageFolderError(f"output: {existing} is a file; choose another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ImageFolderError(f"output: no permission to write in {existing}; choose another folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    saved = _read_settings(folder)
+    if saved is None:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:5])
+        raise ImageFolderError(f"output: {folder} holds something else than generated images ({found}); choose another")
+    before = saved["settings"]
+    changes = [
+        f"{key}: {before.get(key)!r} there, {settings.get(key)!r} asked for"
+        for key in dict.fromkeys([*before, *settings])
+        if before.get(key) != settings.get(key)
+    ]
+    if changes:
+        raise ImageFolderError(
+            f"output: {folder} holds images made with other settings:\n  "
+            + "\n  ".join(changes)
+            + "\nChoose another --output, or remove that folder"
+        )
+
+
+def open_image_folder(folder: Path, settings: Mapping[str, Any], made_with: Mapping[str, Any]) -> list[str]:
+    """Create a checked folder or go on with it; one process calls it, before any other looks at the manifest.
+
+    made_with: what may differ between starts, and may then differ in the last bit of a pixel; returns a line for each
+    thing that did since the last start.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {**made_with, **library_versions()}
+    saved = _read_settings(folder) or {"settings": dict(settings), "starts": []}
+    last = saved["starts"][-1] if saved["starts"] else facts
+    differences = [f"{key}: {last.get(key)}, now {value}" for key, value in facts.items() if last.get(key) != value]
+    saved["starts"].append({"time": datetime.now(UTC).isoformat(timespec="seconds"), **facts})
+    write_text(folder / SETTINGS, json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
+    collect_manifest(folder)
+    return differences
+
+
+def save_image(path: Path, image: Image.Image, quality: int) -> str:
+    """Write a PNG, or by its suffix a JPEG of that quality, and return the file's sha256; never half an image."""
+    buffer = io.BytesIO()
+    if path.suffix == ".jpg":
+        image.save(buffer, "JPEG", quality=quality)
+    else:
+        image.save(buffer, "PNG")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    with aside.open("wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    return hashlib.sha256(buffer.getbuffer()).hexdigest()
+
+
+def record(folder: Path, rank: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append the rows of finished images to this process's part of the manifest."""
+    with (folder / PARTS.replace("*", f"{rank:05d}")).open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)  # ASCII: no separator that a reader might split at
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(folder: Path) -> list[dict[str, Any]]:
+    """The rows of manifest.jsonl; none where there is no such file. Raises ImageFolderError for a damaged one."""
+    if not (folder / MANIFEST).is_file():
+        return []
+    return list(_rows(folder / MANIFEST, may_be_torn=False))
+
+
+def collect_manifest(folder: Path) -> list[dict[str, Any]]:
+    """Merge the processes' parts into manifest.jsonl and return its rows, in order of position and image number.
+
+    Rows whose image is gone are dropped, so that it is made again. One process calls it while none makes images.
+    """
+    parts = sorted(folder.glob(PARTS))
+    rows = {row["file"]: row for row in read_manifest(folder)}
+    for part in parts:
+        rows |= {row["file"]: row for row in _rows(part, may_be_torn=True)}
+    finished = sorted(
+        (row for file, row in rows.items() if (folder / file).is_file()),
+        key=lambda row: (row["image"], row["position"]),
+    )
+    write_text(folder / MANIFEST, "".join(json.dumps(row) + "\n" for row in finished))
+    for part in parts:
+        part.unlink()
+    return finished
+
+
+def _rows(path: Path, may_be_torn: bool) -> Iterable[dict[str, Any]]:
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        try:
+            if line:
+                yield json.loads(line)
+        except ValueError as error:  # not JSON, or cut within a character: the process was killed while appending
+            if not may_be_torn:
+                message = f"{path}: line {number} is damaged: {error}; remove the file to make its images again"
+                raise ImageFolderError(message) from error
+
+
+def _read_settings(folder: Path) -> dict[str, Any] | None:
+    if not (folder / SETTINGS).is_file():
+        return None
+    try:
+        saved = json.loads((folder / SETTINGS).read_text("utf-8"))
+        return {"settings": dict(saved["settings"]), "starts": list(saved["starts"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ImageFolderError(f"output: {folder / SETTINGS} is damaged; choose another --output") from error

@@ -1,0 +1,151 @@
+"""Sampling: one CPU generator per image, and chunks of one fixed size.
+
+Kernels round differently at different batch sizes and at different places of a batch, so the whole prompt list is cut
+into chunks before it is known who makes which; the last one is padded. Chunks are what processes share out, and what
+an interrupted run repeats.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from xdpo.prompts import Prompt
+
+SCHEDULERS: dict[str, tuple[str, dict]] = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),  # latents go beyond ±1
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),  # as Stable Diffusion has it
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "dpm++_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+}
+"""From a sampler's name to its diffusers class and options; all else is the pipeline's own scheduler's config."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SEED_STRIDE = 1_000_000  # between the images of one prompt: more than any set has prompts
+SEED_LIMIT = 2**32  # torch's CPU generator uses no more bits of a seed
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Everything besides model and prompt that decides a pixel.
+
+    image_size in pixels, None: the pipeline's own. scheduler "pipeline" or a key of SCHEDULERS.
+    """
+
+    seed: int = 0
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    scheduler: str = "pipeline"
+    image_size: int | None = None
+    precision: str = "fp32"
+    compile: bool = False
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """One image to make: the `number`-th of its prompt, from 0, with its seed and its file in the set's folder."""
+
+    prompt: Prompt
+    number: int
+    seed: int
+    file: str
+
+
+def plan_chunks(
+    prompts: Sequence[Prompt], images_per_prompt: int, seed: int, batch_size: int, suffix: str
+) -> list[list[ImageTask]]:
+    """Every image of a list of prompts, in chunks of batch_size.
+
+    All first images come first: neither more images per prompt nor a longer list moves an image to another place in
+    its chunk. Image k of the prompt at position p has seed + p + k · 1,000,000. Raises ValueError where that leaves
+    32 bits.
+    """
+    last = seed + max(prompt.position for prompt in prompts) + (images_per_prompt - 1) * SEED_STRIDE
+    if seed < 0 or last >= SEED_LIMIT:
+        raise ValueError(f"seeds must lie between 0 and 2³² − 1; these would go from {seed} to {last}")
+    chunks = []
+    for number in range(images_per_prompt):
+        ending = f"_{number}{suffix}" if number else suffix
+        tasks = [
+            ImageTask(
+                prompt,
+                number,
+                seed + prompt.position + number * SEED_STRIDE,
+                f"{prompt.folder}/{prompt.index:05d}{ending}",
+            )
+            for prompt in prompts
+        ]
+        chunks += [tasks[start : start + batch_size] for start in range(0, len(tasks), batch_size)]
+    return chunks
+
+
+def prepare_pipeline(pipeline, settings: SamplingSettings, device: torch.device):
+    """Move a pipeline to its device and precision, give it the chosen scheduler, compile its UNet where asked to."""
+    import diffusers
+
+    if settings.scheduler != "pipeline":
+        name, options = SCHEDULERS[settings.scheduler]
+        pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **options)
+    pipeline.to(device, DTYPES[settings.precision])
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    if settings.compile:
+        pipeline.unet.compile(fullgraph=True)
+    return pipeline
+
+
+def is_truncated(tokenizer, text: str) -> bool:
+    """Whether the text encoder won't see the end of a prompt: SD 1.5's reads 77 tokens, two of them its own."""
+    return len(tokenizer(text, verbose=False).input_ids) > tokenizer.model_max_length
+
+
+@torch.no_grad()
+def sample_chunk(
+    pipeline, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings, batch_size: int | None = None
+) -> list[Image.Image]:
+    """Sample one image per prompt in one batch of `batch_size`, padded with the last one where prompts are fewer."""
+    size = batch_size or settings.batch_size
+    assert 0 < len(prompts) == len(seeds) <= size, "a chunk has one seed per prompt and no more than fit a batch"
+    padding = size - len(prompts)
+    output = pipeline(
+        [*prompts, *[prompts[-1]] * padding],
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in [*seeds, *[seeds[-1]] * padding]],
+        height=settings.image_size,
+        width=settings.image_size,
+        output_type="pil",
+    )
+    return output.images[: len(prompts)]
+
+
+def sample_images(
+    pipeline,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 7.5,
+    image_size: int | None = None,
+    chunk_size: int = 4,
+) -> list[Image.Image]:
+    """Sample one image per prompt with a StableDiffusionPipeline as it is; image i uses seed `seed + i`."""
+    settings = SamplingSettings(
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        image_size=image_size,
+        batch_size=chunk_size,
+    )
+    images: list[Image.Image] = []
+    for start in range(0, len(prompts), chunk_size):
+        chunk = list(prompts[start : start + chunk_size])
+        images += sample_chunk(pipeline, chunk, range(seed + start, seed + start + len(chunk)), settings)
+    return images

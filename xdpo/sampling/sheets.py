@@ -1,0 +1,69 @@
+"""Sheets of images side by side: models as columns, prompts as rows."""
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw
+
+_MARGIN, _LINE, _HEADER, _GAP = 8, 15, 26, 6
+_FONT_SIZE, _TITLE_SIZE = 11, 14
+
+
+def contact_sheet(
+    columns: dict[str, Sequence[Image.Image]],
+    captions: Sequence[str],
+    cell: int | None = None,
+    caption_lines: int = 1,
+) -> Image.Image:
+    """A sheet with one column per model, titled, and one row per prompt, its caption beneath.
+
+    Images fill cells of `cell` pixels a side, by default at least 128: enlarged without smoothing, reduced with it.
+    Captions wrap to at most `caption_lines` lines; what doesn't fit is cut with an ellipsis.
+    """
+    titles, rows = list(columns), list(zip(*columns.values(), strict=True))
+    assert rows and len(rows) == len(captions), "a sheet needs a caption for each of its rows"
+    if cell is None:
+        cell = max(rows[0][0].width, 128 // rows[0][0].width * rows[0][0].width)
+    width = _MARGIN + len(titles) * (cell + _MARGIN)
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    wrapped = [_wrap(ruler, caption, width - 2 * _MARGIN, caption_lines) for caption in captions]
+    height = _HEADER + sum(cell + len(lines) * _LINE + _GAP + _MARGIN for lines in wrapped)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        fitted = _fit(draw, title, cell, _TITLE_SIZE)
+        draw.text((_MARGIN + column * (cell + _MARGIN), 6), fitted, fill="black", font_size=_TITLE_SIZE)
+    top = _HEADER
+    for images, lines in zip(rows, wrapped, strict=True):
+        for column, image in enumerate(images):
+            sheet.paste(_square(image, cell), (_MARGIN + column * (cell + _MARGIN), top))
+        top += cell
+        for line in lines:
+            draw.text((_MARGIN, top + 2), line, fill="#333333", font_size=_FONT_SIZE)
+            top += _LINE
+        top += _GAP + _MARGIN
+    return sheet
+
+
+def _square(image: Image.Image, cell: int) -> Image.Image:
+    enlarges = image.width <= cell
+    return image.convert("RGB").resize((cell, cell), Image.Resampling.NEAREST if enlarges else Image.Resampling.LANCZOS)
+
+
+def _wrap(draw: ImageDraw.ImageDraw, text: str, width: int, most: int) -> list[str]:
+    """The text in lines no wider than `width` pixels, at most so many."""
+    lines, words = [], text.split()
+    while words and len(lines) < most - 1:
+        line = words.pop(0)
+        while words and draw.textlength(f"{line} {words[0]}", font_size=_FONT_SIZE) <= width:
+            line += " " + words.pop(0)
+        lines.append(_fit(draw, line, width, _FONT_SIZE))
+    return lines + ([_fit(draw, " ".join(words), width, _FONT_SIZE)] if words or not lines else [])
+
+
+def _fit(draw: ImageDraw.ImageDraw, text: str, width: int, font_size: int) -> str:
+    """The text, cut with an ellipsis where it is wider than `width` pixels."""
+    if draw.textlength(text, font_size=font_size) <= width:
+        return text
+    while text and draw.textlength(text + "…", font_size=font_size) > width:
+        text = text[:-1]
+    return text + "…"
