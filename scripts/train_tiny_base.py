@@ -305,7 +305,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=60_000, help="size of the drawn training set")
     parser.add_argument("--vae-steps", type=int, default=3_500)
     parser.add_argument("--text-steps", type=int, default=600)
-    parser.add_argument("--unet-steps", type=int, default=2_800)
+    parser.add_argument("--unet-steps", type=int, default=2_000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")

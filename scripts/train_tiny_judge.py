@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
@@ -20,7 +19,7 @@ from torch.nn.functional import cross_entropy
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from xdpo.tiny.annotator import Rendering, random_flaws, render
-from xdpo.tiny.judges import HEADS, JUDGE_WEIGHTS, AttributeReader, alignment, labels_of
+from xdpo.tiny.judges import HEADS, JUDGE_WEIGHTS, AttributeReader, Judge, alignment, labels_of
 from xdpo.tiny.world import Scene, random_scene
 
 FLAWLESS_SHARE = 0.4
@@ -49,11 +48,6 @@ def through_autoencoder(vae: AutoencoderKL, pixels: torch.Tensor, spread: float)
     return ((decoded + 1) * 127.5).round() / 127.5 - 1
 
 
-def rank_correlation(one: list[float], other: list[float]) -> float:
-    """Spearman's ρ."""
-    return float(pd.Series(one).rank().corr(pd.Series(other).rank()))
-
-
 @torch.no_grad()
 def measure(reader: AttributeReader, vae: AutoencoderKL | None, count: int, seed: int) -> dict[str, float]:
     """Agreement with the truth on `count` new renderings; through the autoencoder if one is given."""
@@ -71,27 +65,14 @@ def measure(reader: AttributeReader, vae: AutoencoderKL | None, count: int, seed
     judged = [alignment(s, {n: rows[i] for n, rows in probabilities.items()}) for i, s in enumerate(scenes)]
     truth = [rendering.alignment for rendering in renderings]
     numbers["alignment: mean absolute error"] = float(np.abs(np.subtract(judged, truth)).mean())
-    numbers["alignment: Spearman"] = rank_correlation(judged, truth)
+    numbers["alignment: correlation"] = float(np.corrcoef(judged, truth)[0, 1])
     numbers["appeal: mean absolute error"] = (outputs["appeal"] - appeal).abs().mean().item()
-    numbers["appeal: Spearman"] = rank_correlation(outputs["appeal"].tolist(), appeal.tolist())
+    numbers["appeal: correlation"] = float(np.corrcoef(outputs["appeal"], appeal)[0, 1])
     return {name: round(value, 4) for name, value in numbers.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", default="assets/tiny/pipeline", help="whose autoencoder images pass through")
-    parser.add_argument(
-        "--out", type=Path, default=JUDGE_WEIGHTS, help="where the weights go; the measures beside them"
-    )
-    parser.add_argument("--steps", type=int, default=2_500)
-    parser.add_argument("--batch", type=int, default=96)
-    parser.add_argument("--test-images", type=int, default=4_000)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-    vae = AutoencoderKL.from_pretrained(options.pipeline, subfolder="vae", dtype=torch.float32).eval()
+def train(vae: AutoencoderKL, options: argparse.Namespace) -> AttributeReader:
+    """A reader trained on freshly drawn scenes."""
     reader = AttributeReader()
     optimizer = torch.optim.AdamW(reader.parameters(), lr=2e-3, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=options.steps)
@@ -110,13 +91,36 @@ def main() -> None:
         schedule.step()
         if step % 200 == 0 or step == options.steps - 1:
             print(f"step {step}: loss {loss.item():.4f}", flush=True)
-    reader.eval().half().float()  # what half precision keeps is what gets measured
+    return reader
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", default="assets/tiny/pipeline", help="whose autoencoder images pass through")
+    parser.add_argument(
+        "--out", type=Path, default=JUDGE_WEIGHTS, help="where the weights go; the measures beside them"
+    )
+    parser.add_argument("--steps", type=int, default=2_500)
+    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--test-images", type=int, default=4_000)
+    parser.add_argument("--measure-only", action="store_true", help="measure the judge that is there")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    vae = AutoencoderKL.from_pretrained(options.pipeline, subfolder="vae", dtype=torch.float32).eval()
+    if options.measure_only:
+        reader = Judge("reward", weights=options.out).reader
+    else:
+        reader = train(vae, options)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.half().contiguous() for name, tensor in reader.state_dict().items()}, options.out)
+        reader = reader.eval().half().float()  # what half precision keeps is what gets measured
     numbers = {
         "drawn": measure(reader, None, options.test_images, options.seed + 1_000),
         "through the autoencoder": measure(reader, vae, options.test_images, options.seed + 2_000),
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.half().contiguous() for name, tensor in reader.state_dict().items()}, options.out)
     report = {"images": options.test_images, "seed": options.seed, "steps": options.steps, "accuracy": numbers}
     options.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))

@@ -176,7 +176,7 @@ def test_the_shipped_judges_agree_with_the_truth_on_new_scenes_flaws_included():
     judged = {name: np.array(load_scorer(f"tiny_{name}").score(images, prompts)) for name in ("alignment", "appeal")}
     for name, scores in judged.items():
         truth = np.array([getattr(rendering, name) for _, rendering in drawn])
-        assert abs(scores - truth).mean() < 0.05
+        assert abs(scores - truth).mean() < 0.08
         assert np.corrcoef(scores, truth)[0, 1] > 0.9
     rewards = load_scorer("tiny_reward").score(images, prompts)
     assert rewards == pytest.approx([utility(a, b) for a, b in zip(judged["alignment"], judged["appeal"], strict=True)])
@@ -203,3 +203,19 @@ def test_the_reader_has_one_answer_per_head():
 
     assert {name: outputs[name].shape for name in HEADS} == {name: (2, len(values)) for name, values in HEADS.items()}
     assert outputs["appeal"].shape == (2,)
+
+
+def test_the_shipped_base_is_a_small_stable_diffusion_pipeline_that_follows_its_captions():
+    from diffusers import StableDiffusionPipeline
+
+    from xdpo.sampling import sample_images
+
+    folder = PAIRS.parent / "pipeline"
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 12e6
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = [prompt for _, prompt in world.tiny_prompts()[::9]]
+    images = sample_images(pipeline, prompts, seed=0, num_inference_steps=10, guidance_scale=4.0, chunk_size=len(prompts))
+    right = np.mean(load_scorer("tiny_alignment").score(images, prompts))
+    wrong = np.mean(load_scorer("tiny_alignment").score(images, prompts[::-1]))
+    assert right > wrong + 0.15
