@@ -1,0 +1,318 @@
+"""evaluate.py from image folders to report: nothing is scored twice, nothing is lost, and everything odd is named."""
+
+import json
+import re
+from urllib.parse import unquote
+
+import pytest
+from PIL import Image
+
+import evaluate
+from xdpo.report.images import file_sha256
+from xdpo.report.table import ScoreTable
+
+# A scorer of one's own: the mean of the red channel. It writes down how many images each call had.
+RED = """
+from pathlib import Path
+import numpy as np
+
+CALLS = Path({calls!r})
+
+class Red:
+    def score(self, images, prompts):
+        with CALLS.open("a") as file:
+            file.write(str(len(images)) + " ")
+        if CALLS.with_name("fail").exists() and len(CALLS.read_text().split()) > 2:
+            raise KeyboardInterrupt
+        return [float(np.asarray(image)[..., 0].mean()) for image in images]
+
+class Nan:
+    def score(self, images, prompts):
+        return [float("nan") if "2" in prompt else 1.0 for prompt in prompts]
+"""
+MODELS = {"sd15": 100, "xdpo": 150}
+
+
+def make_model(folder, red, count=6, prompt_set="mine", suffix="png"):
+    """Images of one colour in two categories, redder with their number, and their manifest."""
+    rows = []
+    for number in range(count):
+        category = "cats" if number < count // 2 else "dogs"
+        path = folder / prompt_set / category / f"{number:05d}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (red + number, number, 0)).save(path)
+        rows.append(
+            {
+                "file": f"{category}/{path.name}",
+                "category": category,
+                "index": number,
+                "prompt": f"<i>prompt</i> {number}",
+                "model": folder.name,
+                "sha256": file_sha256(path),
+            }
+        )
+    (folder / prompt_set / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Two models' images and a scorer; a function that runs evaluate.py on them."""
+    (tmp_path / "red.py").write_text(RED.format(calls=str(tmp_path / "calls")))
+    for model, red in MODELS.items():
+        make_model(tmp_path / "images" / model, red)
+
+    class World:
+        folder, output = tmp_path, tmp_path / "results"
+        scorer = f"{tmp_path / 'red.py'}:Red"
+
+        def images(self, *models):
+            return [str(tmp_path / "images" / model) for model in models or MODELS]
+
+        def run(self, *more, models=(), scorers=None):
+            arguments = ["--images", *self.images(*models), "--scorers", scorers or self.scorer]
+            return evaluate.main([*arguments, "--output", str(self.output), "--batch-size", "2", *more])
+
+        def calls(self):
+            """How many images were scored since last asked."""
+            calls = tmp_path / "calls"
+            total = sum(map(int, calls.read_text().split())) if calls.exists() else 0
+            calls.unlink(missing_ok=True)
+            return total
+
+    return World()
+
+
+def test_two_folders_become_scores_tables_figures_and_a_page(world, capsys):
+    assert world.run() == 0
+    assert {path.name for path in world.output.iterdir()} == {"scores.parquet", "report.md", "report.html", "figures"}
+    assert {path.suffix for path in (world.output / "figures").iterdir()} == {".png", ".svg"}
+    table = ScoreTable(world.output)
+    assert sorted((row.model, row.key, row.score) for row in table.placed)[:2] == [
+        ("sd15", "cats/0", 100.0),
+        ("sd15", "cats/1", 101.0),
+    ]
+    report = (world.output / "report.md").read_text()
+    assert "| Red | xdpo | sd15 | 100.0 % | [100.0, 100.0] | 6 | 0 | 0 | 0.031 |" in report
+    assert "Nothing is missing, broken or left out." in report
+    assert "102.5000 [101.1667, 103.8333]" in capsys.readouterr().out
+
+
+def test_nothing_is_scored_twice_and_a_new_model_costs_only_its_own(world):
+    world.run()
+    assert world.calls() == 12
+    world.run()
+    assert world.calls() == 0
+    make_model(world.folder / "images" / "kto", 170)
+    world.run(models=("sd15", "kto"))
+    assert world.calls() == 6
+    assert {row.model for row in ScoreTable(world.output).placed} == {"sd15", "xdpo", "kto"}
+
+
+def test_a_changed_scorer_scores_anew(world):
+    world.run()
+    world.calls()
+    with (world.folder / "red.py").open("a") as file:
+        file.write("# another version")
+    world.run()
+    assert world.calls() == 12
+
+
+def test_killed_and_restarted_it_goes_on_where_it_was(world, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "SAVE_SECONDS", -1)
+    (world.folder / "fail").touch()
+    assert world.run() == 130
+    assert "goes on" in capsys.readouterr().err
+    (world.folder / "fail").unlink()
+    world.calls()
+    assert world.run() == 0
+    assert world.calls() == 12 - 4  # two batches of two were done
+    assert len(ScoreTable(world.output).placed) == 12
+
+
+def test_identical_images_are_scored_once(world):
+    make_model(world.folder / "images" / "copy", MODELS["sd15"])
+    world.run(models=("sd15", "copy"))
+    assert world.calls() == 6
+    assert len(ScoreTable(world.output).placed) == 12
+
+
+def test_worker_processes_give_the_same_numbers_as_none(world):
+    world.run()
+    alone = {(row.model, row.key): row.score for row in ScoreTable(world.output).placed}
+    world.output = world.folder / "with_workers"
+    world.run("--workers", "2")
+    assert {(row.model, row.key): row.score for row in ScoreTable(world.output).placed} == alone
+
+
+def test_broken_and_missing_images_are_named_and_the_comparison_says_how_many_are_left(world, capsys):
+    sd15 = world.folder / "images" / "sd15" / "mine"
+    (sd15 / "cats" / "00001.png").write_bytes((sd15 / "cats" / "00001.png").read_bytes()[:40])
+    (sd15 / "dogs" / "00004.png").unlink()
+    assert world.run() == 0
+    report = (world.output / "report.md").read_text()
+    assert "4 of 6 prompts have scored images of all models and are compared (sd15 lacks 2)." in report
+    assert "1 left out: cannot be decoded (cats/00001.png)" in report
+    assert "1 listed in the manifest but missing (dogs/00004.png)" in report
+    assert "cannot be decoded" in capsys.readouterr().err
+
+
+def test_scores_that_are_not_finite_leave_their_prompts_out(world):
+    assert world.run(scorers=f"{world.scorer},{world.folder / 'red.py'}:Nan") == 0
+    report = (world.output / "report.md").read_text()
+    assert "5 of 6 prompts have scored images" in report
+    assert "left out: no finite score by" in report
+
+
+def test_a_set_that_only_some_models_have_compares_those(world):
+    make_model(world.folder / "images" / "xdpo", 90, prompt_set="other")
+    assert world.run("--baseline", "sd15") == 0
+    report = (world.output / "report.md").read_text()
+    assert "## mine" in report and "## other" in report
+    assert world.run("--sets", "mine") == 0
+    assert "## other" not in (world.output / "report.md").read_text()
+
+
+def test_a_folder_without_a_manifest_works_by_layout_with_a_warning(world, capsys):
+    (world.folder / "images" / "xdpo" / "mine" / "manifest.jsonl").unlink()
+    assert world.run() == 0
+    assert "xdpo, mine: no manifest; read by layout" in capsys.readouterr().err
+    assert "| xdpo | **152.5000**" in (world.output / "report.md").read_text()
+
+
+def test_models_can_be_named(world):
+    images = world.images()
+    arguments = ["--images", f"before={images[0]}", f"after={images[1]}", "--scorers", world.scorer]
+    assert evaluate.main([*arguments, "--output", str(world.output), "--baseline", "after"]) == 0
+    assert "| Red | before | after | 0.0 %" in (world.output / "report.md").read_text()
+
+
+def test_a_models_name_may_have_dots_and_brackets(world):
+    before, after = world.images()
+    arguments = ["--images", f"sd1.4={before}", f"sd1.5 (mine)={after}", "--scorers", world.scorer]
+    assert evaluate.main([*arguments, "--output", str(world.output), "--baseline", "sd1.4", "sd1.5 (mine)"]) == 0
+    links = re.findall(r"!\[.*?\]\((.*?)\)", (world.output / "report.md").read_text())
+    assert len(set(links)) == 3
+    assert all((world.output / unquote(link)).is_file() for link in links)
+
+
+def test_a_second_image_that_is_broken_leaves_the_prompt_its_first(world):
+    folder = world.folder / "images" / "xdpo" / "mine"
+    (folder / "cats" / "00000_1.png").write_bytes(b"no image")
+    row = {"file": "cats/00000_1.png", "category": "cats", "prompt": "<i>prompt</i> 0"}
+    with (folder / "manifest.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    assert world.run() == 0
+    report = (world.output / "report.md").read_text()
+    assert "6 prompts, each with images of all 2 models." in report
+    assert "1 left out: cannot be decoded (cats/00000_1.png)" in report
+
+
+def test_tables_are_printed_from_the_scores_that_are_there(world, capsys):
+    world.run()
+    world.calls()
+    capsys.readouterr()
+    assert evaluate.main(["--output", str(world.output), "--table2", "--table3"]) == 0
+    printed = capsys.readouterr().out
+    assert "Table 2" in printed and "Table 3" in printed
+    assert re.search(r"HPSV2 +xDPO \(ours\) +published +27\.98 +21\.694\* +0\.737\* +0\.354\* +5\.66", printed)
+    assert "Nothing measured on these prompt sets" in printed
+    assert world.calls() == 0
+
+
+def test_quality_is_drawn_over_a_runs_checkpoints(world):
+    run = world.folder / "runs" / "xdpo"
+    run.mkdir(parents=True)
+    log = [{"step": step, "pairs_seen": 8 * step, "pairs_per_second": 2.0} for step in range(1, 5)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    make_model(world.folder / "images" / "xdpo@2", 120)
+    assert world.run("--runs", str(run), models=("sd15", "xdpo@2", "xdpo")) == 0
+    assert (world.output / "figures" / "training_mine.svg").is_file()
+    assert "## Training: mine" in (world.output / "report.md").read_text()
+
+
+def test_the_page_is_one_file_that_asks_for_nothing_from_elsewhere(world):
+    world.run("--title", "</title><script>alert(1)</script>")
+    html = (world.output / "report.html").read_text()
+    assert "alert(1)</script>" not in html
+    assert "<i>prompt</i>" not in html and "&lt;i&gt;prompt" in html
+    assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", html)
+    assert html.count("data:image/png;base64,") == 12
+    assert "All 12 images are in this file" in html
+
+
+def test_images_beyond_the_budget_are_links_beside_the_page(world):
+    world.run("--embed-mb", "0.0003")
+    html = (world.output / "report.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1])
+    assert 0 < len(data["embedded"]) < 12
+    images = [image for prompt in data["sets"][0]["prompts"] for model in prompt["images"] for image in model]
+    assert sum(number >= 0 for number, _ in images) == len(data["embedded"])
+    assert all((world.output / link).is_file() for _, link in images)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--scorers", "hps"], "unknown scorer 'hps'; choose from aesthetic, clip, hpsv2"),
+        (["--scorers", ","], "--scorers names none"),
+        (["--baseline", "sd14"], "unknown model 'sd14' in --baseline; choose from sd15, xdpo"),
+        (["--sets", "hpsv2"], "no images of prompt set 'hpsv2' in these folders; there are mine"),
+        (["--images", "nowhere"], "no image folder nowhere"),
+        (["--images", "a/b=nowhere"], "a model cannot be called 'a/b'"),
+        (["--device", "abacus"], "--device abacus: "),
+        (["--runs", "nowhere"], "nowhere/metrics.jsonl has no training steps"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_in_one_line(world, capsys, change, message):
+    assert world.run(*change) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in error[0]
+
+
+def test_two_models_of_one_name_are_refused(world, capsys):
+    assert world.run(models=("sd15", "sd15")) == 1
+    assert "two models are called 'sd15'" in capsys.readouterr().err
+
+
+def test_tables_without_scores_and_a_call_without_images_are_refused(world, capsys):
+    assert evaluate.main(["--output", str(world.output), "--table2"]) == 1
+    assert "run evaluate.py with --images" in capsys.readouterr().err
+    assert evaluate.main(["--output", str(world.output)]) == 1
+    assert "give --images" in capsys.readouterr().err
+
+
+def test_a_corrupted_score_table_is_named_before_anything_is_scored(world, capsys):
+    world.output.mkdir()
+    (world.output / "scores.parquet").write_bytes(b"PAR1 nonsense")
+    assert world.run() == 1
+    assert "scores.parquet is not a score table" in capsys.readouterr().err
+    assert world.calls() == 0
+
+
+def test_no_permission_is_said_before_anything_is_scored(world, capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert world.run() == 1
+    assert "no permission to write" in capsys.readouterr().err
+    assert world.calls() == 0
+
+
+def test_the_page_fills_its_template_completely(world):
+    world.run()
+    assert not re.findall(r"\{\{\w+\}\}", (world.output / "report.html").read_text())
+
+
+def test_what_generate_makes_evaluate_reads(small_pipeline, tmp_path):
+    import generate
+
+    for name, seed in (("one", "0"), ("two", "7")):
+        arguments = ["--model", small_pipeline, "--prompts", "tinyprompts", "--sample", "3", "--seed", seed]
+        arguments += ["--steps", "1", "--batch-size", "2", "--images-per-prompt", "2"]
+        assert generate.main([*arguments, "--output", str(tmp_path / name)]) == 0
+    arguments = ["--images", str(tmp_path / "one"), str(tmp_path / "two"), "--scorers", "tiny_alignment,tiny_appeal"]
+    assert evaluate.main([*arguments, "--output", str(tmp_path / "results")]) == 0
+    rows = ScoreTable(tmp_path / "results").placed
+    assert len(rows) == 2 * 3 * 2 * 2  # models, prompts, images of each, scorers
+    assert {row.repeat for row in rows} == {0, 1}
+    report = (tmp_path / "results" / "report.md").read_text()
+    assert "3 prompts, each with images of all 2 models." in report
+    assert "Nothing is missing, broken or left out." in report

@@ -1,0 +1,266 @@
+"""Tables, built once as grids of cells and written as Markdown, aligned text or HTML."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from math import isfinite
+
+from xdpo.report.results import Benchmark
+from xdpo.report.statistics import Comparison
+
+TITLES = {
+    "pickscore": "PickScore",
+    "hpsv2": "HPSv2",
+    "image_reward": "ImageReward",
+    "clip": "CLIP",
+    "aesthetic": "Aesthetic",
+    "tiny_reward": "Reward (tiny)",
+    "tiny_alignment": "Alignment (tiny)",
+    "tiny_appeal": "Appeal (tiny)",
+}
+_DECIMALS = {"pickscore": 3, "hpsv2": 3, "image_reward": 3, "clip": 4, "aesthetic": 3}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a table shows in one place. `value` is what it sorts by, `detail` smaller print after the text, `best`
+    the highest of its kind, `tone` "better" or "worse" than the baseline, "published" or nothing."""
+
+    text: str
+    value: float | str | None = None
+    detail: str = ""
+    best: bool = False
+    tone: str = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+
+
+# --- numbers in words ------------------------------------------------------------------------------------
+
+
+def title_of(scorer: str) -> str:
+    """A scorer's name for people; of path/to/file.py:Class the class. A name we do not know stays as it is."""
+    return TITLES.get(scorer, scorer.rpartition(".py:")[2])
+
+
+def number(value: float, scorer: str, sign: bool = False) -> str:
+    """A score to the decimals usual for the scorer, "–" for none."""
+    if value is None or not isfinite(value):
+        return "–"
+    return f"{value:{'+' if sign else ''}.{_DECIMALS.get(scorer, 4)}f}".replace("-", "−")
+
+
+def percent(share: float, sign: bool = False, decimals: int = 1) -> str:
+    if not isfinite(share):
+        return "–"
+    return f"{share:{'+' if sign else ''}.{decimals}%}".replace("-", "−").replace("%", " %")
+
+
+def p_value(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def interval(low: float, high: float, scorer: str, sign: bool = False) -> str:
+    return f"[{number(low, scorer, sign)}, {number(high, scorer, sign)}]"
+
+
+# --- the tables ------------------------------------------------------------------------------------------
+
+
+def overview(benchmark: Benchmark) -> Grid:
+    """Mean and its interval: models down, scorers across, the highest of each column marked."""
+    cells = {(m, s): benchmark.summary(m, s) for m in benchmark.models for s in benchmark.scorers}
+    best = {s: max(cells[m, s].mean for m in benchmark.models) for s in benchmark.scorers}
+    rows = tuple(
+        (
+            Cell(model, model),
+            *(
+                Cell(
+                    number(cells[model, s].mean, s),
+                    cells[model, s].mean,
+                    interval(*cells[model, s].interval, s),
+                    best=cells[model, s].mean == best[s],
+                )
+                for s in benchmark.scorers
+            ),
+        )
+        for model in benchmark.models
+    )
+    columns = ("Model", *(title_of(s) for s in benchmark.scorers))
+    note = f"Means over {len(benchmark.prompts):,} prompts with 95 % bootstrap intervals; the highest is marked."
+    return Grid(f"{benchmark.name}: mean scores", columns, rows, note)
+
+
+def details(benchmark: Benchmark, baseline: str) -> Grid:
+    """Mean, median, standard error, interval and the change against the baseline, one row per model and scorer."""
+    rows = []
+    for scorer in benchmark.scorers:
+        for model in benchmark.models:
+            summary = benchmark.summary(model, scorer)
+            change = benchmark.comparison(baseline, model, scorer)
+            shift, relative = Cell("–"), Cell("–")
+            if model != baseline:
+                tone = shift_tone(change)
+                shift = Cell(number(change.mean_shift, scorer, sign=True), change.mean_shift, tone=tone)
+                relative = Cell(percent(change.relative_change, sign=True), change.relative_change, tone=tone)
+            rows.append(
+                (
+                    Cell(title_of(scorer), title_of(scorer)),
+                    Cell(model, model),
+                    Cell(f"{summary.count:,}", summary.count),
+                    Cell(number(summary.mean, scorer), summary.mean),
+                    Cell(number(summary.median, scorer), summary.median),
+                    Cell(number(summary.standard_error, scorer), summary.standard_error),
+                    Cell(interval(*summary.interval, scorer), summary.interval[0]),
+                    shift,
+                    relative,
+                )
+            )
+    columns = ("Metric", "Model", "Prompts", "Mean", "Median", "Std. error", "95 % interval", "Change", "Relative")
+    note = f"Change of the mean against {baseline}; coloured where its 95 % interval excludes zero."
+    return Grid(f"{benchmark.name}: mean, median and change", columns, tuple(rows), note)
+
+
+def win_rates(benchmark: Benchmark, baselines: Sequence[str]) -> Grid:
+    """Each model against each baseline, paired by prompt; two baselines against each other once."""
+    rows = []
+    for position, baseline in enumerate(baselines):
+        for scorer in benchmark.scorers:
+            for model in benchmark.models:
+                if model == baseline or model in baselines[:position]:
+                    continue
+                c = benchmark.comparison(baseline, model, scorer)
+                low, high = c.win_rate_bootstrap
+                tone = "better" if low > 0.5 else "worse" if high < 0.5 else ""
+                rows.append(
+                    (
+                        Cell(title_of(scorer), title_of(scorer)),
+                        Cell(model, model),
+                        Cell(baseline, baseline),
+                        Cell(percent(c.win_rate), c.win_rate, tone=tone),
+                        Cell(f"[{100 * low:.1f}, {100 * high:.1f}]", low),
+                        Cell(f"{c.wins:,}", c.wins),
+                        Cell(f"{c.ties:,}", c.ties),
+                        Cell(f"{c.losses:,}", c.losses),
+                        Cell(p_value(c.sign_test), c.sign_test),
+                    )
+                )
+    columns = ("Metric", "Model", "Against", "Win rate", "95 % interval", "Wins", "Ties", "Losses", "Sign test p")
+    note = "Paired by prompt, ties ½; bootstrap over prompts; coloured where the interval excludes 50 %."
+    return Grid(f"{benchmark.name}: win rates", columns, tuple(rows), note)
+
+
+def by_category(benchmark: Benchmark, baseline: str, scorer: str) -> Grid:
+    """Means of one scorer by style or category, with win rates against the baseline."""
+    categories = benchmark.categories
+    best = {c: max(benchmark.of(m, scorer, c).mean() for m in benchmark.models) for c in categories}
+    rows = []
+    for model in benchmark.models:
+        cells = [Cell(model, model)]
+        for category in categories:
+            mean = float(benchmark.of(model, scorer, category).mean())
+            c = benchmark.comparison(baseline, model, scorer, category)
+            detail = "" if model == baseline else f"wins {percent(c.win_rate, decimals=0)}"
+            tone = "" if model == baseline else shift_tone(c)
+            cells.append(Cell(number(mean, scorer), mean, detail, best=mean == best[category], tone=tone))
+        rows.append(tuple(cells))
+    columns = ("Model", *(f"{category or 'all'} ({len(rows_):,})" for category, rows_ in categories.items()))
+    note = f"Mean and win rate against {baseline}; the number of prompts in brackets."
+    return Grid(f"{benchmark.name}: {title_of(scorer)} by style or category", columns, tuple(rows), note)
+
+
+def shift_tone(comparison: Comparison) -> str:
+    low, high = comparison.mean_shift_interval
+    return "better" if low > 0 else "worse" if high < 0 else ""
+
+
+# --- how they are written ----------------------------------------------------------------------------------
+
+
+def plain(text: str) -> str:
+    """Text on one line of Markdown with nothing in it that Markdown or HTML would read as markup."""
+    markup = r"([\\`*|]|(?<!\w)_|_(?!\w)|(?<=\])\()"  # an underscore within a word is none
+    return re.sub(markup, r"\\\1", escape(" ".join(text.split()), quote=False))
+
+
+def to_markdown(grid: Grid) -> str:
+    """A GitHub table: the best in bold, details after the number."""
+
+    def shown(cell: Cell) -> str:
+        text = f"**{plain(cell.text)}**" if cell.best and cell.text else plain(cell.text)
+        return f"{text} {plain(cell.detail)}" if cell.detail else text
+
+    numeric = _numeric_columns(grid)
+    lines = [
+        "| " + " | ".join(map(plain, grid.columns)) + " |",
+        "|" + "|".join(" ---: " if right else " --- " for right in numeric) + "|",
+        *("| " + " | ".join(map(shown, row)) + " |" for row in grid.rows),
+    ]
+    return "\n".join([*lines, *(["", plain(grid.note)] if grid.note else [])])
+
+
+def to_text(grid: Grid) -> str:
+    """Aligned columns for a terminal, the best marked with an asterisk."""
+
+    def shown(cell: Cell) -> str:
+        text = cell.text + (f" {cell.detail}" if cell.detail else "")
+        return text + "*" if cell.best else text
+
+    lines = [list(grid.columns), *([shown(cell) for cell in row] for row in grid.rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(grid.columns))]
+    numeric = _numeric_columns(grid)
+
+    def aligned(line: list[str]) -> str:
+        parts = []
+        for text, width, right in zip(line, widths, numeric, strict=True):
+            parts.append(text.rjust(width) if right and not text.endswith("*") else text.rjust(width + right))
+            if not right:
+                parts[-1] = text.ljust(width)
+            elif not text.endswith("*"):
+                parts[-1] += " "
+        return "  ".join(parts).rstrip()
+
+    body = [aligned(line) for line in lines]
+    rule = "-" * max(map(len, body))
+    return "\n".join([grid.title, rule, body[0], rule, *body[1:], rule, *([grid.note] if grid.note else [])])
+
+
+def to_html(grid: Grid) -> str:
+    """A table that the page's script makes sortable; every text escaped."""
+    numeric = _numeric_columns(grid)
+
+    def shown(cell: Cell, right: bool) -> str:
+        names = " ".join(filter(None, ["number" if right else "", "best" if cell.best else "", cell.tone]))
+        value = "" if cell.value is None else cell.value
+        detail = f" <small>{escape(cell.detail)}</small>" if cell.detail else ""
+        return f'<td class="{names}" data-value="{escape(str(value))}">{escape(cell.text)}{detail}</td>'
+
+    head = "".join(
+        f'<th scope="col" class="{"number" if right else ""}"><button type="button">{escape(column)}</button></th>'
+        for column, right in zip(grid.columns, numeric, strict=True)
+    )
+    body = "\n".join(
+        "<tr>" + "".join(shown(cell, right) for cell, right in zip(row, numeric, strict=True)) + "</tr>"
+        for row in grid.rows
+    )
+    note = f'<p class="note">{escape(grid.note)}</p>' if grid.note else ""
+    return (
+        f'<div class="scroll"><table class="sortable"><caption>{escape(grid.title)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>{note}"
+    )
+
+
+def _numeric_columns(grid: Grid) -> list[bool]:
+    """Which columns hold numbers: all cells that have a value have a number."""
+    return [
+        any(isinstance(row[i].value, int | float) for row in grid.rows)
+        and not any(isinstance(row[i].value, str) for row in grid.rows)
+        for i in range(len(grid.columns))
+    ]

@@ -1,0 +1,225 @@
+"""Image folders as `generate.py` leaves them, read with an account of everything that is not as it should be.
+
+    images/sd15/hpsv2/manifest.jsonl            one row per image: file, prompt, category, seed, model, sha256 …
+    images/sd15/hpsv2/anime/00012.png           {prompt set}/{style or category}/{index}.png or .jpg
+    images/sd15/hpsv2/anime/00012_1.png         a second image of the same prompt
+
+A folder without a manifest is read by this layout alone; its prompts then come from elsewhere (`with_prompts`).
+"""
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MANIFEST = "manifest.jsonl"
+_NUMBERED = re.compile(r"(\d+)(?:[-_](\d+))?")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image of a model for a prompt. `key` names the prompt within its set ("anime/12"), the same for all models;
+    `repeat` counts several images of one prompt; `source` is the manifest's name for the model that made it."""
+
+    model: str
+    prompt_set: str
+    category: str
+    key: str
+    repeat: int
+    path: Path
+    name: str  # path below the set's folder
+    prompt: str | None = None
+    sha256: str | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as it should be: what, in which model's images of which set, and the names of each."""
+
+    model: str
+    prompt_set: str
+    kind: str
+    names: tuple[str, ...] = ()
+
+    def describe(self, shown: int = 10) -> str:
+        """One line; the first `shown` names stand for the rest."""
+        if not self.names:
+            return f"{self.model}, {self.prompt_set}: {self.kind}"
+        more = f", … {len(self.names) - shown} more" if len(self.names) > shown else ""
+        return f"{self.model}, {self.prompt_set}: {len(self.names)} {self.kind} ({', '.join(self.names[:shown])}{more})"
+
+
+def read_model_folder(folder: Path, model: str) -> tuple[list[Picture], list[Problem]]:
+    """All images of one model: those of every prompt set below `folder`, or of `folder` if that is a set's own.
+
+    Raises ValueError for a path that is no folder, and for one without images.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"no image folder {folder}: expected {{folder}}/{{prompt set}}/{{category}}/{{index}}.png")
+    pictures: list[Picture] = []
+    problems: list[Problem] = []
+    for set_folder in _set_folders(folder):
+        found, wrong = _read_set(set_folder, model)
+        pictures += found
+        problems += wrong
+    if not pictures:
+        raise ValueError(f"{folder} holds no images: expected {{prompt set}}/{{category}}/{{index}}.png or .jpg there")
+    return pictures, problems
+
+
+def _set_folders(folder: Path) -> list[Path]:
+    """The folders of prompt sets. Without any manifest the depth decides: {category}/{index}.png is one set."""
+    if (folder / MANIFEST).is_file():
+        return [folder]
+    children = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    with_manifest = [child for child in children if (child / MANIFEST).is_file()]
+    by_layout = [child for child in children if any(_is_image(path) for path in child.glob("*/*"))]
+    return sorted({*with_manifest, *by_layout}) or [folder]
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+
+
+def _read_set(folder: Path, model: str) -> tuple[list[Picture], list[Problem]]:
+    prompt_set = folder.resolve().name
+    on_disk = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if _is_image(path)}
+    if not (folder / MANIFEST).is_file():
+        pictures = [_picture(model, prompt_set, folder, name) for name in sorted(on_disk)]
+        problems = [Problem(model, prompt_set, "no manifest; read by layout, prompts taken from elsewhere")]
+        if gaps := _gaps(pictures):
+            problems.append(Problem(model, prompt_set, "missing in the numbering", tuple(gaps)))
+        return pictures if on_disk else [], problems if on_disk else []
+
+    rows, unreadable = _manifest_rows(folder / MANIFEST)
+    pictures = []
+    for name, row in sorted(rows.items()):
+        if name in on_disk:
+            picture = _picture(model, prompt_set, folder, name, row.get("category") or row.get("style"))
+            checksum = row.get("sha256") or row.get("checksum")
+            pictures.append(replace(picture, prompt=row.get("prompt"), sha256=checksum, source=row.get("model")))
+    problems = [
+        Problem(model, prompt_set, "listed in the manifest but missing", tuple(sorted(set(rows) - on_disk))),
+        Problem(model, prompt_set, "left out: not in the manifest", tuple(sorted(on_disk - set(rows)))),
+        Problem(model, prompt_set, "unreadable lines of the manifest", tuple(unreadable)),
+    ]
+    return pictures, [problem for problem in problems if problem.names]
+
+
+def _picture(model: str, prompt_set: str, folder: Path, name: str, category: str | None = None) -> Picture:
+    path = folder / name
+    parent = Path(name).parent.as_posix()
+    numbered = _NUMBERED.fullmatch(path.stem)
+    number, repeat = (int(numbered[1]), int(numbered[2] or 0)) if numbered else (path.stem, 0)
+    key = str(number) if parent == "." else f"{parent}/{number}"
+    return Picture(model, prompt_set, category or ("" if parent == "." else parent), key, repeat, path, name)
+
+
+def _manifest_rows(path: Path) -> tuple[dict[str, dict], list[str]]:
+    """Rows by file name, later ones replacing earlier ones, and the numbers of lines that say nothing."""
+    rows: dict[str, dict] = {}
+    unreadable = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows[Path(row["file"]).as_posix()] = row
+        except (json.JSONDecodeError, KeyError, TypeError):
+            unreadable.append(f"line {number}")
+    return rows, unreadable
+
+
+def _gaps(pictures: Sequence[Picture]) -> list[str]:
+    numbers: dict[str, set[int]] = defaultdict(set)
+    for picture in pictures:
+        folder, _, number = picture.key.rpartition("/")
+        if number.isdigit():
+            numbers[folder].add(int(number))
+    return [
+        f"{folder}/{number:05d}" if folder else f"{number:05d}"
+        for folder, present in sorted(numbers.items())
+        for number in range(max(present))
+        if number not in present
+    ]
+
+
+def with_prompts(
+    pictures: Sequence[Picture], known_prompts: Callable[[str], Mapping[str, tuple[str, str]]]
+) -> tuple[list[Picture], list[Problem]]:
+    """Give every picture its prompt, and keep those that agree with the other models' manifests.
+
+    A picture without one takes what another model's manifest says for its key, else what `known_prompts(prompt_set)`
+    does: (category, prompt) by key. The first model that has a manifest decides; pictures of others that were made
+    from another text are left out.
+    """
+    agreed: dict[tuple[str, str], tuple[str, str]] = {}  # (prompt set, key) → category, prompt
+    for picture in pictures:
+        if picture.prompt is not None:
+            agreed.setdefault((picture.prompt_set, picture.key), (picture.category, picture.prompt))
+    for prompt_set in dict.fromkeys(picture.prompt_set for picture in pictures if picture.prompt is None):
+        for key, told in known_prompts(prompt_set).items():
+            agreed.setdefault((prompt_set, key), told)
+
+    kept, unknown, different = [], defaultdict(list), defaultdict(list)
+    for picture in pictures:
+        place, owner = (picture.prompt_set, picture.key), (picture.model, picture.prompt_set)
+        if place not in agreed:
+            unknown[owner].append(picture.name)
+        elif picture.prompt not in (None, agreed[place][1]):
+            different[owner].append(picture.name)
+        else:
+            category, prompt = agreed[place]
+            kept.append(replace(picture, prompt=prompt, category=category))
+    problems = [Problem(*owner, "left out: no prompt is known", tuple(names)) for owner, names in unknown.items()]
+    problems += [
+        Problem(*owner, "left out: made from another prompt than the first model's", tuple(names))
+        for owner, names in different.items()
+    ]
+    return kept, problems
+
+
+def with_checksums(pictures: Sequence[Picture]) -> tuple[list[Picture], list[Problem]]:
+    """Give every picture the SHA-256 of its file as it is now; those that differ from the manifest are named."""
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
+        actual = list(pool.map(lambda picture: file_sha256(picture.path), pictures))
+    changed = defaultdict(list)
+    for picture, checksum in zip(pictures, actual, strict=True):
+        if picture.sha256 not in (None, checksum):
+            changed[picture.model, picture.prompt_set].append(picture.name)
+    problems = [
+        Problem(*owner, "changed since the manifest was written; scored as they are now", tuple(names))
+        for owner, names in changed.items()
+    ]
+    return [replace(p, sha256=checksum) for p, checksum in zip(pictures, actual, strict=True)], problems
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def missing_against_others(pictures: Iterable[Picture]) -> list[Problem]:
+    """For each model and set: the prompts that other models have images for and this one lacks."""
+    keys: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for picture in pictures:
+        keys[picture.prompt_set][picture.model].add(picture.key)
+    problems = []
+    for prompt_set, of_model in keys.items():
+        everything = set().union(*of_model.values())
+        for model, present in of_model.items():
+            if lacking := everything - present:
+                names = tuple(sorted(lacking, key=natural_order))
+                problems.append(Problem(model, prompt_set, "prompts without an image that others have", names))
+    return problems
+
+
+def natural_order(key: str) -> tuple:
+    """Sorts "anime/2" before "anime/10"."""
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", key))

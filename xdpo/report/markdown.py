@@ -1,0 +1,25 @@
+"""report.md: the sections as text, tables and links to figures."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from xdpo.report.grids import Grid, plain, to_markdown
+from xdpo.report.sections import Section
+
+
+def markdown(title: str, parts: Sequence[Section], folder: Path) -> str:
+    """The report as Markdown; figures are linked relative to `folder`, where it will stand."""
+    lines = [f"# {plain(title)}", ""]
+    for part in parts:
+        lines += [f"## {plain(part.title)}", ""]
+        for text in part.text:
+            lines += [plain(text), ""]
+        for block in [*part.blocks, *part.folded]:
+            if isinstance(block, Grid):
+                lines += [f"### {plain(block.title)}", "", to_markdown(block), ""]
+            else:
+                link = quote(Path(os.path.relpath(block.png, folder)).as_posix())
+                lines += [f"![{plain(block.alt)}]({link})", ""]
+    return "\n".join(lines)

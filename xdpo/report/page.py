@@ -1,0 +1,169 @@
+"""report.html: one file with everything in it but the images beyond a budget, which stay where they are on disk."""
+
+import json
+import os
+import re
+from base64 import b64encode
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+
+from xdpo.report import grids
+from xdpo.report.figures import colours_of
+from xdpo.report.grids import Grid, to_html
+from xdpo.report.results import Benchmark
+from xdpo.report.sections import Evaluation, FigureFile, Section
+from xdpo.report.thumbnails import embed
+
+_HERE = Path(__file__).parent
+_FIRST_EMBEDDED = 24  # prompts from either end of every ranking come before all others
+
+
+def page(title: str, evaluation: Evaluation, parts: Sequence[Section], folder: Path, embed_bytes: int) -> str:
+    """The page as HTML that needs neither network nor other files.
+
+    Images are embedded as data URIs, the best and worst prompts' first, until `embed_bytes` are used up; the others
+    are links relative to `folder`, where the page will stand. Every text is escaped.
+    """
+    embedded = embed(_in_order_of_interest(evaluation), embed_bytes)
+    numbers = {path: number for number, path in enumerate(embedded)}
+    data = {
+        "embedded": list(embedded.values()),
+        "sets": [_browser_data(evaluation, benchmark, numbers, folder) for benchmark in evaluation.benchmarks],
+    }
+    names = [("s" + str(position), part) for position, part in enumerate(parts)]
+    links = [(anchor, part.title) for anchor, part in names]
+    last_anchor, last_part = names[-1]
+    filling = {
+        "title": escape(title),
+        "style": (_HERE / "page.css").read_text(encoding="utf-8"),
+        "script": (_HERE / "page.js").read_text(encoding="utf-8"),
+        "subtitle": escape(_subtitle(evaluation)),
+        "navigation": "".join(
+            f'<a href="#{anchor}">{escape(text)}</a>' for anchor, text in [*links[:-1], ("images", "Images"), links[-1]]
+        ),
+        "sections": "".join(_section(anchor, part, evaluation) for anchor, part in names[:-1]),
+        "account": _section(last_anchor, last_part, evaluation),
+        "images_note": escape(_images_note(len(embedded), len(set(_in_order_of_interest(evaluation))))),
+        # No "<" inside a script element: neither "</script" nor "<!--" can end it early.
+        "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+    }
+    template = (_HERE / "page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: filling[match[1]], template)
+
+
+def _images_note(embedded: int, total: int) -> str:
+    if embedded == total:
+        return f"All {total:,} images are in this file. A frame marks the highest score; click to enlarge."
+    return (
+        f"{embedded:,} of {total:,} images are in this file, those of the best and worst prompts first; the others are "
+        "read from the image folders, which must stay where they were. A frame marks the highest score."
+    )
+
+
+def _subtitle(evaluation: Evaluation) -> str:
+    models = {model for benchmark in evaluation.benchmarks for model in benchmark.models}
+    scorers = {scorer for benchmark in evaluation.benchmarks for scorer in benchmark.scorers}
+    prompts = sum(len(benchmark.prompts) for benchmark in evaluation.benchmarks)
+    return f"{len(models)} models · {prompts:,} prompts · {len(scorers)} metrics"
+
+
+def _tiles(benchmark: Benchmark, baseline: str) -> str:
+    """A tile per metric: who wins most often against the baseline."""
+    colours = colours_of(benchmark.models, baseline)
+    others = [model for model in benchmark.models if model != baseline]
+    tiles = []
+    for scorer in benchmark.scorers if others else ():
+        rates = {model: benchmark.comparison(baseline, model, scorer) for model in others}
+        model = max(others, key=lambda name: rates[name].win_rate)
+        best = rates[model]
+        low, high = best.win_rate_bootstrap
+        tiles.append(
+            f'<div class="tile"><h3>{escape(grids.title_of(scorer))}</h3>'
+            f'<p class="big">{grids.percent(best.win_rate)}</p>'
+            f"<p><b>{escape(model)}</b> wins against {escape(baseline)}</p>"
+            f'<div class="gauge"><i style="width:{100 * best.win_rate:.2f}%;'
+            f'background:{colours[model]}"></i>'
+            f'<s style="left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"></s></div></div>'
+        )
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _section(anchor: str, part: Section, evaluation: Evaluation) -> str:
+    text = "".join(f"<p>{escape(line)}</p>" for line in part.text)
+    if part.benchmark is not None:
+        text += _tiles(part.benchmark, evaluation.baselines_of(part.benchmark)[0])
+    if part.title == "Account":
+        text = "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in part.text) + "</ul>"
+    blocks = "".join(_block(block) for block in part.blocks)
+    folded = "".join(
+        f"<details><summary>{escape(grid.title)}</summary>{to_html(grid)}</details>" for grid in part.folded
+    )
+    return f'<section id="{anchor}"><h2>{escape(part.title)}</h2>{text}{blocks}{folded}</section>'
+
+
+def _block(block: Grid | FigureFile) -> str:
+    if isinstance(block, Grid):
+        return to_html(block)
+    drawing = b64encode(block.svg.read_bytes()).decode()
+    return f'<figure><img alt="{escape(block.alt)}" src="data:image/svg+xml;base64,{drawing}"></figure>'
+
+
+def _browser_data(evaluation: Evaluation, benchmark: Benchmark, embedded: dict[Path, int], folder: Path) -> dict:
+    """What the image browser shows of one prompt set: scores as [scorer][model], images as [model][repeat].
+
+    An image is its number among those that the page holds, or -1, and its link.
+    """
+    baseline = evaluation.baselines_of(benchmark)[0]
+
+    def images(key: str) -> list[list[tuple[int, str]]]:
+        of_models = [evaluation.pictures.get((benchmark.name, model, key), ()) for model in benchmark.models]
+        return [[(embedded.get(p.path, -1), _link(p.path, folder)) for p in pictures] for pictures in of_models]
+
+    return {
+        "name": benchmark.name,
+        "baseline": baseline,
+        "models": benchmark.models,
+        "colours": [colours_of(benchmark.models, baseline)[model] for model in benchmark.models],
+        "scorers": [grids.title_of(scorer) for scorer in benchmark.scorers],
+        "prompts": [
+            {
+                "key": prompt.key,
+                "category": prompt.category,
+                "text": prompt.text,
+                "scores": [[round(float(v), 5) for v in benchmark.scores[s][:, i]] for s in benchmark.scorers],
+                "images": images(prompt.key),
+            }
+            for i, prompt in enumerate(benchmark.prompts)
+        ],
+    }
+
+
+def _link(path: Path, folder: Path) -> str:
+    """A link from the page in `folder` to a file, relative unless they are on different drives."""
+    try:
+        return quote(Path(os.path.relpath(path, folder)).as_posix())
+    except ValueError:
+        return path.resolve().as_uri()
+
+
+def _in_order_of_interest(evaluation: Evaluation) -> Iterator[Path]:
+    """All images: those of the best and worst prompts of every ranking, then the others; a prompt's images together."""
+    chosen: dict[tuple[str, str], None] = {}
+    for benchmark in evaluation.benchmarks:
+        baseline = evaluation.baselines_of(benchmark)[0]
+        for scorer in benchmark.scorers:
+            for model in benchmark.models:
+                change = benchmark.of(model, scorer) - benchmark.of(baseline, scorer)
+                order = np.argsort(-change, kind="stable")
+                for position in [*order[:_FIRST_EMBEDDED], *order[-_FIRST_EMBEDDED:]]:
+                    chosen[benchmark.name, benchmark.prompts[position].key] = None
+    for benchmark in evaluation.benchmarks:
+        chosen.update(dict.fromkeys((benchmark.name, prompt.key) for prompt in benchmark.prompts))
+    models = {benchmark.name: benchmark.models for benchmark in evaluation.benchmarks}
+    for prompt_set, key in chosen:
+        for model in models[prompt_set]:
+            yield from (picture.path for picture in evaluation.pictures.get((prompt_set, model, key), ()))

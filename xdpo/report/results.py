@@ -1,0 +1,124 @@
+"""From rows of the score table to what is compared: per prompt set, one number per (scorer, model, prompt)."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite
+
+import numpy as np
+
+from xdpo.report.images import natural_order
+from xdpo.report.statistics import Comparison, Summary, compare, summarize
+from xdpo.report.table import Score
+
+
+@dataclass(frozen=True)
+class Prompt:
+    key: str
+    category: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Models on one prompt set, over the prompts for which all of them have finite scores by all scorers.
+
+    `scores[scorer]` is (models, prompts); several images of one prompt count as their mean. `prompts_seen` is how
+    many prompts any model has; `limited_by` says how many of those each model lacks, for models that lack some.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
+    scores: dict[str, np.ndarray]
+    prompts_seen: int
+    limited_by: dict[str, int]
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        return tuple(self.scores)
+
+    @cached_property
+    def categories(self) -> dict[str, np.ndarray]:
+        """Positions of the prompts of each category, in the order of first occurrence."""
+        positions: dict[str, list[int]] = defaultdict(list)
+        for position, prompt in enumerate(self.prompts):
+            positions[prompt.category].append(position)
+        return {category: np.array(rows) for category, rows in positions.items()}
+
+    def of(self, model: str, scorer: str, category: str | None = None) -> np.ndarray:
+        """Scores (prompts,) of a model, of one category if named."""
+        row = self.scores[scorer][self.models.index(model)]
+        return row if category is None else row[self.categories[category]]
+
+    def summary(self, model: str, scorer: str, category: str | None = None) -> Summary:
+        place = (model, scorer, category)
+        if place not in self._summaries:
+            self._summaries[place] = summarize(self.of(*place))
+        return self._summaries[place]
+
+    def comparison(self, baseline: str, model: str, scorer: str, category: str | None = None) -> Comparison:
+        place = (baseline, model, scorer, category)
+        if place not in self._comparisons:
+            self._comparisons[place] = compare(self.of(baseline, scorer, category), self.of(model, scorer, category))
+        return self._comparisons[place]
+
+    @cached_property
+    def _summaries(self) -> dict[tuple, Summary]:
+        return {}
+
+    @cached_property
+    def _comparisons(self) -> dict[tuple, Comparison]:
+        """Each is worth 10,000 resamples, and tables and figures ask for the same ones."""
+        return {}
+
+
+def benchmarks(rows: Iterable[Score], models: Sequence[str], scorers: Sequence[str]) -> list[Benchmark]:
+    """One Benchmark per prompt set in which at least one prompt is common to all models that have images there.
+
+    Models and scorers keep the order given; a set leaves out models and scorers without any score in it.
+    """
+    by_set: dict[str, dict[tuple[str, str], dict[str, list[float]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
+    prompts: dict[tuple[str, str], Prompt] = {}
+    for row in rows:
+        if row.model in models and row.scorer in scorers:
+            by_set[row.prompt_set][row.model, row.scorer][row.key].append(row.score)
+            prompts.setdefault((row.prompt_set, row.key), Prompt(row.key, row.category, row.prompt))
+
+    found = []
+    for name, cells in sorted(by_set.items()):
+        present_models = tuple(model for model in models if any(m == model for m, _ in cells))
+        present_scorers = tuple(scorer for scorer in scorers if any(s == scorer for _, s in cells))
+        usable = {
+            model: set.intersection(
+                *({key for key, v in cells[model, s].items() if all(map(isfinite, v))} for s in present_scorers)
+            )
+            for model in present_models
+        }
+        seen = {key for by_key in cells.values() for key in by_key}
+        order = {category: position for position, category in enumerate(_categories(prompts, name, seen))}
+        common = sorted(
+            set.intersection(*usable.values()),
+            key=lambda key: (order[prompts[name, key].category], natural_order(key)),
+        )
+        if common:
+            scores = {
+                scorer: np.array([[np.mean(cells[model, scorer][key]) for key in common] for model in present_models])
+                for scorer in present_scorers
+            }
+            limited = {model: len(seen - keys) for model, keys in usable.items() if seen - keys}
+            chosen = tuple(prompts[name, key] for key in common)
+            found.append(Benchmark(name, present_models, chosen, scores, len(seen), limited))
+    return found
+
+
+def _categories(prompts: dict[tuple[str, str], Prompt], prompt_set: str, keys: set[str]) -> list[str]:
+    """Categories in the order of their lowest prompt number, then by name."""
+    lowest: dict[str, tuple] = {}
+    for key in keys:
+        category, number = prompts[prompt_set, key].category, natural_order(key.rpartition("/")[2])
+        lowest[category] = min(lowest.get(category, number), number)
+    return sorted(lowest, key=lambda category: (lowest[category], category))

@@ -1,0 +1,164 @@
+"""What a report says and in which order: one list of sections, written as Markdown and as a page."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from xdpo.report import figures, grids, published
+from xdpo.report.curves import Curve, pairs_to_reach
+from xdpo.report.grids import Cell, Grid
+from xdpo.report.images import Picture, Problem
+from xdpo.report.results import Benchmark
+
+EXTREMES = 5  # best and worst prompts listed
+SHORT = 12  # rows of a table that stands open on the page beside a figure of the same
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that a report is about. `pictures` maps (prompt set, model, prompt key) to that prompt's images."""
+
+    benchmarks: Sequence[Benchmark]
+    baselines: Sequence[str]
+    problems: Sequence[Problem]
+    curves: Sequence[Curve]
+    pictures: Mapping[tuple[str, str, str], Sequence[Picture]]
+    versions: Mapping[str, str]  # scorer → version
+
+    def baselines_of(self, benchmark: Benchmark) -> list[str]:
+        """The baselines that have images there; the first model where none has."""
+        return [b for b in self.baselines if b in benchmark.models] or [benchmark.models[0]]
+
+
+@dataclass(frozen=True)
+class FigureFile:
+    """A saved figure, and what it shows."""
+
+    png: Path
+    svg: Path
+    alt: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with text, tables and figures. `folded` blocks are closed on the page until asked for."""
+
+    title: str
+    text: tuple[str, ...] = ()
+    blocks: tuple[Grid | FigureFile, ...] = ()
+    folded: tuple[Grid, ...] = ()
+    benchmark: Benchmark | None = None  # whose results these are
+
+
+def sections(evaluation: Evaluation, figure_folder: Path) -> list[Section]:
+    """Draw the figures into `figure_folder` and put the report together."""
+    parts = [_benchmark_section(evaluation, benchmark, figure_folder) for benchmark in evaluation.benchmarks]
+    if evaluation.curves:
+        parts += [_curve_section(evaluation, benchmark, figure_folder) for benchmark in evaluation.benchmarks]
+    if any(published.has_published(benchmark) for benchmark in evaluation.benchmarks):
+        tables = [published.table2(evaluation.benchmarks)]
+        if any(benchmark.name == "hpsv2" for benchmark in evaluation.benchmarks):
+            tables.append(published.table3(evaluation.benchmarks))
+        parts.append(Section("Beside the paper", (published.user_study(),), tuple(tables)))
+    return [*parts, _account_section(evaluation)]
+
+
+def _benchmark_section(evaluation: Evaluation, benchmark: Benchmark, figure_folder: Path) -> Section:
+    baselines = evaluation.baselines_of(benchmark)
+    baseline = baselines[0]
+    blocks: list[Grid | FigureFile] = [grids.overview(benchmark)]
+    folded = [grids.details(benchmark, baseline)]
+    if len(benchmark.models) > 1:
+        rates = grids.win_rates(benchmark, baselines)
+        (blocks if len(rates.rows) <= SHORT else folded).append(rates)
+        colours = figures.colours_of(benchmark.models, baseline)
+        for against in baselines:
+            stem = figure_folder / f"win_rates_{benchmark.name}_against_{against}"
+            files = figures.save(figures.win_rate_bars(benchmark, against, colours), stem)
+            blocks.append(FigureFile(*files, f"Win rates against {against} on {benchmark.name}"))
+        stem = figure_folder / f"metrics_{benchmark.name}"
+        files = figures.save(figures.metric_bars(benchmark, baseline), stem)
+        blocks.append(FigureFile(*files, f"Mean scores on {benchmark.name}, as change against {baseline}"))
+        folded.append(extremes(benchmark, baseline))
+    if len(benchmark.categories) > 1:
+        folded += [grids.by_category(benchmark, baseline, scorer) for scorer in benchmark.scorers]
+    return Section(benchmark.name, (_how_many(benchmark),), tuple(blocks), tuple(folded), benchmark)
+
+
+def _how_many(benchmark: Benchmark) -> str:
+    common, seen = len(benchmark.prompts), benchmark.prompts_seen
+    if common == seen:
+        return f"{common:,} prompts, each with images of all {len(benchmark.models)} models."
+    lacking = ", ".join(f"{model} lacks {count:,}" for model, count in benchmark.limited_by.items())
+    return f"{common:,} of {seen:,} prompts have scored images of all models and are compared ({lacking})."
+
+
+def extremes(benchmark: Benchmark, baseline: str) -> Grid:
+    """The prompts on which each model gains and loses most against the baseline, by the first scorer."""
+    scorer = benchmark.scorers[0]
+    rows = []
+    for model in benchmark.models:
+        if model == baseline:
+            continue
+        change = benchmark.of(model, scorer) - benchmark.of(baseline, scorer)
+        order = np.argsort(-change, kind="stable")
+        count = min(EXTREMES, len(order) // 2 or 1)
+        for which, positions in (("best", order[:count]), ("worst", order[::-1][:count])):
+            for position in positions:
+                prompt, value = benchmark.prompts[position], float(change[position])
+                rows.append(
+                    (
+                        Cell(model, model),
+                        Cell(which, which),
+                        Cell(grids.number(value, scorer, sign=True), value),
+                        Cell(prompt.key, prompt.key),
+                        Cell(prompt.text, prompt.text),
+                    )
+                )
+    title = f"{benchmark.name}: best and worst prompts by {grids.title_of(scorer)} against {baseline}"
+    return Grid(title, ("Model", "", "Change", "Image", "Prompt"), tuple(rows))
+
+
+def _curve_section(evaluation: Evaluation, benchmark: Benchmark, figure_folder: Path) -> Section:
+    stem = figure_folder / f"training_{benchmark.name}"
+    files = figures.save(figures.quality_curves(benchmark, evaluation.curves), stem)
+    drawing = FigureFile(*files, f"Quality on {benchmark.name} against training pairs and hours")
+    rows = []
+    for scorer in benchmark.scorers:
+        for reference in evaluation.curves:
+            progress, final_model = reference.points[-1]
+            if final_model not in benchmark.models:
+                continue
+            final = float(benchmark.of(final_model, scorer).mean())
+            for curve in evaluation.curves:
+                if curve.run == reference.run:
+                    continue
+                needed = pairs_to_reach(benchmark, scorer, curve, final)
+                factor = None if not needed else progress.pairs / needed
+                rows.append(
+                    (
+                        Cell(grids.title_of(scorer), grids.title_of(scorer)),
+                        Cell(curve.run, curve.run),
+                        Cell(reference.run, reference.run),
+                        Cell(grids.number(final, scorer), final),
+                        Cell(f"{progress.pairs:,}", progress.pairs),
+                        Cell("not reached" if needed is None else f"{needed:,.0f}", needed),
+                        Cell("–" if factor is None else f"{factor:.2f} ×", factor),
+                    )
+                )
+    columns = ("Metric", "Run", "To reach", "Its final mean", "Its pairs", "Pairs needed", "Speed-up")
+    note = "Pairs until another run's final mean is reached, linear between evaluated checkpoints."
+    blocks: list[Grid | FigureFile] = [drawing]
+    if rows:
+        blocks.append(Grid(f"{benchmark.name}: pairs needed", columns, tuple(rows), note))
+    return Section(f"Training: {benchmark.name}", (), tuple(blocks))
+
+
+def _account_section(evaluation: Evaluation) -> Section:
+    used = [f"{grids.title_of(scorer)}: {version}" for scorer, version in evaluation.versions.items()]
+    lines = [problem.describe() for problem in evaluation.problems]
+    return Section(
+        "Account", tuple([*(lines or ["Nothing is missing, broken or left out."]), "Scorers – " + "; ".join(used)])
+    )

@@ -1,0 +1,43 @@
+"""Images as data URIs, small ones as they are and large ones as thumbnails, up to a budget."""
+
+import base64
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+SIDE = 256  # pixels of a thumbnail's longer side
+_AS_IT_IS_BYTES = 64_000
+_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg"}
+
+
+def embed(paths: Iterable[Path], budget_bytes: int) -> dict[Path, str]:
+    """Data URIs of the images in the order given, until they would take more than the budget together."""
+    embedded: dict[Path, str] = {}
+    for path in paths:
+        if path in embedded:
+            continue
+        uri = data_uri(path)
+        budget_bytes -= len(uri)
+        if budget_bytes < 0:
+            break
+        embedded[path] = uri
+    return embedded
+
+
+def data_uri(path: Path) -> str:
+    """An image of at most SIDE pixels in a web format as it is; any other as a JPEG thumbnail."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        if max(image.size) <= SIDE and image.format in _TYPES and path.stat().st_size <= _AS_IT_IS_BYTES:
+            return _uri(_TYPES[image.format], path.read_bytes())
+        image.draft("RGB", (SIDE, SIDE))
+        small = image.convert("RGB")
+        small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=82, optimize=True)
+    return _uri("image/jpeg", buffer.getvalue())
+
+
+def _uri(media_type: str, content: bytes) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
