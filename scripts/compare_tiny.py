@@ -26,7 +26,7 @@ from xdpo.scorers import load_scorer
 from xdpo.tiny.world import tiny_prompts
 
 SCORERS = ("tiny_reward", "tiny_alignment", "tiny_appeal")
-SHEET_PROMPTS = 3  # of each category on the sheet
+SHEET_PROMPTS = 2  # of each category on the sheet
 
 
 def sample(pipeline, prompts: list[str], settings: Config, seed: int) -> list[Image.Image]:
@@ -99,6 +99,7 @@ def main() -> None:
     sheet = contact_sheet(
         {side: [pictures[index] for index in shown] for side, pictures in images.items()},
         [prompts[index] for index in shown],
+        cell=192,
     )
     sheet.save(options.run / "before_after.png")
     draw_curve(options.run, options.run / "curve.png")

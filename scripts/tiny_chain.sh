@@ -25,7 +25,7 @@ done
 
 images() {  # images MODEL NAME
     "$PYTHON" generate.py --model "$1" --output "$output/images/$2" --prompts tinyprompts --sample "${PROMPTS:-200}" \
-        --steps 20 --guidance 4 --batch-size 20
+        --steps 20 --guidance 1 --batch-size 20
 }
 
 echo "== images"

@@ -215,7 +215,9 @@ def test_the_shipped_base_is_a_small_stable_diffusion_pipeline_that_follows_its_
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     prompts = [prompt for _, prompt in world.tiny_prompts()[::9]]
-    images = sample_images(pipeline, prompts, seed=0, num_inference_steps=10, guidance_scale=4.0, chunk_size=len(prompts))
+    images = sample_images(
+        pipeline, prompts, seed=0, num_inference_steps=10, guidance_scale=4.0, chunk_size=len(prompts)
+    )
     right = np.mean(load_scorer("tiny_alignment").score(images, prompts))
     wrong = np.mean(load_scorer("tiny_alignment").score(images, prompts[::-1]))
     assert right > wrong + 0.15
