@@ -8,9 +8,12 @@ scores both with the embedded judges, and writes before_after.png, curve.png and
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
 
 import torch
 from PIL import Image
@@ -51,7 +54,7 @@ def draw_curve(run: Path, path: Path) -> None:
     rows = read_rows(run / "metrics.jsonl")
     training = [row for row in rows if "loss" in row]
     held_out = [row for row in rows if "eval/margin" in row]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 3.6), constrained_layout=True)
     steps = [row["step"] for row in training]
     left.plot(steps, [row["loss"] for row in training], color="tab:blue", linewidth=1)
     left.axhline(0.6931, color="grey", linestyle=":", label="ln 2: policy equals reference")
@@ -65,7 +68,7 @@ def draw_curve(run: Path, path: Path) -> None:
             [row["step"] for row in held_out], [row[f"eval/d_{side}"] for row in held_out], color=colour, label=side
         )
     right.axhline(0, color="grey", linestyle=":")
-    right.set(title="d = policy's error − reference's, held-out pairs", xlabel="optimizer step")
+    right.set(title="d: policy's error − reference's, held-out", xlabel="optimizer step")
     right.legend(frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
