@@ -6,6 +6,7 @@
 The same command resumes a run that was stopped or killed.
 """
 
+import importlib.util
 import os
 import signal
 import sys
@@ -54,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = config.build_parser(__doc__).parse_intermixed_args(arguments)
     try:
         settings = config.load_config(options.config, options.overrides)
+        check_optional_packages(settings)
         accelerator = build_accelerator(settings)
         plan = config.describe(settings, accelerator.num_processes)
         if options.dry_run:
@@ -72,6 +74,16 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, data.DataError, checkpoint.CheckpointError, NonFiniteError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def check_optional_packages(settings: Config) -> None:
+    """Refuse a config that asks for a package that isn't installed: ValueError naming the key and the package."""
+    wanted = {f"log.trackers: {name}": name for name in settings.log.trackers}
+    if settings.optim.name == "adamw8bit":
+        wanted["optim.name: adamw8bit"] = "bitsandbytes"
+    for key, package in wanted.items():
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{key} needs {package}, which is not installed; pip install {package}")
 
 
 def build_accelerator(settings: Config) -> Accelerator:
@@ -113,10 +125,8 @@ def build_optimizer(settings: Config, parameters: list[nn.Parameter]) -> torch.o
     optim = settings.optim
     numbers = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
     if optim.name == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise ValueError("optim.name: adamw8bit needs bitsandbytes; pip install bitsandbytes") from error
+        from bitsandbytes.optim import AdamW8bit
+
         return AdamW8bit(parameters, **numbers)
     return torch.optim.AdamW(parameters, fused=True, **numbers)
 

@@ -32,13 +32,13 @@ SCORERS = ("tiny_reward", "tiny_alignment", "tiny_appeal")
 SHEET_PROMPTS = 2  # of each category on the sheet
 
 
-def sample(pipeline, prompts: list[str], settings: Config, seed: int) -> list[Image.Image]:
+def sample(pipeline, prompts: list[str], settings: Config, guidance: float, seed: int) -> list[Image.Image]:
     return sample_images(
         pipeline,
         prompts,
         seed=seed,
         num_inference_steps=settings.samples.num_inference_steps,
-        guidance_scale=settings.samples.guidance_scale,
+        guidance_scale=guidance,
         image_size=settings.data.resolution,
         chunk_size=20,
     )
@@ -79,18 +79,19 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="run folder of train_xdpo.py")
     parser.add_argument("--prompts", type=int, default=50, help="prompts of each of the four categories")
     parser.add_argument("--seed", type=int, default=1000, help="image i starts from noise of seed + i")
+    parser.add_argument("--guidance", type=float, help="guidance scale; default: the config's samples.guidance_scale")
     options = parser.parse_args()
     settings = load_config(options.run / "config.yaml")
+    guidance = settings.samples.guidance_scale if options.guidance is None else options.guidance
     rows = tiny_prompts(options.prompts)
     prompts = [prompt for _, prompt in rows]
 
     base = load_model(resolve_model(*read_model_spec(settings.model.pipeline)))
+    trained = load_model(resolve_model(*read_model_spec(str(options.run))))
     with torch.inference_mode():
         images = {
-            "before": sample(base, prompts, settings, options.seed),
-            "after": sample(
-                load_model(resolve_model(*read_model_spec(str(options.run)))), prompts, settings, options.seed
-            ),
+            "before": sample(base, prompts, settings, guidance, options.seed),
+            "after": sample(trained, prompts, settings, guidance, options.seed),
         }
     scores, comparisons = {}, {}
     for name in SCORERS:
@@ -109,6 +110,7 @@ def main() -> None:
     record = {
         "prompts": len(prompts),
         "seed": options.seed,
+        "guidance": guidance,
         **{name: asdict(comparison) for name, comparison in comparisons.items()},
     }
     (options.run / "comparison.json").write_text(json.dumps(record, indent=2) + "\n")
