@@ -1,0 +1,106 @@
+"""What follows from a config: batch, learning rate, effective β; and in what two configs differ."""
+
+from xdpo.config.files import shown, values_of
+from xdpo.config.sections import KEYS, Config, splitting_message
+
+PICKAPIC_V2_PAIRS = 851_293
+"""Training pairs of Pick-a-Pic v2 without ties, as the Diffusion-DPO paper counts them."""
+
+
+KEYS_WITHOUT_EFFECT = frozenset(
+    {
+        "output_dir",
+        "train.micro_batch_pairs",  # the same pairs per step, to float rounding
+        "data.num_workers",
+        "data.max_unreadable_share",
+        *(key for key in KEYS if key.partition(".")[0] in ("eval", "samples", "checkpoint", "log")),
+    }
+)
+"""The keys that may differ between two parts of one run: they change what is seen of it, not what it computes.
+
+`train.max_steps` is one too while the learning rate is constant; with a decaying one it sets the decay.
+Precision, compilation and checkpointed gradients are not: they leave the method alone but change bits.
+"""
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """Lines such as `loss.beta: 1000.0 → 2000.0`, for the keys that change what a run computes."""
+    ignored = KEYS_WITHOUT_EFFECT
+    if old.optim.schedule == new.optim.schedule == "constant":
+        ignored = ignored | {"train.max_steps"}
+    before, after = values_of(old), values_of(new)
+    return [
+        f"{key}: {shown(before[key])} → {shown(after[key])}"
+        for key in KEYS
+        if key not in ignored and before[key] != after[key]
+    ]
+
+
+def accumulation_steps(config: Config, num_processes: int) -> int:
+    """Micro-steps per optimizer step: total batch / (micro batch × processes).
+
+    Raises:
+        ValueError: when that is not a whole number; the message names the sizes that would work.
+    """
+    pairs_at_once = config.train.micro_batch_pairs * num_processes
+    if config.train.total_batch_pairs % pairs_at_once:
+        raise ValueError(splitting_message(config.train, num_processes))
+    return config.train.total_batch_pairs // pairs_at_once
+
+
+def effective_learning_rate(config: Config) -> float:
+    """The learning rate after warm-up: the configured one, times the total batch in pairs with `scale_lr`."""
+    scale = config.train.total_batch_pairs if config.optim.scale_lr else 1
+    return config.optim.learning_rate * scale
+
+
+def effective_beta(config: Config) -> float:
+    """The β of the Diffusion-DPO loss that this loss equals near the reference, where d is about 0.
+
+    β·(η + γ·n), from the derivative of Appendix C's and Eq. 9's reward at d = 0. For Eq. 10 γ·n is also multiplied
+    by exp(n·e), with e the reference's error; this is its value for e = 0.
+    """
+    loss = config.loss
+    return loss.beta if loss.name == "diffusion_dpo" else loss.beta * (loss.eta + loss.gamma * loss.n)
+
+
+def describe(config: Config, num_processes: int, num_pairs: int | None = None) -> str:
+    """What follows from a config on so many processes, one line each, for a person to check before a run.
+
+    `num_pairs` is the number of training pairs where it is known.
+
+    Raises:
+        ValueError: when the total batch cannot be split over the processes (`accumulation_steps`).
+    """
+    train, optim, loss = config.train, config.optim, config.loss
+    accumulation = accumulation_steps(config, num_processes)
+    lines = {
+        "total batch": f"{train.total_batch_pairs} pairs = {num_processes} (processes) × {accumulation} (accumulation) "
+        f"× {train.micro_batch_pairs} (micro batch)",
+        "learning rate": f"{optim.learning_rate:g} configured, {effective_learning_rate(config):g} effective "
+        + (f"(× {train.total_batch_pairs} pairs, optim.scale_lr)" if optim.scale_lr else "(not scaled)"),
+        "warm-up": f"{optim.warmup_steps} steps, then {optim.schedule}"
+        + (": longer than the run" if optim.warmup_steps > train.max_steps else ""),
+    }
+    if loss.name == "diffusion_dpo":
+        lines["effective β"] = f"{loss.beta:g} (diffusion_dpo: β itself)"
+    else:
+        formula = f"{loss.beta:g} × ({loss.eta:g} + {loss.gamma:g} × {loss.n:g})"
+        factor = ", whose γ·n part grows by exp(n·e) with the error e" if loss.reward == "eq10" else ""
+        lines["effective β"] = f"{effective_beta(config):g} = β·(η + γ·n) = {formula}{factor}"
+    pairs_seen = train.max_steps * train.total_batch_pairs
+    lines["steps"] = f"{train.max_steps:,} optimizer steps, {pairs_seen:,} pairs seen"
+    lines["epochs"] = _epochs(config, pairs_seen, num_pairs)
+    if config.eval.every and config.eval.path is None and config.data.source != "hub":
+        lines["evaluation"] = "on the training pairs themselves; set eval.path for held-out ones"
+    width = max(map(len, lines))
+    return "\n".join(f"{label:<{width}}  {text}" for label, text in lines.items())
+
+
+def _epochs(config: Config, pairs_seen: int, num_pairs: int | None) -> str:
+    if num_pairs is not None:
+        return f"{pairs_seen / num_pairs:.2f} of {num_pairs:,} pairs"
+    if config.data.source != "hub":
+        return "known once the data are read"
+    about = min(PICKAPIC_V2_PAIRS, config.data.max_pairs or PICKAPIC_V2_PAIRS)
+    return f"about {pairs_seen / about:.2f}, if the data are Pick-a-Pic v2 ({about:,} pairs)"

@@ -1,0 +1,287 @@
+"""The typed sections of a run: every key with its type, range, default and meaning."""
+
+import re
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+_FRACTION = re.compile(r"\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))\s*/\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*")
+
+
+def _number(value: Any) -> float:
+    """An int, a float, or a fraction written as text ("1/6"), as a float."""
+    if isinstance(value, str) and (fraction := _FRACTION.fullmatch(value)):
+        numerator, denominator = (float(part) for part in fraction.groups())
+        if denominator == 0:
+            raise ValueError("must be a number, and a fraction cannot divide by zero")
+        return numerator / denominator
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("must be a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError("must be a finite number") from None
+
+
+def _paths(value: Any) -> str | tuple[str, ...]:
+    """One path, or several as a tuple."""
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(path, str) and path for path in value):
+        return tuple(value)
+    raise ValueError("must be a path or a list of paths, none of them empty")
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+PositiveNumber = Annotated[Number, Field(gt=0)]
+NonNegativeNumber = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Decay = Annotated[Number, Field(ge=0, lt=1)]
+Count = Annotated[StrictInt, Field(gt=0)]
+CountOrZero = Annotated[StrictInt, Field(ge=0)]
+Seed = Annotated[StrictInt, Field(ge=0, le=2**32 - 1)]
+Text = Annotated[StrictStr, Field(min_length=1)]
+Paths = Annotated[str | tuple[str, ...], BeforeValidator(_paths)]
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, no unknown keys, no NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Which pipeline is trained, and which of its weights."""
+
+    pipeline: Text = Field(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        description="hub id or folder of a pipeline in Stable Diffusion format",
+    )
+    revision: Text | None = Field(None, description="hub revision of the pipeline (branch, tag or commit)")
+    trainable: Literal["full", "lora"] = Field(
+        "full", description="train the whole UNet, or low-rank adapters on its attention"
+    )
+    lora_rank: Count = Field(64, description="rank of the adapters; used when trainable is lora")
+    lora_alpha: PositiveNumber = Field(64.0, description="adapters are scaled by lora_alpha / lora_rank")
+    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
+        None, description="decay per optimizer step of a moving average of the weights; null: none"
+    )
+
+
+class ComputeConfig(Section):
+    """How the arithmetic is done; no key here changes the method."""
+
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
+        "auto", description="autocast type; auto: bf16 where the GPU has it, else fp16, and fp32 on a CPU"
+    )
+    tf32: StrictBool = Field(True, description="TensorFloat-32 for what stays in float32 on NVIDIA GPUs")
+    compile: StrictBool = Field(False, description="torch.compile of the whole UNet; minutes at the start")
+    channels_last: StrictBool = Field(False, description="channels-last memory format for the UNet")
+    gradient_checkpointing: StrictBool = Field(
+        False, description="recompute activations in the backward pass: less memory, more time"
+    )
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="attention kernels of the UNet")
+
+
+class DataConfig(Section):
+    """Which preference pairs are read and how their images are prepared."""
+
+    source: Literal["hub", "parquet", "webdataset", "folder"] = Field("hub", description="what path points to")
+    path: Paths = Field(
+        "liuhuohuo2/pick-a-pic-v2", description="hub id, or files, globs or a folder; a list for several"
+    )
+    revision: Text | None = Field(None, description="hub revision of the data set (branch, tag or commit)")
+    split: Text = Field("train", description="split of a hub data set")
+    max_pairs: Count | None = Field(None, description="pairs to use at most; null: all")
+    resolution: Annotated[StrictInt, Field(gt=0, multiple_of=8)] = Field(
+        512, description="side of the square training images, in pixels"
+    )
+    crop: Literal["center", "random"] = Field(
+        "center", description="square cut out of each image, decided once per pair"
+    )
+    horizontal_flip: StrictBool = Field(True, description="mirror both images of a pair, every second time")
+    sample_latents: StrictBool = Field(True, description="sample the autoencoder's posterior; false: its mean")
+    caption_dropout: Share = Field(0.2, description="share of the pairs whose caption is replaced by an empty one")
+    num_workers: CountOrZero = Field(
+        4, description="data loading processes per training process; 0: load in the training process"
+    )
+    max_unreadable_share: Share = Field(0.01, description="share of rows that may be unreadable before the run stops")
+
+
+class NoiseConfig(Section):
+    """What is random in the diffusion objective, and the weight of a timestep."""
+
+    shared_by_pair: StrictBool = Field(True, description="chosen and rejected image get the same noise")
+    weighting: Literal["constant", "min_snr", "temporal_discount"] = Field(
+        "constant", description="weight of a pair by its timestep"
+    )
+    min_snr_gamma: PositiveNumber = Field(5.0, description="signal-to-noise ratio at which min_snr cuts the weight off")
+    discount: Annotated[Number, Field(gt=0, le=1)] = Field(
+        0.9, description="factor per fiftieth of the schedule for temporal_discount"
+    )
+
+
+class LossConfig(Section):
+    """The preference objective and the numbers of its formula."""
+
+    name: Literal["xdpo", "diffusion_dpo"] = Field(
+        "xdpo", description="objective; diffusion_dpo uses beta alone and ignores eta, gamma, n and reward"
+    )
+    beta: PositiveNumber = Field(1000.0, description="β, strength of the pull to the reference")
+    eta: NonNegativeNumber = Field(0.05, description="η, weight of the linear (logarithmic) reward")
+    gamma: NonNegativeNumber = Field(1 / 6, description="γ, weight of the exponential (power) reward")
+    n: PositiveNumber = Field(6.0, description="n, exponent of the power reward")
+    reward: Literal["appendix_c", "eq9", "eq10"] = Field(
+        "appendix_c", description="which of the paper's printed rewards"
+    )
+
+    @model_validator(mode="after")
+    def _has_a_gradient(self):
+        if self.name == "xdpo" and self.eta == 0 and self.gamma == 0:
+            raise ValueError("eta and gamma are both 0, so that the loss has no gradient; raise one of them")
+        return self
+
+
+class OptimConfig(Section):
+    """The optimizer and its learning rate."""
+
+    name: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="adamw8bit keeps its state in 8 bits and needs bitsandbytes"
+    )
+    learning_rate: PositiveNumber = Field(1e-8, description="learning rate, before scale_lr")
+    scale_lr: StrictBool = Field(True, description="multiply the learning rate by the total batch in pairs")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decay of AdamW's two moments")
+    eps: PositiveNumber = Field(1e-8, description="AdamW's ε, added to the root of the second moment")
+    weight_decay: NonNegativeNumber = Field(1e-2, description="decoupled weight decay")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="learning rate after the warm-up; linear and cosine reach 0 at train.max_steps"
+    )
+    warmup_steps: CountOrZero = Field(500, description="optimizer steps of linear warm-up from 0")
+    max_grad_norm: PositiveNumber | None = Field(
+        1.0, description="longer gradients are shortened to this norm; null: never"
+    )
+
+
+class TrainConfig(Section):
+    """How long, and in what pieces."""
+
+    max_steps: Count = Field(6000, description="optimizer steps of the whole run")
+    total_batch_pairs: Count = Field(256, description="pairs per optimizer step, over all processes")
+    micro_batch_pairs: Count = Field(1, description="pairs in one forward pass of one process")
+
+    @model_validator(mode="after")
+    def _splits_evenly(self):
+        if self.total_batch_pairs % self.micro_batch_pairs:
+            raise ValueError(splitting_message(self, num_processes=1))
+        return self
+
+
+class EvalConfig(Section):
+    """Implicit accuracy and margin on held-out pairs, at fixed timesteps and noise."""
+
+    every: CountOrZero = Field(200, description="optimizer steps between evaluations; 0: never")
+    path: Paths | None = Field(None, description="held-out pairs, read as data.source; null: data.path")
+    split: Text = Field("validation_unique", description="split of a hub data set")
+    pairs: Count = Field(256, description="pairs evaluated, the first ones of the split")
+    draws: Count = Field(4, description="fixed draws of timestep and noise per pair")
+
+
+class SamplesConfig(Section):
+    """Images for fixed prompts and seeds, policy beside reference."""
+
+    every: CountOrZero = Field(500, description="optimizer steps between sample sheets; 0: never")
+    prompts: tuple[Text, ...] = Field(
+        (
+            "a lighthouse on a cliff in a thunderstorm, oil painting",
+            "portrait of an old fisherman, natural light, 85mm photograph",
+            "a red bicycle leaning against a yellow wall",
+            "a fox reading a newspaper in a cafe, watercolour",
+        ),
+        description="one image each",
+    )
+    seed: Seed = Field(0, description="prompt i starts from noise of seed + i")
+    num_inference_steps: Count = Field(50, description="sampler steps")
+    guidance_scale: NonNegativeNumber = Field(7.5, description="classifier-free guidance; 1: none")
+
+
+class CheckpointConfig(Section):
+    """What a killed run can go on from."""
+
+    every: Count = Field(200, description="optimizer steps between checkpoints")
+    keep: Count = Field(2, description="checkpoints kept, newest first")
+
+
+class LogConfig(Section):
+    """Where the numbers go besides metrics.jsonl and the progress bar."""
+
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(("tensorboard",), description="[]: none")
+    project: Text = Field("xdpo", description="project name in the trackers")
+
+
+class Config(Section):
+    """Everything that defines a run. Immutable; equal configs describe the same run."""
+
+    seed: Seed = Field(0, description="the root of all randomness of the training")
+    output_dir: Text = Field(description="run folder: checkpoints, metrics, samples, the resolved config")
+    model: ModelConfig = ModelConfig()
+    compute: ComputeConfig = ComputeConfig()
+    data: DataConfig = DataConfig()
+    noise: NoiseConfig = NoiseConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    samples: SamplesConfig = SamplesConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+
+SECTIONS: Mapping[str, type[Section]] = MappingProxyType(
+    {
+        name: field.annotation
+        for name, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }
+)
+
+
+def _fields() -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in Config.model_fields.items():
+        if name not in SECTIONS:
+            yield name, field
+            continue
+        for key, inner in SECTIONS[name].model_fields.items():
+            yield f"{name}.{key}", inner
+
+
+KEYS: Mapping[str, FieldInfo] = MappingProxyType(dict(_fields()))
+"""Every key by its dotted name, in the order of the file."""
+
+
+def splitting_message(train: TrainConfig, num_processes: int) -> str:
+    total, micro = train.total_batch_pairs, train.micro_batch_pairs
+    pairs_at_once = micro * num_processes
+    below = total // pairs_at_once * pairs_at_once
+    totals = [size for size in (below, below + pairs_at_once) if size > 0]
+    choices = [f"train.total_batch_pairs {' or '.join(map(str, totals))}"]
+    per_process, uneven = divmod(total, num_processes)
+    if not uneven:
+        micros = [size for size in range(1, per_process + 1) if per_process % size == 0]
+        nearest = sorted(sorted(micros, key=lambda size: abs(size - micro))[:3])
+        choices.append(f"train.micro_batch_pairs {' or '.join(map(str, nearest))}")
+    pieces = f"micro batches of {micro}"
+    if num_processes > 1:
+        pieces = f"{num_processes} processes with {pieces}"
+    return f"a total batch of {total} pairs cannot be split into {pieces}; choose {', or '.join(choices)}"
