@@ -117,7 +117,7 @@ def evaluate(options: argparse.Namespace) -> int:
         raise ValueError(f"--scorers names none; choose from {', '.join(SCORER_NAMES)}")
     device = choose_device(options.device)
     versions = {name: scorer_version(name, options.weights) for name in scorers}
-    table = ScoreTable(options.output)
+    table = ScoreTable(options.output, for_writing=True)
 
     # Images.
     pictures, problems = read_images(folders, options.sets)

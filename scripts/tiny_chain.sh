@@ -3,7 +3,7 @@
 #
 # Diffusion-DPO and xDPO are trained, the base and both make images for tinyprompts, the judges score them, and a report
 # compares them: runs/chain/results/report.html. The same command goes on where it was interrupted.
-# Arguments are settings of both trainings. From the environment:
+# 120 steps of training each; arguments are settings of both trainings, such as train.max_steps=300. From the environment:
 #   OUTPUT=runs/chain      where everything goes; another one for other settings
 #   PROMPTS=200            of tinyprompts, so many at random
 #   CURVE=1                images from the checkpoints too, to draw quality over training
@@ -20,7 +20,7 @@ methods=(diffusion_dpo xdpo)
 for method in "${methods[@]}"; do
     echo "== train $method"
     "$PYTHON" train_xdpo.py --config "configs/tiny/$method.yaml" output_dir="$output/runs/$method" \
-        model.pipeline="$pipeline" checkpoint.keep=100 "$@"
+        model.pipeline="$pipeline" train.max_steps=120 checkpoint.every=40 checkpoint.keep=100 "$@"
 done
 
 images() {  # images MODEL NAME

@@ -296,6 +296,15 @@ def test_no_permission_is_said_before_anything_is_scored(world, capsys, monkeypa
     assert world.calls() == 0
 
 
+def test_a_second_evaluation_into_the_same_folder_waits_its_turn(world, capsys):
+    table = ScoreTable(world.output, for_writing=True)
+    assert world.run() == 1
+    assert "another evaluate.py is writing there" in capsys.readouterr().err
+    assert world.calls() == 0
+    table.close([], replaced=[])
+    assert world.run() == 0
+
+
 def test_the_page_fills_its_template_completely(world):
     world.run()
     assert not re.findall(r"\{\{\w+\}\}", (world.output / "report.html").read_text())

@@ -5,14 +5,15 @@ on, new scores are written as small finished files into `scores.parts/`; closing
 Each file is written aside and renamed, so a kill at any moment loses only the scores since the last part.
 """
 
+import fcntl
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 from uuid import uuid4
 
-TABLE, PARTS = "scores.parquet", "scores.parts"
+TABLE, PARTS, LOCK = "scores.parquet", "scores.parts", ".writing"
 
 
 class ScoreKey(NamedTuple):
@@ -49,9 +50,13 @@ class Score:
 class ScoreTable:
     """The table of one output folder, in memory and on disk."""
 
-    def __init__(self, folder: Path):
-        """Read what is there. Raises ValueError for a table that cannot be read, naming the file."""
+    def __init__(self, folder: Path, *, for_writing: bool = False):
+        """Read what is there; `for_writing` keeps other writers out until `close` or the end of the process.
+
+        Raises ValueError for a table that cannot be read, naming the file, or that another process writes to.
+        """
         self.folder = folder
+        self._lock = _locked(folder) if for_writing else None
         self.known: dict[ScoreKey, float] = {}
         self._placed: dict[tuple, Score] = {}
         self._unsaved: dict[ScoreKey, float] = {}
@@ -99,6 +104,8 @@ class ScoreTable:
             for part in (self.folder / PARTS).iterdir():
                 part.unlink()
             (self.folder / PARTS).rmdir()
+        if self._lock is not None:
+            self._lock.close()
 
 
 def check_writable(folder: Path) -> None:
@@ -108,6 +115,20 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"--output {folder}: {existing} is a file; choose another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"--output {folder}: no permission to write in {existing}; choose another folder")
+
+
+def _locked(folder: Path) -> IO[str]:
+    """An open file that holds the folder's lock; the system releases it with the process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / LOCK).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"--output {folder}: another evaluate.py is writing there; wait for it, or choose another folder"
+        ) from None
+    return file
 
 
 def _key_of(row: Score) -> ScoreKey:
