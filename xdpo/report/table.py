@@ -105,6 +105,7 @@ class ScoreTable:
                 part.unlink()
             (self.folder / PARTS).rmdir()
         if self._lock is not None:
+            (self.folder / LOCK).unlink()
             self._lock.close()
 
 
