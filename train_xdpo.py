@@ -14,20 +14,23 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from xdpo import checkpoint, config, data, models, sampling, step
+from xdpo import checkpoint, config, data, models, precompute, sampling, step
+from xdpo.cache import ReferenceCache
+from xdpo.compute import build_accelerator
 from xdpo.config import Config, ConfigError
-from xdpo.noise import NoiseSchedule
+from xdpo.noise import HELD_OUT_SEED, NoiseSchedule
+from xdpo.precompute import Pairs, make_dataset, open_pairs, open_reference
 from xdpo.runlog import RunLog, peak_memory_gb
 
-EVAL_SEED = 0  # held-out pairs meet the same (t, ε) in every run, so that runs can be compared
 SAMPLE_CHUNK = 4  # images sampled at once
 
 
@@ -64,13 +67,14 @@ def main(arguments: list[str] | None = None) -> int:
         folder = Path(settings.output_dir)
         checkpoint.check_run_folder(folder, settings, options.allow_config_change)
         models.check_pipeline_folder(settings.model.pipeline)
-        with accelerator.main_process_first():  # the first process converts the files, the others find them converted
-            train_table = data.load_pairs(settings.data)
-            eval_table = load_eval_pairs(settings)
-        accelerator.print(config.describe(settings, accelerator.num_processes, len(train_table)))
-        accelerator.print(f"training pairs: {train_table.counts}")
-        parts = models.load_parts(settings.model)
-        return train(settings, accelerator, folder, parts, train_table, eval_table)
+        if settings.cache.examples and settings.cache.build:
+            precompute.build_missing_examples(settings, accelerator, accelerator.print)
+        train_pairs = open_pairs(settings, accelerator, held_out=False)
+        held_out_pairs = open_pairs(settings, accelerator, held_out=True) if settings.eval.every else None
+        accelerator.print(config.describe(settings, accelerator.num_processes, len(train_pairs)))
+        accelerator.print(f"training pairs: {data.PairCounts(**vars(train_pairs.counts))}")
+        parts = models.load_parts(settings.model, encoders=not settings.cache.examples or settings.samples.every > 0)
+        return train(settings, accelerator, folder, parts, train_pairs, held_out_pairs)
     except (ConfigError, data.DataError, checkpoint.CheckpointError, NonFiniteError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -86,38 +90,32 @@ def check_optional_packages(settings: Config) -> None:
             raise ValueError(f"{key} needs {package}, which is not installed; pip install {package}")
 
 
-def build_accelerator(settings: Config) -> Accelerator:
-    """Devices, precision, accumulation and trackers, as the config has them."""
-    compute = settings.compute
-    has_device = torch.accelerator.is_available()
-    precision = compute.precision
-    if precision == "auto":
-        precision = "fp32"
-        if torch.cuda.is_available():
-            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if precision == "fp16" and not has_device:
-        raise ValueError("compute.precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
-    if compute.tf32 and torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    accelerator = Accelerator(
-        cpu=not has_device,
-        mixed_precision={"fp32": "no"}.get(precision, precision),
-        log_with=list(settings.log.trackers) or None,
-        project_config=ProjectConfiguration(
-            project_dir=settings.output_dir, logging_dir=str(Path(settings.output_dir) / "tensorboard")
-        ),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+class KnownReference(NamedTuple):
+    """The reference's recorded errors on both kinds of pairs; None where the config keeps none."""
+
+    train: ReferenceCache | None
+    held_out: ReferenceCache | None
+    is_complete: bool  # all that the run still needs is there
+
+
+def open_known_reference(
+    settings: Config, accelerator: Accelerator, train_pairs: Pairs, held_out_pairs: Pairs | None, start_step: int
+) -> KnownReference:
+    """What is recorded of the reference under this config, and whether that is enough from `start_step` on."""
+    precision, total_batch = accelerator.mixed_precision, settings.train.total_batch_pairs
+    train = open_reference(settings, train_pairs, held_out=False, precision=precision)
+    if train is None:
+        return KnownReference(None, None, is_complete=False)
+    is_complete = train.has(range(start_step * total_batch, settings.train.max_steps * total_batch))
+    held_out = None
+    if held_out_pairs:
+        held_out = open_reference(settings, held_out_pairs, held_out=True, precision=precision)
+        is_complete = is_complete and held_out.has(range(len(held_out_pairs) * settings.eval.draws))
+    accelerator.print(
+        f"reference cache: {train.folder}, {len(train):,} samples known"
+        + ("; all that this run needs, so the reference is not loaded" if is_complete else "")
     )
-    accelerator.gradient_accumulation_steps = config.accumulation_steps(settings, accelerator.num_processes)
-    return accelerator
-
-
-def load_eval_pairs(settings: Config) -> data.PairTable | None:
-    """The held-out pairs, or None where the config asks for no evaluation."""
-    if not settings.eval.every:
-        return None
-    chosen = settings.eval
-    return data.load_pairs(settings.data, path=chosen.path, split=chosen.split, max_pairs=chosen.pairs)
+    return KnownReference(train, held_out, is_complete)
 
 
 def build_optimizer(settings: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -149,8 +147,8 @@ def train(
     accelerator: Accelerator,
     folder: Path,
     parts: models.PipelineParts,
-    train_table: data.PairTable,
-    eval_table: data.PairTable | None,
+    train_pairs: Pairs,
+    held_out_pairs: Pairs | None,
 ) -> int:
     """The training loop. Returns 0 when the run is finished, 128 + signal when it was asked to stop."""
     is_main, device = accelerator.is_main_process, accelerator.device
@@ -158,10 +156,15 @@ def train(
 
     # Policy, reference, optimizer.
     set_seed(settings.seed)
+    finished = checkpoint.checkpoints(folder)
+    start_step = checkpoint.step_of(finished[-1]) if finished else 0
     schedule = NoiseSchedule.from_scheduler(parts.scheduler).to(device)
-    reference = models.make_reference(parts.unet, settings.model, settings.compute)
+    known = open_known_reference(settings, accelerator, train_pairs, held_out_pairs, start_step)
+    reference = None
+    if not known.is_complete:
+        reference = models.make_reference(parts.unet, settings.model, settings.compute)
     policy = models.make_policy(parts.unet, settings.model, settings.compute)
-    for module in (parts.vae, parts.text_encoder, reference):
+    for module in (reference, *(() if settings.cache.examples else (parts.vae, parts.text_encoder))):
         if module is not None:
             module.to(device)
     optimizer = build_optimizer(settings, models.trainable_parameters(policy))
@@ -172,18 +175,16 @@ def train(
     make_example = step.ExampleMaker(parts, schedule, settings, device)
 
     # Resume.
-    start_step = 0
-    if finished := checkpoint.checkpoints(folder):
+    if finished:
         progress = checkpoint.load_checkpoint(finished[-1], policy, optimizer, ema)
-        start_step = progress["step"]
         if accelerator.scaler is not None and progress["extra"].get("scaler"):
             accelerator.scaler.load_state_dict(progress["extra"]["scaler"])
     if is_main:
         checkpoint.describe_run(
             folder,
             settings,
-            training_pairs=vars(train_table.counts),
-            held_out_pairs=vars(eval_table.counts) if eval_table else None,
+            training_pairs=vars(train_pairs.counts),
+            held_out_pairs=vars(held_out_pairs.counts) if held_out_pairs else None,
             processes=accelerator.num_processes,
             device=str(device),
             precision=accelerator.mixed_precision,
@@ -202,19 +203,21 @@ def train(
     stop = StopRequest()
 
     # Data.
-    train_set = data.PairDataset(train_table, parts.tokenizer, settings.seed, settings.data)
-    loader = data.make_loader(
-        train_set,
+    sampler = data.StepSampler(
         start_step=start_step,
         total_batch_pairs=total_batch,
         micro_batch_pairs=settings.train.micro_batch_pairs,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
+    )
+    loader = data.make_loader(
+        make_dataset(train_pairs, parts.tokenizer, settings, held_out=False),
+        sampler,
         num_workers=settings.data.num_workers,
         pin_memory=device.type == "cuda",
     )
     batches: Iterator[dict] = iter(loader)
-    unreadable = data.UnreadableTracker(train_table, settings.data.max_unreadable_share)
+    unreadable = data.UnreadableTracker(train_pairs, settings.data.max_unreadable_share)
 
     def save(step_number: int) -> None:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
@@ -232,12 +235,12 @@ def train(
 
     def look(step_number: int) -> None:
         """Held-out pairs and sample images."""
-        if eval_table and (step_number % settings.eval.every == 0 or step_number == max_steps):
-            numbers = evaluate(settings, accelerator, policy, reference, make_example, eval_table)
+        if held_out_pairs and (step_number % settings.eval.every == 0 or step_number == max_steps):
+            numbers = evaluate(settings, accelerator, policy, reference, make_example, held_out_pairs, known.held_out)
             log.row(step_number, numbers)
             log.say(
                 f"step {step_number}: held-out implicit accuracy {numbers['eval/implicit_accuracy']:.3f}, "
-                f"margin {numbers['eval/margin']:.4g} over {len(eval_table)} pairs × {settings.eval.draws} draws"
+                f"margin {numbers['eval/margin']:.4g} over {len(held_out_pairs)} pairs × {settings.eval.draws} draws"
             )
         if settings.samples.every and (step_number % settings.samples.every == 0 or step_number == max_steps):
             if is_main:
@@ -249,23 +252,27 @@ def train(
         look(0)
     for step_number in range(start_step, max_steps):
         started = time.perf_counter()
-        totals, counts = torch.zeros(len(step.STATISTICS), device=device), [0, 0]
-        window: list[tuple[list[str], step.PairErrors]] = []
+        totals, counts, data_seconds = torch.zeros(len(step.STATISTICS), device=device), [0, 0], 0.0
+        window: list[tuple[dict, step.PairErrors]] = []
 
         # Accumulate gradients over the window; nothing here waits for the device.
         for _ in range(accelerator.gradient_accumulation_steps):
+            waiting = time.perf_counter()
             batch = next(batches)
+            data_seconds += time.perf_counter() - waiting
             unreadable.update(len(batch["rows"]), batch["unreadable"])
             counts[0] += batch["truncated"]
             counts[1] += len(batch["unreadable"])
             with accelerator.accumulate(policy):
                 with accelerator.autocast():
                     example = make_example(batch, settings.seed, batch["positions"])
-                    errors = step.pair_errors(policy, bare_policy, reference, example)
+                    from_cache = known.train.get(batch["positions"], device) if known.train is not None else None
+                    errors = step.pair_errors(policy, bare_policy, reference, example, from_cache)
                 output = step.preference_loss(errors, settings.loss)
                 accelerator.backward(output.loss.mean())
             totals += output.statistics
-            window.append((batch["pair_ids"], step.PairErrors(*(error.detach() for error in errors))))
+            batch = {"pair_ids": batch["pair_ids"], "positions": batch["positions"], "is_known": from_cache is not None}
+            window.append((batch, step.PairErrors(*(error.detach() for error in errors))))
 
         # One exchange between processes and one wait for the device per optimizer step.
         limit = settings.optim.max_grad_norm or float("inf")
@@ -275,6 +282,10 @@ def train(
         numbers = {name: total / total_batch for name, total in zip(step.STATISTICS, sums, strict=True)}
         numbers["gradient_norm"] = float(gradient_norm)
         refuse_non_finite(step_number, numbers, window, skipped_by_scaler=accelerator.scaler is not None)
+        if known.train is not None:
+            for batch, errors in window:
+                if not batch["is_known"]:
+                    known.train.record(batch["positions"], torch.stack(errors[2:]))
 
         # Update.
         numbers["learning_rate"] = learning_rate_at(settings, step_number)
@@ -290,7 +301,9 @@ def train(
         numbers["effective_beta"] = config.effective_beta(settings)
         numbers["pairs_seen"] = (step_number + 1) * total_batch
         numbers["truncated_captions"], numbers["unreadable_rows"] = truncated, substituted
-        numbers["pairs_per_second"] = total_batch / (time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        numbers["pairs_per_second"] = total_batch / seconds
+        numbers["data_wait_share"] = data_seconds / seconds  # of this process
         numbers["peak_memory_gb"] = peak_memory_gb(device)
         if accelerator.optimizer_step_was_skipped:
             log.say(f"step {step_number + 1}: gradients overflowed in fp16; skipped, the loss scale is halved")
@@ -330,9 +343,9 @@ def refuse_non_finite(step_number: int, numbers: dict[str, float], window: list,
     if not bad:
         return
     rows = []
-    for pair_ids, errors in window:
+    for batch, errors in window:
         stacked = torch.stack([error.float() for error in errors], dim=1).cpu()  # (B, 4)
-        for pair_id, values in zip(pair_ids, stacked, strict=True):
+        for pair_id, values in zip(batch["pair_ids"], stacked, strict=True):
             if bad == ["gradient_norm"] or not torch.isfinite(values).all():
                 policy_chosen, policy_rejected, reference_chosen, reference_rejected = values.tolist()
                 rows.append(
@@ -355,25 +368,28 @@ def evaluate(
     policy: nn.Module,
     reference: nn.Module | None,
     make_example: step.ExampleMaker,
-    table: data.PairTable,
+    pairs: Pairs,
+    known: ReferenceCache | None,
 ) -> dict[str, float]:
     """Statistics over held-out pairs at fixed (t, ε), shared out over the processes."""
-    draws, size = settings.eval.draws, settings.train.micro_batch_pairs
-    held_out = data.PairDataset(
-        table, make_example.parts.tokenizer, EVAL_SEED, settings.data, augment=False, shuffle=False
+    draws = settings.eval.draws
+    held_out = make_dataset(pairs, make_example.parts.tokenizer, settings, held_out=True)
+    batches = data.held_out_batches(
+        len(pairs) * draws, settings.train.micro_batch_pairs, accelerator.process_index, accelerator.num_processes
     )
-    mine = list(range(accelerator.process_index, len(table) * draws, accelerator.num_processes))
     bare_policy = accelerator.unwrap_model(policy)
     totals = torch.zeros(len(step.STATISTICS), device=accelerator.device)
-    for start in range(0, len(mine), size):
-        positions = mine[start : start + size]  # draw k of pair i has position i + k · pairs
-        batch = data.collate_pairs([held_out[position] for position in positions])
+    for positions in batches:  # draw k of pair i has position i + k · pairs
+        batch = held_out.batch(positions)
+        from_cache = known.get(positions, accelerator.device) if known is not None else None
         with accelerator.autocast():
-            example = make_example(batch, EVAL_SEED, positions)
-            errors = step.pair_errors(bare_policy, bare_policy, reference, example)
+            example = make_example(batch, HELD_OUT_SEED, positions)
+            errors = step.pair_errors(bare_policy, bare_policy, reference, example, from_cache)
+        if known is not None and from_cache is None:
+            known.record(positions, torch.stack(errors[2:]))
         totals += step.preference_loss(errors, settings.loss).statistics
     sums: Tensor = accelerator.reduce(totals, "sum")
-    means = (sums / (len(table) * draws)).tolist()
+    means = (sums / (len(pairs) * draws)).tolist()
     return {f"eval/{name}": mean for name, mean in zip(step.STATISTICS, means, strict=True)}
 
 
@@ -387,10 +403,14 @@ def draw_samples(
     folder: Path,
     step_number: int,
 ) -> Path:
-    """A sheet of sample images, reference beside policy, for the configured prompts and seeds."""
+    """A sheet of sample images for the configured prompts and seeds: reference beside policy, where it is loaded."""
     wanted = settings.samples
+    encoders = (parts.vae, parts.text_encoder)
+    for module in encoders:
+        module.to(accelerator.device)
     columns = {}
-    for title in ("reference", "policy"):
+    has_reference = reference is not None or settings.model.trainable == "lora"
+    for title in ("reference", "policy") if has_reference else ("policy",):
         unet = reference if title == "reference" and reference is not None else policy
         is_adapter_off = title == "reference" and reference is None
         with accelerator.autocast(), models.adapter_off(policy) if is_adapter_off else nullcontext():
@@ -403,6 +423,9 @@ def draw_samples(
                 image_size=settings.data.resolution,
                 chunk_size=SAMPLE_CHUNK,
             )
+    if settings.cache.examples:  # training itself needs no encoders: their memory is the batch's
+        for module in encoders:
+            module.to("cpu")
     path = folder / "samples" / f"step_{step_number:08d}.png"
     path.parent.mkdir(exist_ok=True)
     sampling.contact_sheet(columns, wanted.prompts).save(path)

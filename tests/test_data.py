@@ -533,7 +533,8 @@ def augmented(tmp_path, tiny_tokenizer):
 
 
 def loaded(dataset, count, **options):
-    return list(itertools.islice(iter(make_loader(dataset, **options)), count))
+    workers = options.pop("num_workers", 0)
+    return list(itertools.islice(iter(make_loader(dataset, StepSampler(**options), num_workers=workers)), count))
 
 
 def test_workers_do_not_change_a_batch_and_windows_run_across_epochs(augmented):

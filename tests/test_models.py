@@ -17,6 +17,7 @@ from xdpo.models import (
     make_policy,
     make_reference,
     pipeline_with,
+    sample_latents,
     trainable_parameters,
 )
 
@@ -80,15 +81,14 @@ def test_lora_trains_adapters_alone_and_is_its_own_reference_bit_for_bit_with_th
 
 def test_images_become_scaled_latents_around_the_posterior_mean(parts):
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
-    scale = parts.vae.config.scaling_factor
-    mean = encode_images(parts.vae, pixels, None)
-    noise = torch.ones(2, 4, 8, 8)
+    moments = encode_images(parts.vae, pixels)
+    noise = torch.full((2, 4, 8, 8), 2.0)
 
-    assert mean.shape == (2, 4, 8, 8)
+    assert moments.means.shape == (2, 4, 8, 8)
     with torch.no_grad():
         posterior = parts.vae.encode(pixels).latent_dist
-    torch.testing.assert_close(mean, posterior.mean * scale)
-    torch.testing.assert_close(encode_images(parts.vae, pixels, noise), (posterior.mean + posterior.std) * scale)
+    torch.testing.assert_close(sample_latents(moments, None, 0.5), posterior.mean * 0.5)
+    torch.testing.assert_close(sample_latents(moments, noise, 0.5), (posterior.mean + 2 * posterior.std) * 0.5)
 
 
 def test_captions_become_the_states_that_the_pipeline_itself_uses(parts):

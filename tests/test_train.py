@@ -89,7 +89,7 @@ def assert_same_run(one, other):
         )
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first), f"{name} differs"
-    timed = ("pairs_per_second", "peak_memory_gb")
+    timed = ("pairs_per_second", "peak_memory_gb", "data_wait_share")
     logged = [[{k: v for k, v in row.items() if k not in timed} for row in rows_of(folder)] for folder in (one, other)]
     assert logged[0] == logged[1]
 

@@ -129,6 +129,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step_????????"))
 
 
+def step_of(path: Path) -> int:
+    """How many optimizer steps a checkpoint has behind it."""
+    return int(path.name.removeprefix("step_"))
+
+
 def save_checkpoint(
     folder: Path,
     step: int,

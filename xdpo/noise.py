@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+HELD_OUT_SEED = 0  # held-out pairs meet the same (t, ε) in every run, so that runs can be compared
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
@@ -28,6 +29,39 @@ def generator(seed: int, position: int, stream: str) -> torch.Generator:
 def permutation(seed: int, epoch: int, length: int) -> torch.Tensor:
     """The order of the rows 0 … length−1 in one epoch: (length,) int64."""
     return torch.randperm(length, generator=generator(seed, epoch, "permutation"))
+
+
+class SampleOrder:
+    """Which pair stands at a position of the training order: `order[position]` is an index below `length`.
+
+    Position p belongs to epoch p // length. With `shuffle` each epoch has its own permutation of the pairs.
+    """
+
+    def __init__(self, seed: int, length: int, shuffle: bool):
+        self.seed, self.length, self.shuffle = seed, length, shuffle
+        self._epoch, self._permutation = -1, torch.empty(0)
+
+    def __getitem__(self, position: int) -> int:
+        epoch, place = divmod(position, self.length)
+        if not self.shuffle:
+            return place
+        if epoch != self._epoch:
+            self._epoch, self._permutation = epoch, permutation(self.seed, epoch, self.length)
+        return int(self._permutation[place])
+
+
+def draw_augmentation(seed: int, position: int) -> tuple[float, float, float]:
+    """Three uniform numbers in [0, 1) for a pair's images: to flip them, and to place the crop across and down.
+
+    All three are always drawn, so that switching one use off leaves the others as they were.
+    """
+    coin, across, down = torch.rand(3, generator=generator(seed, position, "augment")).tolist()
+    return coin, across, down
+
+
+def draw_caption_coin(seed: int, position: int) -> float:
+    """A uniform number in [0, 1): a pair's caption is dropped where it lies below the share to drop."""
+    return torch.rand(1, generator=generator(seed, position, "caption")).item()
 
 
 def draw_timesteps(seed: int, positions: Iterable[int], schedule_length: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from xdpo.config import Config, LossConfig
 from xdpo.loss import LOSSES, LossOutput, PairErrors
-from xdpo.models import PipelineParts, adapter_off, encode_captions, encode_images
+from xdpo.models import LatentMoments, PipelineParts, adapter_off, encode_captions, encode_images, sample_latents
 from xdpo.noise import NoiseSchedule, add_noise, draw_noise, draw_timesteps, target, timestep_weights
 
 STATISTICS = (
@@ -24,6 +24,14 @@ STATISTICS = (
     "sigmoid_minus_margin",  # the weight of the pair's gradient
     "clamped",  # exponents that met the loss's limit, per pair
 )
+
+
+class Encoded(NamedTuple):
+    """What of B pairs does not change while training, float32."""
+
+    moments: LatentMoments  # each (2B, C, h, w), chosen first
+    text_states: Tensor  # (B, L, D)
+    scaling_factor: float  # of the latents
 
 
 class Example(NamedTuple):
@@ -44,7 +52,7 @@ class StepOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class ExampleMaker:
-    """Encodes a collated batch and draws what is random about it, from (seed, position) alone."""
+    """Encodes a batch, where no cache did, and draws what is random about it from (seed, position) alone."""
 
     parts: PipelineParts
     schedule: NoiseSchedule
@@ -52,18 +60,17 @@ class ExampleMaker:
     device: torch.device
 
     def __call__(self, batch: dict, seed: int, positions: Sequence[int] | Tensor) -> Example:
-        """`batch` as data.collate_pairs makes it; `positions` (B,) give each pair its draws."""
-        noise, pixels = self.config.noise, batch["pixel_values"]
-        channels, downscaling, _ = self.parts.latent_shape
-        shape = (channels, pixels.shape[-2] // downscaling, pixels.shape[-1] // downscaling)
+        """`batch` of a data.PairDataset or a cache.CachedPairDataset; `positions` (B,) give each pair its draws."""
+        noise = self.config.noise
+        moments, text_states, scaling_factor = self.encode(batch)
+        shape = moments.means.shape[1:]
         posterior_noise = None
         if self.config.data.sample_latents:
             posterior_noise = self._to_device(draw_noise(seed, positions, shape, shared=False, stream="posterior"))
         drawn = self._to_device(draw_noise(seed, positions, shape, shared=noise.shared_by_pair))
         timesteps = self._to_device(draw_timesteps(seed, positions, len(self.schedule))).repeat(2)
 
-        latents = encode_images(self.parts.vae, self._to_device(pixels), posterior_noise)
-        text_states = encode_captions(self.parts.text_encoder, self._to_device(batch["input_ids"]))
+        latents = sample_latents(moments, posterior_noise, scaling_factor)
         return Example(
             noisy_latents=add_noise(self.schedule, latents, drawn, timesteps),
             timesteps=timesteps,
@@ -71,6 +78,19 @@ class ExampleMaker:
             targets=target(self.schedule, latents, drawn, timesteps),
             weights=timestep_weights(self.schedule, timesteps, noise.weighting, noise.min_snr_gamma, noise.discount),
         )
+
+    def encode(self, batch: dict) -> Encoded:
+        """Moments and text states of a batch: from the batch itself where a cache holds them, else by the encoders."""
+        if "latent_means" in batch:
+            means, stds, text_states = (
+                None if batch[name] is None else self._to_device(batch[name]).float()
+                for name in ("latent_means", "latent_stds", "text_states")
+            )
+            return Encoded(LatentMoments(means, stds), text_states, batch["scaling_factor"])
+        vae, text_encoder = self.parts.vae, self.parts.text_encoder
+        moments = encode_images(vae, self._to_device(batch["pixel_values"]))
+        text_states = encode_captions(text_encoder, self._to_device(batch["input_ids"]))
+        return Encoded(moments, text_states, vae.config.scaling_factor)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
@@ -83,15 +103,23 @@ def denoising_errors(unet: nn.Module, example: Example) -> Tensor:
     return example.weights * squared.mean(dim=(1, 2, 3))
 
 
-def pair_errors(policy: nn.Module, bare_policy: nn.Module, reference: nn.Module | None, example: Example) -> PairErrors:
+def pair_errors(
+    policy: nn.Module,
+    bare_policy: nn.Module,
+    reference: nn.Module | None,
+    example: Example,
+    reference_errors: Tensor | None = None,
+) -> PairErrors:
     """Errors of policy and reference, each on chosen and rejected in one forward of the same shape and precision.
 
     `bare_policy` is the policy outside its distributed wrapper; without a reference it stands in for it, adapter off.
+    `reference_errors`, (2, B) from a cache, chosen first, take the place of the reference's forward.
     """
-    with torch.no_grad(), adapter_off(bare_policy) if reference is None else nullcontext():
-        reference_chosen, reference_rejected = denoising_errors(reference or bare_policy, example).chunk(2)
+    if reference_errors is None:
+        with torch.no_grad(), adapter_off(bare_policy) if reference is None else nullcontext():
+            reference_errors = denoising_errors(reference or bare_policy, example).view(2, -1)
     policy_chosen, policy_rejected = denoising_errors(policy, example).chunk(2)
-    return PairErrors(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
+    return PairErrors(policy_chosen, policy_rejected, reference_errors[0], reference_errors[1])
 
 
 def preference_loss(errors: PairErrors, config: LossConfig) -> StepOutput:

@@ -19,6 +19,7 @@ from xdpo.config.files import ConfigError, dump_config, flatten, load_config
 from xdpo.config.sections import (
     KEYS,
     SECTIONS,
+    CacheConfig,
     CheckpointConfig,
     ComputeConfig,
     Config,
@@ -40,6 +41,7 @@ __all__ = [
     "KEYS_WITHOUT_EFFECT",
     "PICKAPIC_V2_PAIRS",
     "SECTIONS",
+    "CacheConfig",
     "CheckpointConfig",
     "ComputeConfig",
     "Config",

@@ -13,6 +13,9 @@ KEYS_WITHOUT_EFFECT = frozenset(
         "train.micro_batch_pairs",  # the same pairs per step, to float rounding
         "data.num_workers",
         "data.max_unreadable_share",
+        "cache.build",
+        "cache.local_copy",
+        "cache.reference",
         *(key for key in KEYS if key.partition(".")[0] in ("eval", "samples", "checkpoint", "log")),
     }
 )
@@ -26,6 +29,8 @@ Precision, compilation and checkpointed gradients are not: they leave the method
 def changed_keys(old: Config, new: Config) -> list[str]:
     """Lines such as `loss.beta: 1000.0 → 2000.0`, for the keys that change what a run computes."""
     ignored = KEYS_WITHOUT_EFFECT
+    if bool(old.cache.examples) == bool(new.cache.examples):
+        ignored = ignored | {"cache.examples"}  # it may move; reading from it at all rounds as cache.dtype does
     if old.optim.schedule == new.optim.schedule == "constant":
         ignored = ignored | {"train.max_steps"}
     before, after = values_of(old), values_of(new)

@@ -120,6 +120,23 @@ class DataConfig(Section):
     max_unreadable_share: Share = Field(0.01, description="share of rows that may be unreadable before the run stops")
 
 
+class CacheConfig(Section):
+    """What is computed once and kept on disk: encoded examples, and the reference's errors."""
+
+    examples: Text | None = Field(
+        None,
+        description="folder of encoded images and captions; training then needs no encoders and no data; null: none",
+    )
+    build: StrictBool = Field(True, description="encode what is missing in cache.examples before training")
+    dtype: Literal["fp16", "fp32"] = Field("fp16", description="number format of cache.examples")
+    local_copy: Text | None = Field(
+        None, description="folder on a local disk to which cache.examples is copied first; null: read it where it is"
+    )
+    reference: Text | None = Field(
+        None, description="folder of the reference's errors, kept per seed, data and model; null: compute them"
+    )
+
+
 class NoiseConfig(Section):
     """What is random in the diffusion objective, and the weight of a timestep."""
 
@@ -238,6 +255,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     compute: ComputeConfig = ComputeConfig()
     data: DataConfig = DataConfig()
+    cache: CacheConfig = CacheConfig()
     noise: NoiseConfig = NoiseConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
@@ -246,6 +264,14 @@ class Config(Section):
     samples: SamplesConfig = SamplesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _examples_can_be_cached(self):
+        if self.cache.examples and self.data.crop == "random":
+            raise ValueError(
+                "cache.examples holds one crop of each image; set data.crop to center, or no cache.examples"
+            )
+        return self
 
 
 SECTIONS: Mapping[str, type[Section]] = MappingProxyType(

@@ -1,10 +1,10 @@
-"""Pairs → training examples: which pair stands at a position of the training order, and all that is random about it.
+"""Pairs → training examples: the pair at a position of the training order, decoded, augmented, tokenized; the loader.
 
 An example is a function of (seed, position) alone, never of the batch, the worker, the process or the time. That
 is what lets a resumed run jump to its position, and two processes see exactly what one would.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,9 +38,8 @@ class PairDataset(Dataset):
         self.tokenizer = tokenizer
         self.seed = seed
         self.config = config
-        self.shuffle = shuffle
+        self.order = noise.SampleOrder(seed, len(table), shuffle)
         self.augment = augment
-        self._epoch_order: tuple[int, torch.Tensor] | None = None
 
     def __len__(self) -> int:
         """Pairs in an epoch; positions go on beyond it."""
@@ -55,7 +54,7 @@ class PairDataset(Dataset):
         example stays a function of (seed, position).
         Raises DataError after 100 unreadable pairs in a row, or when none of a smaller table can be read.
         """
-        index, unreadable = self._index_at(position), []
+        index, unreadable = self.order[position], []
         for _ in range(min(len(self.table), MAX_SUBSTITUTIONS)):
             row = int(self.table.rows[index])
             record = self.table.dataset[row]
@@ -85,29 +84,23 @@ class PairDataset(Dataset):
             "unreadable": unreadable,
         }
 
-    def _index_at(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.table))
-        if not self.shuffle:
-            return place
-        if self._epoch_order is None or self._epoch_order[0] != epoch:
-            self._epoch_order = epoch, noise.permutation(self.seed, epoch, len(self.table))
-        return int(self._epoch_order[1][place])
+    def batch(self, positions: Sequence[int]) -> dict[str, Any]:
+        """The examples at some positions as one batch (collate_pairs)."""
+        return collate_pairs([self[position] for position in positions])
+
+    __getitems__ = batch  # what a DataLoader calls
 
     def _transform(self, images: list[Any], position: int) -> torch.Tensor:
         """One flip and one relative crop for both images of a pair."""
         flip, offset = False, (0.5, 0.5)
         if self.augment:
-            # All three are always drawn, so that switching one off leaves the others as they were.
-            coin, across, down = torch.rand(3, generator=noise.generator(self.seed, position, "augment")).tolist()
+            coin, across, down = noise.draw_augmentation(self.seed, position)
             flip = self.config.horizontal_flip and coin < 0.5
             offset = (across, down) if self.config.crop == "random" else offset
         return torch.stack([square_pixels(image, self.config.resolution, offset=offset, flip=flip) for image in images])
 
     def _drops_caption(self, position: int) -> bool:
-        if not self.augment:
-            return False
-        draw = torch.rand(1, generator=noise.generator(self.seed, position, "caption")).item()
-        return draw < self.config.caption_dropout
+        return self.augment and noise.draw_caption_coin(self.seed, position) < self.config.caption_dropout
 
     def _tokenize(self, caption: str) -> tuple[torch.Tensor, bool]:
         length = self.tokenizer.model_max_length
@@ -161,37 +154,33 @@ def collate_pairs(examples: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def make_loader(
-    dataset: PairDataset,
-    *,
-    start_step: int,
-    total_batch_pairs: int,
-    micro_batch_pairs: int,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> DataLoader:
-    """An endless loader of this rank's micro-batches (see StepSampler and collate_pairs).
+def held_out_batches(num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    """The positions 0 … num_samples − 1 shared out over the ranks, in batches."""
+    mine = list(range(rank, num_samples, world_size))
+    return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
 
-    Batches do not depend on num_workers. It shards by itself: don't hand it to accelerate's prepare.
+
+def make_loader(
+    dataset: Dataset, batches: Iterable[list[int]], *, num_workers: int = 0, pin_memory: bool = False
+) -> DataLoader:
+    """A loader of batches of positions, such as a StepSampler's.
+
+    dataset: a PairDataset, or another that gives whole batches by position (`__getitems__`). Batches do not depend on
+    num_workers. They are a rank's own already: don't hand the loader to accelerate's prepare.
     """
-    sampler = StepSampler(
-        start_step=start_step,
-        total_batch_pairs=total_batch_pairs,
-        micro_batch_pairs=micro_batch_pairs,
-        rank=rank,
-        world_size=world_size,
-    )
     return DataLoader(
         dataset,
-        batch_sampler=sampler,
-        collate_fn=collate_pairs,
+        batch_sampler=batches,
+        collate_fn=_as_it_is,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # its own: a loader must not draw from the global one
     )
+
+
+def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
+    return batch
 
 
 class UnreadableTracker:

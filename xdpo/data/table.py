@@ -4,8 +4,10 @@ The columns are those of Pick-a-Pic v2: encoded images `jpg_0` and `jpg_1`, `lab
 0: image 1 is, 0.5: a tie), `caption`. They are oriented here, once; every other module says chosen and rejected.
 """
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,8 +58,27 @@ class PairTable:
 
     def pair_id(self, row: int) -> str:
         """Name of the pair at a row of the source, without reading its images."""
-        columns = [name for name in ID_COLUMNS if name in self.dataset.column_names]
+        columns = self._named(ID_COLUMNS)
         return pair_id(self.dataset.select_columns(columns)[row] if columns else {}, row)
+
+    def columns(self, *names: str) -> dict[str, list]:
+        """Light columns of the usable pairs, in their order; those that the source has."""
+        found = self._named(names)
+        if not found:
+            return {}
+        table = self.dataset.select_columns(found).with_format("arrow")[:]
+        return table.take(self.rows).to_pydict()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of a SHA-256 of the pairs in their order: names, captions, which image is chosen."""
+        digest = hashlib.sha256(self.rows.astype("<i8").tobytes() + self.chosen_side.tobytes())
+        for name, values in self.columns("caption", *ID_COLUMNS).items():
+            digest.update("\0".join([name, *map(str, values)]).encode())
+        return digest.hexdigest()[:16]
+
+    def _named(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if name in self.dataset.column_names]
 
 
 def pair_id(example: dict[str, Any], row: int) -> str:

@@ -2,6 +2,7 @@
 
 from xdpo.models.named import ModelSpec, ResolvedModel, load_model, read_model_spec, resolve_model
 from xdpo.models.parts import (
+    LatentMoments,
     PipelineParts,
     adapter_off,
     check_pipeline_folder,
@@ -10,11 +11,14 @@ from xdpo.models.parts import (
     load_parts,
     make_policy,
     make_reference,
+    part_checksum,
     pipeline_with,
+    sample_latents,
     trainable_parameters,
 )
 
 __all__ = [
+    "LatentMoments",
     "ModelSpec",
     "PipelineParts",
     "ResolvedModel",
@@ -26,8 +30,10 @@ __all__ = [
     "load_parts",
     "make_policy",
     "make_reference",
+    "part_checksum",
     "pipeline_with",
     "read_model_spec",
     "resolve_model",
+    "sample_latents",
     "trainable_parameters",
 ]

@@ -1,10 +1,12 @@
 """The parts of a Stable Diffusion pipeline as training needs them: encoders, the trainable policy, the reference."""
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +17,20 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # all attention projections
 PIPELINE_FOLDERS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 
 
+class LatentMoments(NamedTuple):
+    """Mean and standard deviation of an autoencoder's posterior."""
+
+    means: Tensor
+    stds: Tensor | None  # None where only means were kept
+
+
 @dataclass(frozen=True)
 class PipelineParts:
-    """What a pipeline folder holds, all weights float32, nothing trainable."""
+    """What a pipeline folder holds, all weights float32, nothing trainable; no encoders where they were left out."""
 
     tokenizer: object
-    text_encoder: nn.Module
-    vae: nn.Module
+    text_encoder: nn.Module | None
+    vae: nn.Module | None
     unet: nn.Module
     scheduler: object
 
@@ -57,9 +66,10 @@ def check_pipeline_folder(pipeline: str) -> None:
         )
 
 
-def load_parts(config: ModelConfig) -> PipelineParts:
+def load_parts(config: ModelConfig, *, encoders: bool = True) -> PipelineParts:
     """Load a pipeline from a hub id or a folder; safetensors only, float32.
 
+    encoders: load the autoencoder and the text encoder too; examples from a cache need neither.
     Raises ValueError where it can't be loaded or has no UNet in Stable Diffusion format.
     """
     import diffusers
@@ -78,15 +88,42 @@ def load_parts(config: ModelConfig) -> PipelineParts:
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
+            **({} if encoders else {"vae": None, "text_encoder": None}),
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(
             f"model.pipeline: could not load {config.pipeline!r}: {error}\n"
             "Check the name and the network, or download it once and give its folder"
         ) from error
-    for module in (pipeline.text_encoder, pipeline.vae, pipeline.unet):
+    for module in filter(None, (pipeline.text_encoder, pipeline.vae, pipeline.unet)):
         module.eval().requires_grad_(False)
     return PipelineParts(pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, pipeline.unet, pipeline.scheduler)
+
+
+def part_checksum(config: ModelConfig, *names: str) -> str:
+    """16 hexadecimal digits of the SHA-256 of all files of a pipeline's parts ("vae", "unet", …) that count.
+
+    Configs, vocabularies and the weights that `load_parts` reads, no other variants. Files of a hub model are fetched
+    where they aren't in its cache; nothing is loaded. Raises ValueError where there are none.
+    """
+    folder = Path(config.pipeline)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        patterns = [f"{name}/*{ending}" for name in names for ending in (".json", ".txt", "model.safetensors")]
+        try:
+            folder = Path(snapshot_download(config.pipeline, revision=config.revision, allow_patterns=patterns))
+        except OSError as error:
+            raise ValueError(f"model.pipeline: could not fetch {config.pipeline!r}: {error}") from error
+    digest = hashlib.sha256()
+    for name in names:
+        files = [path for path in sorted((folder / name).iterdir()) if path.suffix in (".json", ".txt")]
+        # `model.fp16.safetensors` and the like are variants; the parts of a sharded model have one dot.
+        files += [path for path in sorted((folder / name).glob("*.safetensors")) if path.name.count(".") == 1]
+        for path in files:
+            with path.open("rb") as file:
+                digest.update(f"{name}/{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def pipeline_with(parts: PipelineParts, unet: nn.Module):
@@ -168,16 +205,16 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def encode_images(vae: nn.Module, pixel_values: Tensor, posterior_noise: Tensor | None) -> Tensor:
-    """Pixels (N, 3, R, R) in [-1, 1] → latents (N, C, h, w) float32, times the VAE's scaling factor.
-
-    `posterior_noise`, shape of the latents, samples the posterior; None takes its mean.
-    """
+def encode_images(vae: nn.Module, pixel_values: Tensor) -> LatentMoments:
+    """Pixels (N, 3, R, R) in [-1, 1] → the posterior's moments, each (N, C, h, w) float32, before scaling."""
     posterior = vae.encode(pixel_values).latent_dist
-    latents = posterior.mean.float()
-    if posterior_noise is not None:
-        latents = latents + posterior.std.float() * posterior_noise
-    return latents * vae.config.scaling_factor
+    return LatentMoments(posterior.mean.float(), posterior.std.float())
+
+
+def sample_latents(moments: LatentMoments, noise: Tensor | None, scaling_factor: float) -> Tensor:
+    """Latents (N, C, h, w) as the UNet knows them: a sample of the posterior by `noise`, or its mean without."""
+    latents = moments.means if noise is None else moments.means + moments.stds * noise
+    return latents * scaling_factor
 
 
 @torch.no_grad()

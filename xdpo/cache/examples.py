@@ -1,0 +1,236 @@
+"""Encoded examples on disk: a latent distribution per distinct image, text states per distinct caption, the pairs.
+
+```
+FOLDER/
+  plan.json            what the cache is made of and how large it is; written first
+  pairs.parquet  images.parquet  prompts.parquet     the tables: which image and caption a pair has
+  latents_00000.npy …  (images, orientations, moments, C, h, w)      text_00000.npy …  (prompts, 1, L, D)
+  manifest.json        checksums of all the small files; written last: the cache is finished
+```
+
+Latents are the moments of the autoencoder's posterior, before its scaling factor; orientation 1 is the mirrored
+image, moment 1 the standard deviation. Caption 0 is the empty one.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from xdpo import noise
+from xdpo.cache.shards import CacheError, Shards, replacing
+
+SHARD_BYTES = 128 * 2**20
+TABLES = ("pairs.parquet", "images.parquet", "prompts.parquet")
+
+
+@dataclass(frozen=True)
+class ExamplePlan:
+    """What a cache holds, fixed before the first image is encoded.
+
+    key: everything that decides the content, by name; a run with another key must not use the cache.
+    counts: what became of the source's rows. fingerprint: of the pairs, as data.PairTable gives it.
+    """
+
+    key: Mapping[str, Any]
+    fingerprint: str
+    counts: Mapping[str, int]
+    num_pairs: int
+    num_images: int
+    num_prompts: int
+    latent_shape: Sequence[int]  # (orientations, moments, C, h, w)
+    text_shape: Sequence[int]  # (1, L, D)
+    scaling_factor: float  # of the autoencoder
+    dtype: str
+    shard_bytes: int = SHARD_BYTES
+    tables: Mapping[str, str] = field(default_factory=dict)  # file → SHA-256
+
+    def latents(self, folder: Path) -> Shards:
+        return self._shards(folder, "latents", self.num_images, self.latent_shape)
+
+    def text(self, folder: Path) -> Shards:
+        return self._shards(folder, "text", self.num_prompts, self.text_shape)
+
+    def _shards(self, folder: Path, name: str, count: int, shape: Sequence[int]) -> Shards:
+        record_bytes = int(np.prod(shape)) * np.dtype(self.dtype).itemsize
+        per_shard = max(1, self.shard_bytes // record_bytes)
+        return Shards(folder, name, count=count, shape=tuple(shape), dtype=self.dtype, per_shard=per_shard)
+
+    def save(self, folder: Path) -> None:
+        with replacing(folder / "plan.json") as file:
+            json.dump(asdict(self), file, indent=2)
+
+    @classmethod
+    def load(cls, folder: Path) -> "ExamplePlan | None":
+        """The plan in a folder, or None where there is none. Raises CacheError for a damaged one."""
+        path = folder / "plan.json"
+        if not path.is_file():
+            return None
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise CacheError(f"{path} is damaged ({error}); remove {folder} and build the cache again") from None
+
+    def refuse_another(self, folder: Path, key: Mapping[str, Any]) -> None:
+        """Raise CacheError, naming each difference, where a run's key isn't the cache's."""
+        names = [name for name in {**self.key, **key} if self.key.get(name) != key.get(name)]
+        if names:
+            lines = [f"{name}: {self.key.get(name)} in the cache, {key.get(name)} in this run" for name in names]
+            raise CacheError(
+                f"cache.examples: {folder} was made from something else:\n  " + "\n  ".join(lines) + "\n"
+                "Set these as they were, or name another folder"
+            )
+
+
+class ExampleCache:
+    """A finished cache, opened for reading: a table of pairs, as data.PairTable is one, and their encodings.
+
+    Raises CacheError for one that is unfinished, damaged or of another key, naming file or difference.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any]):
+        import pyarrow.parquet as pq
+
+        plan = ExamplePlan.load(folder)
+        if plan is None or not is_finished(folder):
+            raise CacheError(f"cache.examples: {folder} holds no finished cache; run scripts/cache_examples.py")
+        plan.refuse_another(folder, key)
+        for name, checksum in _manifest(folder).items():
+            if file_sha256(folder / name) != checksum:
+                damaged = folder if name in (*TABLES, "plan.json") else folder / name
+                raise CacheError(f"{folder / name} is damaged; remove {damaged} and build the cache again")
+        self.folder, self.plan = folder, plan
+        self.latents, self.text = plan.latents(folder), plan.text(folder)
+        for shards in (self.latents, self.text):
+            shards.check_files()
+        pairs = pq.read_table(folder / "pairs.parquet")
+        self.rows, self._chosen, self._rejected, self._prompt = (
+            pairs[name].to_numpy() for name in ("row", "chosen_image", "rejected_image", "prompt")
+        )
+        self._pair_ids = pairs["pair_id"].combine_chunks()
+        self._truncated = pq.read_table(folder / "prompts.parquet")["truncated"].to_numpy()
+        readable = np.ones(plan.num_images, dtype=bool)
+        readable[self.latents.unreadable()] = False
+        self.readable = readable[self._chosen] & readable[self._rejected]
+        if not self.readable.any():
+            raise CacheError(f"{folder}: no pair has two readable images")
+
+    def __len__(self) -> int:
+        return self.plan.num_pairs
+
+    @property
+    def counts(self) -> SimpleNamespace:
+        """What became of the source's rows, as data.PairCounts names it."""
+        return SimpleNamespace(**self.plan.counts)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.plan.fingerprint
+
+    def pair_id(self, row: int) -> str:
+        """Name of the pair at a row of the source."""
+        return self._pair_ids[int(np.searchsorted(self.rows, row))].as_py()
+
+    def images_of(self, index: int) -> tuple[int, int]:
+        """Records of a pair's chosen and rejected image."""
+        return int(self._chosen[index]), int(self._rejected[index])
+
+    def prompt_of(self, index: int) -> int:
+        return int(self._prompt[index])
+
+    def is_truncated(self, prompt: int) -> bool:
+        """Whether the caption is longer than the text encoder reads."""
+        return bool(self._truncated[prompt])
+
+
+class CachedPairDataset:
+    """Batches by position, as data.PairDataset gives them, of encoded examples.
+
+    The same pairs, flips and dropped captions at the same (seed, position). `config` is the `data` section;
+    shuffle and augment as for PairDataset.
+    """
+
+    def __init__(self, cache: ExampleCache, seed: int, config: Any, *, shuffle: bool = True, augment: bool = True):
+        self.table, self.seed, self.config, self.augment = cache, seed, config, augment
+        self.order = noise.SampleOrder(seed, len(cache), shuffle)
+
+    def __len__(self) -> int:
+        """Pairs in an epoch; positions go on beyond it."""
+        return len(self.table)
+
+    def batch(self, positions: Sequence[int]) -> dict[str, Any]:
+        """One batch of B pairs.
+
+        positions, rows (B,) int64; pair_ids; latent_means (2B, C, h, w), chosen first; latent_stds the same or None;
+        text_states (B, L, D), all in the cache's dtype; scaling_factor; truncated, how many captions lost tokens;
+        unreadable, rows met on the way whose images could not be read.
+        """
+        cache, plan = self.table, self.table.plan
+        _, moments, *latent_shape = plan.latent_shape
+        dtype = getattr(torch, np.dtype(plan.dtype).name)
+        latents = torch.empty(2, len(positions), moments, *latent_shape, dtype=dtype)
+        text_states = torch.empty(len(positions), *plan.text_shape[1:], dtype=dtype)
+        latent_rows, text_rows = latents.numpy(), text_states.numpy()
+        rows, truncated, unreadable = [], 0, []
+        for place, position in enumerate(positions):
+            index = self.order[position]
+            while not cache.readable[index]:  # ends: opening the cache has seen a readable pair
+                unreadable.append(int(cache.rows[index]))
+                index = (index + 1) % len(cache)
+            flip, prompt = False, cache.prompt_of(index)
+            if self.augment:
+                coin, _, _ = noise.draw_augmentation(self.seed, position)
+                flip = self.config.horizontal_flip and coin < 0.5
+                prompt = 0 if noise.draw_caption_coin(self.seed, position) < self.config.caption_dropout else prompt
+            for side, image in enumerate(cache.images_of(index)):
+                latent_rows[side, place] = cache.latents.read(image, int(flip))
+            text_rows[place] = cache.text.read(prompt)
+            rows.append(int(cache.rows[index]))
+            truncated += cache.is_truncated(prompt)
+        latents = latents.flatten(0, 1)
+        return {
+            "positions": torch.tensor(positions),
+            "rows": torch.tensor(rows),
+            "pair_ids": [cache.pair_id(row) for row in rows],
+            "latent_means": latents[:, 0],
+            "latent_stds": latents[:, 1] if moments == 2 else None,
+            "text_states": text_states,
+            "scaling_factor": plan.scaling_factor,
+            "truncated": truncated,
+            "unreadable": unreadable,
+        }
+
+    __getitems__ = batch  # what a DataLoader calls
+
+
+def finish(folder: Path, plan: ExamplePlan) -> None:
+    """Write the manifest, which makes the cache finished, when every shard is there."""
+    shards = (plan.latents(folder), plan.text(folder))
+    names = [*plan.tables, "plan.json"]
+    names += [kind.checksum_path(shard).name for kind in shards for shard in range(len(kind))]
+    with replacing(folder / "manifest.json") as file:
+        json.dump({name: file_sha256(folder / name) for name in names}, file, indent=2)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a cache is finished, with every shard's checksums in place."""
+    return (folder / "manifest.json").is_file() and all((folder / name).is_file() for name in _manifest(folder))
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest(folder: Path) -> dict[str, str]:
+    path = folder / "manifest.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{path} is damaged ({error}); remove it and build the cache again") from None

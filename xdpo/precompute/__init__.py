@@ -1,0 +1,20 @@
+"""Filling the caches and opening them: which key a run has, encoding ahead, and where its examples come from."""
+
+from xdpo.precompute.build import build_examples, build_missing_examples, verify_examples
+from xdpo.precompute.keys import example_key, examples_folder, reference_key
+from xdpo.precompute.opening import Pairs, load_table, make_dataset, open_examples, open_pairs, open_reference
+
+__all__ = [
+    "Pairs",
+    "build_examples",
+    "build_missing_examples",
+    "example_key",
+    "examples_folder",
+    "load_table",
+    "make_dataset",
+    "open_examples",
+    "open_pairs",
+    "open_reference",
+    "reference_key",
+    "verify_examples",
+]

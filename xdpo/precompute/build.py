@@ -1,0 +1,300 @@
+"""Encoding every distinct image and caption once, into an example cache."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from xdpo.cache import CacheError, ExampleCache, ExamplePlan
+from xdpo.cache.examples import TABLES, file_sha256, finish, is_finished
+from xdpo.cache.shards import replacing
+from xdpo.config import Config
+from xdpo.data import PairTable
+from xdpo.data.images import UnreadableImageError, decode_rgb, square_pixels
+from xdpo.data.table import pair_id
+from xdpo.models import PipelineParts, encode_captions, encode_images, load_parts
+from xdpo.precompute.keys import example_key, examples_folder
+from xdpo.precompute.opening import load_table
+
+ENCODED_AT_ONCE = 8  # images; captions go four times as many
+VERIFIED = 16  # records of each kind that `verify` encodes again
+VERIFY_TOLERANCE = 0.02  # norm of the difference over the norm: bf16's rounding is 0.004, another image about 1
+
+Say = Callable[[str], None]
+
+
+def build_missing_examples(settings: Config, accelerator: Accelerator, say: Say = print) -> None:
+    """Build what is missing of the caches that a run with these settings reads. Every process calls it."""
+    parts = None
+    for held_out in (False, True) if settings.eval.every else (False,):
+        folder = examples_folder(settings, held_out=held_out)
+        if plan := ExamplePlan.load(folder):
+            plan.refuse_another(folder, example_key(settings, held_out=held_out))
+        if is_finished(folder):
+            continue
+        table = load_table(settings, accelerator, held_out=held_out)
+        parts = parts or load_parts(settings.model)
+        build_examples(folder, table, parts, settings, accelerator, held_out=held_out, say=say)
+
+
+def build_examples(
+    folder: Path,
+    table: PairTable,
+    parts: PipelineParts,
+    settings: Config,
+    accelerator: Accelerator,
+    *,
+    held_out: bool,
+    say: Say = print,
+    shard_bytes: int | None = None,
+    batch_size: int = ENCODED_AT_ONCE,
+) -> None:
+    """Encode what a folder lacks of its cache: every distinct image and caption of `table`, once.
+
+    Every process calls it; process r of W makes the shards r, r + W, …. Finished shards are kept, so the same
+    command goes on after a kill, on any number of processes. `batch_size` images go through the encoder at once.
+    Raises CacheError where the folder belongs to something else, the disk is too small, or latents aren't finite.
+    """
+    if accelerator.is_main_process and not is_finished(folder):
+        plan = ExamplePlan.load(folder)
+        if plan is None:
+            plan = _write_plan(folder, table, parts, settings, held_out=held_out, shard_bytes=shard_bytes)
+        plan.refuse_another(folder, example_key(settings, held_out=held_out))
+        if plan.fingerprint != table.fingerprint:
+            raise CacheError(f"cache.examples: {folder} was begun with other pairs; remove it, or name another folder")
+    accelerator.wait_for_everyone()
+    plan = ExamplePlan.load(folder)
+    images, captions = _images(folder, table, plan, settings), _Captions(folder, parts.tokenizer)
+    kinds = [
+        (plan.latents(folder), images, lambda batch: _encode_images(parts, batch, plan, accelerator), batch_size),
+        (plan.text(folder), captions, lambda batch: _encode_captions(parts, batch, accelerator), 4 * batch_size),
+    ]
+    for module in (parts.vae, parts.text_encoder):
+        module.to(accelerator.device)
+    if accelerator.is_main_process:
+        say(_estimate(folder, plan, kinds, accelerator.num_processes))
+    workers = settings.data.num_workers
+    for shards, records, encode, size in kinds:
+        mine = range(accelerator.process_index, len(shards), accelerator.num_processes)
+        unfinished = [shard for shard in mine if not shards.is_finished(shard)]
+        total = sum(len(shards.records_of(shard)) for shard in unfinished)
+        with tqdm(total=total, desc=shards.name, unit="record", disable=not accelerator.is_main_process) as bar:
+            for shard in unfinished:
+                found, unreadable = [], []
+                for batch in _batches(records, shards.records_of(shard), size, workers):
+                    found.append(encode(batch))
+                    unreadable += [int(n) for n, ok in zip(batch["record"], batch["readable"], strict=True) if not ok]
+                    bar.update(len(batch["record"]))
+                shards.write(shard, np.concatenate(found), unreadable)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and not is_finished(folder):
+        finish(folder, plan)
+        say(f"{folder}: finished; {len(plan.latents(folder).unreadable())} unreadable images")
+    accelerator.wait_for_everyone()
+
+
+def verify_examples(
+    cache: ExampleCache, table: PairTable, parts: PipelineParts, settings: Config, accelerator: Accelerator
+) -> tuple[float, float]:
+    """Check every checksum and encode a sample again. Returns the relative differences of latents and text states.
+
+    Raises CacheError for damage, or where a sample differs by more than rounding.
+    """
+    plan, folder = cache.plan, cache.folder
+    images, captions = _images(folder, table, plan, settings), _Captions(folder, parts.tokenizer)
+    for module in (parts.vae, parts.text_encoder):
+        module.to(accelerator.device)
+    differences = []
+    for shards, records, encode in (
+        (cache.latents, images, lambda batch: _encode_images(parts, batch, plan, accelerator)),
+        (cache.text, captions, lambda batch: _encode_captions(parts, batch, accelerator)),
+    ):
+        shards.verify(lambda numbers, name=shards.name: tqdm(numbers, desc=f"checksums of {name}", unit="shard"))
+        sample = sorted(np.random.default_rng(0).permutation(shards.count)[:VERIFIED].tolist())
+        again = np.concatenate([encode(batch) for batch in _batches(records, sample, ENCODED_AT_ONCE, 0)])
+        kept = np.stack([[shards.read(record, part) for part in range(shards.shape[0])] for record in sample])
+        difference = float(np.linalg.norm(again - kept.astype(np.float32)) / np.linalg.norm(again))
+        if not difference <= VERIFY_TOLERANCE:
+            raise CacheError(
+                f"{folder}: {shards.name} encoded again differ by {difference:.3g} of their norm from those kept; "
+                "remove the folder and build it again"
+            )
+        differences.append(difference)
+    return differences[0], differences[1]
+
+
+def _write_plan(
+    folder: Path,
+    table: PairTable,
+    parts: PipelineParts,
+    settings: Config,
+    *,
+    held_out: bool,
+    shard_bytes: int | None,
+) -> ExamplePlan:
+    """The tables and the plan of a new cache. Refuses a folder that holds something else, or a disk too small."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if folder.is_dir() and any(path.suffix != ".part" and path.name not in TABLES for path in folder.iterdir()):
+        raise CacheError(f"cache.examples: {folder} holds something that is no cache; name another folder")
+    columns = table.columns("image_0_uid", "image_1_uid", "caption", "ranking_id", "__key__")
+
+    # Distinct images in the order of their first pair; without names, every image is one of its own.
+    sides = [columns.get(f"image_{side}_uid") or [None] * len(table) for side in (0, 1)]
+    flat = [sides[side][index] or f"row {row}, image {side}" for index, row in enumerate(table.rows) for side in (0, 1)]
+    encoded = pa.array(flat).dictionary_encode()
+    codes = encoded.indices.to_numpy()
+    first = np.unique(codes, return_index=True)[1]
+    images = {"name": encoded.dictionary, "row": table.rows[first // 2], "side": (first % 2).astype(np.int8)}
+    chosen_side = table.chosen_side.astype(np.int64)
+    places = 2 * np.arange(len(table))
+
+    # Distinct captions; the empty one first.
+    captions = pa.array(["", *columns["caption"]]).dictionary_encode()
+    length = parts.tokenizer.model_max_length
+    tokens = [parts.tokenizer(text, verbose=False).input_ids for text in captions.dictionary.to_pylist()]
+    prompts = {"caption": captions.dictionary, "truncated": [len(ids) > length for ids in tokens]}
+
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    pairs = {
+        "row": table.rows,
+        "pair_id": [pair_id(light, int(row)) for light, row in zip(rows, table.rows, strict=True)],
+        "chosen_image": codes[places + chosen_side].astype(np.int64),
+        "rejected_image": codes[places + 1 - chosen_side].astype(np.int64),
+        "prompt": captions.indices.to_numpy()[1:].astype(np.int64),
+    }
+    channels, downscaling, _ = parts.latent_shape
+    side = settings.data.resolution // downscaling
+    plan = ExamplePlan(
+        key=example_key(settings, held_out=held_out),
+        fingerprint=table.fingerprint,
+        counts=asdict(table.counts),
+        num_pairs=len(table),
+        num_images=len(images["name"]),
+        num_prompts=len(prompts["caption"]),
+        latent_shape=(
+            2 if settings.data.horizontal_flip and not held_out else 1,
+            2 if settings.data.sample_latents else 1,
+            channels,
+            side,
+            side,
+        ),
+        text_shape=(1, length, parts.text_encoder.config.hidden_size),
+        scaling_factor=parts.vae.config.scaling_factor,
+        dtype={"fp16": "float16", "fp32": "float32"}[settings.cache.dtype],
+    )
+    if shard_bytes is not None:
+        plan = replace(plan, shard_bytes=shard_bytes)
+    folder.mkdir(parents=True, exist_ok=True)
+    needed, free = plan.latents(folder).num_bytes + plan.text(folder).num_bytes, shutil.disk_usage(folder).free
+    if needed > free:
+        raise CacheError(
+            f"cache.examples: {folder} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; make room, "
+            "name another disk, or halve it by data.horizontal_flip=false or data.sample_latents=false"
+        )
+    for name, content in zip(TABLES, (pairs, images, prompts), strict=True):
+        with replacing(folder / name, "wb") as file:
+            pq.write_table(pa.table(content), file)
+    plan = replace(plan, tables={name: file_sha256(folder / name) for name in TABLES})
+    plan.save(folder)
+    return plan
+
+
+class _Images(Dataset):
+    """Pixels of the distinct images, (orientations, 3, R, R) each."""
+
+    def __init__(self, table: PairTable, rows: np.ndarray, sides: np.ndarray, resolution: int, orientations: int):
+        self.columns = [table.dataset.select_columns([name]) for name in ("jpg_0", "jpg_1")]
+        self.rows, self.sides = rows, sides
+        self.resolution, self.orientations = resolution, orientations
+
+    def __getitem__(self, record: int) -> dict[str, Any]:
+        readable = True
+        try:
+            (cell,) = self.columns[self.sides[record]][int(self.rows[record])].values()
+            image = decode_rgb(cell)
+            views = [square_pixels(image, self.resolution, flip=bool(flip)) for flip in range(self.orientations)]
+            pixels = torch.stack(views)
+        except UnreadableImageError:
+            readable, pixels = False, torch.zeros(self.orientations, 3, self.resolution, self.resolution)
+        return {"record": record, "readable": readable, "pixel_values": pixels}
+
+
+class _Captions(Dataset):
+    """Token ids of the distinct captions, (L,) each."""
+
+    def __init__(self, folder: Path, tokenizer: Any):
+        import pyarrow.parquet as pq
+
+        self.captions, self.tokenizer = pq.read_table(folder / "prompts.parquet")["caption"].combine_chunks(), tokenizer
+
+    def __getitem__(self, record: int) -> dict[str, Any]:
+        length = self.tokenizer.model_max_length
+        text = self.captions[record].as_py()
+        ids = self.tokenizer(text, padding="max_length", truncation=True, max_length=length).input_ids
+        return {"record": record, "readable": True, "input_ids": torch.tensor(ids)}
+
+
+def _images(folder: Path, table: PairTable, plan: ExamplePlan, settings: Config) -> _Images:
+    import pyarrow.parquet as pq
+
+    found = pq.read_table(folder / "images.parquet")
+    rows, sides = found["row"].to_numpy(), found["side"].to_numpy()
+    return _Images(table, rows, sides, settings.data.resolution, plan.latent_shape[0])
+
+
+def _batches(records: Dataset, numbers: range | list[int], batch_size: int, num_workers: int) -> Iterator[dict]:
+    numbers = list(numbers)
+    sampler = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
+    return iter(DataLoader(records, batch_sampler=sampler, num_workers=num_workers, generator=torch.Generator()))
+
+
+def _encode_images(parts: PipelineParts, batch: dict, plan: ExamplePlan, accelerator: Accelerator) -> np.ndarray:
+    """(N, orientations, moments, C, h, w) float32."""
+    pixels = batch["pixel_values"]
+    with accelerator.autocast():
+        moments = encode_images(parts.vae, pixels.flatten(0, 1).to(accelerator.device))
+    latents = torch.stack([moments.means, moments.stds][: plan.latent_shape[1]], dim=1).cpu()
+    if not torch.isfinite(latents).all():
+        raise CacheError(
+            f"the autoencoder gives latents that are not finite for image records {batch['record'].tolist()}; "
+            "set compute.precision to bf16 or fp32"
+        )
+    return latents.unflatten(0, pixels.shape[:2]).numpy()
+
+
+def _encode_captions(parts: PipelineParts, batch: dict, accelerator: Accelerator) -> np.ndarray:
+    """(N, 1, L, D) float32."""
+    with accelerator.autocast():
+        states = encode_captions(parts.text_encoder, batch["input_ids"].to(accelerator.device))
+    return states.float().cpu().unsqueeze(1).numpy()
+
+
+def _estimate(folder: Path, plan: ExamplePlan, kinds: list, num_processes: int) -> str:
+    """Gigabytes, counted, and hours, from encoding one batch of each kind twice (the first one warms up)."""
+    seconds = 0.0
+    for shards, records, encode, size in kinds:
+        missing = sum(len(shards.records_of(shard)) for shard in range(len(shards)) if not shards.is_finished(shard))
+        for _ in range(2 if missing else 0):
+            numbers = list(range(min(size, shards.count)))
+            start = time.perf_counter()
+            for batch in _batches(records, numbers, size, 0):
+                encode(batch)
+            elapsed = time.perf_counter() - start
+        seconds += missing * elapsed / len(numbers) / num_processes if missing else 0.0
+    sizes = [kind[0].num_bytes / 1e9 for kind in kinds]
+    duration = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
+    return (
+        f"example cache in {folder}: {plan.num_images:,} images, {plan.num_prompts:,} captions of {plan.num_pairs:,} "
+        f"pairs; {sizes[0]:.3g} GB of latents, {sizes[1]:.3g} GB of text states; about {duration} from here on "
+        f"{num_processes} processes (one batch timed, decoding included)"
+    )

@@ -1,0 +1,57 @@
+"""What decides the content of a cache, by name: a run with another key must not use it."""
+
+from pathlib import Path
+from typing import Any
+
+from xdpo.cache import ExampleCache
+from xdpo.config import Config
+from xdpo.data import PairTable
+from xdpo.models import part_checksum
+from xdpo.noise import HELD_OUT_SEED
+
+
+def examples_folder(settings: Config, *, held_out: bool) -> Path:
+    return Path(settings.cache.examples) / ("held_out" if held_out else "train")
+
+
+def example_key(settings: Config, *, held_out: bool) -> dict[str, Any]:
+    """Everything that decides what an example cache holds; `held_out` for the pairs of the `eval` section."""
+    data, model = settings.data, settings.model
+    source = {"source": data.source, "path": data.path, "split": data.split, "max_pairs": data.max_pairs}
+    if held_out:
+        source |= {"path": settings.eval.path or data.path, "split": settings.eval.split}
+        source["max_pairs"] = settings.eval.pairs
+    return {
+        **{f"data.{name}": list(value) if isinstance(value, tuple) else value for name, value in source.items()},
+        "data.revision": data.revision,
+        "data.resolution": data.resolution,
+        "crop": "center",
+        "mirrored images": data.horizontal_flip and not held_out,
+        "posterior": "mean and standard deviation" if data.sample_latents else "mean",
+        "cache.dtype": settings.cache.dtype,
+        "autoencoder": part_checksum(model, "vae"),
+        "text encoder": part_checksum(model, "text_encoder", "tokenizer"),
+    }
+
+
+def reference_key(
+    settings: Config, pairs: PairTable | ExampleCache, *, held_out: bool, precision: str
+) -> dict[str, Any]:
+    """Everything that decides the reference's errors at a position, but for rounding by the batch's shape.
+
+    precision: of autocast, as accelerate names it.
+    """
+    data, augment = settings.data, not held_out
+    return {
+        "pairs": pairs.fingerprint,
+        "seed": HELD_OUT_SEED if held_out else settings.seed,
+        "resolution": data.resolution,
+        "crop": data.crop if augment else "center",
+        "horizontal_flip": data.horizontal_flip and augment,
+        "caption_dropout": data.caption_dropout if augment else 0.0,
+        "sample_latents": data.sample_latents,
+        "latents": settings.cache.dtype if isinstance(pairs, ExampleCache) else "fp32",
+        "noise": settings.noise.model_dump(),
+        "pipeline": part_checksum(settings.model, "unet", "vae", "text_encoder", "tokenizer", "scheduler"),
+        "precision": precision,
+    }

@@ -1,0 +1,78 @@
+"""Where a run's examples come from: the source of its pairs, or caches; and what is known of the reference's errors."""
+
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from xdpo.cache import CachedPairDataset, ExampleCache, ReferenceCache
+from xdpo.cache.examples import is_finished
+from xdpo.cache.shards import replacing
+from xdpo.config import Config
+from xdpo.data import PairDataset, PairTable, load_pairs
+from xdpo.noise import HELD_OUT_SEED
+from xdpo.precompute.keys import example_key, examples_folder, reference_key
+
+Pairs = PairTable | ExampleCache
+
+
+def open_pairs(settings: Config, accelerator: Accelerator, *, held_out: bool) -> Pairs:
+    """Training pairs or held-out ones: a cache of encoded examples where the config names one, else their source.
+
+    Every process calls it. Raises CacheError or DataError.
+    """
+    if settings.cache.examples:
+        return open_examples(settings, accelerator, held_out=held_out)
+    return load_table(settings, accelerator, held_out=held_out)
+
+
+def make_dataset(
+    pairs: Pairs, tokenizer: object, settings: Config, *, held_out: bool
+) -> PairDataset | CachedPairDataset:
+    """Batches by position, encoded or not; held-out pairs in their order, without augmentation."""
+    seed = HELD_OUT_SEED if held_out else settings.seed
+    how = {"shuffle": not held_out, "augment": not held_out}
+    if isinstance(pairs, ExampleCache):
+        return CachedPairDataset(pairs, seed, settings.data, **how)
+    return PairDataset(pairs, tokenizer, seed, settings.data, **how)
+
+
+def load_table(settings: Config, accelerator: Accelerator, *, held_out: bool) -> PairTable:
+    """The pairs of the `data` section, or the held-out ones of the `eval` section, from their source."""
+    chosen = {}
+    if held_out:
+        chosen = {"path": settings.eval.path, "split": settings.eval.split, "max_pairs": settings.eval.pairs}
+    with accelerator.main_process_first():  # the first process converts the files, the others find them converted
+        return load_pairs(settings.data, **chosen)
+
+
+def open_examples(settings: Config, accelerator: Accelerator, *, held_out: bool) -> ExampleCache:
+    """The finished cache of the training pairs or the held-out ones, from the local copy where one is asked for."""
+    folder, key = examples_folder(settings, held_out=held_out), example_key(settings, held_out=held_out)
+    if settings.cache.local_copy is None:
+        return ExampleCache(folder, key)
+    copy = Path(settings.cache.local_copy) / folder.name
+    with accelerator.local_main_process_first():
+        if accelerator.is_local_main_process and not is_finished(copy):
+            ExampleCache(folder, key)  # refuses before gigabytes travel
+            copy_examples(folder, copy)
+    return ExampleCache(copy, key)
+
+
+def copy_examples(source: Path, target: Path) -> None:
+    """Copy a finished cache, the manifest last; what an interrupted copy left is gone on with."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir(), key=lambda path: path.name == "manifest.json"):
+        there = target / path.name
+        if path.suffix == ".part" or (there.is_file() and there.stat().st_size == path.stat().st_size):
+            continue
+        with replacing(there, "wb") as out, path.open("rb") as file:
+            shutil.copyfileobj(file, out)
+
+
+def open_reference(settings: Config, pairs: Pairs, *, held_out: bool, precision: str) -> ReferenceCache | None:
+    """The cache of the reference's errors on `pairs`, or None where the config asks for none."""
+    if settings.cache.reference is None:
+        return None
+    key = reference_key(settings, pairs, held_out=held_out, precision=precision)
+    return ReferenceCache(Path(settings.cache.reference), key)
