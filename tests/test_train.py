@@ -1,5 +1,6 @@
 """train_xdpo.py as its users run it: what it trains, how it resumes, how it stops, what it refuses."""
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_xdpo
-from xdpo import checkpoint, models
+from xdpo import checkpoint, models, precompute, step
 from xdpo.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,6 +164,119 @@ def test_accumulating_equals_a_larger_micro_batch(run):
     _, large = run("large", "train.micro_batch_pairs=4")
 
     assert relative_distance(small, large) < 1e-5
+
+
+# --- caches ----------------------------------------------------------------------------------------------
+
+
+def checksum_of(folder):
+    """SHA-256 of a run's final weights."""
+    return hashlib.sha256((checkpoint.checkpoints(folder)[-1] / "policy.safetensors").read_bytes()).hexdigest()
+
+
+def test_one_table_of_final_weights_equal_wherever_nothing_but_the_way_there_differs(
+    run, small_pipeline, small_pairs, tmp_path
+):
+    """Micro-batches of 2 pairs throughout, one process' and two's, so that no batch's shape differs."""
+    held_out = ("eval.every=3", f"eval.path={small_pairs}", "eval.draws=2", "data.max_pairs=10", "eval.pairs=12")
+    examples, reference = f"cache.examples={tmp_path / 'examples'}", f"cache.reference={tmp_path / 'reference'}"
+    exact = (examples, "cache.dtype=fp32")
+    runs = {
+        "plain": (),
+        "two workers": ("data.num_workers=2",),
+        "recording the reference": (reference,),
+        "with the recorded reference": (reference,),
+        "building exact examples": exact,
+        "with exact examples and two workers": (*exact, "data.num_workers=2"),
+        "with exact examples, recording": (*exact, reference),
+        "with both": (*exact, reference),
+    }
+    checksums, evaluations = {}, {}
+    for name, overrides in runs.items():
+        _, folder = run(name, *held_out, *overrides)
+        checksums[name], evaluations[name] = checksum_of(folder), [r for r in rows_of(folder) if "eval/loss" in r]
+    run("both, in two parts", *held_out, *runs["with both"], "train.max_steps=3")
+    checksums["both, in two parts"] = checksum_of(run("both, in two parts", *held_out, *runs["with both"])[1])
+    for name, overrides in {"two processes": (), "two processes with both": runs["with both"]}.items():
+        folder = tmp_path / name
+        ended = launch(TWO_PROCESSES, command(small_pipeline, small_pairs, folder, *held_out, *overrides))
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        checksums[name] = checksum_of(folder)
+
+    alone = {name: checksum for name, checksum in checksums.items() if "processes" not in name}
+    assert len(set(alone.values())) == 1, alone
+    assert all(rows == evaluations["plain"] for rows in evaluations.values())
+    assert checksums["two processes"] == checksums["two processes with both"]
+    assert relative_distance(tmp_path / "plain", tmp_path / "two processes") < 1e-5
+
+
+def test_half_precision_examples_change_the_result_by_their_rounding(run, tmp_path):
+    _, plain = run("plain")
+    _, cached = run("cached", f"cache.examples={tmp_path / 'examples'}")
+    for row, other in zip(rows_of(plain), rows_of(cached), strict=True):
+        assert row["policy_error"] == pytest.approx(other["policy_error"], rel=2e-3)
+    assert 0 < relative_distance(plain, cached) < 1e-3
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_a_run_from_caches_loads_neither_encoders_nor_data_nor_the_reference(run, tmp_path, monkeypatch, trainable):
+    from diffusers import AutoencoderKL
+
+    caches = (f"cache.examples={tmp_path / 'examples'}", f"cache.reference={tmp_path / 'reference'}")
+    caches += (f"model.trainable={trainable}",)
+    _, first = run("first", *caches)
+    for owner, name in (
+        (AutoencoderKL, "from_pretrained"),
+        (precompute.opening, "load_pairs"),
+        (models, "make_reference"),
+        (models.parts, "adapter_off"),
+        (step, "adapter_off"),
+    ):
+        monkeypatch.setattr(owner, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
+    status, second = run("second", *caches)
+    assert status == 0
+    assert checksum_of(first) == checksum_of(second)
+
+
+def test_other_objectives_and_longer_runs_share_the_reference(run, tmp_path, capsys):
+    reference = f"cache.reference={tmp_path / 'reference'}"
+    run("xdpo", reference)
+    capsys.readouterr()
+    run("dpo", reference, "loss.name=diffusion_dpo", "optim.learning_rate=1e-5", "train.max_steps=7")
+    assert "24 samples known\n" in capsys.readouterr().out  # six steps of four pairs: the seventh is computed
+    run("longer", reference, "train.max_steps=7")
+    assert "28 samples known; all that this run needs" in capsys.readouterr().out
+    run("another seed", reference, "seed=1")
+    assert "0 samples known\n" in capsys.readouterr().out
+
+
+def test_the_reference_computed_ahead_is_the_one_that_training_computes(run, small_pipeline, small_pairs, tmp_path):
+    held_out = ("eval.every=3", f"eval.path={small_pairs}")
+    _, plain = run("plain", *held_out)
+    ahead = (*held_out, f"cache.reference={tmp_path / 'reference'}")
+    for _ in range(2):
+        ended = launch(["scripts/cache_reference.py"], command(small_pipeline, small_pairs, tmp_path / "x", *ahead))
+        assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "12 batches, 0 of them computed now" in ended.stdout
+    _, cached = run("cached", *ahead)
+    assert checksum_of(plain) == checksum_of(cached)
+
+
+def test_samples_are_drawn_from_caches_too(run, tmp_path):
+    caches = (f"cache.examples={tmp_path / 'examples'}", f"cache.reference={tmp_path / 'reference'}", "samples.every=6")
+    for name in ("first", "second"):
+        status, folder = run(name, *caches)
+        assert status == 0 and (folder / "samples" / "step_00000006.png").is_file()
+
+
+def test_a_cache_of_something_else_is_refused_before_weights_are_loaded(run, tmp_path, monkeypatch, capsys):
+    examples = f"cache.examples={tmp_path / 'examples'}"
+    run("first", examples)
+    monkeypatch.setattr(models, "load_parts", lambda *_, **__: pytest.fail("weights were loaded"))
+    status, _ = run("second", examples, "data.resolution=8")
+    assert status == 1 and "data.resolution: 16 in the cache, 8 in this run" in capsys.readouterr().err
+    status, _ = run("third", f"cache.examples={tmp_path / 'nothing'}", "cache.build=false")
+    assert status == 1 and "holds no finished cache; run scripts/cache_examples.py" in capsys.readouterr().err
 
 
 # --- resume ----------------------------------------------------------------------------------------------

@@ -206,9 +206,12 @@ def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def encode_images(vae: nn.Module, pixel_values: Tensor) -> LatentMoments:
-    """Pixels (N, 3, R, R) in [-1, 1] → the posterior's moments, each (N, C, h, w) float32, before scaling."""
+    """Pixels (N, 3, R, R) in [-1, 1] → the posterior's moments, each (N, C, h, w) float32, before scaling.
+
+    Contiguous, whatever layout the convolutions left: the UNet would round another one differently.
+    """
     posterior = vae.encode(pixel_values).latent_dist
-    return LatentMoments(posterior.mean.float(), posterior.std.float())
+    return LatentMoments(posterior.mean.float().contiguous(), posterior.std.float().contiguous())
 
 
 def sample_latents(moments: LatentMoments, noise: Tensor | None, scaling_factor: float) -> Tensor:

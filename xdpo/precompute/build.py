@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from xdpo.cache import CacheError, ExampleCache, ExamplePlan
+from xdpo.cache import CacheError, ExampleCache, ExamplePlan, Shards
 from xdpo.cache.examples import TABLES, file_sha256, finish, is_finished
 from xdpo.cache.shards import replacing
 from xdpo.config import Config
@@ -24,7 +24,6 @@ from xdpo.models import PipelineParts, encode_captions, encode_images, load_part
 from xdpo.precompute.keys import example_key, examples_folder
 from xdpo.precompute.opening import load_table
 
-ENCODED_AT_ONCE = 8  # images; captions go four times as many
 VERIFIED = 16  # records of each kind that `verify` encodes again
 VERIFY_TOLERANCE = 0.02  # norm of the difference over the norm: bf16's rounding is 0.004, another image about 1
 
@@ -55,12 +54,12 @@ def build_examples(
     held_out: bool,
     say: Say = print,
     shard_bytes: int | None = None,
-    batch_size: int = ENCODED_AT_ONCE,
 ) -> None:
     """Encode what a folder lacks of its cache: every distinct image and caption of `table`, once.
 
     Every process calls it; process r of W makes the shards r, r + W, …. Finished shards are kept, so the same
-    command goes on after a kill, on any number of processes. `batch_size` images go through the encoder at once.
+    command goes on after a kill, on any number of processes. The encoders see batches as large as in training, so
+    that they round as there.
     Raises CacheError where the folder belongs to something else, the disk is too small, or latents aren't finite.
     """
     if accelerator.is_main_process and not is_finished(folder):
@@ -72,28 +71,22 @@ def build_examples(
             raise CacheError(f"cache.examples: {folder} was begun with other pairs; remove it, or name another folder")
     accelerator.wait_for_everyone()
     plan = ExamplePlan.load(folder)
-    images, captions = _images(folder, table, plan, settings), _Captions(folder, parts.tokenizer)
-    kinds = [
-        (plan.latents(folder), images, lambda batch: _encode_images(parts, batch, plan, accelerator), batch_size),
-        (plan.text(folder), captions, lambda batch: _encode_captions(parts, batch, accelerator), 4 * batch_size),
-    ]
-    for module in (parts.vae, parts.text_encoder):
-        module.to(accelerator.device)
+    kinds = _kinds(folder, table, plan, parts, settings, accelerator)
     if accelerator.is_main_process:
         say(_estimate(folder, plan, kinds, accelerator.num_processes))
-    workers = settings.data.num_workers
-    for shards, records, encode, size in kinds:
-        mine = range(accelerator.process_index, len(shards), accelerator.num_processes)
-        unfinished = [shard for shard in mine if not shards.is_finished(shard)]
-        total = sum(len(shards.records_of(shard)) for shard in unfinished)
-        with tqdm(total=total, desc=shards.name, unit="record", disable=not accelerator.is_main_process) as bar:
+    for kind in kinds:
+        mine = range(accelerator.process_index, len(kind.shards), accelerator.num_processes)
+        unfinished = [shard for shard in mine if not kind.shards.is_finished(shard)]
+        total = sum(len(kind.shards.records_of(shard)) for shard in unfinished)
+        with tqdm(total=total, desc=kind.shards.name, unit="record", disable=not accelerator.is_main_process) as bar:
             for shard in unfinished:
                 found, unreadable = [], []
-                for batch in _batches(records, shards.records_of(shard), size, workers):
-                    found.append(encode(batch))
-                    unreadable += [int(n) for n, ok in zip(batch["record"], batch["readable"], strict=True) if not ok]
-                    bar.update(len(batch["record"]))
-                shards.write(shard, np.concatenate(found), unreadable)
+                numbers = list(kind.shards.records_of(shard))
+                for encoded, batch in kind.encoded(numbers, settings.data.num_workers):
+                    found.append(encoded)
+                    unreadable += [n for n, ok in zip(batch["record"], batch["readable"], strict=True) if not ok]
+                    bar.update(len(encoded))
+                kind.shards.write(shard, np.concatenate(found), unreadable)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and not is_finished(folder):
         finish(folder, plan)
@@ -108,23 +101,17 @@ def verify_examples(
 
     Raises CacheError for damage, or where a sample differs by more than rounding.
     """
-    plan, folder = cache.plan, cache.folder
-    images, captions = _images(folder, table, plan, settings), _Captions(folder, parts.tokenizer)
-    for module in (parts.vae, parts.text_encoder):
-        module.to(accelerator.device)
     differences = []
-    for shards, records, encode in (
-        (cache.latents, images, lambda batch: _encode_images(parts, batch, plan, accelerator)),
-        (cache.text, captions, lambda batch: _encode_captions(parts, batch, accelerator)),
-    ):
-        shards.verify(lambda numbers, name=shards.name: tqdm(numbers, desc=f"checksums of {name}", unit="shard"))
+    for kind in _kinds(cache.folder, table, cache.plan, parts, settings, accelerator):
+        shards, name = kind.shards, kind.shards.name
+        shards.verify(lambda numbers, name=name: tqdm(numbers, desc=f"checksums of {name}", unit="shard"))
         sample = sorted(np.random.default_rng(0).permutation(shards.count)[:VERIFIED].tolist())
-        again = np.concatenate([encode(batch) for batch in _batches(records, sample, ENCODED_AT_ONCE, 0)])
+        again = np.concatenate([encoded for encoded, _ in kind.encoded(sample)])
         kept = np.stack([[shards.read(record, part) for part in range(shards.shape[0])] for record in sample])
         difference = float(np.linalg.norm(again - kept.astype(np.float32)) / np.linalg.norm(again))
         if not difference <= VERIFY_TOLERANCE:
             raise CacheError(
-                f"{folder}: {shards.name} encoded again differ by {difference:.3g} of their norm from those kept; "
+                f"{cache.folder}: {name} encoded again differ by {difference:.3g} of their norm from those kept; "
                 "remove the folder and build it again"
             )
         differences.append(difference)
@@ -244,18 +231,50 @@ class _Captions(Dataset):
         return {"record": record, "readable": True, "input_ids": torch.tensor(ids)}
 
 
-def _images(folder: Path, table: PairTable, plan: ExamplePlan, settings: Config) -> _Images:
+@dataclass(frozen=True)
+class _Kind:
+    """Latents or text states: where they go, what they are made of, how, and how many at once."""
+
+    shards: Shards
+    records: Dataset
+    encode: Callable[[dict], np.ndarray]
+    batch_size: int
+
+    def encoded(self, numbers: list[int], num_workers: int = 0) -> Iterator[tuple[np.ndarray, dict]]:
+        """Encodings of some records, batch by batch, each with `record` and `readable` of its rows."""
+        batches = [numbers[start : start + self.batch_size] for start in range(0, len(numbers), self.batch_size)]
+        # The last one is filled up: every batch has the same shape, which decides how it is rounded.
+        full = [batch + batch[-1:] * (self.batch_size - len(batch)) for batch in batches]
+        loader = DataLoader(self.records, batch_sampler=full, num_workers=num_workers, generator=torch.Generator())
+        for batch, wanted in zip(loader, batches, strict=True):
+            rows = slice(len(wanted))
+            yield self.encode(batch)[rows], {"record": wanted, "readable": batch["readable"][rows].tolist()}
+
+
+def _kinds(
+    folder: Path,
+    table: PairTable,
+    plan: ExamplePlan,
+    parts: PipelineParts,
+    settings: Config,
+    accelerator: Accelerator,
+) -> list[_Kind]:
     import pyarrow.parquet as pq
 
+    for module in (parts.vae, parts.text_encoder):
+        module.to(accelerator.device)
     found = pq.read_table(folder / "images.parquet")
     rows, sides = found["row"].to_numpy(), found["side"].to_numpy()
-    return _Images(table, rows, sides, settings.data.resolution, plan.latent_shape[0])
-
-
-def _batches(records: Dataset, numbers: range | list[int], batch_size: int, num_workers: int) -> Iterator[dict]:
-    numbers = list(numbers)
-    sampler = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
-    return iter(DataLoader(records, batch_sampler=sampler, num_workers=num_workers, generator=torch.Generator()))
+    orientations, pairs_at_once = plan.latent_shape[0], settings.train.micro_batch_pairs
+    images = _Images(table, rows, sides, settings.data.resolution, orientations)
+    captions = _Captions(folder, parts.tokenizer)
+    images_at_once = max(1, 2 * pairs_at_once // orientations)
+    return [
+        _Kind(
+            plan.latents(folder), images, lambda batch: _encode_images(parts, batch, plan, accelerator), images_at_once
+        ),
+        _Kind(plan.text(folder), captions, lambda batch: _encode_captions(parts, batch, accelerator), pairs_at_once),
+    ]
 
 
 def _encode_images(parts: PipelineParts, batch: dict, plan: ExamplePlan, accelerator: Accelerator) -> np.ndarray:
@@ -279,22 +298,23 @@ def _encode_captions(parts: PipelineParts, batch: dict, accelerator: Accelerator
     return states.float().cpu().unsqueeze(1).numpy()
 
 
-def _estimate(folder: Path, plan: ExamplePlan, kinds: list, num_processes: int) -> str:
+def _estimate(folder: Path, plan: ExamplePlan, kinds: list[_Kind], num_processes: int) -> str:
     """Gigabytes, counted, and hours, from encoding one batch of each kind twice (the first one warms up)."""
     seconds = 0.0
-    for shards, records, encode, size in kinds:
-        missing = sum(len(shards.records_of(shard)) for shard in range(len(shards)) if not shards.is_finished(shard))
-        for _ in range(2 if missing else 0):
-            numbers = list(range(min(size, shards.count)))
+    for kind in kinds:
+        unfinished = [shard for shard in range(len(kind.shards)) if not kind.shards.is_finished(shard)]
+        numbers = list(range(min(kind.batch_size, kind.shards.count)))
+        for _ in range(2 if unfinished else 0):
             start = time.perf_counter()
-            for batch in _batches(records, numbers, size, 0):
-                encode(batch)
+            list(kind.encoded(numbers))
             elapsed = time.perf_counter() - start
-        seconds += missing * elapsed / len(numbers) / num_processes if missing else 0.0
-    sizes = [kind[0].num_bytes / 1e9 for kind in kinds]
+        if unfinished:
+            missing = sum(len(kind.shards.records_of(shard)) for shard in unfinished)
+            seconds += missing * elapsed / len(numbers) / num_processes
+    latents, text = (kind.shards.num_bytes / 1e9 for kind in kinds)
     duration = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
     return (
         f"example cache in {folder}: {plan.num_images:,} images, {plan.num_prompts:,} captions of {plan.num_pairs:,} "
-        f"pairs; {sizes[0]:.3g} GB of latents, {sizes[1]:.3g} GB of text states; about {duration} from here on "
+        f"pairs; {latents:.3g} GB of latents, {text:.3g} GB of text states; about {duration} from here on "
         f"{num_processes} processes (one batch timed, decoding included)"
     )

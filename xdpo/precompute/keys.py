@@ -50,7 +50,9 @@ def reference_key(
         "horizontal_flip": data.horizontal_flip and augment,
         "caption_dropout": data.caption_dropout if augment else 0.0,
         "sample_latents": data.sample_latents,
-        "latents": settings.cache.dtype if isinstance(pairs, ExampleCache) else "fp32",
+        "examples": f"cached as {settings.cache.dtype}"
+        if isinstance(pairs, ExampleCache)
+        else "encoded while training",
         "noise": settings.noise.model_dump(),
         "pipeline": part_checksum(settings.model, "unet", "vae", "text_encoder", "tokenizer", "scheduler"),
         "precision": precision,

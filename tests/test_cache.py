@@ -1,0 +1,405 @@
+"""Caches on disk: what they hold, what they refuse, what a kill costs. (test_train: training from them is the same.)"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import encoded_image, pick_a_pic_row, write_pick_a_pic
+
+from xdpo import models, precompute
+from xdpo.cache import CachedPairDataset, CacheError, ExampleCache, ReferenceCache, Shards
+from xdpo.cache.examples import finish
+from xdpo.compute import build_accelerator
+from xdpo.config import ConfigError, load_config
+from xdpo.data import PairDataset, load_pairs
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+# --- shards --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Ten records of two parts in three files."""
+    shards = Shards(tmp_path, "latents", count=10, shape=(2, 3), dtype="float32", per_shard=4)
+    values = np.arange(60, dtype=np.float32).reshape(10, 2, 3)
+    for shard in range(3):
+        shards.write(shard, values[list(shards.records_of(shard))], unreadable=[9] if shard == 2 else [])
+    return shards
+
+
+def reopened(shards):
+    return Shards(
+        shards.folder, shards.name, count=shards.count, shape=shards.shape, dtype="float32", per_shard=shards.per_shard
+    )
+
+
+def test_records_come_back_part_by_part(shards):
+    assert len(shards) == 3
+    assert reopened(shards).read(5, 1).tolist() == [33, 34, 35]
+    assert reopened(shards).read(9, 0).tolist() == [54, 55, 56]
+    assert shards.unreadable() == [9]
+    reopened(shards).verify()
+
+
+def test_a_flipped_byte_is_named_when_its_record_is_read_and_by_verify(shards):
+    content = bytearray(shards.path(1).read_bytes())
+    content[-1] ^= 1  # the last part of record 7
+    shards.path(1).write_bytes(content)
+    again = reopened(shards)
+    assert again.read(7, 0).tolist() == [42, 43, 44]
+    with pytest.raises(CacheError, match=r"latents_00001\.npy is damaged: record 7 .*remove latents_00001\.json"):
+        again.read(7, 1)
+    with pytest.raises(CacheError, match=r"latents_00001\.npy is damaged"):
+        reopened(shards).verify()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "latents_00001.npy is missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-4]), "latents_00001.npy is cut or damaged"),
+        (lambda path: path.write_bytes(b"not numpy"), "latents_00001.npy is cut or damaged"),
+        (
+            lambda path: np.save(path, np.zeros((3, 2, 3), np.float32)),
+            r"holds \(3, 2, 3\) float32, expected \(4, 2, 3\)",
+        ),
+        (lambda path: np.save(path, np.zeros((4, 2, 3), np.float16)), "float16, expected"),
+    ],
+)
+def test_a_missing_cut_or_foreign_file_is_named_at_opening(shards, damage, message):
+    damage(shards.path(1))
+    with pytest.raises(CacheError, match=message):
+        reopened(shards).check_files()
+
+
+def test_a_shard_without_checksums_is_not_finished(shards):
+    shards.checksum_path(0).unlink()
+    assert [shards.is_finished(shard) for shard in range(3)] == [False, True, True]
+    with pytest.raises(CacheError, match="the cache isn't finished"):
+        reopened(shards).read(0)
+
+
+def test_a_full_disk_leaves_no_half_file_and_says_so(shards, monkeypatch):
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("numpy.save", no_space)
+    before = sorted(path.name for path in shards.folder.iterdir())
+    with pytest.raises(CacheError, match=r"The disk is full .* finished shards are kept"):
+        shards.write(0, np.zeros((4, 2, 3), np.float32))
+    assert sorted(path.name for path in shards.folder.iterdir()) == before
+
+
+# --- the reference's errors ----------------------------------------------------------------------------
+
+
+def test_errors_come_back_in_any_batch_and_from_several_writers(tmp_path):
+    one, other = ReferenceCache(tmp_path, {"seed": 0}), ReferenceCache(tmp_path, {"seed": 0})
+    one.record([0, 1], torch.tensor([[0.1, 0.2], [0.3, 0.4]]))
+    other.record(torch.tensor([5, 2]), torch.tensor([[0.5, 0.6], [0.7, 0.8]]))
+    for cache in (one, other):
+        cache.close()
+
+    again = ReferenceCache(tmp_path, {"seed": 0})
+    assert torch.equal(again.get([2, 0, 5], CPU), torch.tensor([[0.6, 0.1, 0.5], [0.8, 0.3, 0.7]]))
+    assert len(again) == 4
+    assert (
+        again.has(range(0, 3)) and not again.has(range(0, 4)) and not again.has(range(5, 7)) and again.has(range(7, 7))
+    )
+    assert again.get([2, 3], CPU) is None and again.get([600], CPU) is None
+
+
+def test_another_key_is_another_folder(tmp_path):
+    one = ReferenceCache(tmp_path, {"seed": 0, "noise": {"shared_by_pair": True}})
+    one.record([0], torch.zeros(2, 1))
+    assert len(ReferenceCache(tmp_path, {"seed": 1, "noise": {"shared_by_pair": True}})) == 0
+    assert len(ReferenceCache(tmp_path, {"noise": {"shared_by_pair": True}, "seed": 0})) == 1
+    assert json.loads((one.folder / "key.json").read_text()) == {"seed": 0, "noise": {"shared_by_pair": True}}
+
+
+def test_errors_that_are_not_finite_are_not_kept(tmp_path):
+    cache = ReferenceCache(tmp_path, {})
+    cache.record([0, 1], torch.tensor([[float("nan"), 1.0], [1.0, 2.0]]))
+    assert cache.get([0], CPU) is None
+    assert cache.get([1], CPU).tolist() == [[1.0], [2.0]]
+
+
+def test_a_block_that_a_kill_cut_counts_as_absent_and_a_flipped_byte_is_refused(tmp_path):
+    cache = ReferenceCache(tmp_path, {})
+    cache.record([0, 1], torch.ones(2, 2))
+    cache.record([2, 3], torch.ones(2, 2))
+    cache.close()
+    (path,) = cache.folder.glob("errors-*.bin")
+    whole = path.read_bytes()
+    for length in range(len(whole) // 2, len(whole)):
+        path.write_bytes(whole[:length])
+        assert len(ReferenceCache(tmp_path, {})) == 2
+    path.write_bytes(whole[:20] + bytes([whole[20] ^ 1]) + whole[21:])
+    with pytest.raises(CacheError, match=r"errors-.*\.bin is damaged at byte 0; remove the file"):
+        ReferenceCache(tmp_path, {})
+
+
+# --- examples ------------------------------------------------------------------------------------------
+
+
+COLOURS = {"a": "red", "b": "lime", "c": "blue", "d": "white", "e": "pink"}
+
+
+def rows_with_shared_images():
+    """Five pairs of six images, one of them unreadable, and two captions."""
+    images = {name: encoded_image(colour) for name, colour in COLOURS.items()}
+    images["x"] = b"no image"
+    pairs = [("a", "b", "one"), ("b", "c", "one"), ("d", "a", "two"), ("x", "e", "two"), ("e", "d", "one")]
+    return [
+        pick_a_pic_row(
+            number,
+            image_0_uid=left,
+            image_1_uid=right,
+            jpg_0=images[left],
+            jpg_1=images[right],
+            caption=caption,
+            label_0=float(number % 2),
+            label_1=1.0 - number % 2,
+        )
+        for number, (left, right, caption) in enumerate(pairs)
+    ]
+
+
+@pytest.fixture
+def world(small_pipeline, tmp_path, monkeypatch):
+    """Settings, table, parts and accelerator of a run over rows_with_shared_images."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    monkeypatch.chdir(ROOT)
+    PartialState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    path = write_pick_a_pic(tmp_path / "train.parquet", rows_with_shared_images())
+    return World(small_pipeline, path, tmp_path / "cache")
+
+
+class World:
+    def __init__(self, pipeline, path, folder, *overrides):
+        self.overrides = [
+            f"model.pipeline={pipeline}",
+            f"data.path={path}",
+            f"cache.examples={folder}",
+            f"output_dir={folder}",
+            "train.micro_batch_pairs=1",
+            *("data.source=parquet", "data.resolution=16", "data.num_workers=0", "data.caption_dropout=0.5"),
+            *("cache.dtype=fp32", "compute.precision=fp32", "eval.every=0", "log.trackers=[]"),
+            *overrides,
+        ]
+        self.settings = load_config("configs/base.yaml", self.overrides)
+        self.table = load_pairs(self.settings.data)
+        self.parts = models.load_parts(self.settings.model)
+        self.accelerator = build_accelerator(self.settings)
+        self.folder = precompute.examples_folder(self.settings, held_out=False)
+
+    def changed(self, *overrides):
+        return load_config("configs/base.yaml", [*self.overrides, *overrides])
+
+    def build(self, settings=None, **options):
+        precompute.build_examples(
+            self.folder,
+            self.table,
+            self.parts,
+            settings or self.settings,
+            self.accelerator,
+            held_out=False,
+            say=lambda text: None,
+            **options,
+        )
+
+    def open(self, settings=None):
+        return precompute.open_examples(settings or self.settings, self.accelerator, held_out=False)
+
+
+def test_every_distinct_image_and_caption_is_encoded_once_in_both_orientations(world):
+    world.build()
+    cache = world.open()
+    assert (cache.plan.num_images, cache.plan.num_prompts, len(cache)) == (6, 3, 5)  # the empty caption is the third
+    assert cache.plan.latent_shape == [2, 2, 4, 8, 8]
+    assert cache.latents.unreadable() == [4]
+    assert vars(cache.counts) == vars(world.table.counts)
+    mean, std = cache.latents.read(cache.images_of(0)[0], 0)
+    batch = PairDataset(world.table, world.parts.tokenizer, 0, world.settings.data, shuffle=False, augment=False).batch(
+        [0]
+    )
+    moments = models.encode_images(world.parts.vae, batch["pixel_values"])
+    np.testing.assert_allclose(mean, moments.means[0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(std, moments.stds[0], rtol=1e-4, atol=1e-6)
+
+
+def test_batches_from_the_cache_are_those_of_the_source_encoded(world):
+    world.build()
+    source = PairDataset(world.table, world.parts.tokenizer, 3, world.settings.data)
+    cached = CachedPairDataset(world.open(), 3, world.settings.data)
+    for positions in ([0, 1, 2], [3, 4], [17, 23, 8]):
+        expected, found = source.batch(positions), cached.batch(positions)
+        for name in ("pair_ids", "truncated", "unreadable"):
+            assert found[name] == expected[name]
+        for name in ("positions", "rows"):
+            assert torch.equal(found[name], expected[name])
+        moments = models.encode_images(world.parts.vae, expected["pixel_values"])
+        torch.testing.assert_close(found["latent_means"], moments.means)
+        torch.testing.assert_close(found["latent_stds"], moments.stds)
+        states = models.encode_captions(world.parts.text_encoder, expected["input_ids"])
+        torch.testing.assert_close(found["text_states"], states)
+
+
+def test_half_precision_means_without_mirror_images_take_a_quarter_of_the_room(world):
+    world.settings = world.changed("cache.dtype=fp16", "data.horizontal_flip=false", "data.sample_latents=false")
+    world.build()
+    cache = world.open()
+    assert cache.plan.latent_shape == [1, 1, 4, 8, 8]
+    batch = CachedPairDataset(cache, 0, world.settings.data).batch([0, 1])
+    assert batch["latent_means"].dtype == torch.float16 and batch["latent_stds"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("data.resolution=8", "data.resolution: 16 in the cache, 8 in this run"),
+        ("data.horizontal_flip=false", "mirrored images: True in the cache, False"),
+        ("data.sample_latents=false", "posterior: mean and standard deviation in the cache, mean"),
+        ("cache.dtype=fp16", "cache.dtype: fp32 in the cache, fp16"),
+        ("data.max_pairs=3", "data.max_pairs: None in the cache, 3"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused_naming_what_differs(world, change, named):
+    world.build()
+    with pytest.raises(CacheError, match=named):
+        world.open(world.changed(change))
+
+
+def test_a_cache_of_another_autoencoder_or_text_encoder_is_refused(world, tmp_path):
+    world.build()
+    other = shutil.copytree(world.settings.model.pipeline, tmp_path / "other")
+    for name in ("vae", "text_encoder"):
+        settings = json.loads((other / name / "config.json").read_text())
+        (other / name / "config.json").write_text(json.dumps(settings | {"note": "changed"}))
+    with pytest.raises(CacheError, match=r"autoencoder: (?s:.*)text encoder: "):
+        world.open(world.changed(f"model.pipeline={other}"))
+
+
+def test_an_unfinished_cache_other_pairs_and_a_folder_of_something_else_are_refused(world, tmp_path):
+    with pytest.raises(CacheError, match="holds no finished cache"):
+        world.open()
+    world.folder.mkdir(parents=True)
+    (world.folder / "holiday.jpg").write_text("")
+    with pytest.raises(CacheError, match="holds something that is no cache"):
+        world.build()
+    (world.folder / "holiday.jpg").unlink()
+    world.build()
+    (world.folder / "manifest.json").unlink()
+    rows = [row | {"caption": "changed"} for row in rows_with_shared_images()]
+    write_pick_a_pic(Path(world.settings.data.path), rows)
+    world.table = load_pairs(world.settings.data)
+    with pytest.raises(CacheError, match="begun with other pairs"):
+        world.build()
+
+
+@pytest.mark.parametrize("name", ["pairs.parquet", "plan.json", "manifest.json", "latents_00000.json"])
+def test_a_damaged_small_file_is_named(world, name):
+    world.build()
+    content = bytearray((world.folder / name).read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    (world.folder / name).write_bytes(content)
+    with pytest.raises(CacheError, match=f"{name} is damaged"):
+        world.open()
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_encoded(world, monkeypatch):
+    monkeypatch.setattr("xdpo.precompute.build.encode_images", lambda *_: pytest.fail("an image was encoded"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("usage", (), {"free": 100}))
+    with pytest.raises(CacheError, match=r"make room, name another disk, or halve it by data\.horizontal_flip=false"):
+        world.build()
+
+
+def test_latents_that_are_not_finite_are_refused(world, monkeypatch):
+    broken = models.LatentMoments(torch.full((2, 4, 8, 8), float("nan")), torch.zeros(2, 4, 8, 8))
+    monkeypatch.setattr("xdpo.precompute.build.encode_images", lambda vae, pixels: broken)
+    with pytest.raises(CacheError, match=r"not finite .* set compute\.precision to bf16 or fp32"):
+        world.build()
+
+
+def test_what_a_failure_interrupted_goes_on_and_only_the_shard_in_work_is_computed_twice(world, monkeypatch):
+    shard_bytes = 2 * 2 * 2 * 4 * 8 * 8 * 4  # two images
+    encode, encoded = precompute.build.encode_images, []
+
+    def counting(vae, pixels):
+        if len(encoded) == 4:
+            encoded.append("failed")
+            raise KeyboardInterrupt
+        encoded.append(len(pixels) // 2)
+        return encode(vae, pixels)
+
+    monkeypatch.setattr("xdpo.precompute.build._estimate", lambda *_: "")
+    monkeypatch.setattr("xdpo.precompute.build.encode_images", counting)
+    with pytest.raises(KeyboardInterrupt):
+        world.build(shard_bytes=shard_bytes)
+    world.build()
+    assert encoded == [1, 1, 1, 1, "failed", 1, 1]  # shards of two: the second was whole, the third begun
+    cache = world.open()
+    assert max(precompute.verify_examples(cache, world.table, world.parts, world.settings, world.accelerator)) < 1e-5
+
+
+def test_the_builder_killed_at_any_moment_goes_on_to_a_cache_that_verifies(world):
+    """SIGKILL after every further shard of a real process, until it finishes."""
+    settings = world.settings
+    program = (
+        "import sys; sys.path[:0] = ['.', 'tests']; from test_cache import World\n"
+        f"World({settings.model.pipeline!r}, {settings.data.path!r}, {settings.cache.examples!r})"
+        ".build(shard_bytes=2048)"
+    )
+    kills = 0
+    while kills < 3:
+        before = len(list(world.folder.glob("latents_*.json")))
+        process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        while process.poll() is None and len(list(world.folder.glob("latents_*.json"))) == before:
+            time.sleep(0.005)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        kills += 1
+        process.wait()
+    world.build()
+    cache = world.open()
+    assert len(cache.latents) == 6
+    assert max(precompute.verify_examples(cache, world.table, world.parts, world.settings, world.accelerator)) < 1e-5
+
+
+def test_verify_finds_latents_of_another_image(world):
+    world.build()
+    cache = world.open()
+    values = np.array(np.load(cache.latents.path(0)))
+    cache.latents.write(0, values[::-1].copy(), unreadable=[4])
+    finish(world.folder, cache.plan)  # every checksum fits what is there
+    with pytest.raises(CacheError, match="latents encoded again differ by"):
+        precompute.verify_examples(world.open(), world.table, world.parts, world.settings, world.accelerator)
+
+
+def test_a_local_copy_is_read_and_an_interrupted_one_goes_on(world, tmp_path):
+    world.build()
+    local = tmp_path / "local"
+    (local / "train").mkdir(parents=True)
+    (local / "train" / "latents_00000.npy").write_bytes(b"half")
+    settings = world.changed(f"cache.local_copy={local}")
+    cache = world.open(settings)
+    assert isinstance(cache, ExampleCache) and cache.folder == local / "train"
+    cache.latents.verify()
+
+
+def test_random_crops_can_not_be_cached(tmp_path):
+    with pytest.raises(ConfigError, match=r"cache\.examples holds one crop"):
+        load_config(str(ROOT / "configs/base.yaml"), ["cache.examples=x", "data.crop=random"])
