@@ -31,6 +31,7 @@ from xdpo.noise import HELD_OUT_SEED, NoiseSchedule
 from xdpo.precompute import Pairs, make_dataset, open_pairs, open_reference
 from xdpo.runlog import RunLog, peak_memory_gb
 
+TIMED_STEPS = 4  # micro-steps behind each figure of --find-batch
 SAMPLE_CHUNK = 4  # images sampled at once
 
 
@@ -74,6 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
         accelerator.print(config.describe(settings, accelerator.num_processes, len(train_pairs)))
         accelerator.print(f"training pairs: {data.PairCounts(**vars(train_pairs.counts))}")
         parts = models.load_parts(settings.model, encoders=not settings.cache.examples or settings.samples.every > 0)
+        if options.find_batch:
+            return find_batch(settings, accelerator, parts, train_pairs)
         return train(settings, accelerator, folder, parts, train_pairs, held_out_pairs)
     except (ConfigError, data.DataError, checkpoint.CheckpointError, NonFiniteError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -325,6 +328,75 @@ def train(
     accelerator.wait_for_everyone()
     log.close()
     return 0
+
+
+def find_batch(settings: Config, accelerator: Accelerator, parts: models.PipelineParts, pairs: Pairs) -> int:
+    """Time micro-steps of growing size on this device and say which is fastest. Writes nothing but caches.
+
+    Sizes are those that divide a process' share of the total batch. It stops where memory ends, or where a size is
+    no faster than half of it. Loading is left out, encoding is in where no cache holds the examples.
+    """
+    total, processes, device = settings.train.total_batch_pairs, accelerator.num_processes, accelerator.device
+    config.accumulation_steps(settings, processes)  # refuses what cannot be split
+    schedule = NoiseSchedule.from_scheduler(parts.scheduler).to(device)
+    known = open_known_reference(settings, accelerator, pairs, None, start_step=0)
+    reference = None
+    if not known.is_complete:
+        reference = models.make_reference(parts.unet, settings.model, settings.compute)
+    policy = models.make_policy(parts.unet, settings.model, settings.compute)
+    for module in (reference, *(() if settings.cache.examples else (parts.vae, parts.text_encoder))):
+        if module is not None:
+            module.to(device)
+    optimizer = build_optimizer(settings, models.trainable_parameters(policy))  # its learning rate is 0
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    bare_policy = accelerator.unwrap_model(policy)
+    make_example = step.ExampleMaker(parts, schedule, settings, device)
+    dataset = make_dataset(pairs, parts.tokenizer, settings, held_out=False)
+
+    def micro_step(batch: dict) -> None:
+        with accelerator.no_sync(policy):
+            with accelerator.autocast():
+                example = make_example(batch, settings.seed, batch["positions"])
+                from_cache = known.train.get(batch["positions"], device) if known.is_complete else None
+                errors = step.pair_errors(policy, bare_policy, reference, example, from_cache)
+            accelerator.backward(step.preference_loss(errors, settings.loss).loss.mean())
+
+    speeds: dict[int, float] = {}
+    accelerator.print(f"{'micro batch':>11}  {'accumulation':>12}  {'pairs/s':>9}  {'peak memory':>11}")
+    for size in (size for size in range(1, total // processes + 1) if total // processes % size == 0):
+        try:
+            batch = dataset.batch(list(range(size)))
+            for _ in range(2):  # the first one compiles, chooses kernels and fills the optimizer's moments
+                micro_step(batch)
+                optimizer.step()
+            wait_for(device)
+            start = time.perf_counter()
+            for _ in range(TIMED_STEPS):
+                micro_step(batch)
+            wait_for(device)
+        except torch.OutOfMemoryError:
+            accelerator.print(f"{size:>11}  does not fit")
+            break
+        speeds[size] = processes * TIMED_STEPS * size / (time.perf_counter() - start)
+        accelerator.print(
+            f"{size:>11}  {total // processes // size:>12}  {speeds[size]:>9.3g}  {peak_memory_gb(device):>8.2f} GB"
+        )
+        if speeds[size] < max((speed for other, speed in speeds.items() if other <= size / 2), default=0.0):
+            break
+    if not speeds:
+        raise ValueError(
+            "not even one pair fits; compute.gradient_checkpointing=true or model.trainable=lora need less"
+        )
+    best = max(speeds, key=speeds.get)
+    accelerator.print(
+        f"fastest here: train.micro_batch_pairs={best}; the total batch stays {total}, and so does the result"
+    )
+    return 0
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def build_ema(settings: Config, parameters: list[nn.Parameter]):

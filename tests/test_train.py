@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -277,6 +278,31 @@ def test_a_cache_of_something_else_is_refused_before_weights_are_loaded(run, tmp
     assert status == 1 and "data.resolution: 16 in the cache, 8 in this run" in capsys.readouterr().err
     status, _ = run("third", f"cache.examples={tmp_path / 'nothing'}", "cache.build=false")
     assert status == 1 and "holds no finished cache; run scripts/cache_examples.py" in capsys.readouterr().err
+
+
+def test_find_batch_tries_the_sizes_that_keep_the_total_batch_and_leaves_no_run(run, capsys, monkeypatch):
+    clock = itertools.count()  # a second passes between any two looks at it: pairs/s double with the size
+    monkeypatch.setattr(train_xdpo.time, "perf_counter", lambda: next(clock))
+    status, folder = run("x", "--find-batch")
+    printed = capsys.readouterr().out
+    assert status == 0 and not folder.exists()
+    rows = [line.split()[:3] for line in printed.splitlines() if line.endswith("GB")]
+    assert rows == [["1", "4", "4"], ["2", "2", "8"], ["4", "1", "16"]]
+    assert "fastest here: train.micro_batch_pairs=4; the total batch stays 4" in printed
+
+
+def test_find_batch_stops_where_memory_ends(run, capsys, monkeypatch):
+    original = step.preference_loss
+
+    def out_of_memory(errors, loss):
+        if len(errors.policy_chosen) > 2:
+            raise torch.OutOfMemoryError("no more")
+        return original(errors, loss)
+
+    monkeypatch.setattr(step, "preference_loss", out_of_memory)
+    status, _ = run("x", "--find-batch")
+    assert status == 0
+    assert "4  does not fit" in capsys.readouterr().out
 
 
 # --- resume ----------------------------------------------------------------------------------------------

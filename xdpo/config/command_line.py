@@ -10,7 +10,7 @@ from xdpo.config.sections import KEYS, SECTIONS
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
-    """`--config FILE [section.key=value …] [--dry-run] [--allow-config-change]`, and a help that lists every key.
+    """`--config FILE [section.key=value …]`, its switches, and a help that lists every key.
 
     Call its `parse_intermixed_args`, so that overrides may stand before, between and after the options.
     """
@@ -24,6 +24,11 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key; see below")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved config and what follows from it, then stop"
+    )
+    parser.add_argument(
+        "--find-batch",
+        action="store_true",
+        help="try micro-batches on this device, print speed, memory and accumulation of each, then stop",
     )
     parser.add_argument(
         "--allow-config-change",
