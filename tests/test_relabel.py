@@ -1,0 +1,119 @@
+"""AI feedback: new labels from a scorer, old ones kept, nothing half written."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import encoded_image, pick_a_pic_row, write_pick_a_pic
+
+from xdpo.data import load_pairs
+
+ROOT = Path(__file__).resolve().parent.parent
+SCORER = """
+import numpy as np
+
+class Red:
+    def score(self, images, prompts):
+        return [float(np.asarray(image)[..., 0].mean()) for image in images]
+"""
+
+
+@pytest.fixture(scope="module")
+def relabel():
+    spec = importlib.util.spec_from_file_location("relabel", ROOT / "scripts" / "relabel.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["relabel"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def call(relabel, tmp_path):
+    """relabel(...) on two files of pairs; images are grey by number: (image 0, image 1, human label of image 0)."""
+    (tmp_path / "red.py").write_text(SCORER)
+    pairs = [(200, 100, 0.0), (100, 200, 0.0), (100, 101, 1.0), (None, 50, 1.0), (90, 30, 0.5), (30, 90, 1.0)]
+    for number in range(2):
+        rows = [
+            pick_a_pic_row(
+                place,
+                jpg_0=b"no image" if left is None else encoded_image((left, 0, 0)),
+                jpg_1=encoded_image((right, 0, 0)),
+                label_0=human,
+                label_1=1 - human,
+                has_label=place != 5,
+            )
+            for place, (left, right, human) in enumerate(pairs)
+        ]
+        write_pick_a_pic(tmp_path / "data" / f"train-{number}.parquet", rows)
+
+    def run(*arguments, scorer=f"{tmp_path / 'red.py'}:Red"):
+        given = ["--data", str(tmp_path / "data" / "train-*.parquet"), "--output", str(tmp_path / "out")]
+        return relabel.main([*given, "--scorer", scorer, "--tie-threshold", "5", *arguments])
+
+    run.output = tmp_path / "out"
+    run.data = tmp_path / "data"
+    return run
+
+
+def test_the_higher_score_is_preferred_ties_are_ties_and_the_human_labels_stay(call, capsys):
+    assert call() == 0
+    table = pq.read_table(call.output / "train-0.parquet").to_pydict()
+    assert table["label_0"] == [1, 0, 0.5, 0.5, 1, 0]
+    assert table["label_1"] == [0, 1, 0.5, 0.5, 0, 1]
+    assert table["human_label_0"] == [0, 0, 1, 1, 0.5, 1]
+    assert table["score_0"][:3] == [200, 100, 100] and np.isnan(table["score_0"][3]) and np.isnan(table["score_1"][3])
+    said = capsys.readouterr().out
+    assert (
+        "chosen by score: 8\n  tie: 2\n  unreadable: 2\n  agrees with the label: 2\n  contradicts the label: 4" in said
+    )
+
+
+def test_training_reads_the_new_labels(call):
+    call()
+    settings = type("data", (), {"source": "parquet", "path": str(call.output), "split": "train", "revision": None})
+    settings.max_pairs = None
+    table = load_pairs(settings)
+    assert (table.counts.kept, table.counts.ties) == (8, 4)
+    assert table.chosen_side.tolist() == [0, 1, 0, 1] * 2
+
+
+def test_what_is_done_is_kept_and_an_interrupted_file_is_made_again(call, relabel, monkeypatch, capsys):
+    original, calls = relabel.score_pairs, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError("the disk is full")
+        return original(*arguments)
+
+    monkeypatch.setattr(relabel, "score_pairs", interrupted)
+    assert call() == 1 and "the disk is full" in capsys.readouterr().err
+    assert [path.name for path in call.output.glob("*.parquet")] == ["train-0.parquet"]
+    assert call() == 0
+    assert "2 files in" in (said := capsys.readouterr().out) and "1 of them made now" in said
+    assert len(calls) == 3
+
+
+def test_another_scorer_into_the_same_folder_is_refused(call, capsys):
+    call()
+    assert call("--tie-threshold", "6") == 1
+    assert "made by another scorer or --tie-threshold" in capsys.readouterr().err
+
+
+def test_bad_input_is_refused_before_anything_is_scored(call, relabel, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(relabel, "load_scorer", lambda *_: pytest.fail("a scorer was loaded"))
+    rows = [{name: value for name, value in pick_a_pic_row(0).items() if name != "caption"}]
+    bare = write_pick_a_pic(tmp_path / "bare.parquet", rows)
+    for arguments, message in (
+        (["--data", bare], "lacks the columns caption: relabelling needs jpg_0, jpg_1, caption"),
+        (["--data", str(tmp_path / "none*.parquet")], "no file matches"),
+        (["--data", str(tmp_path / "red.py")], "not a readable parquet file"),
+        (["--output", str(call.data)], "labels are not overwritten"),
+        (["--scorer", "pikscore"], "did you mean 'pickscore'"),
+    ):
+        assert call(*arguments) == 1
+        assert message in capsys.readouterr().err
+    assert not call.output.exists()
