@@ -1,6 +1,4 @@
-"""How much time does scoring add to the work that no scorer can avoid? Prints the ratio of the two.
-
-    python scripts/benchmark_scoring.py [--images 64] [--rounds 5] [--device cpu]
+"""How much time scoring adds to the work that no scorer can avoid: the project's scorer against bare arithmetic.
 
 Makes 512-pixel PNGs and a CLIP of ViT-B/32's size with random weights, then times, in turn and on the same threads,
 reading and scoring the files through `load_scorer("pickscore")`, and the bare work written out here: decode, resize,
@@ -9,24 +7,24 @@ crop and normalise, both towers, cosine.
 
 import argparse
 import json
-import statistics
-import sys
-import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from benchmarks.arguments import add_number
+from benchmarks.folders import working_folder
+from benchmarks.pairs import WORDS, make_caption, make_image
+from benchmarks.results import Outcome, Spread, ratios, time_in_turn
+from xdpo.report.grids import Cell, Grid
 from xdpo.scorers import Scorer, load_scorer
 from xdpo.scorers.clip import VIT_H_14
 from xdpo.scorers.metrics import CLIP_TOKENIZER, PICKSCORE_V1
 from xdpo.scorers.pixels import CHANNEL_MEANS, CHANNEL_STDS, SIDE
 
-WORDS = ("a", "photo", "of", "cat", "dog", "castle", "red", "blue", "moon", "robot", "on", "the", "beach")
+OURS, BARE = "scorer", "bare work"
 SIZES = {
     "projection_dim": 512,
     "text_config": {
@@ -47,7 +45,47 @@ SIZES = {
 }
 
 
-def make_weights(folder: Path) -> torch.nn.Module:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_number(parser, "--images", 64, "images of a round")
+    add_number(parser, "--batch-size", 16, "images at once")
+    add_number(parser, "--rounds", 5, "rounds")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    torch.manual_seed(0)
+    with working_folder() as working:
+        model = make_weights(working / "weights").to(options.device)
+        scorer = load_scorer("pickscore", options.device, working / "weights")
+        paths = make_images(working, options.images)
+        rng = np.random.default_rng(1)
+        prompts = [make_caption(rng) for _ in paths]
+        token_ids = torch.stack([encode(prompt) for prompt in prompts])
+        scores: dict[str, list[float]] = {}
+
+        def bare() -> None:
+            scores[BARE] = bare_scores(model, token_ids, paths, options.batch_size, options.device)
+
+        def ours() -> None:
+            scores[OURS] = score_files(scorer, paths, prompts, options.batch_size)
+
+        seconds = time_in_turn({BARE: bare, OURS: ours}, options.rounds)
+    gap = max(abs(a - b) for a, b in zip(scores[BARE], scores[OURS], strict=True))
+    assert gap < 1e-3, f"the bare work computes something else: scores differ by {gap}"
+    rows = [
+        (Cell(name), Spread.of([1000 * value / options.images for value in times]).cell())
+        for name, times in seconds.items()
+    ]
+    ratio = ratios(seconds[OURS], seconds[BARE])
+    title = (
+        f"Scoring 512-pixel PNGs, batches of {options.batch_size}; median of {options.rounds} rounds (lowest–highest)"
+    )
+    note = f"time of the scorer over the bare work's: {ratio}"
+    measurements = {"seconds_per_round": seconds, "images_per_round": options.images, "time_ratio": ratio.median}
+    return Outcome(Grid(title, ("", "ms an image"), tuple(rows), note), measurements)
+
+
+def make_weights(folder: Path) -> nn.Module:
     """A weights folder with the model, and the model itself."""
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -71,19 +109,20 @@ def make_weights(folder: Path) -> torch.nn.Module:
 
 
 def make_images(folder: Path, count: int) -> list[Path]:
-    """512-pixel PNGs that are as hard to decode as photographs: smooth with some noise."""
-    rng, paths = np.random.default_rng(0), []
-    rows, columns = np.mgrid[0:512, 0:512] / 512
-    for number in range(count):
-        waves = [np.sin(2 * np.pi * (rng.uniform(0.5, 4) * rows + rng.uniform(0.5, 4) * columns)) for _ in range(3)]
-        pixels = 127.5 + 100 * np.stack(waves, -1) + rng.normal(0, 6, (512, 512, 3))
-        paths.append(folder / f"{number:05d}.png")
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(paths[-1])
+    rng = np.random.default_rng(0)
+    paths = [folder / f"{number:05d}.png" for number in range(count)]
+    for path in paths:
+        make_image(rng, 512).save(path)
     return paths
 
 
+def encode(prompt: str) -> Tensor:
+    """A prompt of WORDS as token ids."""
+    return torch.tensor([len(WORDS), *(WORDS.index(word) for word in prompt.split()), len(WORDS) + 1])
+
+
 @torch.inference_mode()
-def bare_work(model, token_ids: torch.Tensor, paths: list[Path], batch_size: int, device: str) -> list[float]:
+def bare_scores(model: nn.Module, token_ids: Tensor, paths: list[Path], batch_size: int, device: str) -> list[float]:
     """Decode, preprocess and forward, nothing else."""
     means, deviations = (np.array(values, dtype=np.float32) for values in (CHANNEL_MEANS, CHANNEL_STDS))
     scores: list[float] = []
@@ -96,8 +135,8 @@ def bare_work(model, token_ids: torch.Tensor, paths: list[Path], batch_size: int
             arrays.append(torch.from_numpy(pixels).permute(2, 0, 1))
         batch = torch.stack(arrays).contiguous().to(device)
         ids = token_ids[first : first + batch_size].to(device)
-        image = torch.nn.functional.normalize(model.get_image_features(pixel_values=batch).pooler_output, dim=-1)
-        text = torch.nn.functional.normalize(model.get_text_features(input_ids=ids).pooler_output, dim=-1)
+        image = nn.functional.normalize(model.get_image_features(pixel_values=batch).pooler_output, dim=-1)
+        text = nn.functional.normalize(model.get_text_features(input_ids=ids).pooler_output, dim=-1)
         scores += (model.logit_scale.exp() * (image * text).sum(-1)).tolist()
     return scores
 
@@ -112,44 +151,3 @@ def score_files(scorer: Scorer, paths: list[Path], prompts: list[str], batch_siz
                 items.append(scorer.preprocess(opened))
         scores += scorer.score_batch(items, prompts[first : first + batch_size])
     return scores
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as temporary:
-        weights = Path(temporary) / "weights"
-        model = make_weights(weights).to(options.device)
-        scorer = load_scorer("pickscore", options.device, weights)
-        paths = make_images(Path(temporary), options.images)
-        rng = np.random.default_rng(1)
-        prompts = [" ".join(rng.choice(WORDS, 10)) for _ in paths]
-        words = [[WORDS.index(word) for word in prompt.split()] for prompt in prompts]
-        token_ids = torch.tensor([[len(WORDS), *ids, len(WORDS) + 1] for ids in words])
-
-        seconds: dict[str, list[float]] = {"bare": [], "scorer": []}
-        for round_number in range(options.rounds + 1):  # the first one warms up
-            start = time.perf_counter()
-            bare = bare_work(model, token_ids, paths, options.batch_size, options.device)
-            middle = time.perf_counter()
-            ours = score_files(scorer, paths, prompts, options.batch_size)
-            end = time.perf_counter()
-            if round_number:
-                seconds["bare"].append(middle - start)
-                seconds["scorer"].append(end - middle)
-    gap = max(abs(a - b) for a, b in zip(bare, ours, strict=True))
-    assert gap < 1e-3, f"the bare work computes something else: scores differ by {gap}"
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ratios = [ours / bare for ours, bare in zip(seconds["scorer"], seconds["bare"], strict=True)]
-    for name, median in medians.items():
-        print(f"{name:<7}{1000 * median / options.images:8.2f} ms an image, median of {options.rounds} rounds")
-    print(f"ratio  {statistics.median(ratios):8.3f} (from {min(ratios):.3f} to {max(ratios):.3f})")
-
-
-if __name__ == "__main__":
-    main()

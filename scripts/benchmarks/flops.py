@@ -1,0 +1,169 @@
+"""TFLOP per pair of every training mode at Stable Diffusion 1.5's true shapes, beside the step that recomputes all.
+
+Counted on networks without weights; a multiplication with its addition is 2 FLOP. A pair costs two forward and
+backward passes of the policy, and where nothing is cached two forward passes of the reference, two of the
+autoencoder's encoder and one of the text encoder, as in Diffusion-DPO's public training script.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.arguments import add_number
+from benchmarks.pipelines import (
+    DOWNSCALING,
+    LATENT_CHANNELS,
+    PIPELINES,
+    TOKENS,
+    Networks,
+    build_networks,
+)
+from benchmarks.results import Criterion, Outcome
+from xdpo.config import ComputeConfig, ModelConfig
+from xdpo.models import adapter_off, encode_captions, encode_images, make_policy
+from xdpo.report.grids import Cell, Grid
+
+CACHES = {
+    "nothing": (False, False),
+    "examples": (True, False),
+    "examples and reference": (True, True),
+}
+"""What a training finds computed already → (encoded examples, the reference's errors)."""
+
+LIMITS = {"full": 0.56, "lora": 0.42}  # of the full step that recomputes everything
+
+
+@dataclass(frozen=True)
+class PartCosts:
+    """TFLOP of each network on one image or one caption."""
+
+    unet_forward: float
+    full_forward_backward: float
+    full_forward_backward_checkpointed: float
+    lora_forward_backward: float
+    lora_forward_backward_checkpointed: float
+    lora_forward_adapter_off: float
+    autoencoder: float
+    text_encoder: float
+
+    def policy(self, trainable: str, gradient_checkpointing: bool) -> float:
+        ending = "_checkpointed" if gradient_checkpointing else ""
+        return getattr(self, f"{trainable}_forward_backward{ending}")
+
+    def reference(self, trainable: str) -> float:
+        return self.unet_forward if trainable == "full" else self.lora_forward_adapter_off
+
+
+@dataclass(frozen=True)
+class PairCosts:
+    """TFLOP of a pair, by what they go into."""
+
+    policy: float
+    reference: float
+    autoencoder: float
+    text_encoder: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_number(parser, "--resolution", 512, "side of the images in pixels")
+    add_number(parser, "--lora-rank", 64, "rank of the adapters")
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    with torch.device("meta"):
+        networks = build_networks(PIPELINES["sd15"])
+        parts = count_parts(networks, options.resolution, options.lora_rank)
+    rows, measured, totals = [], [], {}
+    for checkpointing in (False, True):
+        for trainable in ("full", "lora"):
+            for caches in CACHES:
+                costs = pair_costs(parts, trainable, caches, checkpointing)
+                totals[trainable, caches, checkpointing] = costs.total
+                ratio = costs.total / totals["full", "nothing", checkpointing]
+                names = {"trained": trainable, "gradient_checkpointing": checkpointing, "cached": caches}
+                measured.append({**names, **asdict(costs), "total": costs.total, "ratio": ratio})
+                numbers = (*asdict(costs).values(), costs.total, ratio)
+                words = (_trained(trainable, options.lora_rank), caches, "yes" if checkpointing else "no")
+                rows.append((*map(Cell, words), *(Cell(f"{number:.3f}", number) for number in numbers)))
+    columns = ("trained", "cached", "checkpointed", "policy", "reference", "VAE", "text", "TFLOP a pair", "ratio")
+    note = (
+        "ratio: to the full fine-tune that recomputes everything, with gradient checkpointing likewise on or off. "
+        f"One pass: UNet forward {parts.unet_forward:.3f}, with backward {parts.full_forward_backward:.3f}, "
+        f"LoRA's {parts.lora_forward_backward:.3f}; autoencoder {parts.autoencoder:.3f}, text {parts.text_encoder:.3f}"
+    )
+    title = f"TFLOP per pair, Stable Diffusion 1.5 at {options.resolution} pixels"
+    criteria = []
+    for trainable, limit in LIMITS.items():
+        ratio = totals[trainable, "examples and reference", False] / totals["full", "nothing", False]
+        name = {"full": "full fine-tune", "lora": "LoRA"}[trainable]
+        claim = f"{name} with both caches costs at most {limit} of the full step that recomputes everything"
+        criteria.append(Criterion(claim, ratio, ratio <= limit))
+    return Outcome(
+        Grid(title, columns, tuple(rows), note), {"parts": asdict(parts), "modes": measured}, tuple(criteria)
+    )
+
+
+def count_parts(networks: Networks, resolution: int, lora_rank: int) -> PartCosts:
+    """Count every part on torch's default device. Leaves the UNet with an adapter and gradient checkpointing on."""
+    unet, vae, text_encoder = (network.requires_grad_(False) for network in networks)
+    side = resolution // DOWNSCALING
+    latents = torch.zeros(1, LATENT_CHANNELS, side, side)
+    timesteps = torch.zeros(1, dtype=torch.long)
+    states = torch.zeros(1, TOKENS, unet.config.cross_attention_dim)
+
+    @torch.no_grad()
+    def forward() -> None:
+        unet(latents, timesteps, states)
+
+    def forward_backward() -> None:
+        unet(latents, timesteps, states).sample.sum().backward()
+
+    unet_forward = count_tflop(forward)
+    make_policy(unet, ModelConfig(trainable="full"), ComputeConfig())
+    full = count_tflop(forward_backward)
+    unet.enable_gradient_checkpointing()
+    full_checkpointed = count_tflop(forward_backward)
+    unet.requires_grad_(False).disable_gradient_checkpointing()
+    make_policy(unet, ModelConfig(trainable="lora", lora_rank=lora_rank), ComputeConfig())
+    lora = count_tflop(forward_backward)
+    with adapter_off(unet):
+        adapter_off_forward = count_tflop(forward)
+    unet.enable_gradient_checkpointing()
+    return PartCosts(
+        unet_forward,
+        full,
+        full_checkpointed,
+        lora,
+        count_tflop(forward_backward),
+        adapter_off_forward,
+        count_tflop(lambda: encode_images(vae, torch.zeros(1, 3, resolution, resolution))),
+        count_tflop(lambda: encode_captions(text_encoder, torch.zeros(1, TOKENS, dtype=torch.long))),
+    )
+
+
+def count_tflop(work: Callable[[], object]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops() / 1e12
+
+
+def pair_costs(parts: PartCosts, trainable: str, caches: str, gradient_checkpointing: bool) -> PairCosts:
+    """What a pair costs, with `caches` one of CACHES."""
+    has_examples, has_reference = CACHES[caches]
+    return PairCosts(
+        policy=2 * parts.policy(trainable, gradient_checkpointing),
+        reference=0 if has_reference else 2 * parts.reference(trainable),
+        autoencoder=0 if has_examples else 2 * parts.autoencoder,
+        text_encoder=0 if has_examples else parts.text_encoder,
+    )
+
+
+def _trained(trainable: str, lora_rank: int) -> str:
+    return "full" if trainable == "full" else f"LoRA, rank {lora_rank}"

@@ -1,0 +1,160 @@
+"""Pipelines of Stable Diffusion's make with random weights: what costs time depends on shapes alone."""
+
+import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from xdpo.models import check_pipeline_folder
+
+TOKENS = 77
+VOCABULARY = 49_408
+LATENT_CHANNELS = 4
+DOWNSCALING = 8
+
+
+class Networks(NamedTuple):
+    unet: nn.Module
+    vae: nn.Module
+    text_encoder: nn.Module
+
+
+def stable_diffusion_shapes(divisor: int = 1) -> dict[str, dict[str, Any]]:
+    """Stable Diffusion 1.5's shapes, from its published configs, with every width divided by `divisor` (1, 2, 4 or 8).
+
+    Channels per normalisation group and the number of attention heads stay as they are.
+    """
+    return {
+        "unet": {
+            "sample_size": 64,
+            "block_out_channels": tuple(width // divisor for width in (320, 640, 1280, 1280)),
+            "layers_per_block": 2,
+            "cross_attention_dim": 768 // divisor,
+            "attention_head_dim": 8,  # the number of heads, in spite of its name
+            "norm_num_groups": 32 // divisor,
+        },
+        "vae": {
+            "sample_size": 512,
+            "block_out_channels": tuple(width // divisor for width in (128, 256, 512, 512)),
+            "layers_per_block": 2,
+            "norm_num_groups": 32 // divisor,
+        },
+        "text_encoder": {
+            "hidden_size": 768 // divisor,
+            "intermediate_size": 3072 // divisor,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+        },
+    }
+
+
+def thin_shapes() -> dict[str, dict[str, Any]]:
+    """Latents and text states as large as Stable Diffusion 1.5's, made by networks with almost nothing in them."""
+    return {
+        "unet": {
+            "block_out_channels": (8, 8, 8, 8),
+            "layers_per_block": 1,
+            "cross_attention_dim": 768,
+            "attention_head_dim": 1,
+            "norm_num_groups": 4,
+        },
+        "vae": {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4},
+        "text_encoder": {
+            "hidden_size": 768,
+            "intermediate_size": 768,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 12,
+        },
+    }
+
+
+PIPELINES = {
+    "sd15": stable_diffusion_shapes(),
+    "quarter": stable_diffusion_shapes(divisor=4),
+    "thin": thin_shapes(),
+}
+"""The pipelines that can be asked for by name."""
+
+
+def build_networks(shapes: dict[str, dict[str, Any]], end_token: int = VOCABULARY - 1) -> Networks:
+    """Networks of these shapes on torch's default device: real weights on a CPU, none at all on "meta"."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    text = CLIPTextConfig(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=TOKENS,
+        bos_token_id=end_token - 1,
+        eos_token_id=end_token,
+        **shapes["text_encoder"],
+    )
+    blocks = len(shapes["vae"]["block_out_channels"])
+    return Networks(
+        UNet2DConditionModel(**shapes["unet"]),
+        AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            up_block_types=("UpDecoderBlock2D",) * blocks,
+            latent_channels=LATENT_CHANNELS,
+            **shapes["vae"],
+        ),
+        CLIPTextModel(text),
+    )
+
+
+def pipeline_folder(name: str, working: Path) -> str:
+    """A pipeline's folder or hub id: `name` itself, or what is built and saved under `working` for one of PIPELINES.
+
+    Raises ValueError for a folder that is none.
+    """
+    if name not in PIPELINES:
+        check_pipeline_folder(name)
+        return name
+    folder = working / name
+    if not folder.is_dir():
+        # In a process of its own: the system adds what this one ever held to the peak of the processes it starts.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            pool.submit(_save_pipeline, name, folder).result()
+    return str(folder)
+
+
+def _save_pipeline(name: str, folder: Path) -> None:
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    tokenizer = _tokenizer(folder)
+    unet, vae, text_encoder = build_networks(PIPELINES[name], tokenizer.eos_token_id)
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def _tokenizer(folder: Path):
+    """A CLIP tokenizer whose words are the printable characters."""
+    from transformers import CLIPTokenizer
+
+    characters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    words = [*characters, *(character + "</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    vocabulary.write_text(json.dumps({word: number for number, word in enumerate(words)}), encoding="utf-8")
+    merges.write_text("#version: 0.2\n", encoding="utf-8")
+    return CLIPTokenizer(str(vocabulary), str(merges), model_max_length=TOKENS)

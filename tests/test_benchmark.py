@@ -1,0 +1,260 @@
+"""The benchmark: counted FLOPs against published ones, modes that do the same work, tables and records of them."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+import benchmark
+from benchmarks import flops, loading, steps
+from benchmarks.folders import working_folder
+from benchmarks.modes import BASE_CONFIG, MODES, call, set_up
+from benchmarks.pairs import WRITERS, make_pairs
+from benchmarks.pipelines import DOWNSCALING, LATENT_CHANNELS, TOKENS, build_networks, thin_shapes
+from benchmarks.results import Criterion, Spread, ratios, time_in_turn
+
+from xdpo import step
+from xdpo.compute import build_accelerator
+from xdpo.config import load_config
+from xdpo.data import load_pairs
+from xdpo.models import PipelineParts, make_policy, make_reference
+from xdpo.noise import NoiseSchedule
+
+RESOLUTION = 16
+
+
+# --- results -------------------------------------------------------------------------------------------
+
+
+def test_a_spread_is_the_median_and_both_ends():
+    assert str(Spread.of([3.0, 1.0, 2.0, 10.0])) == "2.5 (1–10)"
+
+
+def test_ratios_are_taken_round_by_round():
+    assert ratios([2.0, 20.0], [1.0, 10.0]) == Spread(2.0, 2.0, 2.0)
+
+
+def test_jobs_take_turns_and_the_first_round_is_not_counted():
+    calls = []
+    seconds = time_in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2)
+
+    assert calls == ["a", "b"] * 3
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_a_criterion_that_fails_cannot_be_overlooked():
+    assert str(Criterion("at most 1", 2.0, holds=False)) == "DOES NOT HOLD: at most 1; measured 2.000"
+
+
+def test_the_working_folder_and_its_settings_are_gone_afterwards():
+    before = os.environ["HF_DATASETS_CACHE"]
+    with working_folder() as folder:
+        assert os.environ["HF_DATASETS_CACHE"].startswith(str(folder))
+    assert os.environ["HF_DATASETS_CACHE"] == before and not folder.exists()
+
+
+# --- flops ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flops_record(tmp_path_factory):
+    path = tmp_path_factory.mktemp("flops") / "flops.json"
+    assert benchmark.main(["flops", "--json", str(path)]) == 0
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_stable_diffusion_costs_what_is_known_of_it(flops_record):
+    assert flops_record["measurements"]["parts"] == pytest.approx(
+        {
+            "unet_forward": 0.803,
+            "full_forward_backward": 2.407,
+            "full_forward_backward_checkpointed": 3.002,
+            "lora_forward_backward": 1.765,
+            "lora_forward_backward_checkpointed": 2.371,
+            "lora_forward_adapter_off": 0.803,
+            "autoencoder": 1.117,
+            "text_encoder": 0.013,
+        },
+        abs=5e-4,
+    )
+
+
+def test_caches_save_what_they_should(flops_record):
+    costs = {
+        (mode["trained"], mode["cached"]): mode
+        for mode in flops_record["measurements"]["modes"]
+        if not mode["gradient_checkpointing"]
+    }
+    assert costs["full", "nothing"]["total"] == pytest.approx(2 * 2.407 + 2 * 0.803 + 2 * 1.117 + 0.013, abs=2e-3)
+    assert costs["full", "examples and reference"]["ratio"] == pytest.approx(0.555, abs=1e-3)
+    assert costs["lora", "examples and reference"]["ratio"] == pytest.approx(0.407, abs=1e-3)
+    assert [criterion["holds"] for criterion in flops_record["criteria"]] == [True, True]
+
+
+def test_a_record_says_how_to_repeat_it(flops_record):
+    assert flops_record["benchmark"] == "flops" and flops_record["settings"] == {"resolution": 512, "lora_rank": 64}
+    assert {"processor", "cores", "threads", "memory_gb"} <= set(flops_record["machine"])
+    assert flops_record["versions"]["torch"] == torch.__version__
+    assert flops_record["table"].count("\n| ") == 1 + 2 * 2 * 3  # the rule below the head, then the modes
+
+
+@pytest.mark.parametrize("caches", flops.CACHES)
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_the_training_step_itself_costs_the_sum_of_its_parts(trainable, caches):
+    resolution = 64
+    parts = flops.count_parts(build_networks(thin_shapes()), resolution, lora_rank=4)
+    unet, vae, text_encoder = (network.requires_grad_(False) for network in build_networks(thin_shapes()))
+    settings = load_config(
+        BASE_CONFIG, [f"model.trainable={trainable}", "model.lora_rank=4", f"data.resolution={resolution}"]
+    )
+    reference = make_reference(unet, settings.model, settings.compute)
+    policy = make_policy(unet, settings.model, settings.compute)
+    pipeline = PipelineParts(None, text_encoder, vae, unet, None)
+    schedule = NoiseSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon")
+    make_example = step.ExampleMaker(pipeline, schedule, settings, torch.device("cpu"))
+    has_examples, has_reference = flops.CACHES[caches]
+    batch = {"pixel_values": torch.zeros(2, 3, resolution, resolution), "input_ids": torch.ones(1, TOKENS).long()}
+    if has_examples:
+        moments = torch.zeros(2, LATENT_CHANNELS, resolution // DOWNSCALING, resolution // DOWNSCALING)
+        batch = {"latent_means": moments, "latent_stds": moments, "text_states": torch.zeros(1, TOKENS, 768)}
+        batch["scaling_factor"] = 0.18215
+
+    def train_on_a_pair():
+        known = torch.zeros(2, 1) if has_reference else None
+        errors = step.pair_errors(policy, policy, reference, make_example(batch, 0, [0]), known)
+        step.preference_loss(errors, settings.loss).loss.sum().backward()
+
+    expected = flops.pair_costs(parts, trainable, caches, gradient_checkpointing=False)
+    assert flops.count_tflop(train_on_a_pair) == pytest.approx(expected.total, rel=1e-9)
+
+
+# --- step and memory -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bench(small_pipeline):
+    with working_folder() as working:
+        built = set_up(
+            working, small_pipeline, resolution=RESOLUTION, num_pairs=4, extra=["cache.dtype=fp32", "model.lora_rank=4"]
+        )
+        built.fill_caches(micro_batch=1, num_pairs=8)
+        yield built
+
+
+def settings_of(bench, name, micro_batch=1):
+    return load_config(BASE_CONFIG, bench.overrides(MODES[name], micro_batch=micro_batch, total_batch=2, max_steps=4))
+
+
+@pytest.mark.parametrize(
+    ("name", "cached"),
+    [("full", "full-examples"), ("full", "full-cached"), ("lora", "lora-examples"), ("lora", "lora-cached")],
+)
+def test_the_modes_that_are_compared_train_alike(bench, name, cached):
+    gradients = []
+    for mode in (name, cached):
+        settings = settings_of(bench, mode)
+        accelerator = build_accelerator(settings)
+        torch.manual_seed(0)
+        networks = steps.build_networks(settings_of(bench, "full"), accelerator, {"full", MODES[mode].trainable})
+        steps.training_job(settings, accelerator, networks)()
+        policy = networks.policies[MODES[mode].trainable]
+        gradients.append([parameter.grad for parameter in policy.parameters() if parameter.requires_grad])
+
+    assert sum(gradient.abs().sum() for gradient in gradients[0]) > 0
+    assert all(torch.equal(*both) for both in zip(*gradients, strict=True))
+
+
+def test_every_mode_and_every_bare_part_is_timed_at_every_micro_batch(bench):
+    options = SimpleNamespace(
+        modes=["full", "full-cached"], micro_batches=[1, 2], pairs=2, rounds=1, pipeline="small", resolution=RESOLUTION
+    )
+    jobs = steps.build_jobs(bench, options.modes, options.micro_batches, options.pairs, rounds=2)
+    outcome = steps.summarise(options, time_in_turn(jobs, rounds=1), peaks={("full", 1): 1.5})
+
+    seconds = outcome.measurements["seconds_per_round"]
+    assert set(seconds) == {"full", "full-cached", *steps.BARE_PARTS}
+    assert all(len(seconds[name][size]) == 1 for name in seconds for size in (1, 2))
+    assert len(outcome.table.rows) == 12 and outcome.table.rows[0][-1].text == "1.50"
+    assert [criterion.claim.rpartition(" (")[2] for criterion in outcome.criteria] == [
+        *["micro-batch 1)"] * 3,
+        *["micro-batch 2)"] * 3,
+    ]
+
+
+def test_a_gap_in_the_reference_cache_is_refused_and_not_timed(bench):
+    settings = settings_of(bench, "full-cached")
+    longer = settings.model_copy(update={"train": settings.train.model_copy(update={"max_steps": 100})})
+    accelerator = build_accelerator(settings)
+    networks = steps.build_networks(settings, accelerator, {"full"})
+
+    with pytest.raises(ValueError, match="reference cache lacks pairs"):
+        steps.training_job(longer, accelerator, networks)
+
+
+def test_peak_memory_is_that_of_the_training_program(bench):
+    peak = bench.train_peak_memory_gb(MODES["lora-cached"], micro_batch=1)
+
+    assert 0.1 < peak < 3
+    assert not (bench.working / "run").exists()
+
+
+def test_a_program_that_fails_is_named_with_what_it_said():
+    with pytest.raises(ValueError, match=r"train_xdpo\.py ended with status 1:\n(.*\n)*.*loss\.bta: unknown key"):
+        call("train_xdpo.py", "--config", str(BASE_CONFIG), "loss.bta=1")
+
+
+def test_pairs_that_the_micro_batch_does_not_divide_are_refused_before_any_work(capsys):
+    assert benchmark.main(["step", "--pairs", "3", "--micro-batches", "1", "2"]) == 1
+    assert "--pairs 3 is no multiple of the micro-batch 2" in capsys.readouterr().err
+
+
+# --- loader, sample, score -----------------------------------------------------------------------------
+
+
+def test_every_layout_holds_the_same_pairs(tmp_path):
+    pairs = make_pairs(3, 16)
+    tables = {}
+    for source, write in WRITERS.items():
+        overrides = [f"data.source={source}", f"data.path={write(tmp_path / source, pairs)}"]
+        tables[source] = load_pairs(load_config(BASE_CONFIG, overrides).data)
+
+    for table in tables.values():
+        assert table.columns("caption")["caption"] == [pair.caption for pair in pairs]
+        assert table.chosen_side.tolist() == [0, 0, 0]
+
+
+def test_the_loader_is_timed_on_every_source_and_the_cache(small_pipeline, tmp_path, capsys):
+    arguments = ["--pairs", "4", "--micro-batch", "2", "--image-side", "24", "--resolution", "16", "--rounds", "1"]
+    status = benchmark.main(
+        ["loader", "--pipeline", small_pipeline, *arguments, "--json", str(tmp_path / "loader.json")]
+    )
+
+    assert status == 0
+    measured = json.loads((tmp_path / "loader.json").read_text(encoding="utf-8"))["measurements"]
+    assert list(measured) == [*WRITERS, loading.CACHE]
+    assert measured[loading.CACHE]["0"]["pairs_per_round"] == 4 * loading.CACHE_EPOCHS
+    assert "one process reads at least 2000 pairs/s" in capsys.readouterr().out
+
+
+def test_generate_and_the_plain_loop_make_the_same_images_and_are_both_timed(small_pipeline, tmp_path):
+    arguments = ["--images", "4", "--batch-size", "2", "--image-size", "16", "--steps", "2", "--rounds", "1"]
+    status = benchmark.main(
+        ["sample", "--pipeline", small_pipeline, *arguments, "--json", str(tmp_path / "sample.json")]
+    )
+
+    assert status == 0
+    measured = json.loads((tmp_path / "sample.json").read_text(encoding="utf-8"))["measurements"]
+    assert set(measured["seconds_per_round"]) == {"generate.py", "plain loop"}
+
+
+def test_the_scorer_is_timed_against_the_bare_work(tmp_path):
+    assert benchmark.main(["score", "--images", "2", "--rounds", "1", "--json", str(tmp_path / "score.json")]) == 0
+
+    measured = json.loads((tmp_path / "score.json").read_text(encoding="utf-8"))["measurements"]
+    assert set(measured["seconds_per_round"]) == {"scorer", "bare work"}
