@@ -117,6 +117,7 @@ class ExampleCache:
         self._truncated = pq.read_table(folder / "prompts.parquet")["truncated"].to_numpy()
         readable = np.ones(plan.num_images, dtype=bool)
         readable[self.latents.unreadable()] = False
+        self._readable_images = readable
         self.readable = readable[self._chosen] & readable[self._rejected]
         if not self.readable.any():
             raise CacheError(f"{folder}: no pair has two readable images")
@@ -140,6 +141,13 @@ class ExampleCache:
     def images_of(self, index: int) -> tuple[int, int]:
         """Records of a pair's chosen and rejected image."""
         return int(self._chosen[index]), int(self._rejected[index])
+
+    def image_names(self) -> tuple[np.ndarray, np.ndarray]:
+        """Records of all pairs' chosen and rejected images: equal where the image is the same."""
+        return self._chosen, self._rejected
+
+    def is_readable(self, image: int) -> bool:
+        return bool(self._readable_images[image])
 
     def prompt_of(self, index: int) -> int:
         return int(self._prompt[index])
@@ -183,11 +191,7 @@ class CachedPairDataset:
             while not cache.readable[index]:  # ends: opening the cache has seen a readable pair
                 unreadable.append(int(cache.rows[index]))
                 index = (index + 1) % len(cache)
-            flip, prompt = False, cache.prompt_of(index)
-            if self.augment:
-                coin, _, _ = noise.draw_augmentation(self.seed, position)
-                flip = self.config.horizontal_flip and coin < 0.5
-                prompt = 0 if noise.draw_caption_coin(self.seed, position) < self.config.caption_dropout else prompt
+            flip, prompt = self._draw(index, position)
             for side, image in enumerate(cache.images_of(index)):
                 latent_rows[side, place] = cache.latents.read(image, int(flip))
             text_rows[place] = cache.text.read(prompt)
@@ -207,6 +211,33 @@ class CachedPairDataset:
         }
 
     __getitems__ = batch  # what a DataLoader calls
+
+    def image(self, index: int, side: int, place: int) -> dict[str, Any] | None:
+        """One image of a pair, the chosen one at side 0, with the draws of `place`; None where it was unreadable.
+
+        latent_means (C, h, w), latent_stds the same or None, text_states (L, D), scaling_factor, truncated.
+        """
+        cache, image = self.table, self.table.images_of(index)[side]
+        if not cache.is_readable(image):
+            return None
+        flip, prompt = self._draw(index, place)
+        moments = torch.from_numpy(np.array(cache.latents.read(image, int(flip))))
+        return {
+            "latent_means": moments[0],
+            "latent_stds": moments[1] if len(moments) == 2 else None,
+            "text_states": torch.from_numpy(np.array(cache.text.read(prompt)))[0],
+            "scaling_factor": cache.plan.scaling_factor,
+            "truncated": cache.is_truncated(prompt),
+        }
+
+    def _draw(self, index: int, place: int) -> tuple[bool, int]:
+        """Whether the images are mirrored, and the record of the caption."""
+        flip, prompt = False, self.table.prompt_of(index)
+        if self.augment:
+            coin, _, _ = noise.draw_augmentation(self.seed, place)
+            flip = self.config.horizontal_flip and coin < 0.5
+            prompt = 0 if noise.draw_caption_coin(self.seed, place) < self.config.caption_dropout else prompt
+        return flip, prompt
 
 
 def finish(folder: Path, plan: ExamplePlan) -> None:

@@ -10,16 +10,22 @@ from xdpo.data.examples import (
 )
 from xdpo.data.sources import load_pairs
 from xdpo.data.table import DataError, PairCounts, PairTable
+from xdpo.data.unpaired import LabelledImages, UnpairedDataset, UnpairedOrder, label_images, places_of
 
 __all__ = [
     "DataError",
+    "LabelledImages",
     "PairCounts",
     "PairDataset",
     "PairTable",
     "StepSampler",
+    "UnpairedDataset",
+    "UnpairedOrder",
     "UnreadableTracker",
     "collate_pairs",
     "held_out_batches",
+    "label_images",
     "load_pairs",
     "make_loader",
+    "places_of",
 ]

@@ -84,6 +84,19 @@ class PairDataset(Dataset):
             "unreadable": unreadable,
         }
 
+    def image(self, index: int, side: int, place: int) -> dict[str, Any] | None:
+        """One image of a pair, the chosen one at side 0, with the draws of `place`; None where it is unreadable.
+
+        pixel_values (3, R, R), input_ids (L,), truncated as in an example.
+        """
+        record = self.table.dataset[int(self.table.rows[index])]
+        try:
+            image = decode_rgb(record[f"jpg_{int(self.table.chosen_side[index]) ^ side}"])
+        except UnreadableImageError:
+            return None
+        input_ids, truncated = self._tokenize("" if self._drops_caption(place) else record["caption"])
+        return {"pixel_values": self._transform([image], place)[0], "input_ids": input_ids, "truncated": truncated}
+
     def batch(self, positions: Sequence[int]) -> dict[str, Any]:
         """The examples at some positions as one batch (collate_pairs)."""
         return collate_pairs([self[position] for position in positions])
@@ -91,7 +104,7 @@ class PairDataset(Dataset):
     __getitems__ = batch  # what a DataLoader calls
 
     def _transform(self, images: list[Any], position: int) -> torch.Tensor:
-        """One flip and one relative crop for both images of a pair."""
+        """One flip and one relative crop for all the images of a position: both of a pair."""
         flip, offset = False, (0.5, 0.5)
         if self.augment:
             coin, across, down = noise.draw_augmentation(self.seed, position)

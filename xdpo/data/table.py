@@ -69,6 +69,16 @@ class PairTable:
         table = self.dataset.select_columns(found).with_format("arrow")[:]
         return table.take(self.rows).to_pydict()
 
+    def image_names(self) -> tuple[np.ndarray, np.ndarray]:
+        """Names of each pair's chosen and rejected image: its uid, else one of its own for every side of every row."""
+        uids = self.columns("image_0_uid", "image_1_uid")
+        if len(uids) == 2 and not any(None in column for column in uids.values()):
+            names = np.stack([np.array(uids[f"image_{side}_uid"], dtype=str) for side in (0, 1)])
+        else:
+            names = np.stack([2 * self.rows, 2 * self.rows + 1])
+        pairs = np.arange(len(self))
+        return names[self.chosen_side, pairs], names[1 - self.chosen_side, pairs]
+
     @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of a SHA-256 of the pairs in their order: names, captions, which image is chosen."""
