@@ -43,7 +43,7 @@ def test_parts_come_frozen_in_float32_even_from_half_precision_files(small_pipel
 
     for module in (parts.unet, parts.vae, parts.text_encoder):
         assert all(p.dtype == torch.float32 and not p.requires_grad for p in module.parameters())
-    assert parts.latent_shape == (4, 2, 2)
+    assert parts.latent_shape(16) == (4, 8, 8)
 
 
 def test_full_fine_tuning_trains_every_weight_and_its_reference_is_an_untouched_copy(parts):

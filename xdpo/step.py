@@ -30,7 +30,7 @@ class Encoded(NamedTuple):
     """What of B pairs does not change while training, float32."""
 
     moments: LatentMoments  # each (2B, C, h, w), chosen first
-    text_states: Tensor  # (B, L, D)
+    text_states: Tensor  # (B, L, D), or (2B, L, D) of unpaired images
     scaling_factor: float  # of the latents
 
 
@@ -60,21 +60,34 @@ class ExampleMaker:
     device: torch.device
 
     def __call__(self, batch: dict, seed: int, positions: Sequence[int] | Tensor) -> Example:
-        """`batch` of a data.PairDataset or a cache.CachedPairDataset; `positions` (B,) give each pair its draws."""
+        """`batch` of a data.PairDataset or a cache.CachedPairDataset; `positions` (B,) give each pair its draws.
+
+        Of a data.UnpairedDataset, whose images have nothing in common, each of the 2B draws for itself, at its place.
+        """
         noise = self.config.noise
         moments, text_states, scaling_factor = self.encode(batch)
         shape = moments.means.shape[1:]
-        posterior_noise = None
-        if self.config.data.sample_latents:
-            posterior_noise = self._to_device(draw_noise(seed, positions, shape, shared=False, stream="posterior"))
-        drawn = self._to_device(draw_noise(seed, positions, shape, shared=noise.shared_by_pair))
-        timesteps = self._to_device(draw_timesteps(seed, positions, len(self.schedule))).repeat(2)
+        is_unpaired = "places" in batch
+        if is_unpaired:
+            positions = batch["places"]
+        else:
+            text_states = text_states.repeat(2, 1, 1)
+        num_images = len(moments.means)
+
+        def draw(stream: str, shared: bool) -> Tensor:
+            # Of an unpaired image's two draws the second has no use.
+            return self._to_device(draw_noise(seed, positions, shape, shared=shared, stream=stream)[:num_images])
+
+        posterior_noise = draw("posterior", shared=False) if self.config.data.sample_latents else None
+        drawn = draw("noise", shared=noise.shared_by_pair)
+        timesteps = self._to_device(draw_timesteps(seed, positions, len(self.schedule)))
+        timesteps = timesteps if is_unpaired else timesteps.repeat(2)
 
         latents = sample_latents(moments, posterior_noise, scaling_factor)
         return Example(
             noisy_latents=add_noise(self.schedule, latents, drawn, timesteps),
             timesteps=timesteps,
-            text_states=text_states.repeat(2, 1, 1),
+            text_states=text_states,
             targets=target(self.schedule, latents, drawn, timesteps),
             weights=timestep_weights(self.schedule, timesteps, noise.weighting, noise.min_snr_gamma, noise.discount),
         )

@@ -225,10 +225,17 @@ class CachedPairDataset:
         return {
             "latent_means": moments[0],
             "latent_stds": moments[1] if len(moments) == 2 else None,
-            "text_states": torch.from_numpy(np.array(cache.text.read(prompt)))[0],
+            "text_states": self._text_states(prompt),
             "scaling_factor": cache.plan.scaling_factor,
             "truncated": cache.is_truncated(prompt),
         }
+
+    def caption(self, index: int | None) -> dict[str, Any]:
+        """text_states (L, D) of a pair's caption, never dropped; None is the empty caption."""
+        return {"text_states": self._text_states(0 if index is None else self.table.prompt_of(index))}
+
+    def _text_states(self, prompt: int) -> torch.Tensor:
+        return torch.from_numpy(np.array(self.table.text.read(prompt)))
 
     def _draw(self, index: int, place: int) -> tuple[bool, int]:
         """Whether the images are mirrored, and the record of the caption."""

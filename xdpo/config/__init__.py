@@ -32,6 +32,7 @@ from xdpo.config.sections import (
     OptimConfig,
     SamplesConfig,
     Section,
+    SelfPlayConfig,
     Text,
     TrainConfig,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "OptimConfig",
     "SamplesConfig",
     "Section",
+    "SelfPlayConfig",
     "Text",
     "TrainConfig",
     "accumulation_steps",

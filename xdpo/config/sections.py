@@ -171,6 +171,21 @@ class LossConfig(Section):
         return self
 
 
+class SelfPlayConfig(Section):
+    """Where loss.name is seppo: how the run's own past becomes reference and opponent."""
+
+    every: Count = Field(30, description="optimizer steps of a round: then a snapshot is kept and images are sampled")
+    reference: Literal["random", "latest", "base"] = Field(
+        "random", description="which snapshot so far is a round's reference"
+    )
+    buffer_pairs: Count | None = Field(
+        None, description="images sampled in a round, each used as often as it takes; null: one for every pair of it"
+    )
+    num_inference_steps: Count = Field(50, description="sampler steps")
+    guidance_scale: NonNegativeNumber = Field(7.5, description="classifier-free guidance; 1: none")
+    batch_size: Count = Field(8, description="images sampled at once on one device; changes results by rounding")
+
+
 class OptimConfig(Section):
     """The optimizer and its learning rate."""
 
@@ -258,6 +273,7 @@ class Config(Section):
     cache: CacheConfig = CacheConfig()
     noise: NoiseConfig = NoiseConfig()
     loss: LossConfig = LossConfig()
+    self_play: SelfPlayConfig = SelfPlayConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()

@@ -97,6 +97,13 @@ class PairDataset(Dataset):
         input_ids, truncated = self._tokenize("" if self._drops_caption(place) else record["caption"])
         return {"pixel_values": self._transform([image], place)[0], "input_ids": input_ids, "truncated": truncated}
 
+    def caption(self, index: int | None) -> dict[str, Any]:
+        """input_ids (L,) of a pair's caption, never dropped; None is the empty caption."""
+        caption = ""
+        if index is not None:
+            caption = self.table.dataset.select_columns("caption")[int(self.table.rows[index])]["caption"]
+        return {"input_ids": self._tokenize(caption)[0]}
+
     def batch(self, positions: Sequence[int]) -> dict[str, Any]:
         """The examples at some positions as one batch (collate_pairs)."""
         return collate_pairs([self[position] for position in positions])

@@ -34,11 +34,10 @@ class PipelineParts:
     unet: nn.Module
     scheduler: object
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(channels, downscaling, downscaling): an image of side R has latents of (channels, R/d, R/d)."""
-        downscaling = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return self.vae.config.latent_channels, downscaling, downscaling
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a square image of side `resolution`."""
+        side = resolution // 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.vae.config.latent_channels, side, side
 
 
 def check_pipeline_folder(pipeline: str) -> None:

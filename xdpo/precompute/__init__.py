@@ -2,7 +2,15 @@
 
 from xdpo.precompute.build import build_examples, build_missing_examples, verify_examples
 from xdpo.precompute.keys import example_key, examples_folder, reference_key
-from xdpo.precompute.opening import Pairs, load_table, make_dataset, open_examples, open_pairs, open_reference
+from xdpo.precompute.opening import (
+    Pairs,
+    latent_shape,
+    load_table,
+    make_dataset,
+    open_examples,
+    open_pairs,
+    open_reference,
+)
 
 __all__ = [
     "Pairs",
@@ -10,6 +18,7 @@ __all__ = [
     "build_missing_examples",
     "example_key",
     "examples_folder",
+    "latent_shape",
     "load_table",
     "make_dataset",
     "open_examples",

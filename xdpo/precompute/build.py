@@ -159,8 +159,6 @@ def _write_plan(
         "rejected_image": codes[places + 1 - chosen_side].astype(np.int64),
         "prompt": captions.indices.to_numpy()[1:].astype(np.int64),
     }
-    channels, downscaling, _ = parts.latent_shape
-    side = settings.data.resolution // downscaling
     plan = ExamplePlan(
         key=example_key(settings, held_out=held_out),
         fingerprint=table.fingerprint,
@@ -171,9 +169,7 @@ def _write_plan(
         latent_shape=(
             2 if settings.data.horizontal_flip and not held_out else 1,
             2 if settings.data.sample_latents else 1,
-            channels,
-            side,
-            side,
+            *parts.latent_shape(settings.data.resolution),
         ),
         text_shape=(1, length, parts.text_encoder.config.hidden_size),
         scaling_factor=parts.vae.config.scaling_factor,

@@ -10,6 +10,7 @@ from xdpo.cache.examples import is_finished
 from xdpo.cache.shards import replacing
 from xdpo.config import Config
 from xdpo.data import PairDataset, PairTable, load_pairs
+from xdpo.models import PipelineParts
 from xdpo.noise import HELD_OUT_SEED
 from xdpo.precompute.keys import example_key, examples_folder, reference_key
 
@@ -35,6 +36,13 @@ def make_dataset(
     if isinstance(pairs, ExampleCache):
         return CachedPairDataset(pairs, seed, settings.data, **how)
     return PairDataset(pairs, tokenizer, seed, settings.data, **how)
+
+
+def latent_shape(pairs: Pairs, parts: PipelineParts, settings: Config) -> tuple[int, int, int]:
+    """(C, h, w) of the latents that training sees."""
+    if isinstance(pairs, ExampleCache):
+        return tuple(pairs.plan.latent_shape[2:])
+    return parts.latent_shape(settings.data.resolution)
 
 
 def load_table(settings: Config, accelerator: Accelerator, *, held_out: bool) -> PairTable:
