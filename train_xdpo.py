@@ -28,8 +28,9 @@ from xdpo.cache import ReferenceCache
 from xdpo.compute import build_accelerator
 from xdpo.config import Config, ConfigError
 from xdpo.noise import HELD_OUT_SEED, NoiseSchedule
-from xdpo.precompute import Pairs, make_dataset, open_pairs, open_reference
+from xdpo.precompute import Pairs, latent_shape, make_dataset, open_pairs, open_reference
 from xdpo.runlog import RunLog, peak_memory_gb
+from xdpo.selfplay import SelfPlay
 
 TIMED_STEPS = 4  # micro-steps behind each figure of --find-batch
 SAMPLE_CHUNK = 4  # images sampled at once
@@ -175,11 +176,12 @@ def train(
     bare_policy = accelerator.unwrap_model(policy)
     parameters = models.trainable_parameters(policy)
     ema = build_ema(settings, parameters)
+    moving_reference = reference if settings.model.reference_decay else None
     make_example = step.ExampleMaker(parts, schedule, settings, device)
 
     # Resume.
     if finished:
-        progress = checkpoint.load_checkpoint(finished[-1], policy, optimizer, ema)
+        progress = checkpoint.load_checkpoint(finished[-1], policy, optimizer, ema, moving_reference)
         if accelerator.scaler is not None and progress["extra"].get("scaler"):
             accelerator.scaler.load_state_dict(progress["extra"]["scaler"])
     if is_main:
@@ -213,8 +215,14 @@ def train(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
+    dataset = make_dataset(train_pairs, parts.tokenizer, settings, held_out=False)
+    self_play = None
+    if settings.loss.name == "seppo":
+        shape = latent_shape(train_pairs, parts, settings)
+        self_play = SelfPlay(settings, accelerator, parts, dataset, shape, reference, folder)
+        self_play.check_snapshots(start_step)
     loader = data.make_loader(
-        make_dataset(train_pairs, parts.tokenizer, settings, held_out=False),
+        dataset,
         sampler,
         num_workers=settings.data.num_workers,
         pin_memory=device.type == "cuda",
@@ -232,6 +240,7 @@ def train(
             is_main=is_main,
             keep=settings.checkpoint.keep,
             ema=ema,
+            reference=moving_reference,
             extra={"scaler": scaler},
         )
         accelerator.wait_for_everyone()
@@ -257,6 +266,8 @@ def train(
         started = time.perf_counter()
         totals, counts, data_seconds = torch.zeros(len(step.STATISTICS), device=device), [0, 0], 0.0
         window: list[tuple[dict, step.PairErrors]] = []
+        if self_play is not None and (begun := self_play.begin_step(step_number, bare_policy)):
+            log.say(begun)
 
         # Accumulate gradients over the window; nothing here waits for the device.
         for _ in range(accelerator.gradient_accumulation_steps):
@@ -268,7 +279,8 @@ def train(
             counts[1] += len(batch["unreadable"])
             with accelerator.accumulate(policy):
                 with accelerator.autocast():
-                    example = make_example(batch, settings.seed, batch["positions"])
+                    opponents = self_play.opponents(batch["positions"]) if self_play is not None else None
+                    example = make_example(batch, settings.seed, batch["positions"], opponents)
                     from_cache = known.train.get(batch["positions"], device) if known.train is not None else None
                     errors = step.pair_errors(policy, bare_policy, reference, example, from_cache)
                 output = step.preference_loss(errors, settings.loss)
@@ -298,6 +310,8 @@ def train(
         optimizer.zero_grad()
         if ema is not None:
             ema.step(parameters)
+        if moving_reference is not None:
+            models.follow(moving_reference, bare_policy, settings.model.reference_decay)
 
         # Log.
         numbers["clamped"] *= total_batch

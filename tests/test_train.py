@@ -104,6 +104,7 @@ VARIANTS = {
     "gradient checkpointing": ["compute.gradient_checkpointing=true"],
     "channels last, eager attention": ["compute.channels_last=true", "compute.attention=eager"],
     "ema": ["model.ema_decay=0.5"],
+    "moving reference": ["model.reference_decay=0.5"],
     "min-SNR": ["noise.weighting=min_snr"],
     "own noise": ["noise.shared_by_pair=false"],
     "diffusion_dpo": ["loss.name=diffusion_dpo"],
@@ -305,6 +306,21 @@ def test_find_batch_stops_where_memory_ends(run, capsys, monkeypatch):
     assert "4  does not fit" in capsys.readouterr().out
 
 
+def test_the_reference_follows_the_policy_as_a_moving_average(run):
+    _, still = run("still")
+    _, moving = run("moving", "model.reference_decay=0.5", "train.max_steps=1", "checkpoint.every=1")
+    base = load_file(
+        Path(load_config(still / "config.yaml").model.pipeline) / "unet/diffusion_pytorch_model.safetensors"
+    )
+    policy = policy_of(moving)
+    reference = load_file(checkpoint.checkpoints(moving)[-1] / "reference.safetensors")
+
+    assert any(not torch.equal(policy[name], base[name]) for name in base)
+    for name in base:
+        torch.testing.assert_close(reference[name], 0.5 * base[name] + 0.5 * policy[name])
+    assert not (checkpoint.checkpoints(still)[-1] / "reference.safetensors").exists()
+
+
 # --- resume ----------------------------------------------------------------------------------------------
 
 
@@ -313,7 +329,8 @@ def test_find_batch_stops_where_memory_ends(run, capsys, monkeypatch):
     ("where", "pairs"), [("in the middle of an epoch", 10), ("at the end of an epoch", 12), ("after several", 4)]
 )
 def test_resumed_equals_uninterrupted(run, where, pairs, workers):
-    common = (f"data.max_pairs={pairs}", f"data.num_workers={workers}", "model.ema_decay=0.9")
+    moving = ("model.ema_decay=0.9", "model.reference_decay=0.9")
+    common = (f"data.max_pairs={pairs}", f"data.num_workers={workers}", *moving)
     _, whole = run("whole", *common)
     run("parts", *common, "train.max_steps=3")
     status, parts = run("parts", *common)

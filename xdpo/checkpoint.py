@@ -143,12 +143,13 @@ def save_checkpoint(
     is_main: bool,
     keep: int,
     ema: object | None = None,
+    reference: nn.Module | None = None,
     extra: dict | None = None,
 ) -> Path:
     """Save the state after `step` optimizer steps and rotate older checkpoints; every process calls it.
 
-    policy and optimizer as accelerate prepared them. `extra` is small JSON (the gradient scaler's state). Raises
-    CheckpointError when the disk is full or not writable; earlier checkpoints are then intact.
+    policy and optimizer as accelerate prepared them; reference where it moves. `extra` is small JSON (the gradient
+    scaler's state). Raises CheckpointError when the disk is full or not writable; earlier checkpoints are then intact.
     """
     final = folder / "checkpoints" / f"step_{step:08d}"
     weights = get_model_state_dict(policy, options=_TO_SAVE)
@@ -157,6 +158,8 @@ def save_checkpoint(
         tensors = {"policy": weights, "optimizer": _flatten(moments["state"])}
         if ema is not None:
             tensors["ema"] = {str(index): tensor for index, tensor in enumerate(ema.shadow_params)}
+        if reference is not None:
+            tensors["reference"] = reference.state_dict()
         with writing_aside(final) as aside:
             for name, content in tensors.items():
                 save_file({key: value.contiguous() for key, value in content.items()}, aside / f"{name}.safetensors")
@@ -167,7 +170,13 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, ema: object | None = None) -> dict:
+def load_checkpoint(
+    path: Path,
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: object | None = None,
+    reference: nn.Module | None = None,
+) -> dict:
     """Restore what `save_checkpoint` wrote into prepared objects; returns progress: step and extra.
 
     Every process reads the file; the number of processes may differ from the one that saved. Raises
@@ -193,6 +202,8 @@ def load_checkpoint(path: Path, policy: nn.Module, optimizer: torch.optim.Optimi
             for index, parameter in enumerate(ema.shadow_params):
                 parameter.copy_(shadow[str(index)])
             ema.optimization_step = progress["ema_step"]
+        if reference is not None:
+            reference.load_state_dict(load_file(path / "reference.safetensors"))
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
         others = ", ".join(other.name for other in sorted(path.parent.glob("step_????????")) if other != path)
         raise CheckpointError(

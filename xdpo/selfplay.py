@@ -191,14 +191,3 @@ def _chunks(positions: range, size: int) -> Iterator[list[int]]:
     for start in range(0, len(positions), size):
         chunk = list(positions[start : start + size])
         yield chunk + chunk[-1:] * (size - len(chunk))
-
-
-def check_self_play(settings: Config) -> None:
-    """Refuse what self-play can't be combined with. Raises ValueError."""
-    if settings.model.trainable != "full":
-        raise ValueError(
-            "loss.name: seppo exchanges the reference's weights, and with model.trainable=lora there is no reference "
-            "beside the policy; set model.trainable=full"
-        )
-    if settings.cache.reference is not None:
-        raise ValueError("loss.name: seppo has no fixed reference whose errors could be kept; set cache.reference=null")

@@ -59,10 +59,13 @@ class ExampleMaker:
     config: Config
     device: torch.device
 
-    def __call__(self, batch: dict, seed: int, positions: Sequence[int] | Tensor) -> Example:
+    def __call__(
+        self, batch: dict, seed: int, positions: Sequence[int] | Tensor, opponents: Tensor | None = None
+    ) -> Example:
         """`batch` of a data.PairDataset or a cache.CachedPairDataset; `positions` (B,) give each pair its draws.
 
         Of a data.UnpairedDataset, whose images have nothing in common, each of the 2B draws for itself, at its place.
+        `opponents`, latents (B, C, h, w) as the UNet takes them, stand in for the rejected images.
         """
         noise = self.config.noise
         moments, text_states, scaling_factor = self.encode(batch)
@@ -84,6 +87,8 @@ class ExampleMaker:
         timesteps = timesteps if is_unpaired else timesteps.repeat(2)
 
         latents = sample_latents(moments, posterior_noise, scaling_factor)
+        if opponents is not None:
+            latents = torch.cat([latents[: len(opponents)], opponents])
         return Example(
             noisy_latents=add_noise(self.schedule, latents, drawn, timesteps),
             timesteps=timesteps,

@@ -78,6 +78,9 @@ class ModelConfig(Section):
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
         None, description="decay per optimizer step of a moving average of the weights; null: none"
     )
+    reference_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
+        None, description="the reference follows the policy as a moving average of this decay; null: it stays"
+    )
 
 
 class ComputeConfig(Section):
@@ -287,6 +290,21 @@ class Config(Section):
             raise ValueError(
                 "cache.examples holds one crop of each image; set data.crop to center, or no cache.examples"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _reference_can_move(self):
+        moves = {"model.reference_decay": self.model.reference_decay, "loss.name: seppo": self.loss.name == "seppo"}
+        asked = [key for key, value in moves.items() if value]
+        if len(asked) == 2:
+            raise ValueError("loss.name: seppo draws its own reference; set model.reference_decay=null")
+        if asked and self.model.trainable == "lora":
+            raise ValueError(
+                f"{asked[0]} moves the reference, and with model.trainable=lora that is the policy without its "
+                "adapter; set model.trainable=full"
+            )
+        if asked and self.cache.reference:
+            raise ValueError(f"{asked[0]} moves the reference, so its errors can't be kept; set cache.reference=null")
         return self
 
 

@@ -199,6 +199,12 @@ def adapter_off(unet: nn.Module) -> Iterator[None]:
         unet.enable_adapters()
 
 
+@torch.no_grad()
+def follow(reference: nn.Module, policy: nn.Module, decay: float) -> None:
+    """Move the reference towards the policy: decay · reference + (1 − decay) · policy, weight by weight."""
+    torch._foreach_lerp_(list(reference.parameters()), list(policy.parameters()), 1 - decay)
+
+
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
