@@ -23,14 +23,13 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from xdpo import checkpoint, config, data, models, precompute, sampling, step
+from xdpo import checkpoint, config, data, models, precompute, sampling, selfplay, step
 from xdpo.cache import ReferenceCache
 from xdpo.compute import build_accelerator
 from xdpo.config import Config, ConfigError
 from xdpo.noise import HELD_OUT_SEED, NoiseSchedule
 from xdpo.precompute import Pairs, latent_shape, make_dataset, open_pairs, open_reference
 from xdpo.runlog import RunLog, peak_memory_gb
-from xdpo.selfplay import SelfPlay
 
 TIMED_STEPS = 4  # micro-steps behind each figure of --find-batch
 SAMPLE_CHUNK = 4  # images sampled at once
@@ -68,11 +67,15 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         folder = Path(settings.output_dir)
         checkpoint.check_run_folder(folder, settings, options.allow_config_change)
+        if settings.loss.name == "seppo":
+            selfplay.check_snapshots(settings, folder, finished_steps(folder))
         models.check_pipeline_folder(settings.model.pipeline)
         if settings.cache.examples and settings.cache.build:
             precompute.build_missing_examples(settings, accelerator, accelerator.print)
         train_pairs = open_pairs(settings, accelerator, held_out=False)
         held_out_pairs = open_pairs(settings, accelerator, held_out=True) if settings.eval.every else None
+        if settings.loss.is_unpaired:
+            data.label_images(*train_pairs.image_names())  # refuses data of one label alone
         accelerator.print(config.describe(settings, accelerator.num_processes, len(train_pairs)))
         accelerator.print(f"training pairs: {data.PairCounts(**vars(train_pairs.counts))}")
         parts = models.load_parts(settings.model, encoders=not settings.cache.examples or settings.samples.every > 0)
@@ -92,6 +95,12 @@ def check_optional_packages(settings: Config) -> None:
     for key, package in wanted.items():
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"{key} needs {package}, which is not installed; pip install {package}")
+
+
+def finished_steps(folder: Path) -> int:
+    """Optimizer steps that a run has behind it."""
+    finished = checkpoint.checkpoints(folder)
+    return checkpoint.step_of(finished[-1]) if finished else 0
 
 
 class KnownReference(NamedTuple):
@@ -160,12 +169,11 @@ def train(
 
     # Policy, reference, optimizer.
     set_seed(settings.seed)
-    finished = checkpoint.checkpoints(folder)
-    start_step = checkpoint.step_of(finished[-1]) if finished else 0
+    finished, start_step = checkpoint.checkpoints(folder), finished_steps(folder)
     schedule = NoiseSchedule.from_scheduler(parts.scheduler).to(device)
     known = open_known_reference(settings, accelerator, train_pairs, held_out_pairs, start_step)
     reference = None
-    if not known.is_complete:
+    if settings.loss.needs_reference and not known.is_complete:
         reference = models.make_reference(parts.unet, settings.model, settings.compute)
     policy = models.make_policy(parts.unet, settings.model, settings.compute)
     for module in (reference, *(() if settings.cache.examples else (parts.vae, parts.text_encoder))):
@@ -177,6 +185,7 @@ def train(
     parameters = models.trainable_parameters(policy)
     ema = build_ema(settings, parameters)
     moving_reference = reference if settings.model.reference_decay else None
+    z0 = torch.zeros((), device=device)  # Diffusion-KTO's reference point: the mean gain of the step before
     make_example = step.ExampleMaker(parts, schedule, settings, device)
 
     # Resume.
@@ -184,6 +193,7 @@ def train(
         progress = checkpoint.load_checkpoint(finished[-1], policy, optimizer, ema, moving_reference)
         if accelerator.scaler is not None and progress["extra"].get("scaler"):
             accelerator.scaler.load_state_dict(progress["extra"]["scaler"])
+        z0.fill_(progress["extra"].get("z0", 0.0))
     if is_main:
         checkpoint.describe_run(
             folder,
@@ -219,8 +229,7 @@ def train(
     self_play = None
     if settings.loss.name == "seppo":
         shape = latent_shape(train_pairs, parts, settings)
-        self_play = SelfPlay(settings, accelerator, parts, dataset, shape, reference, folder)
-        self_play.check_snapshots(start_step)
+        self_play = selfplay.SelfPlay(settings, accelerator, parts, dataset, shape, reference, folder)
     loader = data.make_loader(
         dataset,
         sampler,
@@ -241,14 +250,15 @@ def train(
             keep=settings.checkpoint.keep,
             ema=ema,
             reference=moving_reference,
-            extra={"scaler": scaler},
+            extra={"scaler": scaler, "z0": z0.item()},
         )
         accelerator.wait_for_everyone()
 
     def look(step_number: int) -> None:
         """Held-out pairs and sample images."""
         if held_out_pairs and (step_number % settings.eval.every == 0 or step_number == max_steps):
-            numbers = evaluate(settings, accelerator, policy, reference, make_example, held_out_pairs, known.held_out)
+            networks = (policy, reference, make_example)
+            numbers = evaluate(settings, accelerator, *networks, held_out_pairs, known.held_out, z0)
             log.row(step_number, numbers)
             log.say(
                 f"step {step_number}: held-out implicit accuracy {numbers['eval/implicit_accuracy']:.3f}, "
@@ -282,19 +292,22 @@ def train(
                     opponents = self_play.opponents(batch["positions"]) if self_play is not None else None
                     example = make_example(batch, settings.seed, batch["positions"], opponents)
                     from_cache = known.train.get(batch["positions"], device) if known.train is not None else None
-                    errors = step.pair_errors(policy, bare_policy, reference, example, from_cache)
-                output = step.preference_loss(errors, settings.loss)
+                    measured = step.measure(policy, bare_policy, reference, example, settings.loss, from_cache)
+                inputs = measured.inputs
+                if settings.loss.is_unpaired:
+                    inputs |= {"z0": z0, "desirable": batch["desirable"].to(device, non_blocking=True)}
+                output = step.preference_loss(measured.errors, settings.loss, inputs)
                 accelerator.backward(output.loss.mean())
             totals += output.statistics
             batch = {"pair_ids": batch["pair_ids"], "positions": batch["positions"], "is_known": from_cache is not None}
-            window.append((batch, step.PairErrors(*(error.detach() for error in errors))))
+            window.append((batch, step.detached(measured.errors)))
 
         # One exchange between processes and one wait for the device per optimizer step.
         limit = settings.optim.max_grad_norm or float("inf")
         gradient_norm = accelerator.clip_grad_norm_(parameters, limit)
         own = torch.tensor([*counts, stop.received], dtype=torch.float32, device=device)
         *sums, truncated, substituted, stopped = accelerator.reduce(torch.cat([totals, own]), "sum").tolist()
-        numbers = {name: total / total_batch for name, total in zip(step.STATISTICS, sums, strict=True)}
+        numbers = step.averages(sums, total_batch, settings.loss)
         numbers["gradient_norm"] = float(gradient_norm)
         refuse_non_finite(step_number, numbers, window, skipped_by_scaler=accelerator.scaler is not None)
         if known.train is not None:
@@ -303,6 +316,9 @@ def train(
                     known.train.record(batch["positions"], torch.stack(errors[2:]))
 
         # Update.
+        if settings.loss.is_unpaired:
+            numbers["z0"] = z0.item()
+            z0.fill_(max(numbers["gain"], 0.0))
         numbers["learning_rate"] = learning_rate_at(settings, step_number)
         for group in optimizer.param_groups:
             group["lr"] = numbers["learning_rate"]
@@ -315,7 +331,8 @@ def train(
 
         # Log.
         numbers["clamped"] *= total_batch
-        numbers["effective_beta"] = config.effective_beta(settings)
+        if (effective_beta := config.effective_beta(settings)) is not None:
+            numbers["effective_beta"] = effective_beta
         numbers["pairs_seen"] = (step_number + 1) * total_batch
         numbers["truncated_captions"], numbers["unreadable_rows"] = truncated, substituted
         seconds = time.perf_counter() - started
@@ -355,7 +372,7 @@ def find_batch(settings: Config, accelerator: Accelerator, parts: models.Pipelin
     schedule = NoiseSchedule.from_scheduler(parts.scheduler).to(device)
     known = open_known_reference(settings, accelerator, pairs, None, start_step=0)
     reference = None
-    if not known.is_complete:
+    if settings.loss.needs_reference and not known.is_complete:
         reference = models.make_reference(parts.unet, settings.model, settings.compute)
     policy = models.make_policy(parts.unet, settings.model, settings.compute)
     for module in (reference, *(() if settings.cache.examples else (parts.vae, parts.text_encoder))):
@@ -368,12 +385,16 @@ def find_batch(settings: Config, accelerator: Accelerator, parts: models.Pipelin
     dataset = make_dataset(pairs, parts.tokenizer, settings, held_out=False)
 
     def micro_step(batch: dict) -> None:
+        inputs = {}
+        if settings.loss.is_unpaired:
+            inputs = {"z0": torch.zeros((), device=device), "desirable": batch["desirable"].to(device)}
         with accelerator.no_sync(policy):
             with accelerator.autocast():
                 example = make_example(batch, settings.seed, batch["positions"])
                 from_cache = known.train.get(batch["positions"], device) if known.is_complete else None
-                errors = step.pair_errors(policy, bare_policy, reference, example, from_cache)
-            accelerator.backward(step.preference_loss(errors, settings.loss).loss.mean())
+                measured = step.measure(policy, bare_policy, reference, example, settings.loss, from_cache)
+            output = step.preference_loss(measured.errors, settings.loss, measured.inputs | inputs)
+            accelerator.backward(output.loss.mean())
 
     speeds: dict[int, float] = {}
     accelerator.print(f"{'micro batch':>11}  {'accumulation':>12}  {'pairs/s':>9}  {'peak memory':>11}")
@@ -430,15 +451,15 @@ def refuse_non_finite(step_number: int, numbers: dict[str, float], window: list,
         return
     rows = []
     for batch, errors in window:
-        stacked = torch.stack([error.float() for error in errors], dim=1).cpu()  # (B, 4)
-        for pair_id, values in zip(batch["pair_ids"], stacked, strict=True):
+        measured = torch.stack([error.float() for error in errors if error is not None], dim=1).cpu()  # (B, 4 or 2)
+        for pair_id, values in zip(batch["pair_ids"], measured, strict=True):
             if bad == ["gradient_norm"] or not torch.isfinite(values).all():
-                policy_chosen, policy_rejected, reference_chosen, reference_rejected = values.tolist()
-                rows.append(
-                    f"pair {pair_id}: e policy {policy_chosen:.6g}/{policy_rejected:.6g}, reference "
-                    f"{reference_chosen:.6g}/{reference_rejected:.6g}, d {policy_chosen - reference_chosen:.6g}/"
-                    f"{policy_rejected - reference_rejected:.6g} (chosen/rejected)"
-                )
+                chosen, rejected, *reference = values.tolist()
+                line = f"pair {pair_id}: e policy {chosen:.6g}/{rejected:.6g}"
+                if reference:
+                    line += ", reference {:.6g}/{:.6g}".format(*reference)
+                    line += f", d {chosen - reference[0]:.6g}/{rejected - reference[1]:.6g}"
+                rows.append(line + " (chosen/rejected)")
     found = "\n  ".join(rows[:8]) or "none of this process's pairs; see the other processes"
     raise NonFiniteError(
         f"{' and '.join(bad)} not finite in optimizer step {step_number + 1}; the weights were not touched.\n"
@@ -456,8 +477,12 @@ def evaluate(
     make_example: step.ExampleMaker,
     pairs: Pairs,
     known: ReferenceCache | None,
+    z0: Tensor,
 ) -> dict[str, float]:
-    """Statistics over held-out pairs at fixed (t, ε), shared out over the processes."""
+    """Statistics over held-out pairs at fixed (t, ε), shared out over the processes.
+
+    z0 is of an unpaired objective alone; here it too sees pairs, a desirable and an undesirable image each.
+    """
     draws = settings.eval.draws
     held_out = make_dataset(pairs, make_example.parts.tokenizer, settings, held_out=True)
     batches = data.held_out_batches(
@@ -470,13 +495,14 @@ def evaluate(
         from_cache = known.get(positions, accelerator.device) if known is not None else None
         with accelerator.autocast():
             example = make_example(batch, HELD_OUT_SEED, positions)
-            errors = step.pair_errors(bare_policy, bare_policy, reference, example, from_cache)
+            measured = step.measure(bare_policy, bare_policy, reference, example, settings.loss, from_cache)
         if known is not None and from_cache is None:
-            known.record(positions, torch.stack(errors[2:]))
-        totals += step.preference_loss(errors, settings.loss).statistics
+            known.record(positions, torch.stack(measured.errors[2:]))
+        inputs = measured.inputs | ({"z0": z0} if settings.loss.is_unpaired else {})
+        totals += step.preference_loss(measured.errors, settings.loss, inputs).statistics
     sums: Tensor = accelerator.reduce(totals, "sum")
-    means = (sums / (len(pairs) * draws)).tolist()
-    return {f"eval/{name}": mean for name, mean in zip(step.STATISTICS, means, strict=True)}
+    means = step.averages(sums.tolist(), len(pairs) * draws, settings.loss)
+    return {f"eval/{name}": mean for name, mean in means.items()}
 
 
 @torch.no_grad()

@@ -150,3 +150,34 @@ def small_pairs(tmp_path_factory):
         for number in range(len(colours))
     ]
     return write_pick_a_pic(tmp_path_factory.mktemp("pairs") / "train.parquet", rows)
+
+
+@pytest.fixture
+def run(small_pipeline, small_pairs, tmp_path, monkeypatch):
+    """Train in this process: run("name", "key=value", …) → (exit status, run folder)."""
+    import signal
+
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from training_runs import ROOT, SMALL_RUN
+
+    import train_xdpo
+
+    monkeypatch.chdir(ROOT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def call(name, *overrides):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        folder = tmp_path / name
+        options = [word for word in overrides if word.startswith("--")]
+        keys = [word for word in overrides if not word.startswith("--")]
+        arguments = ["--config", "configs/base.yaml", *options, *SMALL_RUN]
+        paths = [f"model.pipeline={small_pipeline}", f"data.path={small_pairs}", f"output_dir={folder}"]
+        try:
+            return train_xdpo.main([*arguments, *paths, *keys]), folder
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    yield call
+    PartialState._reset_state()

@@ -127,8 +127,8 @@ def test_the_training_step_itself_costs_the_sum_of_its_parts(trainable, caches):
 
     def train_on_a_pair():
         known = torch.zeros(2, 1) if has_reference else None
-        errors = step.pair_errors(policy, policy, reference, make_example(batch, 0, [0]), known)
-        step.preference_loss(errors, settings.loss).loss.sum().backward()
+        measured = step.measure(policy, policy, reference, make_example(batch, 0, [0]), settings.loss, known)
+        step.preference_loss(measured.errors, settings.loss).loss.sum().backward()
 
     expected = flops.pair_costs(parts, trainable, caches, gradient_checkpointing=False)
     assert flops.count_tflop(train_on_a_pair) == pytest.approx(expected.total, rel=1e-9)

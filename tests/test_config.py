@@ -11,6 +11,8 @@ from pydantic import ValidationError
 
 from xdpo.config import (
     KEYS,
+    OBJECTIVE_KEYS,
+    REFERENCE_FREE,
     Config,
     ConfigError,
     LossConfig,
@@ -24,6 +26,7 @@ from xdpo.config import (
     flatten,
     load_config,
 )
+from xdpo.loss import OBJECTIVES
 
 ROOT = Path(__file__).parent.parent
 OF_OTHER_KINDS = {"accelerate", "models"}  # launches, and models to generate with: read and tested elsewhere
@@ -175,8 +178,33 @@ def test_xdpo_without_any_reward_is_refused_beside_other_problems(write):
     assert "loss: eta and gamma are both 0, so that the loss has no gradient; raise one of them" in message
 
 
-def test_diffusion_dpo_ignores_the_numbers_of_xdpo():
-    assert config_with("loss.name=diffusion_dpo", "loss.eta=0", "loss.gamma=0").loss.name == "diffusion_dpo"
+def test_a_number_of_another_objective_is_refused_naming_its_owners():
+    assert config_with("loss.name=diffusion_dpo", "loss.eta=0.05").loss.name == "diffusion_dpo"  # the default
+    message = error_of(ROOT / "configs" / "base.yaml", "loss.name=diffusion_dpo", "loss.eta=0")
+    assert "eta (got 0.0) does not act in diffusion_dpo; it belongs to xdpo, f_dpo" in message
+    message = error_of(ROOT / "configs" / "base.yaml", "loss.alpha=0.5")
+    assert "alpha (got 0.5) does not act in xdpo; it belongs to f_dpo, dmpo, alpha_dpo" in message
+
+
+def test_the_keys_of_every_objective_are_those_of_its_function():
+    assert set(OBJECTIVE_KEYS) == set(OBJECTIVES)
+    for name, keys in OBJECTIVE_KEYS.items():
+        assert set(keys) - {"safeguard", "desirable_share"} == set(OBJECTIVES[name].keys), name
+    assert {name for name, objective in OBJECTIVES.items() if not objective.needs_reference} == REFERENCE_FREE
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss.name=seppo", "model.trainable=lora"], "loss.name: seppo moves the reference"),
+        (["loss.name=seppo", "cache.reference=x"], "its errors can't be kept; set cache.reference=null"),
+        (["model.reference_decay=0.9", "cache.reference=x"], "model.reference_decay moves the reference"),
+        (["loss.name=seppo", "model.reference_decay=0.9"], "seppo draws its own reference"),
+        (["loss.name=dspo", "cache.reference=x"], "dspo needs the reference's predictions"),
+    ],
+)
+def test_a_reference_that_moves_or_is_needed_whole_is_not_kept(overrides, message):
+    assert message in error_of(ROOT / "configs" / "base.yaml", *overrides)
 
 
 def test_sections_are_frozen_and_refuse_unknown_keys():

@@ -10,7 +10,7 @@ from xdpo.config import load_config
 from xdpo.loss import PairErrors
 from xdpo.models import load_parts
 from xdpo.noise import NoiseSchedule, add_noise
-from xdpo.step import STATISTICS, Example, ExampleMaker, denoising_errors, pair_errors, preference_loss
+from xdpo.step import STATISTICS, Example, ExampleMaker, denoising_errors, measure, preference_loss
 
 
 class Offset(torch.nn.Module):
@@ -55,8 +55,9 @@ def test_an_error_is_the_mean_over_the_image_of_the_squared_difference_times_its
 
 def test_chosen_comes_first_and_the_reference_gets_no_gradient():
     policy, reference = Offset(1.0), Offset(0.5)
-    errors = pair_errors(policy, policy, reference, example([1.0, 0.0]))
-    loss = preference_loss(errors, load_config("configs/xdpo_sd15.yaml", ["loss.beta=1"]).loss).loss.sum()
+    config = load_config("configs/xdpo_sd15.yaml", ["loss.beta=1"]).loss
+    errors = measure(policy, policy, reference, example([1.0, 0.0]), config).errors
+    loss = preference_loss(errors, config).loss.sum()
     loss.backward()
 
     assert [error.item() for error in errors] == [0.0, 1.0, 0.25, 0.25]

@@ -7,94 +7,16 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_runs import ROOT, TWO_PROCESSES, assert_same_run, command, launch, policy_of, relative_distance, rows_of
 
 import train_xdpo
 from xdpo import checkpoint, models, precompute, step
 from xdpo.config import load_config
-
-ROOT = Path(__file__).resolve().parent.parent
-SMALL_RUN = [
-    "compute.precision=fp32",
-    "data.source=parquet",
-    "data.resolution=16",
-    "data.num_workers=0",
-    "data.horizontal_flip=true",
-    "optim.learning_rate=1e-4",
-    "optim.scale_lr=false",
-    "optim.warmup_steps=0",
-    "train.total_batch_pairs=4",
-    "train.micro_batch_pairs=2",
-    "train.max_steps=6",
-    "checkpoint.every=3",
-    "eval.every=0",
-    "samples.every=0",
-    "samples.prompts=[a red square]",
-    "samples.num_inference_steps=2",
-    "log.trackers=[]",
-]
-
-
-@pytest.fixture
-def run(small_pipeline, small_pairs, tmp_path, monkeypatch):
-    """Train in this process: run("name", "key=value", …) → (exit status, run folder)."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    monkeypatch.chdir(ROOT)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def call(name, *overrides):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        folder = tmp_path / name
-        options = [word for word in overrides if word.startswith("--")]
-        keys = [word for word in overrides if not word.startswith("--")]
-        arguments = ["--config", "configs/base.yaml", *options, *SMALL_RUN]
-        paths = [f"model.pipeline={small_pipeline}", f"data.path={small_pairs}", f"output_dir={folder}"]
-        try:
-            return train_xdpo.main([*arguments, *paths, *keys]), folder
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-    yield call
-    PartialState._reset_state()
-
-
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def relative_distance(one, other):
-    """Norm of the difference of two runs' weights over the norm of the weights."""
-    first, second = policy_of(one), policy_of(other)
-    assert first.keys() == second.keys()
-    flat = [torch.cat([weights[name].flatten().double() for name in first]) for weights in (first, second)]
-    return ((flat[0] - flat[1]).norm() / flat[0].norm()).item()
-
-
-def policy_of(folder):
-    return load_file(checkpoint.checkpoints(folder)[-1] / "policy.safetensors")
-
-
-def assert_same_run(one, other):
-    """The same weights, moments and logged numbers, to the last bit."""
-    for name in ("policy", "optimizer"):
-        first, second = (
-            load_file(checkpoint.checkpoints(folder)[-1] / f"{name}.safetensors") for folder in (one, other)
-        )
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[key], second[key]) for key in first), f"{name} differs"
-    timed = ("pairs_per_second", "peak_memory_gb", "data_wait_share")
-    logged = [[{k: v for k, v in row.items() if k not in timed} for row in rows_of(folder)] for folder in (one, other)]
-    assert logged[0] == logged[1]
-
 
 VARIANTS = {
     "full": [],
@@ -462,6 +384,7 @@ def test_dry_run_prints_the_config_and_what_follows_and_writes_nothing(run, caps
 
 
 BAD_INPUT = {
+    "a number of another objective": (["loss.name=hinge", "loss.alpha=0.5"], "alpha (got 0.5) does not act in hinge"),
     "unknown key": (["loss.bta=1"], "did you mean loss.beta"),
     "wrong type": (["train.max_steps=many"], "train.max_steps"),
     "out of range": (["loss.beta=-5"], "loss.beta"),
@@ -481,7 +404,7 @@ def test_bad_input_is_refused_in_one_screen_before_weights_are_loaded(run, monke
     absent = {"wandb", "bitsandbytes"}  # on this machine they may be there
     find = importlib.util.find_spec
     monkeypatch.setattr(train_xdpo.importlib.util, "find_spec", lambda name: None if name in absent else find(name))
-    monkeypatch.setattr(models, "load_parts", lambda config: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(models, "load_parts", lambda *_, **__: pytest.fail("weights were loaded"))
     status, folder = run("run", *overrides)
 
     error = capsys.readouterr().err
@@ -493,7 +416,7 @@ def test_bad_input_is_refused_in_one_screen_before_weights_are_loaded(run, monke
 
 def test_a_model_folder_without_a_unet_is_refused(run, tmp_path, capsys, monkeypatch):
     (tmp_path / "half" / "vae").mkdir(parents=True)
-    monkeypatch.setattr(models, "load_parts", lambda config: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(models, "load_parts", lambda *_, **__: pytest.fail("weights were loaded"))
 
     assert run("run", f"model.pipeline={tmp_path / 'half'}")[0] == 1
     assert "unet" in capsys.readouterr().err
@@ -528,25 +451,6 @@ def test_a_diverged_run_stops_naming_pairs_and_values_and_keeps_its_weights_fini
 
 
 # --- several processes, real kills -------------------------------------------------------------------------
-
-
-def command(small_pipeline, small_pairs, folder, *overrides):
-    paths = [f"model.pipeline={small_pipeline}", f"data.path={small_pairs}", f"output_dir={folder}"]
-    return ["--config", "configs/base.yaml", *SMALL_RUN, *paths, *overrides]
-
-
-def launch(launcher, arguments, **environment):
-    return subprocess.run(
-        [sys.executable, *launcher, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_xdpo.py"]
 
 
 def test_two_processes_equal_one_with_twice_the_accumulation_and_resume_bit_for_bit(

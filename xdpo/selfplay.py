@@ -85,23 +85,10 @@ class SelfPlay:
     ):
         self.settings, self.accelerator, self.parts = settings, accelerator, parts
         self.dataset, self.order, self.latent_shape = dataset, dataset.order, latent_shape
-        self.reference, self.folder = reference, folder / "snapshots"
+        self.reference, self.folder = reference, folder
         self.rounds = Rounds.of(settings)
         dataset.order = RoundOrder(self.order, self.rounds)
         self.round_number, self.latents = -1, torch.empty(0)
-
-    def check_snapshots(self, start_step: int) -> None:
-        """Raise CheckpointError where a resumed run lacks a snapshot that this round or a later one may draw."""
-        needed = range(-(-start_step // self.rounds.steps)) if start_step else range(0)
-        missing = [str(path) for path in map(self.path, needed) if not path.is_file()]
-        if missing:
-            raise CheckpointError(
-                f"the run goes on from step {start_step}, and its earlier checkpoints, from which self-play draws its "
-                f"references, are gone: {', '.join(missing)}. Put them back, or start in another output_dir"
-            )
-
-    def path(self, number: int) -> Path:
-        return self.folder / f"{number:05d}" / "unet.safetensors"
 
     def begin_step(self, step_number: int, policy: nn.Module) -> str | None:
         """Begin the round of an optimizer step, where it isn't begun; every process calls it. Returns what it did.
@@ -131,16 +118,16 @@ class SelfPlay:
         return self.latents[slots]
 
     def _save(self, number: int, policy: nn.Module) -> None:
-        final = self.path(number).parent
+        final = snapshot_path(self.folder, number).parent
         if not final.exists():
             with writing_aside(final) as aside:
                 weights = {name: value.contiguous() for name, value in policy.state_dict().items()}
-                save_file(weights, aside / self.path(number).name)
+                save_file(weights, aside / snapshot_path(self.folder, number).name)
 
     def _load(self, number: int) -> None:
-        path = self.path(number)
+        path = snapshot_path(self.folder, number)
         try:
-            self.reference.load_state_dict(load_file(path, device=str(self.accelerator.device)))
+            self.reference.load_state_dict(load_file(path))
         except (OSError, SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"can't read the snapshot {path}: {error}; remove the run and start anew") from error
 
@@ -184,6 +171,22 @@ class SelfPlay:
             input_ids = torch.stack([item["input_ids"] for item in items]).to(self.accelerator.device)
             states = encode_captions(self.parts.text_encoder, input_ids)
         return states
+
+
+def snapshot_path(folder: Path, number: int) -> Path:
+    """Where a run keeps the policy of the start of round `number`."""
+    return folder / "snapshots" / f"{number:05d}" / "unet.safetensors"
+
+
+def check_snapshots(settings: Config, folder: Path, start_step: int) -> None:
+    """Raise CheckpointError where a resumed run lacks a snapshot that this round or a later one may draw."""
+    begun = range(-(-start_step // settings.self_play.every))
+    missing = [str(path) for path in (snapshot_path(folder, number) for number in begun) if not path.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"the run goes on from step {start_step}, and the earlier checkpoints from which self-play draws its "
+            f"references are gone: {', '.join(missing)}. Put them back, or start in another output_dir"
+        )
 
 
 def _chunks(positions: range, size: int) -> Iterator[list[int]]:

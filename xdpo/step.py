@@ -1,6 +1,6 @@
 """The method: a batch of pairs → denoising errors of policy and reference → loss, and the numbers worth watching."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from xdpo.config import Config, LossConfig
-from xdpo.loss import LOSSES, LossOutput, PairErrors
+from xdpo.loss import OBJECTIVES, LossOutput, PairErrors, UnpairedErrors, safeguard
 from xdpo.models import LatentMoments, PipelineParts, adapter_off, encode_captions, encode_images, sample_latents
 from xdpo.noise import NoiseSchedule, add_noise, draw_noise, draw_timesteps, target, timestep_weights
 
@@ -17,13 +17,17 @@ STATISTICS = (
     "loss",
     "implicit_accuracy",  # share of pairs with a positive margin; a zero margin counts ½
     "margin",
-    "d_chosen",  # policy's error minus reference's; negative where the policy denoises better
+    "d_chosen",  # policy's error minus reference's; negative where the policy denoises better. Also of desirable images
     "d_rejected",
     "policy_error",
     "reference_error",
     "sigmoid_minus_margin",  # the weight of the pair's gradient
     "clamped",  # exponents that met the loss's limit, per pair
+    "gain",  # reference's error minus policy's, over both images: Diffusion-KTO's z0 is its mean
+    "num_chosen",  # images that are chosen or desirable; one a pair, but for unpaired images
+    "num_rejected",
 )
+OF_THE_REFERENCE = ("d_chosen", "d_rejected", "reference_error", "gain")
 
 
 class Encoded(NamedTuple):
@@ -42,6 +46,13 @@ class Example(NamedTuple):
     text_states: Tensor  # (2B, L, D)
     targets: Tensor  # (2B, C, h, w) float32
     weights: Tensor  # (2B,) ω(t)
+
+
+class Measured(NamedTuple):
+    """What one batch's forward passes gave."""
+
+    errors: PairErrors  # each (B,); the reference's None where it isn't needed
+    inputs: dict[str, Tensor]  # what else an objective takes, by the name of its argument
 
 
 class StepOutput(NamedTuple):
@@ -114,50 +125,120 @@ class ExampleMaker:
         return tensor.to(self.device, non_blocking=True)
 
 
+def residuals(unet: nn.Module, example: Example) -> Tensor:
+    """Prediction − target, (2B, C, h, w) float32."""
+    prediction = unet(example.noisy_latents, example.timesteps, example.text_states).sample
+    return prediction.float() - example.targets
+
+
 def denoising_errors(unet: nn.Module, example: Example) -> Tensor:
     """ω(t) · mean over (C, H, W) of (prediction − target)², (2B,) float32 (Eq. 10's norms; docs/paper.md: mean)."""
-    prediction = unet(example.noisy_latents, example.timesteps, example.text_states).sample
-    squared = (prediction.float() - example.targets).square()
-    return example.weights * squared.mean(dim=(1, 2, 3))
+    return _weighted_mean(residuals(unet, example).square(), example)
 
 
-def pair_errors(
+def _weighted_mean(values: Tensor, example: Example) -> Tensor:
+    return example.weights[: len(values)] * values.mean(dim=(1, 2, 3))
+
+
+def inputs_of(config: LossConfig) -> frozenset[str]:
+    """Names of what the objective takes beside the errors, and of what its modifiers do."""
+    return frozenset(OBJECTIVES[config.name].inputs) | ({"policy_dot"} if config.safeguard is not None else set())
+
+
+def measure(
     policy: nn.Module,
     bare_policy: nn.Module,
     reference: nn.Module | None,
     example: Example,
+    config: LossConfig,
     reference_errors: Tensor | None = None,
-) -> PairErrors:
-    """Errors of policy and reference, each on chosen and rejected in one forward of the same shape and precision.
+) -> Measured:
+    """What the configured objective needs: one forward of policy and reference each, of the same shape and precision.
 
     `bare_policy` is the policy outside its distributed wrapper; without a reference it stands in for it, adapter off.
-    `reference_errors`, (2, B) from a cache, chosen first, take the place of the reference's forward.
+    `reference_errors`, (2, B) from a cache, chosen first, take the place of the reference's forward. Measured inputs
+    are policy_dot and policy_dot_reference, means over (C, H, W) of products of residuals, both (B,).
     """
-    if reference_errors is None:
-        with torch.no_grad(), adapter_off(bare_policy) if reference is None else nullcontext():
-            reference_errors = denoising_errors(reference or bare_policy, example).view(2, -1)
-    policy_chosen, policy_rejected = denoising_errors(policy, example).chunk(2)
-    return PairErrors(policy_chosen, policy_rejected, reference_errors[0], reference_errors[1])
+    inputs = inputs_of(config)
+    reference_chosen = reference_rejected = None
+    if config.needs_reference:
+        if reference_errors is None:
+            with torch.no_grad(), adapter_off(bare_policy) if reference is None else nullcontext():
+                reference_residuals = residuals(reference or bare_policy, example)
+            reference_errors = _weighted_mean(reference_residuals.square(), example).view(2, -1)
+        reference_chosen, reference_rejected = reference_errors
+    policy_residuals = residuals(policy, example)
+    policy_chosen, policy_rejected = _weighted_mean(policy_residuals.square(), example).chunk(2)
+    chosen, rejected = policy_residuals.chunk(2)
+    found = {}
+    if "policy_dot" in inputs:
+        found["policy_dot"] = _weighted_mean(chosen.detach() * rejected.detach(), example)
+    if "policy_dot_reference" in inputs:
+        found["policy_dot_reference"] = _weighted_mean(chosen * reference_residuals.chunk(2)[0], example)
+    return Measured(PairErrors(policy_chosen, policy_rejected, reference_chosen, reference_rejected), found)
 
 
-def preference_loss(errors: PairErrors, config: LossConfig) -> StepOutput:
-    """The configured loss of each pair and its statistics."""
-    numbers = config.model_dump(exclude={"name"})
-    output = LOSSES[config.name](errors, **numbers)
-    return StepOutput(output.loss, errors, _statistics(errors, output))
+def preference_loss(errors: PairErrors, config: LossConfig, inputs: Mapping[str, Tensor] | None = None) -> StepOutput:
+    """The configured loss of each pair and its statistics.
+
+    `inputs`: a Measured's, and for an unpaired objective z0, 0-d, and desirable, (2B,) bool, whose images stand where
+    chosen and rejected ones do; without it they are chosen and rejected. Its loss and margin are means over two images.
+    """
+    inputs = dict(inputs or {})
+    desirable = inputs.pop("desirable", None)
+    if (dot := inputs.pop("policy_dot", None)) is not None:
+        guarded = safeguard(errors, dot, mu=config.safeguard)
+    else:
+        guarded = errors
+    objective = OBJECTIVES[config.name]
+    if not config.is_unpaired:
+        output = objective.function(guarded, **inputs, **config.numbers)
+        return StepOutput(output.loss, errors, _statistics(errors, output, None))
+    if desirable is None:
+        desirable = torch.arange(2 * len(errors.policy_chosen), device=errors.policy_chosen.device)
+        desirable = desirable < len(errors.policy_chosen)
+    single = UnpairedErrors(torch.cat(errors[:2]), torch.cat(errors[2:]), desirable)
+    each = objective.function(single, **inputs, **config.numbers)
+    output = LossOutput(each.loss.view(2, -1).mean(0), each.margin.view(2, -1).mean(0), each.clamped)
+    return StepOutput(output.loss, errors, _statistics(errors, output, desirable))
+
+
+def detached(errors: PairErrors) -> PairErrors:
+    """The errors without their graphs."""
+    return PairErrors(*(None if error is None else error.detach() for error in errors))
+
+
+def averages(sums: Sequence[float], num_pairs: int, config: LossConfig) -> dict[str, float]:
+    """Sums of STATISTICS over `num_pairs` pairs as means by name, without those of a reference that isn't there."""
+    numbers = dict(zip(STATISTICS, sums, strict=True))
+    counts = {name: max(numbers.pop(f"num_{name.removeprefix('d_')}"), 1) for name in ("d_chosen", "d_rejected")}
+    counts["gain"] = 2 * num_pairs
+    left_out = () if config.needs_reference else OF_THE_REFERENCE
+    return {name: total / counts.get(name, num_pairs) for name, total in numbers.items() if name not in left_out}
 
 
 @torch.no_grad()
-def _statistics(errors: PairErrors, output: LossOutput) -> Tensor:
-    margin = output.margin
-    per_pair = (
-        output.loss,
-        (margin > 0).float() + 0.5 * (margin == 0).float(),
-        margin,
-        errors.policy_chosen - errors.reference_chosen,
-        errors.policy_rejected - errors.reference_rejected,
-        0.5 * (errors.policy_chosen + errors.policy_rejected),
-        0.5 * (errors.reference_chosen + errors.reference_rejected),
-        torch.sigmoid(-margin),
+def _statistics(errors: PairErrors, output: LossOutput, desirable: Tensor | None) -> Tensor:
+    margin, num_pairs = output.margin, len(output.margin)
+    has_reference = errors.reference_chosen is not None
+    reference = (
+        torch.cat(errors[2:]) if has_reference else torch.full((2 * num_pairs,), torch.nan, device=margin.device)
     )
-    return torch.stack([*(values.float().sum() for values in per_pair), output.clamped.float()])
+    difference = torch.cat(errors[:2]) - reference
+    if desirable is None:
+        desirable = torch.arange(2 * num_pairs, device=margin.device) < num_pairs
+    sums = (
+        output.loss.float().sum(),
+        ((margin > 0).float() + 0.5 * (margin == 0).float()).sum(),
+        margin.float().sum(),
+        (difference * desirable).float().sum(),
+        (difference * ~desirable).float().sum(),
+        0.5 * (errors.policy_chosen + errors.policy_rejected).float().sum(),
+        0.5 * reference.float().sum(),
+        torch.sigmoid(-margin).float().sum(),
+        output.clamped.float(),
+        -difference.float().sum(),
+        desirable.float().sum(),
+        (~desirable).float().sum(),
+    )
+    return torch.stack(sums)

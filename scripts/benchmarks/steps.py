@@ -138,8 +138,8 @@ def training_job(settings: Config, accelerator: Accelerator, networks: Networks)
                 with accelerator.autocast():
                     example = make_example(batch, settings.seed, batch["positions"])
                     from_cache = known.get(batch["positions"], device) if known is not None else None
-                    errors = step.pair_errors(policy, bare_policy, reference, example, from_cache)
-                output = step.preference_loss(errors, settings.loss)
+                    measured = step.measure(policy, bare_policy, reference, example, settings.loss, from_cache)
+                output = step.preference_loss(measured.errors, settings.loss, measured.inputs)
                 accelerator.backward(output.loss.mean())
 
     return one_optimizer_step

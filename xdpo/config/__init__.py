@@ -18,6 +18,8 @@ from xdpo.config.derived import (
 from xdpo.config.files import ConfigError, dump_config, flatten, load_config
 from xdpo.config.sections import (
     KEYS,
+    OBJECTIVE_KEYS,
+    REFERENCE_FREE,
     SECTIONS,
     CacheConfig,
     CheckpointConfig,
@@ -40,7 +42,9 @@ from xdpo.config.sections import (
 __all__ = [
     "KEYS",
     "KEYS_WITHOUT_EFFECT",
+    "OBJECTIVE_KEYS",
     "PICKAPIC_V2_PAIRS",
+    "REFERENCE_FREE",
     "SECTIONS",
     "CacheConfig",
     "CheckpointConfig",

@@ -59,14 +59,25 @@ def effective_learning_rate(config: Config) -> float:
     return config.optim.learning_rate * scale
 
 
-def effective_beta(config: Config) -> float:
+def effective_beta(config: Config) -> float | None:
     """The β of the Diffusion-DPO loss that this loss equals near the reference, where d is about 0.
 
-    β·(η + γ·n), from the derivative of Appendix C's and Eq. 9's reward at d = 0. For Eq. 10 γ·n is also multiplied
-    by exp(n·e), with e the reference's error; this is its value for e = 0.
+    For xdpo β·(η + γ·n), from the derivative of Appendix C's and Eq. 9's reward at d = 0. For Eq. 10 γ·n is also
+    multiplied by exp(n·e), with e the reference's error; this is its value for e = 0. For f_dpo β·f″(1). None for an
+    objective that is no Diffusion-DPO near the reference.
     """
     loss = config.loss
-    return loss.beta if loss.name == "diffusion_dpo" else loss.beta * (loss.eta + loss.gamma * loss.n)
+    power = loss.beta * (loss.eta + loss.gamma * loss.n)
+    match loss.name:
+        case "xdpo":
+            return power
+        case "diffusion_dpo" | "seppo":
+            return loss.beta
+        case "chipo":
+            return 2 * loss.beta
+        case "f_dpo":
+            return {"xdpo": power, "jensen_shannon": loss.beta / 2}.get(loss.divergence, loss.beta)
+    return None
 
 
 def describe(config: Config, num_processes: int, num_pairs: int | None = None) -> str:
@@ -87,12 +98,14 @@ def describe(config: Config, num_processes: int, num_pairs: int | None = None) -
         "warm-up": f"{optim.warmup_steps} steps, then {optim.schedule}"
         + (": longer than the run" if optim.warmup_steps > train.max_steps else ""),
     }
-    if loss.name == "diffusion_dpo":
-        lines["effective β"] = f"{loss.beta:g} (diffusion_dpo: β itself)"
-    else:
+    lines["objective"] = loss.name + "".join(f", {key} {value}" for key, value in loss.numbers.items())
+    if loss.name == "xdpo":
         formula = f"{loss.beta:g} × ({loss.eta:g} + {loss.gamma:g} × {loss.n:g})"
         factor = ", whose γ·n part grows by exp(n·e) with the error e" if loss.reward == "eq10" else ""
         lines["effective β"] = f"{effective_beta(config):g} = β·(η + γ·n) = {formula}{factor}"
+    elif effective_beta(config) is not None:
+        own = "β itself" if effective_beta(config) == loss.beta else f"of a β of {loss.beta:g}"
+        lines["effective β"] = f"{effective_beta(config):g} ({loss.name}: {own})"
     pairs_seen = train.max_steps * train.total_batch_pairs
     lines["steps"] = f"{train.max_steps:,} optimizer steps, {pairs_seen:,} pairs seen"
     lines["epochs"] = _epochs(config, pairs_seen, num_pairs)

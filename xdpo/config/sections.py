@@ -153,12 +153,35 @@ class NoiseConfig(Section):
     )
 
 
-class LossConfig(Section):
-    """The preference objective and the numbers of its formula."""
+_SHAPE = ("eta", "gamma", "n")
+_PAIRWISE = ("beta", "label_smoothing", "safeguard")
+OBJECTIVE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "xdpo": (*_PAIRWISE, *_SHAPE, "reward"),
+        "diffusion_dpo": _PAIRWISE,
+        "chipo": (*_PAIRWISE, "kappa", "max_reward"),
+        "f_dpo": (*_PAIRWISE, *_SHAPE, "divergence", "kappa", "alpha"),
+        "ipo": ("beta", "safeguard"),
+        "hinge": ("beta", "safeguard"),
+        "dmpo": ("beta", "safeguard", "alpha"),
+        "alpha_dpo": ("beta", "safeguard", "alpha"),
+        "dspo": ("beta", "safeguard"),
+        "mapo": (*_PAIRWISE, "k", "scale"),
+        "sft": (),
+        "seppo": (*_PAIRWISE, "flip"),
+        "diffusion_kto": ("beta", "utility", "desirable_share", "desirable_weight", "undesirable_weight"),
+    }
+)
+"""Every objective (xdpo.loss.OBJECTIVES), and the keys of the loss section that act in it."""
 
-    name: Literal["xdpo", "diffusion_dpo"] = Field(
-        "xdpo", description="objective; diffusion_dpo uses beta alone and ignores eta, gamma, n and reward"
-    )
+REFERENCE_FREE = frozenset({"mapo", "sft"})
+"""The objectives that need no reference."""
+
+
+class LossConfig(Section):
+    """The preference objective and the numbers of its formula. Keys that are null have their published value."""
+
+    name: Literal[tuple(OBJECTIVE_KEYS)] = Field("xdpo", description="objective")
     beta: PositiveNumber = Field(1000.0, description="β, strength of the pull to the reference")
     eta: NonNegativeNumber = Field(0.05, description="η, weight of the linear (logarithmic) reward")
     gamma: NonNegativeNumber = Field(1 / 6, description="γ, weight of the exponential (power) reward")
@@ -166,11 +189,62 @@ class LossConfig(Section):
     reward: Literal["appendix_c", "eq9", "eq10"] = Field(
         "appendix_c", description="which of the paper's printed rewards"
     )
+    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="probability that a label is wrong (conservative DPO)"
+    )
+    safeguard: Share | None = Field(
+        None, description="μ of Diffusion-SDPO's limit on the rejected image's gradient; null: none"
+    )
+    alpha: PositiveNumber | None = Field(None, description="α of dmpo, alpha_dpo, or f_dpo's alpha_divergence")
+    divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha_divergence", "xdpo"] | None = Field(
+        None, description="f_dpo: which f-divergence keeps the policy near the reference"
+    )
+    kappa: PositiveNumber | None = Field(None, description="f_dpo and chipo: ln z = −κ·d")
+    max_reward: PositiveNumber | None = Field(None, description="chipo: bound R of the reward")
+    k: PositiveNumber | None = Field(None, description="mapo: k of f(e) = k·e/(exp(k·e) − 1)")
+    scale: PositiveNumber | None = Field(None, description="mapo: factor T of the margin")
+    flip: Literal["sign", "indicator"] | None = Field(
+        None, description="seppo: the sampled image where the policy is worse: the chosen one, or left out"
+    )
+    utility: Literal["kto", "loss_averse", "risk_seeking"] | None = Field(
+        None, description="diffusion_kto: how gains and losses count"
+    )
+    desirable_share: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
+        None, description="diffusion_kto: share of desirable images; null: 0.8"
+    )
+    desirable_weight: PositiveNumber | None = Field(None, description="diffusion_kto: weight of a desirable image")
+    undesirable_weight: PositiveNumber | None = Field(None, description="diffusion_kto: weight of any other image")
+
+    @property
+    def numbers(self) -> dict[str, float | str]:
+        """What the objective's function takes: the keys that act in it and have a value."""
+        not_its_own = ("safeguard", "desirable_share")  # the step's and the data's
+        keys = [key for key in OBJECTIVE_KEYS[self.name] if key not in not_its_own]
+        return {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
+
+    @property
+    def is_unpaired(self) -> bool:
+        return self.name == "diffusion_kto"
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.name not in REFERENCE_FREE
 
     @model_validator(mode="after")
     def _has_a_gradient(self):
         if self.name == "xdpo" and self.eta == 0 and self.gamma == 0:
             raise ValueError("eta and gamma are both 0, so that the loss has no gradient; raise one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_objective(self):
+        for key, field in type(self).model_fields.items():
+            if key != "name" and key not in OBJECTIVE_KEYS[self.name] and getattr(self, key) != field.default:
+                owners = ", ".join(name for name, keys in OBJECTIVE_KEYS.items() if key in keys)
+                raise ValueError(
+                    f"{key} (got {getattr(self, key)}) does not act in {self.name}; it belongs to {owners}. "
+                    f"Remove it, or choose one of these as loss.name"
+                )
         return self
 
 
@@ -289,6 +363,14 @@ class Config(Section):
         if self.cache.examples and self.data.crop == "random":
             raise ValueError(
                 "cache.examples holds one crop of each image; set data.crop to center, or no cache.examples"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reference_can_be_kept(self):
+        if self.loss.name == "dspo" and self.cache.reference:
+            raise ValueError(
+                "loss.name: dspo needs the reference's predictions, not only its errors; set cache.reference=null"
             )
         return self
 

@@ -100,8 +100,9 @@ class UnpairedDataset(Dataset):
     def batch(self, positions: Sequence[int]) -> dict[str, Any]:
         """One batch of B positions, 2B images in the order of places_of.
 
-        Of the pairs' batch, with 2B rows instead of B pairs: rows, pair_ids, input_ids or text_states (2B, …). Beside
-        it, places (2B,) int64, which give each image its draws, and desirable (2B,) bool.
+        Of the pairs' batch, with 2B images of their own instead of B pairs: rows, input_ids or text_states (2B, …);
+        pair_ids names the two pairs of each position. Beside it, places (2B,) int64, which give each image its draws,
+        and desirable (2B,) bool.
         Raises DataError after 100 unreadable images in a row.
         """
         places = places_of(positions)
@@ -111,13 +112,14 @@ class UnpairedDataset(Dataset):
             images.append(image)
             items.append(item)
         rows = [int(self.pairs.table.rows[self.images.index[image]]) for image in images]
+        names, half = [self.pairs.table.pair_id(row) for row in rows], len(positions)
         tensors = [name for name, value in items[0].items() if isinstance(value, torch.Tensor)]
         return {
             **items[0],
             "positions": torch.tensor(positions),
             "places": torch.tensor(places),
             "rows": torch.tensor(rows),
-            "pair_ids": [self.pairs.table.pair_id(row) for row in rows],
+            "pair_ids": [f"{one} and {other}" for one, other in zip(names[:half], names[half:], strict=True)],
             "desirable": torch.from_numpy(self.images.desirable[images]),
             "truncated": sum(item["truncated"] for item in items),
             "unreadable": unreadable,

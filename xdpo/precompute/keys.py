@@ -9,6 +9,13 @@ from xdpo.data import PairTable
 from xdpo.models import part_checksum
 from xdpo.noise import HELD_OUT_SEED
 
+DESIRABLE_SHARE = 0.8  # Diffusion-KTO's γ
+
+
+def desirable_share(settings: Config) -> float:
+    """Share of the desirable images that an unpaired objective sees."""
+    return settings.loss.desirable_share or DESIRABLE_SHARE
+
 
 def examples_folder(settings: Config, *, held_out: bool) -> Path:
     return Path(settings.cache.examples) / ("held_out" if held_out else "train")
@@ -42,7 +49,9 @@ def reference_key(
     precision: of autocast, as accelerate names it.
     """
     data, augment = settings.data, not held_out
+    is_unpaired = settings.loss.is_unpaired and not held_out
     return {
+        **({"desirable share of unpaired images": desirable_share(settings)} if is_unpaired else {}),
         "pairs": pairs.fingerprint,
         "seed": HELD_OUT_SEED if held_out else settings.seed,
         "resolution": data.resolution,

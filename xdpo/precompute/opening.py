@@ -9,10 +9,10 @@ from xdpo.cache import CachedPairDataset, ExampleCache, ReferenceCache
 from xdpo.cache.examples import is_finished
 from xdpo.cache.shards import replacing
 from xdpo.config import Config
-from xdpo.data import PairDataset, PairTable, load_pairs
+from xdpo.data import PairDataset, PairTable, UnpairedDataset, load_pairs
 from xdpo.models import PipelineParts
 from xdpo.noise import HELD_OUT_SEED
-from xdpo.precompute.keys import example_key, examples_folder, reference_key
+from xdpo.precompute.keys import desirable_share, example_key, examples_folder, reference_key
 
 Pairs = PairTable | ExampleCache
 
@@ -29,13 +29,20 @@ def open_pairs(settings: Config, accelerator: Accelerator, *, held_out: bool) ->
 
 def make_dataset(
     pairs: Pairs, tokenizer: object, settings: Config, *, held_out: bool
-) -> PairDataset | CachedPairDataset:
-    """Batches by position, encoded or not; held-out pairs in their order, without augmentation."""
+) -> PairDataset | CachedPairDataset | UnpairedDataset:
+    """Batches by position, encoded or not; held-out pairs in their order, without augmentation.
+
+    An unpaired objective trains on single images.
+    """
     seed = HELD_OUT_SEED if held_out else settings.seed
     how = {"shuffle": not held_out, "augment": not held_out}
     if isinstance(pairs, ExampleCache):
-        return CachedPairDataset(pairs, seed, settings.data, **how)
-    return PairDataset(pairs, tokenizer, seed, settings.data, **how)
+        dataset = CachedPairDataset(pairs, seed, settings.data, **how)
+    else:
+        dataset = PairDataset(pairs, tokenizer, seed, settings.data, **how)
+    if settings.loss.is_unpaired and not held_out:
+        return UnpairedDataset(dataset, desirable_share(settings))
+    return dataset
 
 
 def latent_shape(pairs: Pairs, parts: PipelineParts, settings: Config) -> tuple[int, int, int]:
@@ -79,8 +86,8 @@ def copy_examples(source: Path, target: Path) -> None:
 
 
 def open_reference(settings: Config, pairs: Pairs, *, held_out: bool, precision: str) -> ReferenceCache | None:
-    """The cache of the reference's errors on `pairs`, or None where the config asks for none."""
-    if settings.cache.reference is None:
+    """The cache of the reference's errors on `pairs`, or None where the config or the objective asks for none."""
+    if settings.cache.reference is None or not settings.loss.needs_reference:
         return None
     key = reference_key(settings, pairs, held_out=held_out, precision=precision)
     return ReferenceCache(Path(settings.cache.reference), key)

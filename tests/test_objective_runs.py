@@ -1,0 +1,157 @@
+"""Every objective in training: it trains, resumes, does not depend on the processes, and refuses what it can't use."""
+
+import itertools
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import encoded_image, pick_a_pic_row, write_pick_a_pic
+from safetensors.torch import load_file
+from training_runs import TWO_PROCESSES, assert_same_run, command, launch, policy_of, relative_distance, rows_of
+
+import train_xdpo
+from xdpo import models
+from xdpo.config import OBJECTIVE_KEYS, REFERENCE_FREE
+
+SELF_PLAY = ("loss.name=seppo", "self_play.every=2", "self_play.num_inference_steps=2", "self_play.batch_size=3")
+KTO = ("loss.name=diffusion_kto", "loss.beta=100", "optim.learning_rate=1e-3")
+
+
+def options_of(name):
+    return SELF_PLAY if name == "seppo" else (f"loss.name={name}",)
+
+
+@pytest.mark.parametrize("name", OBJECTIVE_KEYS)
+def test_every_objective_trains_and_logs_what_it_knows(run, small_pairs, name):
+    status, folder = run(
+        name, *options_of(name), "train.max_steps=2", "checkpoint.every=2", "eval.every=2", f"eval.path={small_pairs}"
+    )
+    assert status == 0
+    rows = [row for row in rows_of(folder) if "loss" in row]
+    assert len(rows) == 2 and all(torch.isfinite(torch.tensor(row["loss"])) for row in rows)
+    assert rows[1]["gradient_norm"] > 0
+    assert ("d_chosen" in rows[0]) == (name not in REFERENCE_FREE) == ("reference_error" in rows[0])
+    held_out = [row for row in rows_of(folder) if "eval/implicit_accuracy" in row]
+    assert len(held_out) == 2 and 0 <= held_out[1]["eval/implicit_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("name", ["diffusion_dpo", "dspo"])
+def test_the_safeguard_lets_the_chosen_images_error_fall_further(run, name):
+    """With a learning rate that raises both errors, the guarded run ends with the lower one on the chosen images."""
+    d_chosen = {}
+    for mu in ("null", "1"):
+        _, folder = run(f"mu_{mu}", f"loss.name={name}", f"loss.safeguard={mu}", "optim.learning_rate=1e-3")
+        d_chosen[mu] = rows_of(folder)[-1]["d_chosen"]
+    assert d_chosen["1"] <= d_chosen["null"]
+
+
+@pytest.mark.parametrize("options", [KTO, SELF_PLAY], ids=["diffusion_kto", "seppo"])
+def test_an_objective_with_a_memory_resumes_bit_for_bit(run, options):
+    _, whole = run("whole", *options)
+    run("parts", *options, "train.max_steps=3")
+    status, parts = run("parts", *options)
+
+    assert status == 0
+    assert_same_run(whole, parts)
+
+
+@pytest.mark.parametrize("options", [KTO, SELF_PLAY], ids=["diffusion_kto", "seppo"])
+def test_one_process_and_two_log_the_same_figures(run, small_pipeline, small_pairs, tmp_path, options):
+    options = (*options, "train.micro_batch_pairs=1")
+    _, one = run("one", *options)
+    ended = launch(TWO_PROCESSES, command(small_pipeline, small_pairs, tmp_path / "two", *options))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+
+    assert relative_distance(one, tmp_path / "two") < 1e-5
+    for row, other in zip(rows_of(one), rows_of(tmp_path / "two"), strict=True):
+        for key in ("loss", "margin", "z0", "d_chosen", "d_rejected", "gain", "policy_error", "implicit_accuracy"):
+            assert row.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-4, abs=1e-6), key
+
+
+def test_z0_is_the_mean_gain_of_the_step_before_and_never_negative(run):
+    _, folder = run("kto", *KTO, "train.max_steps=5")
+    rows = rows_of(folder)
+
+    assert rows[0]["z0"] == 0
+    for before, row in itertools.pairwise(rows):
+        assert row["z0"] == pytest.approx(max(before["gain"], 0), rel=1e-6)
+    assert any(row["z0"] > 0 for row in rows)
+
+
+def test_unpaired_training_does_not_depend_on_the_micro_batch_and_records_its_reference(run, tmp_path, capsys):
+    """z0 is of the whole batch: a micro-batch of one would otherwise have a z0 of one pair."""
+    cached = (*KTO, f"cache.reference={tmp_path / 'reference'}", "train.micro_batch_pairs=4")
+    _, whole = run("whole", *cached)
+    _, single = run("single", *KTO, "train.micro_batch_pairs=1")
+    assert relative_distance(whole, single) < 1e-5
+
+    _, again = run("again", *cached)
+    assert "all that this run needs, so the reference is not loaded" in capsys.readouterr().out
+    assert_same_run(whole, again)
+    run("pairs", "loss.name=diffusion_dpo", f"cache.reference={tmp_path / 'reference'}")
+    assert "0 samples known" in capsys.readouterr().out  # single images are other samples than pairs
+
+
+def test_self_play_draws_its_references_from_the_runs_own_past(run):
+    _, folder = run("run", *SELF_PLAY, "self_play.reference=latest", "optim.learning_rate=1e-2", "train.max_steps=6")
+    snapshots = sorted((folder / "snapshots").glob("*/unet.safetensors"))
+    assert [path.parent.name for path in snapshots] == ["00000", "00001", "00002"]
+    weights = [load_file(path) for path in snapshots]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    # Where a round begins, policy and latest snapshot are equal: no margin, whatever was learnt before.
+    rows = rows_of(folder)
+    assert all(rows[step]["margin"] == 0 and rows[step]["d_chosen"] == 0 for step in (0, 2, 4))
+    assert all(rows[step]["margin"] != 0 for step in (1, 3, 5))
+
+
+def test_opponents_of_self_play_are_sampled_from_the_cached_captions_too(run, tmp_path):
+    _, plain = run("plain", *SELF_PLAY, "data.caption_dropout=0")
+    cache = (f"cache.examples={tmp_path / 'examples'}", "cache.dtype=fp32")
+    status, cached = run("cached", *SELF_PLAY, *cache, "data.caption_dropout=0")
+
+    assert status == 0
+    assert relative_distance(plain, cached) < 1e-5
+
+
+def test_a_buffer_smaller_than_a_round_is_used_again(run, monkeypatch):
+    sampled = []
+    original = train_xdpo.selfplay.SelfPlay._sample
+    monkeypatch.setattr(
+        train_xdpo.selfplay.SelfPlay, "_sample", lambda self, chunk: sampled.append(chunk) or original(self, chunk)
+    )
+    status, _ = run("run", *SELF_PLAY, "self_play.buffer_pairs=3", "train.max_steps=4")
+
+    assert status == 0
+    assert sampled == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_self_play_without_its_earlier_checkpoints_is_refused_before_weights_are_loaded(run, monkeypatch, capsys):
+    _, folder = run("run", *SELF_PLAY, "train.max_steps=3")
+    shutil.rmtree(folder / "snapshots" / "00001")
+    monkeypatch.setattr(models, "load_parts", lambda *_, **__: pytest.fail("weights were loaded"))
+    status, _ = run("run", *SELF_PLAY)
+
+    assert status == 1
+    message = capsys.readouterr().err
+    assert "goes on from step 3" in message and "snapshots/00001" in message and "Traceback" not in message
+
+
+def test_unpaired_training_on_one_label_alone_is_refused_before_weights_are_loaded(run, tmp_path, monkeypatch, capsys):
+    one = pick_a_pic_row(0, image_0_uid="a", image_1_uid="b", jpg_1=encoded_image("red"))
+    other = pick_a_pic_row(1, image_0_uid="b", image_1_uid="a", jpg_0=encoded_image("red"))
+    path = write_pick_a_pic(tmp_path / "circle.parquet", [one, other])
+    monkeypatch.setattr(models, "load_parts", lambda *_, **__: pytest.fail("weights were loaded"))
+    status, folder = run("run", *KTO, f"data.path={path}")
+
+    assert status == 1
+    assert "none is undesirable" in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_the_objective_stands_in_the_run_folder(run):
+    _, folder = run("run", "loss.name=dmpo", "loss.alpha=0.1", "train.max_steps=1", "checkpoint.every=1")
+
+    assert "alpha: 0.1" in (folder / "config.yaml").read_text()
+    assert json.loads((folder / "run.json").read_text())
+    assert policy_of(folder)

@@ -1,0 +1,81 @@
+"""train_xdpo.py in the tests: small runs in this process or in others, and what they left."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from xdpo import checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL_RUN = [
+    "compute.precision=fp32",
+    "data.source=parquet",
+    "data.resolution=16",
+    "data.num_workers=0",
+    "data.horizontal_flip=true",
+    "optim.learning_rate=1e-4",
+    "optim.scale_lr=false",
+    "optim.warmup_steps=0",
+    "train.total_batch_pairs=4",
+    "train.micro_batch_pairs=2",
+    "train.max_steps=6",
+    "checkpoint.every=3",
+    "eval.every=0",
+    "samples.every=0",
+    "samples.prompts=[a red square]",
+    "samples.num_inference_steps=2",
+    "log.trackers=[]",
+]
+
+
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_xdpo.py"]
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def relative_distance(one, other):
+    """Norm of the difference of two runs' weights over the norm of the weights."""
+    first, second = policy_of(one), policy_of(other)
+    assert first.keys() == second.keys()
+    flat = [torch.cat([weights[name].flatten().double() for name in first]) for weights in (first, second)]
+    return ((flat[0] - flat[1]).norm() / flat[0].norm()).item()
+
+
+def policy_of(folder):
+    return load_file(checkpoint.checkpoints(folder)[-1] / "policy.safetensors")
+
+
+def assert_same_run(one, other):
+    """The same weights, moments and logged numbers, to the last bit."""
+    for name in ("policy", "optimizer"):
+        first, second = (
+            load_file(checkpoint.checkpoints(folder)[-1] / f"{name}.safetensors") for folder in (one, other)
+        )
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first), f"{name} differs"
+    timed = ("pairs_per_second", "peak_memory_gb", "data_wait_share")
+    logged = [[{k: v for k, v in row.items() if k not in timed} for row in rows_of(folder)] for folder in (one, other)]
+    assert logged[0] == logged[1]
+
+
+def command(small_pipeline, small_pairs, folder, *overrides):
+    paths = [f"model.pipeline={small_pipeline}", f"data.path={small_pairs}", f"output_dir={folder}"]
+    return ["--config", "configs/base.yaml", *SMALL_RUN, *paths, *overrides]
+
+
+def launch(launcher, arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *launcher, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )

@@ -1,0 +1,33 @@
+"""Preference objectives: denoising errors of a batch in, one loss per pair (or image) out. Pure functions of tensors.
+
+xdpo.py is the paper on a page; the objectives that it is compared with stand beside it, one file per family.
+"""
+
+from xdpo.loss.modifiers import margin_weights, negative_log_sigmoid, preference_probability, safeguard
+from xdpo.loss.pairwise import confidence_sum_and_count
+from xdpo.loss.registry import LOSSES, OBJECTIVES, Objective
+from xdpo.loss.types import MAX_EXPONENT, LossOutput, PairErrors, UnpairedErrors
+from xdpo.loss.unpaired import gain_sum_and_count, reference_point
+from xdpo.loss.xdpo import clamp_count, diffusion_dpo_loss, diffusion_dpo_margin, xdpo_loss, xdpo_margin
+
+__all__ = [
+    "LOSSES",
+    "MAX_EXPONENT",
+    "OBJECTIVES",
+    "LossOutput",
+    "Objective",
+    "PairErrors",
+    "UnpairedErrors",
+    "clamp_count",
+    "confidence_sum_and_count",
+    "diffusion_dpo_loss",
+    "diffusion_dpo_margin",
+    "gain_sum_and_count",
+    "margin_weights",
+    "negative_log_sigmoid",
+    "preference_probability",
+    "reference_point",
+    "safeguard",
+    "xdpo_loss",
+    "xdpo_margin",
+]

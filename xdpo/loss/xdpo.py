@@ -1,0 +1,108 @@
+"""The paper on one page: denoising errors of a batch of pairs in, one loss per pair out.
+
+The notation is that of types.py; docs/paper.md has the reasons for every choice. Both losses here are −log σ(m)
+(Eq. 2; Eq. 11 with the minus sign that its print lacks). With a γ ≥ 0 the two terms of a margin have the same sign,
+so nothing cancels between them.
+"""
+
+from torch import Tensor
+
+from xdpo.loss.modifiers import negative_log_sigmoid
+from xdpo.loss.types import (
+    Beta,
+    LossOutput,
+    PairErrors,
+    count_clamped,
+    differences,
+    exp_difference,
+    gap,
+    no_exponents,
+    prepare,
+)
+
+
+def xdpo_loss(
+    errors: PairErrors, *, beta: Beta, eta: float, gamma: float, n: float, reward: str = "appendix_c"
+) -> Tensor:
+    """xDPO's loss of each pair, −log σ(m) (Eq. 11, Appendix C). Shape (B,).
+
+    β and n are positive, η and γ not negative. Half precision is promoted to float32; float64 stays.
+    No gradient reaches the reference's errors.
+    Raises ValueError for an unknown reward or for errors of different shapes.
+    """
+    return negative_log_sigmoid(xdpo_margin(errors, beta=beta, eta=eta, gamma=gamma, n=n, reward=reward))
+
+
+def diffusion_dpo_loss(errors: PairErrors, *, beta: Beta) -> Tensor:
+    """Diffusion-DPO's loss of each pair, −log σ(m) (Eq. 5). Shape (B,). Precision and errors as xdpo_loss."""
+    return negative_log_sigmoid(diffusion_dpo_margin(errors, beta=beta))
+
+
+def xdpo_margin(
+    errors: PairErrors, *, beta: Beta, eta: float, gamma: float, n: float, reward: str = "appendix_c"
+) -> Tensor:
+    """m = −(β/2) · [ η·(d_w − d_l) + γ·P ], where P is the power term of the chosen reward. Shape (B,).
+
+    appendix_c  P = exp(n·d_w) − exp(n·d_l)                      Appendix C, the only executable definition
+    eq9         P = exp(−n·d_l) − exp(−n·d_w)                    Eq. 9 with ln z = −d
+    eq10        P = [exp(n·e_θ) − exp(n·e_ref)]_w − [same]_l     Eq. 10 with its ε_θ + ε read as ε_θ − ε
+    """
+    errors = prepare(errors)
+    power = sum(exp_difference(a, b, n) for a, b in _power_terms(errors, reward))
+    return -0.5 * beta * (eta * gap(errors) + gamma * power)
+
+
+def diffusion_dpo_margin(errors: PairErrors, *, beta: Beta) -> Tensor:
+    """m = −(β/2) · (d_w − d_l): Eq. 5 with ln z = −d, on the scale of its public code. Shape (B,)."""
+    return -0.5 * beta * gap(prepare(errors))
+
+
+def clamp_count(errors: PairErrors, n: float, reward: str = "appendix_c") -> Tensor:
+    """How many exponents of the batch lie beyond MAX_EXPONENT: a 0-d integer tensor on the errors' device.
+
+    A pair has two exponents in appendix_c and eq9, four in eq10.
+    """
+    terms = _power_terms(prepare(errors), reward)
+    return count_clamped((argument for term in terms for argument in term), n)
+
+
+def _power_terms(errors: PairErrors, reward: str) -> list[tuple[Tensor, Tensor]]:
+    """The pairs (a, b) for which the reward's power term P is the sum of exp(n·a) − exp(n·b)."""
+    d_chosen, d_rejected = differences(errors)
+    match reward:
+        case "appendix_c":
+            return [(d_chosen, d_rejected)]
+        case "eq9":
+            return [(-d_rejected, -d_chosen)]
+        case "eq10":
+            return [
+                (errors.policy_chosen, errors.reference_chosen),
+                (errors.reference_rejected, errors.policy_rejected),
+            ]
+    raise ValueError(f"unknown reward {reward!r}; choose from appendix_c, eq9, eq10")
+
+
+def xdpo(
+    errors: PairErrors,
+    *,
+    beta: Beta = 1000.0,
+    eta: float = 0.05,
+    gamma: float = 1 / 6,
+    n: float = 6.0,
+    reward: str = "appendix_c",
+    label_smoothing: float = 0.0,
+) -> LossOutput:
+    """The objective `xdpo`: xdpo_loss with the paper's headline numbers (§5.2, Table 3) as defaults."""
+    margin = xdpo_margin(errors, beta=beta, eta=eta, gamma=gamma, n=n, reward=reward)
+    return LossOutput(negative_log_sigmoid(margin, label_smoothing), margin, clamp_count(errors, n, reward))
+
+
+def diffusion_dpo(
+    errors: PairErrors, *, beta: Beta = 2000.0, label_smoothing: float = 0.0, **_inherited: object
+) -> LossOutput:
+    """The objective `diffusion_dpo`; β = 2000 is its paper's for SD1.5 (its launcher has 5000).
+
+    A config of Diffusion-DPO inherits the section's η, γ, n and reward; they don't act here.
+    """
+    margin = diffusion_dpo_margin(errors, beta=beta)
+    return LossOutput(negative_log_sigmoid(margin, label_smoothing), margin, no_exponents(margin))
