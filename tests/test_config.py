@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from xdpo.config import (
     KEYS,
     OBJECTIVE_KEYS,
+    PUBLISHED_BETA,
     REFERENCE_FREE,
     Config,
     ConfigError,
@@ -191,6 +192,12 @@ def test_the_keys_of_every_objective_are_those_of_its_function():
     for name, keys in OBJECTIVE_KEYS.items():
         assert set(keys) - {"safeguard", "desirable_share"} == set(OBJECTIVES[name].keys), name
     assert {name for name, objective in OBJECTIVES.items() if not objective.needs_reference} == REFERENCE_FREE
+    betas = {name: objective.keys["beta"] for name, objective in OBJECTIVES.items() if "beta" in objective.keys}
+    assert betas == PUBLISHED_BETA
+    assert config_with("loss.name=mapo").loss.beta == 0.1
+    assert "alpha (got 1.5) must lie between 0 and 1 in dmpo" in error_of(
+        ROOT / "configs" / "base.yaml", "loss.name=dmpo", "loss.alpha=1.5"
+    )
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def test_the_table_of_losses_gives_the_public_functions_results(reward):
     xdpo = LOSSES["xdpo"](errors, **section)
     assert torch.equal(xdpo.loss, xdpo_loss(errors, **section))
     assert torch.equal(xdpo.margin, xdpo_margin(errors, **section))
-    dpo = LOSSES["diffusion_dpo"](errors, **section)  # the inherited η, γ, n, reward don't act
+    dpo = LOSSES["diffusion_dpo"](errors, beta=HEADLINE["beta"])
     assert torch.equal(dpo.loss, diffusion_dpo_loss(errors, beta=HEADLINE["beta"]))
     assert dpo.clamped.item() == 0
 

@@ -19,6 +19,7 @@ from xdpo.config.files import ConfigError, dump_config, flatten, load_config
 from xdpo.config.sections import (
     KEYS,
     OBJECTIVE_KEYS,
+    PUBLISHED_BETA,
     REFERENCE_FREE,
     SECTIONS,
     CacheConfig,
@@ -44,6 +45,7 @@ __all__ = [
     "KEYS_WITHOUT_EFFECT",
     "OBJECTIVE_KEYS",
     "PICKAPIC_V2_PAIRS",
+    "PUBLISHED_BETA",
     "REFERENCE_FREE",
     "SECTIONS",
     "CacheConfig",

@@ -174,6 +174,24 @@ OBJECTIVE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Every objective (xdpo.loss.OBJECTIVES), and the keys of the loss section that act in it."""
 
+PUBLISHED_BETA: Mapping[str, float] = MappingProxyType(
+    {
+        "xdpo": 1000.0,
+        "diffusion_dpo": 2000.0,
+        "chipo": 1000.0,
+        "f_dpo": 2000.0,
+        "ipo": 5000.0,
+        "hinge": 5000.0,
+        "dmpo": 2000.0,
+        "alpha_dpo": 4000.0,
+        "dspo": 0.001,
+        "mapo": 0.1,
+        "seppo": 2000.0,
+        "diffusion_kto": 5000.0,
+    }
+)
+"""The β that an objective has where the config gives none (xdpo.loss has the sources)."""
+
 REFERENCE_FREE = frozenset({"mapo", "sft"})
 """The objectives that need no reference."""
 
@@ -182,7 +200,9 @@ class LossConfig(Section):
     """The preference objective and the numbers of its formula. Keys that are null have their published value."""
 
     name: Literal[tuple(OBJECTIVE_KEYS)] = Field("xdpo", description="objective")
-    beta: PositiveNumber = Field(1000.0, description="β, strength of the pull to the reference")
+    beta: PositiveNumber | None = Field(
+        None, description="β, strength of the pull to the reference; null: the objective's published one"
+    )
     eta: NonNegativeNumber = Field(0.05, description="η, weight of the linear (logarithmic) reward")
     gamma: NonNegativeNumber = Field(1 / 6, description="γ, weight of the exponential (power) reward")
     n: PositiveNumber = Field(6.0, description="n, exponent of the power reward")
@@ -215,6 +235,13 @@ class LossConfig(Section):
     desirable_weight: PositiveNumber | None = Field(None, description="diffusion_kto: weight of a desirable image")
     undesirable_weight: PositiveNumber | None = Field(None, description="diffusion_kto: weight of any other image")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _published_beta(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("beta") is None:
+            return {**values, "beta": PUBLISHED_BETA.get(values.get("name", cls.model_fields["name"].default))}
+        return values
+
     @property
     def numbers(self) -> dict[str, float | str]:
         """What the objective's function takes: the keys that act in it and have a value."""
@@ -234,6 +261,12 @@ class LossConfig(Section):
     def _has_a_gradient(self):
         if self.name == "xdpo" and self.eta == 0 and self.gamma == 0:
             raise ValueError("eta and gamma are both 0, so that the loss has no gradient; raise one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _alpha_is_in_range(self):
+        if self.name in ("dmpo", "alpha_dpo") and self.alpha is not None and self.alpha >= 1:
+            raise ValueError(f"alpha (got {self.alpha}) must lie between 0 and 1 in {self.name}")
         return self
 
     @model_validator(mode="after")

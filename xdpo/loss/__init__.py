@@ -4,10 +4,8 @@ xdpo.py is the paper on a page; the objectives that it is compared with stand be
 """
 
 from xdpo.loss.modifiers import margin_weights, negative_log_sigmoid, preference_probability, safeguard
-from xdpo.loss.pairwise import confidence_sum_and_count
 from xdpo.loss.registry import LOSSES, OBJECTIVES, Objective
 from xdpo.loss.types import MAX_EXPONENT, LossOutput, PairErrors, UnpairedErrors
-from xdpo.loss.unpaired import gain_sum_and_count, reference_point
 from xdpo.loss.xdpo import clamp_count, diffusion_dpo_loss, diffusion_dpo_margin, xdpo_loss, xdpo_margin
 
 __all__ = [
@@ -19,14 +17,11 @@ __all__ = [
     "PairErrors",
     "UnpairedErrors",
     "clamp_count",
-    "confidence_sum_and_count",
     "diffusion_dpo_loss",
     "diffusion_dpo_margin",
-    "gain_sum_and_count",
     "margin_weights",
     "negative_log_sigmoid",
     "preference_probability",
-    "reference_point",
     "safeguard",
     "xdpo_loss",
     "xdpo_margin",

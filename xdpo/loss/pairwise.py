@@ -64,8 +64,8 @@ def alpha_dpo(errors: PairErrors, *, beta: Beta = 4000.0, alpha: Beta = 0.9999) 
     """The α-divergence of p = σ(s) from certainty: (p^α − (1 − α) − α·p) / (α·(α − 1)), 0 < α < 1.
 
     Source: α-DPO for diffusion (ICLR 2026) and its public code, whose launcher (SDXL) has β = 4000 and α = 0.9999.
-    There α is then multiplied by the mean of σ(s) over the global batch, from the first step on: pass that product,
-    which confidence_sum_and_count is for. α may be a 0-d tensor or (B,).
+    There α is then multiplied by the mean of σ(s) over the global batch, from the first step on, so that its runs have
+    an α of about a half; here it stays what it is. α may be a 0-d tensor or (B,).
     Limits: α → 0 is −ln p − (1 − p), DPO and a bounded term; α → 1 is p·ln p + 1 − p. Bounded by 1/α, so the slope
     fades where a pair is very wrong.
     """
@@ -74,12 +74,6 @@ def alpha_dpo(errors: PairErrors, *, beta: Beta = 4000.0, alpha: Beta = 0.9999) 
     # p^α − p = −p^α·(p^(1−α) − 1): nothing cancels as α → 1, and no exponent is positive.
     power = -torch.exp(alpha * log_p) * torch.expm1((1 - alpha) * log_p)
     return _output((torch.sigmoid(-margin) - power / (1 - alpha)) / alpha, margin)
-
-
-def confidence_sum_and_count(errors: PairErrors, *, beta: Beta) -> Tensor:
-    """(2,): the sum of σ(s) over this process's pairs and their number, to be summed over processes for α-DPO's α."""
-    confidence = torch.sigmoid(diffusion_dpo_margin(errors, beta=beta).detach())
-    return torch.stack([confidence.sum(), torch.ones_like(confidence).sum()])
 
 
 def dspo(errors: PairErrors, *, policy_dot_reference: Tensor, beta: float = 0.001) -> LossOutput:

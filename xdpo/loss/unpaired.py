@@ -18,8 +18,9 @@ def diffusion_kto(
 ) -> LossOutput:
     """λ·(1 − U(v)), v = ±β·(g − z0): + for a desirable image, − for the others; g = e_ref − e_θ. Shapes (B,).
 
-    z0 is the reference point, a 0-d tensor (see gain_sum_and_count), cut from the graph; λ is the image's class
-    weight. There is no ½ at β here. The margin that is returned is v.
+    z0 is the reference point, a 0-d tensor, cut from the graph: max(0, mean of g), of which the training takes the
+    mean over the whole batch, all processes, of the optimizer step before. λ is the image's class weight. There is no
+    ½ at β here. The margin that is returned is v.
 
     utility        U(v)            slope
     kto            σ(v)            greatest at v = 0, fades to both sides
@@ -46,24 +47,6 @@ def diffusion_kto(
             raise ValueError(f"unknown utility {utility!r}; choose from kto, loss_averse, risk_seeking")
     weight = label * desirable_weight + (1 - label) * undesirable_weight
     return LossOutput(weight * loss, value, no_exponents(value))
-
-
-def gain_sum_and_count(errors: UnpairedErrors) -> Tensor:
-    """(2,): the sum of g = e_ref − e_θ over this process's images, and their number, without gradient.
-
-    Summed over all processes, reference_point makes z0 of it.
-    """
-    gain = _gain(errors).detach()
-    return torch.stack([gain.sum(), torch.ones_like(gain).sum()])
-
-
-def reference_point(sum_and_count: Tensor) -> Tensor:
-    """z0 = max(0, mean of g), 0-d: how much better than the reference the policy is by now, on the global batch.
-
-    Source: the default of Diffusion-KTO's code. (Its paper speaks of unrelated pairs of image and caption, whose
-    errors may be given to gain_sum_and_count just as well.)
-    """
-    return (sum_and_count[0] / sum_and_count[1]).clamp(min=0)
 
 
 def _gain(errors: UnpairedErrors) -> Tensor:

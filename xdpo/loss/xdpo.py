@@ -97,12 +97,7 @@ def xdpo(
     return LossOutput(negative_log_sigmoid(margin, label_smoothing), margin, clamp_count(errors, n, reward))
 
 
-def diffusion_dpo(
-    errors: PairErrors, *, beta: Beta = 2000.0, label_smoothing: float = 0.0, **_inherited: object
-) -> LossOutput:
-    """The objective `diffusion_dpo`; β = 2000 is its paper's for SD1.5 (its launcher has 5000).
-
-    A config of Diffusion-DPO inherits the section's η, γ, n and reward; they don't act here.
-    """
+def diffusion_dpo(errors: PairErrors, *, beta: Beta = 2000.0, label_smoothing: float = 0.0) -> LossOutput:
+    """The objective `diffusion_dpo`; β = 2000 is its paper's for SD1.5 (its launcher has 5000)."""
     margin = diffusion_dpo_margin(errors, beta=beta)
     return LossOutput(negative_log_sigmoid(margin, label_smoothing), margin, no_exponents(margin))
