@@ -16,7 +16,7 @@ from xdpo.report.results import Benchmark
 # Okabe and Ito's colours, told apart by colour-blind readers too; grey is the baseline's.
 BASELINE_COLOUR = "#8a919e"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5cc0", "#444444")
-_STYLE = {
+STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -42,7 +42,7 @@ def metric_bars(benchmark: Benchmark, baseline: str) -> Figure:
     models, scorers = benchmark.models, benchmark.scorers
     columns = min(3, len(scorers))
     rows = -(-len(scorers) // columns)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         size = (1.2 + 3.3 * columns, rows * (0.9 + 0.34 * len(models)))
         figure = Figure(figsize=size, layout="constrained")
         panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
@@ -99,7 +99,7 @@ def _any_published(benchmark: Benchmark, baseline: str) -> bool:
 def win_rate_bars(benchmark: Benchmark, baseline: str, colours: Mapping[str, str]) -> Figure:
     """Paired win rates against a baseline with bootstrap intervals, by metric (as the paper's Figure 3, bottom)."""
     others = [model for model in benchmark.models if model != baseline]
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         height = 1.1 + len(benchmark.scorers) * (0.25 + 0.27 * len(others))
         figure = Figure(figsize=(8, height), layout="constrained")
         axes = figure.subplots()
@@ -131,7 +131,7 @@ def win_rate_bars(benchmark: Benchmark, baseline: str, colours: Mapping[str, str
 
 def quality_curves(benchmark: Benchmark, curves: Sequence[Curve]) -> Figure:
     """Mean score against training pairs and against hours, a row per metric, a line per run (the paper's Figure 4)."""
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         size = (8.5, 0.6 + 2.1 * len(benchmark.scorers))
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(len(benchmark.scorers), 2, squeeze=False, sharey="row")
@@ -157,7 +157,7 @@ def save(figure: Figure, path: Path) -> list[Path]:
     """Write `path`.png and `path`.svg; returns both."""
     path.parent.mkdir(parents=True, exist_ok=True)
     png, svg = (path.with_name(path.name + suffix) for suffix in (".png", ".svg"))  # a model's name may have a dot
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure.savefig(png, dpi=150, facecolor="white")
         figure.savefig(svg, metadata={"Date": None})
     return [png, svg]

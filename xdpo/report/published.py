@@ -85,6 +85,16 @@ def user_study() -> str:
     return f"Published user study (majority of five annotators, 200 HPSv2 prompts): xDPO is preferred in {rates}."
 
 
+def published_user_study(benchmark: str, question: str, baseline: str) -> float | None:
+    """The printed share of prompts on which xDPO won against a baseline, recognised by its name; None without one."""
+    if (benchmark, question) != ("hpsv2", "preference"):
+        return None
+    for method, rate in _tables()["user_study"].items():
+        if _is_named(baseline, _tables()["methods"][method]["aliases"]):
+            return rate / 100
+    return None
+
+
 def _rows(
     dataset: str,
     lines: Sequence[_Line],

@@ -1,0 +1,460 @@
+"""The user study without a browser: building blind pairs, dealing them out, votes that stay, counts checked by hand."""
+
+import json
+import re
+import sqlite3
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from scipy.stats import binomtest
+
+from xdpo.study import analysis, power, report
+from xdpo.study.build import Plan, build_study
+from xdpo.study.folder import Key, Links, Study, StudyError
+from xdpo.study.static import export, import_votes
+from xdpo.study.votes import ConflictError, Vote, VoteStore
+
+PLAN = Plan(sample=None, seed=0, votes_per_pair=3, annotators=4, repeats=1, obvious=1, image_side=None)
+COLOURS = {"ours": (200, 30, 30), "theirs": (30, 30, 200), "others": (30, 200, 30)}
+PROMPTS = {("set_a", "style"): ["a red fox", "two blue boats"], ("set_b", ""): ["three owls", "one old bridge"]}
+
+
+def make_images(folder, model, prompts=PROMPTS, side=16):
+    """A folder as generate.py leaves it, every image with the model's name in its metadata."""
+    for (benchmark, category), texts in prompts.items():
+        rows = []
+        for index, prompt in enumerate(texts):
+            name = f"{category}/{index:05d}.png" if category else f"{index:05d}.png"
+            path = folder / benchmark / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            red, green, blue = COLOURS[model]
+            info = PngInfo()
+            info.add_text("parameters", f"made by {model}")
+            Image.new("RGB", (side, side), (red, green, blue + index)).save(path, pnginfo=info)
+            rows.append({"file": name, "category": category, "index": index, "prompt": prompt, "model": model})
+        (folder / benchmark / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return model, folder
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return [make_images(tmp_path / name, name) for name in COLOURS]
+
+
+@pytest.fixture
+def study(tmp_path, folders):
+    return build_study(tmp_path / "study", folders[0], folders[1:], PLAN)
+
+
+def vote_as(study, number, task, **answers):
+    return Vote(task.task, number, {"preference": "left", "alignment": "left"} | answers, 1.0, "2026-01-01T00:00:00Z")
+
+
+def vote_for(study, key, wanted, annotators=None):
+    """Votes of all annotators on all their tasks: wanted(number, item, question) names the image's label."""
+    votes = []
+    for number, tasks in enumerate(study.tasks, start=1):
+        if annotators is None or number in annotators:
+            for task in tasks:
+                item = key.items[task.item]
+                answers = {}
+                for question in ("preference", "alignment"):
+                    label = wanted(number, item, question)
+                    answers[question] = "left" if item.images[task.left] == label else "right"
+                votes.append(Vote(task.task, number, answers, None, "2026-01-01T00:00:00Z"))
+    return votes
+
+
+# --- building --------------------------------------------------------------------------------------------
+
+
+def test_every_pair_is_dealt_to_as_many_annotators_as_votes_are_wanted(study):
+    key = Key.load(study)
+    pairs = {name for name, item in key.items.items() if item.kind == "pair"}
+    assert len(pairs) == 4 * 2
+    dealt = Counter()
+    for tasks in study.tasks:
+        own = [task.item for task in tasks if task.item in pairs and task.task not in key.repeats]
+        assert len(own) == len(set(own)) == 6  # 8 pairs × 3 votes / 4 annotators
+        dealt.update(own)
+        assert [key.items[task.item].kind for task in tasks].count("obvious") == 1
+    assert set(dealt.values()) == {3} and set(dealt) == pairs
+
+
+def test_a_repeat_comes_after_what_it_repeats_with_its_sides_exchanged(study):
+    key = Key.load(study)
+    assert len(key.repeats) == 4
+    for tasks in study.tasks:
+        places = {task.task: place for place, task in enumerate(tasks)}
+        for again, first in ((tasks[places[a]], tasks[places[f]]) for a, f in key.repeats.items() if a in places):
+            assert places[again.task] > places[first.task] and again.item == first.item
+            assert (again.left, again.right) == (first.right, first.left)
+
+
+def test_sides_and_order_are_drawn_for_every_annotator_from_the_seed(tmp_path, folders):
+    def order(name, seed):
+        study = build_study(tmp_path / name, folders[0], folders[1:], Plan(None, seed, 4, 4, 0, 0, None))
+        key = Key.load(study)
+
+        def shown(task):
+            item = key.items[task.item]
+            return item.benchmark, item.key, item.baseline, item.images[task.left]
+
+        return [[shown(task) for task in tasks] for tasks in study.tasks]
+
+    one, again, other = order("one", 0), order("again", 0), order("other", 1)
+    assert one == again != other
+    assert len({tuple(tasks) for tasks in one}) == 4
+    lefts = Counter(shown[3] == "ours" for tasks in one for shown in tasks)
+    assert min(lefts.values()) >= 6  # of 32 coins
+
+
+def test_prompts_are_drawn_from_every_benchmark_as_asked(tmp_path, folders):
+    plan = Plan({"set_a": 1, "set_b": 2}, 0, 1, 1, 0, 0, None)
+    key = Key.load(build_study(tmp_path / "study", folders[0], folders[1:2], plan))
+    assert Counter(item.benchmark for item in key.items.values()) == {"set_a": 1, "set_b": 2}
+
+    with pytest.raises(StudyError, match=r"wants 5 prompts of 'set_a'; the folders have set_a 2, set_b 2"):
+        build_study(tmp_path / "more", folders[0], folders[1:2], Plan({"set_a": 5}, 0, 1, 1, 0, 0, None))
+
+
+def test_nothing_that_an_annotator_gets_tells_the_models_apart(study):
+    told = re.compile("|".join([*COLOURS, "made by", "set_a", "set_b", "style", "obvious", "repeat", "baseline"]))
+    assert not told.search((study.folder / "study.json").read_text())
+    names = [path.name for path in (study.folder / "images").iterdir()]
+    assert len(names) == 2 * len(study.prompts) and not any(told.search(name) for name in names)
+    for path in (study.folder / "images").iterdir():
+        with Image.open(path) as image:
+            assert image.info == {} and image.format == "PNG"
+        assert b"made by" not in path.read_bytes() and b"tEXt" not in path.read_bytes()
+    shown = Counter(name for tasks in study.tasks for task in tasks for name in {task.left, task.right})
+    key = Key.load(study)
+    by_label = Counter(key.items[item].images[name] for item in key.items for name in key.items[item].images)
+    assert len(shown) == sum(by_label.values())  # no name stands in two items
+    assert (study.folder / "links.json").stat().st_mode & 0o077 == 0
+
+
+def test_the_obvious_pair_shows_the_image_of_the_prompt_that_is_least_alike(study):
+    item = next(item for item in Key.load(study).items.values() if item.kind == "obvious")
+    assert sorted(item.images.values()) == ["right", "wrong"] and item.baseline is None
+
+
+def without(prompts, key, place):
+    changed = {name: list(texts) for name, texts in prompts.items()}
+    del changed[key][place]
+    return changed
+
+
+def test_folders_that_do_not_match_are_refused_naming_the_prompts(tmp_path, folders):
+    fewer = make_images(tmp_path / "fewer", "theirs", without(PROMPTS, ("set_a", "style"), 1))
+    with pytest.raises(StudyError, match=r"theirs has no image for 1 prompts that ours has \(set_a style/1\)"):
+        build_study(tmp_path / "study", folders[0], [fewer], PLAN)
+    reworded = make_images(tmp_path / "reworded", "theirs", PROMPTS | {("set_b", ""): ["three owls", "a new bridge"]})
+    with pytest.raises(StudyError, match="set_b 1 is 'one old bridge' in ours and 'a new bridge' in theirs"):
+        build_study(tmp_path / "study", folders[0], [reworded], PLAN)
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "set_b" / "00001.png").write_bytes(b"\x89PNG\r\n"), "00001.png can't be read"),
+        (lambda folder: (folder / "set_b" / "00001.png").unlink(), "listed in the manifest but missing"),
+        (lambda folder: (folder / "set_a" / "manifest.jsonl").unlink(), "has no manifest"),
+    ],
+)
+def test_unreadable_missing_and_unnamed_images_are_refused_and_leave_nothing(tmp_path, folders, damage, message):
+    damage(folders[1][1])
+    with pytest.raises(StudyError, match=message):
+        build_study(tmp_path / "study", folders[0], [folders[1]], PLAN)
+    assert not (tmp_path / "study").exists()
+
+
+def test_images_of_different_size_are_refused_unless_scaled(tmp_path, folders):
+    larger = make_images(tmp_path / "larger", "theirs", side=32)
+    with pytest.raises(StudyError, match="differ in size, which tells them apart"):
+        build_study(tmp_path / "study", folders[0], [larger], PLAN)
+    scaled = Plan(None, 0, 1, 1, 0, 0, image_side=24)
+    study = build_study(tmp_path / "study", folders[0], [larger], scaled)
+    assert {Image.open(path).size for path in (study.folder / "images").iterdir()} == {(24, 24)}
+
+
+def test_a_folder_with_something_in_it_too_few_annotators_and_names_twice_are_refused(tmp_path, folders, study):
+    with pytest.raises(StudyError, match="votes may be in it"):
+        build_study(study.folder, folders[0], folders[1:], PLAN)
+    with pytest.raises(StudyError, match="nobody votes twice; got 2"):
+        build_study(tmp_path / "new", folders[0], folders[1:], Plan(None, 0, 3, 2, 0, 0, None))
+    with pytest.raises(StudyError, match="two folders are called 'ours'"):
+        build_study(tmp_path / "new", folders[0], [folders[0]], PLAN)
+
+
+# --- votes -----------------------------------------------------------------------------------------------
+
+
+def test_the_same_vote_twice_is_one_and_another_is_a_conflict(study):
+    store, task = VoteStore(study), study.tasks[0][0]
+    assert store.add(vote_as(study, 1, task)) == 1 and store.add(vote_as(study, 1, task)) == 0
+    with pytest.raises(ConflictError, match="already answered otherwise"):
+        store.add(vote_as(study, 1, task, preference="right"))
+    assert [vote.answers for vote in VoteStore(study).all()] == [{"preference": "left", "alignment": "left"}]
+
+
+def test_undo_takes_back_an_annotators_own_last_vote(study):
+    store = VoteStore(study)
+    store.add(vote_as(study, 1, study.tasks[0][0]))
+    store.add(vote_as(study, 1, study.tasks[0][1], preference="right"))
+    store.add(vote_as(study, 2, study.tasks[1][0]))
+    assert store.withdraw_last(1) == {"preference": "right", "alignment": "left"}
+    assert store.tasks_of(1) == [study.tasks[0][0].task] and len(store.tasks_of(2)) == 1
+    store.withdraw_last(1)
+    with pytest.raises(ConflictError, match="nothing to undo"):
+        store.withdraw_last(1)
+
+
+def test_a_damaged_database_and_one_of_another_study_are_refused_and_left_alone(tmp_path, study, folders):
+    VoteStore(study).add(vote_as(study, 1, study.tasks[0][0]))
+    other = build_study(tmp_path / "other", folders[0], folders[1:], PLAN)
+    connection = sqlite3.connect(study.folder / "votes.sqlite")
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    content = (study.folder / "votes.sqlite").read_bytes()
+    (other.folder / "votes.sqlite").write_bytes(content)
+    with pytest.raises(StudyError, match="holds the votes of another study"):
+        VoteStore(other)
+    damaged = content[:100] + b"\xff" * 4000 + content[4100:]
+    (study.folder / "votes.sqlite").write_bytes(damaged)
+    with pytest.raises(StudyError, match="is damaged"):
+        VoteStore(study)
+    assert (study.folder / "votes.sqlite").read_bytes() == damaged
+
+
+@pytest.mark.parametrize("name", ["study.json", "key.json", "links.json"])
+def test_a_damaged_file_of_the_study_is_named(study, name):
+    (study.folder / name).write_text('{"study": ')
+    with pytest.raises(StudyError, match=f"{name} is damaged"):
+        Key.load(Study.load(study.folder))
+        Links.load(study.folder)
+
+
+# --- without a server ------------------------------------------------------------------------------------
+
+
+def saved_file(tmp_path, study, number, votes, study_id=None):
+    rows = [{"task": v.task, "answers": dict(v.answers), "seconds": v.seconds, "at": v.at} for v in votes]
+    path = tmp_path / f"votes-{number}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"study": study_id or study.id, "annotator": number, "votes": rows}))
+    return path
+
+
+def test_an_exported_study_has_all_its_images_and_its_votes_come_back_once(tmp_path, study):
+    pages = export(study, tmp_path / "static")
+    assert pages[0] == tmp_path / "static" / "annotator_01" / "index.html" and len(pages) == 4
+    for number, page in enumerate(pages, start=1):
+        content = json.loads((page.parent / "study.js").read_text().removeprefix("window.STUDY = ").rstrip(";\n"))
+        assert content["id"] == study.id and content["annotator"] == number
+        for task, known in zip(content["tasks"], study.tasks[number - 1], strict=True):
+            for side in ("left", "right"):
+                source = study.folder / "images" / f"{getattr(known, side)}.png"
+                assert (page.parent / task[side]).read_bytes() == source.read_bytes()
+        assert set(re.findall(r'(?:src|href)="([^"#]+)"', page.read_text())) <= {
+            path.name for path in page.parent.iterdir()
+        }
+        assert not re.search("ours|theirs|others", (page.parent / "study.js").read_text())
+    votes = [vote_as(study, 2, task) for task in study.tasks[1][:3]]
+    file = saved_file(tmp_path, study, 2, votes)
+    assert import_votes(study, file) == (3, 0) and import_votes(study, file) == (0, 3)
+    with pytest.raises(StudyError, match="is there already"):
+        export(study, tmp_path / "static")
+    with pytest.raises(StudyError, match="annotators 1 to 4, got 9"):
+        export(study, tmp_path / "new", [9])
+
+
+def test_foreign_false_and_contradicting_votes_are_refused_whole(tmp_path, study):
+    first, second = (vote_as(study, 2, task) for task in study.tasks[1][:2])
+    refused = {
+        "votes of another study": saved_file(tmp_path / "a", study, 2, [first], study_id="0123"),
+        "is not annotator 3's": saved_file(tmp_path / "b", study, 3, [first]),
+        "two votes on one task": saved_file(tmp_path / "c", study, 2, [first, first]),
+    }
+    for message, path in refused.items():
+        with pytest.raises(StudyError, match=message):
+            import_votes(study, path)
+    (tmp_path / "nonsense.json").write_text("[1, 2]")
+    with pytest.raises(StudyError, match="holds no votes"):
+        import_votes(study, tmp_path / "nonsense.json")
+    wrong = Vote(second.task, 2, {"preference": "both", "alignment": "left"}, None, second.at)
+    with pytest.raises(StudyError, match="must be left or right, got 'both'"):
+        import_votes(study, saved_file(tmp_path, study, 2, [first, wrong]))
+    assert VoteStore(study).all() == []
+
+    VoteStore(study).add(second)
+    other = Vote(second.task, 2, {"preference": "right", "alignment": "left"}, None, second.at)
+    with pytest.raises(ConflictError, match="contradicts votes"):
+        import_votes(study, saved_file(tmp_path, study, 2, [first, other]))
+    assert len(VoteStore(study).all()) == 1
+
+
+# --- analysis --------------------------------------------------------------------------------------------
+
+
+def test_majorities_win_rates_and_single_votes_by_hand(tmp_path, folders):
+    """Two pairs, three annotators: 3–0 and 1–2 on preference, 2–1 and 0–3 on alignment."""
+    plan = Plan({"set_a": 2}, 0, 3, 3, 0, 0, None)
+    study = build_study(tmp_path / "study", folders[0], folders[1:2], plan)
+    key = Key.load(study)
+    ours = {("preference", "style/0"): {1, 2, 3}, ("preference", "style/1"): {2}, ("alignment", "style/0"): {1, 3}}
+
+    def wanted(number, item, question):
+        return "ours" if number in ours.get((question, item.key), ()) else "theirs"
+
+    votes = vote_for(study, key, wanted)
+    found = {(r.question, r.category): r for r in analysis.results(study, key, analysis.judgements(study, key, votes))}
+    preference, alignment = found["preference", "all"], found["alignment", "all"]
+    assert (preference.wins, preference.losses, preference.undecided, preference.votes) == (1, 1, 0, 6)
+    assert (alignment.wins, alignment.losses) == (1, 1)
+    assert preference.vote_rate == 4 / 6 and alignment.vote_rate == 2 / 6
+    assert preference.win_rate == 0.5 and preference.sign_test == 1.0
+    expected = binomtest(1, 2).proportion_ci(method="wilson")
+    assert preference.interval == pytest.approx((expected.low, expected.high), rel=1e-6)
+    # Fleiss: agreement of the pairs 1 and 1/3; by chance (4/6)² + (2/6)² = 5/9.
+    assert preference.kappa == pytest.approx((2 / 3 - 5 / 9) / (1 - 5 / 9))
+    assert found["preference", "style"].wins == 1
+
+    some = vote_for(study, key, wanted, annotators={1})
+    result = analysis.results(study, key, analysis.judgements(study, key, some))[0]
+    assert (result.wins, result.losses, result.undecided, result.win_rate, result.kappa) == (0, 0, 2, None, None)
+
+
+def test_fleiss_kappa_of_the_paper_that_made_it():
+    """Fleiss 1971's layout as in its well-known example: 10 subjects, 14 raters, 5 categories, κ = 0.210."""
+    counts = np.array(
+        [
+            [0, 0, 0, 0, 14],
+            [0, 2, 6, 4, 2],
+            [0, 0, 3, 5, 6],
+            [0, 3, 9, 2, 0],
+            [2, 2, 8, 1, 1],
+            [7, 7, 0, 0, 0],
+            [3, 2, 6, 3, 0],
+            [2, 5, 3, 2, 2],
+            [6, 5, 2, 1, 0],
+            [0, 2, 2, 3, 7],
+        ]
+    )
+    assert analysis.fleiss_kappa(counts) == pytest.approx(0.210, abs=5e-4)
+    assert analysis.fleiss_kappa(np.array([[3, 0], [3, 0]])) is None
+    assert analysis.fleiss_kappa(np.array([[3, 0], [0, 3]])) == 1
+
+
+def many_prompts(count):
+    return {("set_a", ""): [f"prompt number {number} of many" for number in range(count)]}
+
+
+def test_annotators_with_a_known_preference_are_recovered_within_the_interval(tmp_path):
+    """An independent count: the same votes by a dictionary of pairs, and the truth behind them."""
+    prompts, rate = many_prompts(150), 0.7
+    folders = [make_images(tmp_path / name, name, prompts, side=4) for name in ("ours", "theirs")]
+    study = build_study(tmp_path / "study", folders[0], folders[1:], Plan(None, 3, 5, 8, 2, 2, None))
+    key, rng = Key.load(study), np.random.default_rng(0)
+
+    def wanted(number, item, question):
+        if item.kind == "obvious":
+            return "right"
+        return "ours" if rng.random() < rate else "theirs"
+
+    votes = vote_for(study, key, wanted)
+    result = analysis.results(study, key, analysis.judgements(study, key, votes))[0]
+
+    counted: dict = {}
+    for vote in votes:
+        _, task = study.owner_of[vote.task]
+        if key.items[task.item].kind == "pair" and vote.task not in key.repeats:
+            chosen = key.items[task.item].images[getattr(task, vote.answers["preference"])]
+            counted.setdefault(task.item, []).append(chosen)
+    assert {len(chosen) for chosen in counted.values()} == {5}
+    wins = sum(chosen.count("ours") >= 3 for chosen in counted.values())
+    assert (result.wins, result.losses, result.undecided) == (wins, 150 - wins, 0)
+    truth = power.power(150, 5, rate).majority_rate
+    assert result.interval[0] < truth < result.interval[1]
+    assert abs(result.vote_rate - rate) < 4 * np.sqrt(rate * (1 - rate) / 750)
+    assert abs(result.kappa) < 0.1  # votes on a pair are independent here
+
+
+def test_failed_checks_are_counted_and_the_inattentive_left_out_once(study):
+    key = Key.load(study)
+    votes = vote_for(study, key, lambda number, item, question: {"pair": "ours", "obvious": "right"}[item.kind])
+    lazy = [Vote(v.task, 4, dict.fromkeys(v.answers, "left"), None, v.at) for v in votes if v.annotator == 4]
+    votes = [vote for vote in votes if vote.annotator != 4] + lazy
+    checks = analysis.attention(study, key, votes)
+    assert [(c.obvious, c.obvious_failed, c.repeats, c.repeats_failed) for c in checks[:3]] == [(1, 0, 2, 0)] * 3
+    assert (checks[3].repeats, checks[3].repeats_failed) == (2, 2)  # always left: a repeat has its sides exchanged
+    findings = report.find(study, key, votes, allowed_share=0.25)
+    assert findings.excluded == [4]
+    assert sum(r.votes for r in findings.without_inattentive) < sum(r.votes for r in findings.results)
+    assert all(result.losses == 0 for result in findings.without_inattentive)
+    assert "Annotators 4 failed too many checks" in report.markdown(findings)
+
+
+def test_the_report_has_a_table_a_figure_and_every_vote(tmp_path, study):
+    import pyarrow.parquet as pq
+
+    key = Key.load(study)
+    votes = vote_for(study, key, lambda number, item, question: {"pair": "theirs", "obvious": "right"}[item.kind])
+    path = report.write(report.find(study, key, votes, 0.25), tmp_path / "report")
+    table = pq.read_table(tmp_path / "report" / "votes.parquet").to_pylist()
+    assert len(table) == 2 * len(votes) and {row["kind"] for row in table} == {"pair", "repeat", "obvious"}
+    assert (tmp_path / "report" / "win_rates.png").stat().st_size > 5000
+    assert "| preference | theirs |" in path.read_text() and "76.4 %" in path.read_text()
+
+
+def test_the_published_rates_stand_at_their_question_benchmark_and_baseline():
+    from xdpo.report.published import published_user_study
+
+    assert published_user_study("hpsv2", "preference", "sd15") == 0.764
+    assert published_user_study("hpsv2", "alignment", "sd15") is None
+    assert published_user_study("partiprompts", "preference", "sd15") is None
+    assert published_user_study("hpsv2", "preference", "diffusion_kto") is None
+
+
+# --- planning --------------------------------------------------------------------------------------------
+
+
+def test_power_equals_simulated_studies():
+    rng = np.random.default_rng(1)
+    for prompts, annotators, rate in ((60, 5, 0.6), (40, 1, 0.7), (50, 4, 0.6)):
+        votes = rng.binomial(annotators, rate, size=(1500, prompts))
+        wins, losses = (2 * votes > annotators).sum(1), (2 * votes < annotators).sum(1)
+        seen = [binomtest(int(w), int(w + n)).pvalue < 0.05 for w, n in zip(wins, losses, strict=True)]
+        assert power.power(prompts, annotators, rate).power == pytest.approx(np.mean(seen), abs=4 * 0.5 / 1500**0.5)
+
+
+def test_majorities_of_alike_votes_tell_little_more_than_one():
+    alone = power.power(100, 1, 0.6).majority_rate
+    assert alone == pytest.approx(0.6)
+    assert power.power(100, 5, 0.6).majority_rate == pytest.approx(0.68256, abs=1e-5)  # Σ C(5,k)·0.6^k·0.4^(5−k), k ≥ 3
+    assert alone < power.power(100, 5, 0.6, spread=0.3).majority_rate < 0.65
+
+
+def test_the_fewest_prompts_reach_the_power_and_some_fewer_do_not():
+    needed = power.prompts_needed(5, 0.6)
+    assert power.power(needed, 5, 0.6).power >= 0.8 > power.power(needed - 10, 5, 0.6).power
+    assert power.prompts_needed(1, 0.501) is None
+
+
+@pytest.mark.parametrize("numbers", [(0, 5, 0.6), (10, 0, 0.6), (10, 5, 1.0)])
+def test_impossible_plans_are_refused(numbers):
+    with pytest.raises(ValueError, match="planning needs"):
+        power.power(*numbers)
+
+
+def test_the_pages_that_the_server_and_the_export_name_are_there():
+    from xdpo.study.server import PAGES, STATIC
+    from xdpo.study.static import PAGE_FILES
+
+    assert all((PAGES / name).is_file() for name in {*STATIC, *PAGE_FILES, "page.html", "admin.html"})
+    assert isinstance(PAGES, Path)

@@ -1,0 +1,229 @@
+"""From folders of images to a blind study: prompts drawn, images stripped of all but pixels, tasks dealt out."""
+
+import io
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from xdpo.checkpoint import writing_aside
+from xdpo.report.images import Picture, natural_order, read_model_folder
+from xdpo.study.folder import DEFAULT_TITLE, QUESTIONS, Item, Key, Links, Study, StudyError, Task
+
+Prompt = tuple[str, str]  # (benchmark, key of the prompt in it)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for. sample: prompts drawn of each benchmark, by name; a benchmark that isn't in it is left out,
+    and None takes all prompts of all."""
+
+    sample: Mapping[str, int] | None
+    seed: int
+    votes_per_pair: int
+    annotators: int
+    repeats: int  # pairs that every annotator sees a second time, sides exchanged
+    obvious: int  # checks with a known answer
+    image_side: int | None  # pixels to which all images are scaled; None: as they are
+    title: str = DEFAULT_TITLE
+
+
+def build_study(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple[str, Path]], plan: Plan) -> Study:
+    """Write the study of a model's images against each baseline's to `folder`; whole or not at all.
+
+    Raises StudyError for folders whose prompts do not match, images that can't be read or differ in size, and numbers
+    that don't go together.
+    """
+    _check(folder, model, baselines, plan)
+    rng = np.random.default_rng(plan.seed)
+    shown = {name: _pictures(name, path) for name, path in [model, *baselines]}
+    prompts = _draw(_common_prompts(model[0], shown), plan.sample, rng)
+    items, sources = _items(model[0], [name for name, _ in baselines], shown, prompts, plan.obvious)
+    tasks, repeats = _deal(items, plan, rng)
+    with writing_aside(folder) as aside:
+        study = Study(
+            folder=aside,
+            id=secrets.token_hex(8),
+            title=plan.title,
+            questions=QUESTIONS,
+            seed=plan.seed,
+            votes_per_pair=plan.votes_per_pair,
+            prompts={name: item.prompt for name, item in items.items()},
+            tasks=tasks,
+        )
+        study.save()
+        Key(model[0], [name for name, _ in baselines], items, repeats).save(aside, study.id)
+        Links(secrets.token_urlsafe(24), [secrets.token_urlsafe(24) for _ in tasks]).save(aside)
+        (aside / "images").mkdir()
+        for item in items.values():
+            _write_images(aside / "images", {name: sources[name] for name in item.images}, plan.image_side)
+    return Study.load(folder)
+
+
+def _check(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple[str, Path]], plan: Plan) -> None:
+    names = [model[0], *(name for name, _ in baselines)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise StudyError(f"two folders are called {twice[0]!r}; name them: NAME=FOLDER")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StudyError(f"{folder} is there already; votes may be in it. Choose another folder")
+    if plan.annotators < plan.votes_per_pair:
+        raise StudyError(
+            f"{plan.votes_per_pair} votes a pair need as many annotators, as nobody votes twice; got {plan.annotators}"
+        )
+
+
+def _pictures(model: str, folder: Path) -> dict[Prompt, Picture]:
+    """The first image of every prompt. Raises StudyError for a folder without prompts or with images missing."""
+    pictures, problems = read_model_folder(folder, model)
+    if missing := [problem for problem in problems if "missing" in problem.kind or "unreadable" in problem.kind]:
+        raise StudyError(f"{folder}: {missing[0].describe()}; make them again with generate.py")
+    if without := [picture.name for picture in pictures if picture.prompt is None]:
+        raise StudyError(
+            f"{folder} has no manifest, so the prompt of {without[0]} is unknown; use generate.py's folders"
+        )
+    return {(picture.prompt_set, picture.key): picture for picture in pictures if picture.repeat == 0}
+
+
+def _common_prompts(model: str, shown: Mapping[str, Mapping[Prompt, Picture]]) -> dict[str, list[Prompt]]:
+    """The prompts of each benchmark, in order. Raises StudyError, naming some, where models have different ones."""
+    own = shown[model]
+    for name, pictures in shown.items():
+        for here, there, lacking in ((own, pictures, name), (pictures, own, model)):
+            if only := sorted(here.keys() - there.keys()):
+                listed = ", ".join(f"{benchmark} {key}" for benchmark, key in only[:5])
+                raise StudyError(
+                    f"{lacking} has no image for {len(only)} prompts that {model if lacking == name else name} has "
+                    f"({listed}); a pair needs both. Make them with generate.py, with the same --prompts"
+                )
+        for prompt, picture in pictures.items():
+            if picture.prompt != own[prompt].prompt:
+                raise StudyError(
+                    f"{' '.join(prompt)} is {own[prompt].prompt!r} in {model} and {picture.prompt!r} in {name}; "
+                    "a pair needs one prompt"
+                )
+    by_benchmark: dict[str, list[Prompt]] = {}
+    for prompt in sorted(own, key=lambda prompt: (prompt[0], natural_order(prompt[1]))):
+        by_benchmark.setdefault(prompt[0], []).append(prompt)
+    return by_benchmark
+
+
+def _draw(
+    prompts: Mapping[str, Sequence[Prompt]], sample: Mapping[str, int] | None, rng: np.random.Generator
+) -> list[Prompt]:
+    """Prompts of each benchmark drawn without replacement, in their order."""
+    sample = {name: len(found) for name, found in prompts.items()} if sample is None else sample
+    drawn: list[Prompt] = []
+    for benchmark, count in sample.items():
+        found = prompts.get(benchmark, ())
+        if count > len(found):
+            have = ", ".join(f"{name} {len(found)}" for name, found in prompts.items())
+            raise StudyError(f"--sample wants {count} prompts of {benchmark!r}; the folders have {have}")
+        drawn += [found[place] for place in sorted(rng.permutation(len(found))[:count])]
+    if not drawn:
+        raise StudyError("no prompt was drawn; raise --sample")
+    return drawn
+
+
+def _items(
+    model: str,
+    baselines: Sequence[str],
+    shown: Mapping[str, Mapping[Prompt, Picture]],
+    prompts: Sequence[Prompt],
+    obvious: int,
+) -> tuple[dict[str, Item], dict[str, Picture]]:
+    """All items by their random names, and the source of every image."""
+    items, sources = {}, {}
+
+    def add(prompt: Prompt, kind: str, pictures: Mapping[str, Picture], baseline: str | None) -> None:
+        names = {label: secrets.token_hex(8) for label in pictures}  # of every item anew: a name must not recur
+        picture = shown[model][prompt]
+        items[secrets.token_hex(8)] = Item(
+            kind=kind,
+            benchmark=picture.prompt_set,
+            category=picture.category,
+            key=picture.key,
+            prompt=picture.prompt,
+            images={name: label for label, name in names.items()},
+            baseline=baseline,
+        )
+        sources.update({names[label]: source for label, source in pictures.items()})
+
+    for prompt in prompts:
+        for baseline in baselines:
+            pair = {model: shown[model][prompt], baseline: shown[baseline][prompt]}
+            add(prompt, "pair", pair, baseline)
+    for number in range(obvious):
+        prompt = prompts[number * len(prompts) // obvious]
+        other = _least_alike(prompt, prompts, shown[model])
+        add(prompt, "obvious", {"right": shown[model][prompt], "wrong": shown[model][other]}, None)
+    return items, sources
+
+
+def _least_alike(prompt: Prompt, prompts: Sequence[Prompt], pictures: Mapping[Prompt, Picture]) -> Prompt:
+    """The prompt that shares the fewest words with `prompt`. Raises StudyError where there is no other."""
+    words = set(pictures[prompt].prompt.lower().split())
+
+    def shared(other: Prompt) -> float:
+        theirs = set(pictures[other].prompt.lower().split())
+        return len(words & theirs) / max(1, len(words | theirs))
+
+    others = [other for other in prompts if pictures[other].prompt != pictures[prompt].prompt]
+    if not others:
+        raise StudyError("an obvious pair needs the image of another prompt; draw more prompts, or set --obvious 0")
+    return min(others, key=shared)
+
+
+def _deal(items: Mapping[str, Item], plan: Plan, rng: np.random.Generator) -> tuple[list[list[Task]], dict[str, str]]:
+    """Every pair to `votes_per_pair` annotators, shares equal to one; checks to all. Tasks, and which repeats which."""
+    pairs = [name for name, item in items.items() if item.kind == "pair"]
+    checks = [name for name, item in items.items() if item.kind == "obvious"]
+    shares: list[list[str]] = [[] for _ in range(plan.annotators)]
+    for place, pair in enumerate(rng.permutation(pairs)):
+        for vote in range(plan.votes_per_pair):
+            shares[(place * plan.votes_per_pair + vote) % plan.annotators].append(str(pair))
+    dealt, repeats = [], {}
+    for share in shares:
+        tasks = [_task(items, item, bool(rng.integers(2))) for item in rng.permutation([*share, *checks])]
+        if plan.repeats > len(share):
+            raise StudyError(f"--repeats {plan.repeats} is more than the {len(share)} pairs of an annotator")
+        for item in rng.permutation(share)[: plan.repeats]:
+            first = next(place for place, task in enumerate(tasks) if task.item == item)
+            again = Task(secrets.token_hex(8), str(item), tasks[first].right, tasks[first].left)
+            repeats[again.task] = tasks[first].task
+            # As late as it can be for some distance; never before what it repeats.
+            tasks.insert(int(rng.integers(max(first + 1, len(tasks) * 2 // 3), len(tasks) + 1)), again)
+        dealt.append(tasks)
+    return dealt, repeats
+
+
+def _task(items: Mapping[str, Item], item: str, swapped: bool) -> Task:
+    left, right = list(items[item].images)
+    return Task(secrets.token_hex(8), str(item), *((right, left) if swapped else (left, right)))
+
+
+def _write_images(folder: Path, sources: Mapping[str, Picture], side: int | None) -> None:
+    """Write an item's two images as PNG with nothing but pixels."""
+    images = {name: _pixels(picture) for name, picture in sources.items()}
+    if side is not None:
+        images = {name: image.resize((side, side), Image.Resampling.LANCZOS) for name, image in images.items()}
+    sizes = {image.size for image in images.values()}
+    if len(sizes) > 1:
+        shown = ", ".join(f"{picture.path} {images[name].size}" for name, picture in sources.items())
+        raise StudyError(f"two images of a pair differ in size, which tells them apart: {shown}; give --image-side")
+    for name, image in images.items():
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        (folder / f"{name}.png").write_bytes(buffer.getvalue())
+
+
+def _pixels(picture: Picture) -> Image.Image:
+    """An image rebuilt from its pixels: no EXIF, no text chunk, no profile comes along."""
+    try:
+        with Image.open(picture.path) as image:
+            rgb = image.convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise StudyError(f"{picture.path} can't be read: {error}; make it again with generate.py") from None
+    return Image.frombytes("RGB", rgb.size, rgb.tobytes())

@@ -1,0 +1,186 @@
+"""A study's folder, and what of it an annotator may see.
+
+```
+STUDY/
+  study.json    title, questions, items with their prompts, every annotator's tasks: nothing that tells models apart
+  key.json      what the items are: which image is whose, benchmark, style, checks. Read by the analysis, never served
+  links.json    the secret links
+  images/       pixels alone, all in one format, under random names
+  votes.sqlite  the votes
+```
+
+An annotator's task shows an item's two images, left and right as drawn for this annotator. The names of items, images
+and tasks are random; only key.json knows more.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+DEFAULT_TITLE = "Which image is better?"
+SIDES = ("left", "right")
+QUESTIONS = (
+    {"id": "preference", "text": "Given the same prompt, which image do you personally prefer?"},
+    {"id": "alignment", "text": "Which image better matches the textual description?"},
+)
+"""The paper's two questions."""
+
+
+class StudyError(ValueError):
+    """A study that can't be built, read or voted in; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """An item as one annotator sees it; left and right are image names."""
+
+    task: str
+    item: str
+    left: str
+    right: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """What an item is, for the analysis.
+
+    kind: "pair", one image of the tested model and one of a baseline; or "obvious", a check whose right answer to the
+    question of alignment is known. images: image name → model; of a check, name → "right" or "wrong".
+    """
+
+    kind: str
+    benchmark: str
+    category: str
+    key: str  # of the prompt within its benchmark
+    prompt: str
+    images: Mapping[str, str]
+    baseline: str | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as it stands in study.json. Annotators are numbered from 1: tasks[n − 1] are annotator n's, in order."""
+
+    folder: Path
+    id: str
+    title: str
+    questions: Sequence[Mapping[str, str]]
+    seed: int
+    votes_per_pair: int
+    prompts: Mapping[str, str]  # by item
+    tasks: Sequence[Sequence[Task]]
+
+    def save(self) -> None:
+        content = {
+            "id": self.id,
+            "title": self.title,
+            "questions": list(self.questions),
+            "seed": self.seed,
+            "votes_per_pair": self.votes_per_pair,
+            "prompts": dict(self.prompts),
+            "annotators": [[asdict(task) for task in tasks] for tasks in self.tasks],
+        }
+        _write(self.folder / "study.json", content)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Raises StudyError for a folder that holds no study or a damaged one."""
+        content = _read(folder / "study.json")
+        try:
+            return cls(
+                folder=folder,
+                id=content["id"],
+                title=content["title"],
+                questions=content["questions"],
+                seed=content["seed"],
+                votes_per_pair=content["votes_per_pair"],
+                prompts=content["prompts"],
+                tasks=[[Task(**task) for task in tasks] for tasks in content["annotators"]],
+            )
+        except (KeyError, TypeError) as error:
+            raise _damaged(folder / "study.json", error) from None
+
+    @cached_property
+    def owner_of(self) -> Mapping[str, tuple[int, Task]]:
+        """Task name → (annotator's number, task)."""
+        return {task.task: (number, task) for number, tasks in enumerate(self.tasks, start=1) for task in tasks}
+
+    def check_answers(self, answers: Any) -> dict[str, str]:
+        """The answers, one side for each question. Raises StudyError for anything else."""
+        wanted = [question["id"] for question in self.questions]
+        if not isinstance(answers, dict) or sorted(answers) != sorted(wanted):
+            raise StudyError(f"a vote needs one answer to each of {', '.join(wanted)}, got {answers!r}")
+        if wrong := [answer for answer in answers.values() if answer not in SIDES]:
+            raise StudyError(f"an answer must be left or right, got {wrong[0]!r}")
+        return {question: answers[question] for question in wanted}
+
+
+@dataclass(frozen=True)
+class Key:
+    """What key.json holds. repeats: a repeated task → the one that it repeats, its sides exchanged."""
+
+    model: str
+    baselines: Sequence[str]
+    items: Mapping[str, Item]
+    repeats: Mapping[str, str]
+
+    def save(self, folder: Path, study_id: str) -> None:
+        items = {name: asdict(item) for name, item in self.items.items()}
+        rest = {"model": self.model, "baselines": list(self.baselines), "repeats": dict(self.repeats)}
+        _write(folder / "key.json", {"study": study_id, **rest, "items": items})
+
+    @classmethod
+    def load(cls, study: Study) -> Self:
+        """Raises StudyError where the key is missing, damaged or another study's."""
+        path = study.folder / "key.json"
+        content = _read(path)
+        if content.get("study") != study.id:
+            raise StudyError(f"{path} is of another study ({content.get('study')}, not {study.id})")
+        try:
+            items = {name: Item(**item) for name, item in content["items"].items()}
+            return cls(content["model"], content["baselines"], items, content["repeats"])
+        except (KeyError, TypeError) as error:
+            raise _damaged(path, error) from None
+
+
+@dataclass(frozen=True)
+class Links:
+    """The secrets of the links: one for the administrator, one for each annotator."""
+
+    administrator: str
+    annotators: Sequence[str]
+
+    def save(self, folder: Path) -> None:
+        path = folder / "links.json"
+        path.touch(mode=0o600)
+        _write(path, asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        try:
+            return cls(**_read(folder / "links.json"))
+        except TypeError as error:
+            raise _damaged(folder / "links.json", error) from None
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StudyError(f"no study in {path.parent}: {error}; make one with scripts/user_study.py build") from None
+    except ValueError as error:
+        raise _damaged(path, error) from None
+    if not isinstance(content, dict):
+        raise _damaged(path, "it holds no object")
+    return content
+
+
+def _damaged(path: Path, why: object) -> StudyError:
+    return StudyError(f"{path} is damaged: {why}; take it from a copy of the study")

@@ -1,0 +1,272 @@
+"""The study as a small web application: a page for each secret link, the votes of those who have one.
+
+Every path that isn't listed here, and every wrong token, gets the same 404 with nothing in it. Wrong tokens from one
+address are answered ever more slowly.
+"""
+
+import asyncio
+import hashlib
+import json
+import secrets
+import socket
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+
+from xdpo.study.folder import SIDES, Key, Links, Study, StudyError
+from xdpo.study.votes import ConflictError, Vote, VoteStore, now
+
+PAGES = Path(__file__).parent / "pages"
+STATIC = {
+    "page.css": "text/css",
+    "page.js": "text/javascript",
+    "backends.js": "text/javascript",
+    "admin.css": "text/css",
+    "admin.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
+}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "Referrer-Policy": "no-referrer",  # a link is a secret
+    "X-Content-Type-Options": "nosniff",
+    "X-Robots-Tag": "noindex",
+}
+PRELOADED_TASKS = 3
+MAX_BODY_BYTES = 10_000
+FREE_GUESSES, LONGEST_DELAY_SECONDS, FORGOTTEN_SECONDS, ADDRESSES = 5, 8.0, 600.0, 10_000
+
+
+class Guesses:
+    """How many wrong tokens an address has tried lately, and how long it has to wait for the next answer."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self.clock = clock
+        self._tried: OrderedDict[str, tuple[int, float]] = OrderedDict()
+
+    def delay_seconds(self, address: str) -> float:
+        """Count a wrong token; the seconds to wait before answering: none for a few slips, then doubling."""
+        count, last = self._tried.pop(address, (0, self.clock()))
+        count = 1 if self.clock() - last > FORGOTTEN_SECONDS else count + 1
+        self._tried[address] = (count, self.clock())
+        if len(self._tried) > ADDRESSES:
+            self._tried.popitem(last=False)
+        beyond = count - FREE_GUESSES
+        return 0.0 if beyond <= 0 else min(0.25 * 2 ** min(beyond - 1, 10), LONGEST_DELAY_SECONDS)
+
+
+class Ballots:
+    """What an annotator is shown and what becomes of the answers; no web in it."""
+
+    def __init__(self, study: Study):
+        self.study, self.store = study, VoteStore(study)
+
+    def state(self, annotator: int, previous: dict[str, str] | None = None) -> dict[str, Any]:
+        """What the page shows; its `left`, `right` and `preload` are (task, side), which the application makes URLs."""
+        tasks, voted = self.study.tasks[annotator - 1], set(self.store.tasks_of(annotator))
+        open_tasks = [task for task in tasks if task.task not in voted]
+        shown = None
+        if open_tasks:
+            shown = {
+                "task": open_tasks[0].task,
+                "number": len(voted) + 1,
+                "prompt": self.study.prompts[open_tasks[0].item],
+                **{side: (open_tasks[0].task, side) for side in SIDES},
+            }
+        return {
+            "title": self.study.title,
+            "questions": self.study.questions,
+            "done": len(voted),
+            "total": len(tasks),
+            "can_undo": bool(voted),
+            "task": shown,
+            "preload": [(task.task, side) for task in open_tasks[1 : 1 + PRELOADED_TASKS] for side in SIDES],
+            **({"previous": previous} if previous is not None else {}),
+        }
+
+    def vote(self, annotator: int, ballot: Any) -> dict[str, Any]:
+        """Keep a vote. Raises ConflictError for a task that isn't the annotator's, StudyError for what is no vote."""
+        if not isinstance(ballot, dict):
+            raise StudyError("a vote is an object with task and answers")
+        task, seconds = ballot.get("task"), ballot.get("seconds")
+        answers = self.study.check_answers(ballot.get("answers"))
+        owner, _ = self.study.owner_of.get(task, (None, None)) if isinstance(task, str) else (None, None)
+        if owner != annotator:
+            raise ConflictError("this task is not among yours; reload the page to go on")
+        is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds < 1e7
+        self.store.add(Vote(task, annotator, answers, float(seconds) if is_number else None, now()))
+        return self.state(annotator)
+
+    def undo(self, annotator: int) -> dict[str, Any]:
+        return self.state(annotator, self.store.withdraw_last(annotator))
+
+    def image(self, annotator: int, task: str, side: str) -> bytes:
+        """The pixels at a side of an annotator's task. Raises KeyError where there is none."""
+        owner, found = self.study.owner_of[task]
+        if owner != annotator or side not in SIDES:
+            raise KeyError(task)
+        return (self.study.folder / "images" / f"{getattr(found, side)}.png").read_bytes()
+
+    def progress(self, key: Key, links: Links) -> dict[str, Any]:
+        """What the administrator sees; no answers."""
+        voted = {number: set(self.store.tasks_of(number)) for number in range(1, len(self.study.tasks) + 1)}
+        seen, counts = self.store.last_seen(), dict.fromkeys(key.items, 0)
+        for number, tasks in enumerate(self.study.tasks, start=1):
+            for task in tasks:
+                if task.task in voted[number] and task.task not in key.repeats:
+                    counts[task.item] += 1
+        pairs = [name for name, item in key.items.items() if item.kind == "pair"]
+        return {
+            "title": self.study.title,
+            "items": len(pairs),
+            "complete_items": sum(counts[name] >= self.study.votes_per_pair for name in pairs),
+            "votes": sum(map(len, voted.values())),
+            "votes_wanted": sum(map(len, self.study.tasks)),
+            "annotators": [
+                {
+                    "number": number,
+                    "name": None,
+                    "done": len(voted[number]),
+                    "total": len(tasks),
+                    "link": f"/a/{links.annotators[number - 1]}",
+                    "last_seen": seen.get(number),
+                }
+                for number, tasks in enumerate(self.study.tasks, start=1)
+            ],
+        }
+
+
+def application(folder: Path) -> FastAPI:
+    """The web application of a study. Raises StudyError for a folder that holds none, or a damaged one."""
+    study = Study.load(folder)
+    key, links, ballots, guesses = Key.load(study), Links.load(folder), Ballots(study), Guesses()
+    numbers = {token: number for number, token in enumerate(links.annotators, start=1)}
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    async def not_found(request: Request) -> HTTPException:
+        await asyncio.sleep(guesses.delay_seconds(request.client.host if request.client else ""))
+        return HTTPException(404)
+
+    async def annotator_of(request: Request, token: str) -> int:
+        # compare_digest: how long a comparison takes tells nothing of the secret.
+        for secret, number in numbers.items():
+            if secrets.compare_digest(secret.encode(), token.encode()):
+                return number
+        raise await not_found(request)
+
+    async def administrator(request: Request, token: str) -> None:
+        if not secrets.compare_digest(links.administrator.encode(), token.encode()):
+            raise await not_found(request)
+
+    def page(name: str, media_type: str = "text/html") -> Response:
+        return Response((PAGES / name).read_bytes(), media_type=media_type, headers={"Cache-Control": "no-cache"})
+
+    def answered(state: dict[str, Any], token: str) -> JSONResponse:
+        def url(place: tuple[str, str]) -> str:
+            return f"/a/{token}/image/{place[0]}/{place[1]}"
+
+        if state["task"]:
+            state["task"] |= {side: url(state["task"][side]) for side in SIDES}
+        state["preload"] = [url(place) for place in state["preload"]]
+        return JSONResponse(state, headers={"Cache-Control": "no-store"})
+
+    async def body_of(request: Request) -> Any:
+        content = b""
+        async for piece in request.stream():
+            content += piece
+            if len(content) > MAX_BODY_BYTES:
+                raise StudyError("this is too large for a vote")
+        try:
+            return json.loads(content or b"null")
+        except ValueError:
+            raise StudyError("this is no JSON") from None
+
+    @app.middleware("http")
+    async def with_headers(request: Request, call_next):
+        response = await call_next(request)
+        response.headers.update(HEADERS)
+        return response
+
+    @app.exception_handler(StudyError)
+    async def in_words(request: Request, error: StudyError) -> JSONResponse:
+        status = 409 if isinstance(error, ConflictError) else 422
+        return JSONResponse({"error": str(error)}, status, headers={"Cache-Control": "no-store"})
+
+    @app.exception_handler(HTTPException)
+    @app.exception_handler(404)
+    @app.exception_handler(405)
+    async def nothing_here(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": "not found"}, 404, headers={"Cache-Control": "no-store"})
+
+    @app.get("/static/{name}")
+    async def static(name: str) -> Response:
+        if name not in STATIC:
+            raise HTTPException(404)
+        return page(name, STATIC[name])
+
+    @app.get("/a/{token}")
+    async def annotator_page(request: Request, token: str) -> Response:
+        await annotator_of(request, token)
+        return page("page.html")
+
+    @app.get("/a/{token}/state")
+    async def annotator_state(request: Request, token: str) -> Response:
+        number = await annotator_of(request, token)
+        return answered(await run_in_threadpool(ballots.state, number), token)
+
+    @app.post("/a/{token}/vote")
+    async def vote(request: Request, token: str) -> Response:
+        number = await annotator_of(request, token)
+        return answered(await run_in_threadpool(ballots.vote, number, await body_of(request)), token)
+
+    @app.post("/a/{token}/undo")
+    async def undo(request: Request, token: str) -> Response:
+        number = await annotator_of(request, token)
+        return answered(await run_in_threadpool(ballots.undo, number), token)
+
+    @app.get("/a/{token}/image/{task}/{side}")
+    async def image(request: Request, token: str, task: str, side: str) -> Response:
+        number = await annotator_of(request, token)
+        try:
+            content = await run_in_threadpool(ballots.image, number, task, side)
+        except KeyError:
+            raise HTTPException(404) from None
+        # No Last-Modified: the order in which images were written could tell whose they are.
+        tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
+        headers = {"Cache-Control": "private, max-age=86400", "ETag": tag}
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=headers)
+        return Response(content, media_type="image/png", headers=headers)
+
+    @app.get("/admin/{token}")
+    async def admin_page(request: Request, token: str) -> Response:
+        await administrator(request, token)
+        return page("admin.html")
+
+    @app.get("/admin/{token}/state")
+    async def admin_state(request: Request, token: str) -> Response:
+        await administrator(request, token)
+        progress = await run_in_threadpool(ballots.progress, key, links)
+        return JSONResponse(progress, headers={"Cache-Control": "no-store"})
+
+    return app
+
+
+def serve(folder: Path, host: str, port: int, started: Callable[[str], None] | None = None) -> None:
+    """Serve a study until stopped. `started` gets the address once it is listened on. Raises StudyError."""
+    import uvicorn
+
+    config = uvicorn.Config(application(folder), log_level="warning", server_header=False)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise StudyError(f"can't listen on {host} port {port}: {error.strerror}; choose another --port") from None
+    if started:
+        started(f"http://{f'[{host}]' if family == socket.AF_INET6 else host}:{listening.getsockname()[1]}")
+    uvicorn.Server(config).run(sockets=[listening])

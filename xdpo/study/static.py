@@ -1,0 +1,85 @@
+"""A study without a server: one folder per annotator to be opened from the disk, and the votes that come back."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from xdpo.checkpoint import writing_aside
+from xdpo.study.folder import SIDES, Study, StudyError
+from xdpo.study.server import PAGES
+from xdpo.study.votes import ConflictError, Vote, VoteStore, now
+
+PAGE_FILES = ("page.css", "page.js", "backends.js", "icon.svg")
+_FIRST_SCRIPT = '<script src="backends.js"'
+
+
+def export(study: Study, folder: Path, annotators: Sequence[int] | None = None) -> list[Path]:
+    """Write annotator_NN/index.html and all that it needs, for each annotator. Returns the pages.
+
+    Raises StudyError for a number that isn't an annotator's and for folders that are there already.
+    """
+    numbers = list(annotators or range(1, len(study.tasks) + 1))
+    if unknown := [number for number in numbers if not 1 <= number <= len(study.tasks)]:
+        raise StudyError(f"the study has annotators 1 to {len(study.tasks)}, got {unknown[0]}")
+    targets = {number: folder / f"annotator_{number:02d}" for number in numbers}
+    if there := [target for target in targets.values() if target.exists()]:
+        raise StudyError(f"{there[0]} is there already; choose another folder")
+    return [_export_one(study, number, target) for number, target in targets.items()]
+
+
+def _export_one(study: Study, number: int, target: Path) -> Path:
+    with writing_aside(target) as aside:
+        (aside / "images").mkdir()
+        tasks = []
+        for task in study.tasks[number - 1]:
+            urls = {}
+            for side in SIDES:  # a name per task and side, as the server's: a repeated image has no name that recurs
+                urls[side] = f"images/{task.task}_{side}.png"
+                shutil.copyfile(study.folder / "images" / f"{getattr(task, side)}.png", aside / urls[side])
+            tasks.append({"task": task.task, "prompt": study.prompts[task.item], **urls})
+        content = {"id": study.id, "title": study.title, "questions": list(study.questions)}
+        content |= {"annotator": number, "tasks": tasks}
+        (aside / "study.js").write_text(f"window.STUDY = {json.dumps(content)};\n", encoding="utf-8")
+        for name in PAGE_FILES:
+            shutil.copyfile(PAGES / name, aside / name)
+        page = (PAGES / "page.html").read_text(encoding="utf-8").replace("../static/", "")
+        script = '<script src="study.js" defer></script>\n'
+        (aside / "index.html").write_text(page.replace(_FIRST_SCRIPT, script + _FIRST_SCRIPT, 1), encoding="utf-8")
+    return target / "index.html"
+
+
+def import_votes(study: Study, file: Path) -> tuple[int, int]:
+    """Take in a file of votes that the page saved, all of it or nothing. Returns how many are new, how many were known.
+
+    Raises StudyError for a file of another study, of another annotator's tasks, or one that isn't such a file;
+    ConflictError for votes that contradict those that are there.
+    """
+    votes = _read_votes(study, file)
+    try:
+        new = VoteStore(study).add(*votes)
+    except ConflictError:
+        raise ConflictError(f"{file} contradicts votes that are there already; nothing was taken in") from None
+    return new, len(votes) - new
+
+
+def _read_votes(study: Study, file: Path) -> list[Vote]:
+    try:
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+        found, number, rows = content["study"], content["annotator"], content["votes"]
+        rows = [(row["task"], row["answers"], row.get("seconds"), row.get("at")) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StudyError(f"{file} holds no votes: {error!r}; it must be what the page's “Save votes” wrote") from None
+    if found != study.id:
+        raise StudyError(f"{file} holds votes of another study ({found}, not {study.id}); nothing was taken in")
+    votes = []
+    for task, answers, seconds, at in rows:
+        owner, _ = study.owner_of.get(task, (None, None)) if isinstance(task, str) else (None, None)
+        if owner is None or owner != number:
+            raise StudyError(f"{file}: task {task!r} is not annotator {number}'s; nothing was taken in")
+        seconds = float(seconds) if isinstance(seconds, int | float) else None
+        votes.append(Vote(task, number, study.check_answers(answers), seconds, at if isinstance(at, str) else now()))
+    if len({vote.task for vote in votes}) < len(votes):
+        raise StudyError(f"{file} has two votes on one task; nothing was taken in")
+    return votes

@@ -1,0 +1,137 @@
+"""The votes in SQLite: once `add` has come back, a vote is on the disk, once, whatever happens to the process."""
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from xdpo.study.folder import Study, StudyError
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS study (id TEXT PRIMARY KEY);
+CREATE TABLE IF NOT EXISTS votes (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,  -- the order in which they came
+    task TEXT NOT NULL UNIQUE,                 -- nobody votes twice
+    annotator INTEGER NOT NULL,
+    answers TEXT NOT NULL,
+    seconds REAL,
+    at TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS by_annotator ON votes (annotator, number);
+"""
+
+
+class ConflictError(StudyError):
+    """A vote that contradicts what is there."""
+
+
+@dataclass(frozen=True)
+class Vote:
+    """One annotator's answers to one task. answers: question → "left" or "right"; seconds the page took, if known."""
+
+    task: str
+    annotator: int
+    answers: Mapping[str, str]
+    seconds: float | None
+    at: str  # ISO 8601, UTC
+
+
+class VoteStore:
+    """The votes of one study; any number of threads and processes may use it at once."""
+
+    def __init__(self, study: Study):
+        """Raises StudyError for a database that is damaged or another study's."""
+        self.study, self.path = study, study.folder / "votes.sqlite"
+        self._local = threading.local()
+        try:
+            connection = self._connection()
+            if (result := connection.execute("PRAGMA quick_check").fetchone()[0]) != "ok":
+                raise sqlite3.DatabaseError(result)
+            connection.executescript(_SCHEMA)
+            with self._writing() as cursor:
+                cursor.execute(
+                    "INSERT OR IGNORE INTO study SELECT ? WHERE NOT EXISTS (SELECT 1 FROM study)", [study.id]
+                )
+            [(found,)] = connection.execute("SELECT id FROM study")
+        except sqlite3.OperationalError as error:
+            raise StudyError(f"{self.path}: {error}; check that the folder is writable and has room") from None
+        except (sqlite3.DatabaseError, ValueError) as error:
+            raise StudyError(
+                f"{self.path} is damaged: {error}. Nothing was changed; copy it away and save what is in it with "
+                f"`sqlite3 {self.path.name} .recover`, or take it from a backup"
+            ) from None
+        if found != study.id:
+            raise StudyError(f"{self.path} holds the votes of another study ({found}, not {study.id})")
+
+    def add(self, *votes: Vote) -> int:
+        """Keep votes, all or none; the same ones again change nothing. Returns how many are new.
+
+        Raises ConflictError where one was answered otherwise.
+        """
+        new = 0
+        with self._writing() as cursor:
+            for vote in votes:
+                answers = json.dumps(dict(sorted(vote.answers.items())))
+                row = cursor.execute("SELECT answers FROM votes WHERE task = ?", [vote.task]).fetchone()
+                if row is not None and row[0] != answers:
+                    raise ConflictError("this pair was already answered otherwise; reload the page to go on")
+                if row is None:
+                    new += 1
+                    cursor.execute(
+                        "INSERT INTO votes (task, annotator, answers, seconds, at) VALUES (?, ?, ?, ?, ?)",
+                        [vote.task, vote.annotator, answers, vote.seconds, vote.at],
+                    )
+        return new
+
+    def withdraw_last(self, annotator: int) -> dict[str, str]:
+        """Take an annotator's last vote back and return its answers. Raises ConflictError where there is none."""
+        with self._writing() as cursor:
+            last = "SELECT max(number) FROM votes WHERE annotator = ?"
+            row = cursor.execute(f"DELETE FROM votes WHERE number = ({last}) RETURNING answers", [annotator]).fetchone()
+        if row is None:
+            raise ConflictError("there is nothing to undo")
+        return json.loads(row[0])
+
+    def tasks_of(self, annotator: int) -> list[str]:
+        """What an annotator has voted on, in order."""
+        query = "SELECT task FROM votes WHERE annotator = ? ORDER BY number"
+        return [task for (task,) in self._connection().execute(query, [annotator])]
+
+    def last_seen(self) -> dict[int, str]:
+        """When each annotator last voted."""
+        return dict(self._connection().execute("SELECT annotator, max(at) FROM votes GROUP BY annotator"))
+
+    def all(self) -> list[Vote]:
+        """Every vote, in order."""
+        rows = self._connection().execute("SELECT task, annotator, answers, seconds, at FROM votes ORDER BY number")
+        return [
+            Vote(task, annotator, json.loads(answers), seconds, at) for task, annotator, answers, seconds, at in rows
+        ]
+
+    def _connection(self) -> sqlite3.Connection:
+        """This thread's own."""
+        if not hasattr(self._local, "connection"):
+            connection = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")  # a commit is on the disk before it returns
+            self._local.connection = connection
+        return self._local.connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Cursor]:
+        """A transaction that has the write lock from its start, so that what it read stays true."""
+        cursor = self._connection().cursor()
+        cursor.execute("BEGIN IMMEDIATE")
+        try:
+            yield cursor
+        except BaseException:
+            cursor.execute("ROLLBACK")
+            raise
+        cursor.execute("COMMIT")
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
