@@ -525,8 +525,13 @@ def test_every_embedded_config_runs_two_steps(path, tmp_path, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     small = ["train.max_steps=2", "train.total_batch_pairs=4", "train.micro_batch_pairs=4", "eval.pairs=4"]
-    samples = ["samples.num_inference_steps=2", "eval.every=2", "samples.every=2", "log.trackers=[]"]
+    draws = path.stem in ("xdpo", "xdpo_lora")
+    samples = ["samples.num_inference_steps=2", "eval.every=2", f"samples.every={2 * draws}", "log.trackers=[]"]
+    samples += ["self_play.every=1", "self_play.buffer_pairs=4", "self_play.num_inference_steps=2"]
     status = train_xdpo.main(["--config", str(path), f"output_dir={tmp_path / 'run'}", *small, *samples])
 
     assert status == 0
-    assert rows_of(tmp_path / "run")[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    loss = rows_of(tmp_path / "run")[1]["loss"]
+    if load_config(path).loss.name in ("xdpo", "diffusion_dpo", "chipo", "f_dpo", "seppo"):
+        assert loss == pytest.approx(math.log(2), abs=1e-6)
+    assert math.isfinite(loss)
