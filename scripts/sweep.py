@@ -1,0 +1,73 @@
+"""Train configs × values × seeds, one after another, with shared caches; the same command goes on.
+
+    python scripts/sweep.py --configs configs/tiny/xdpo.yaml configs/tiny/sft.yaml --seeds 0 1 2 --output runs/sweep
+    python scripts/sweep.py --configs configs/tiny/xdpo.yaml --grid loss.eta=0.05,0.5 loss.n=3,6 --output runs/eta_n
+
+Every cell is checked before the first one starts. A cell that is finished is skipped, an interrupted one resumes, a
+failed one is named and the others go on. On Slurm, one job a cell:
+
+    sbatch --array=0-5 --gpus=1 --wrap 'python scripts/sweep.py … --array $SLURM_ARRAY_TASK_ID'
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from xdpo.config import ConfigError
+from xdpo.experiments.cells import make_cells
+from xdpo.experiments.runner import Interrupted, launch_command, progress, train_all
+from xdpo.report.grids import to_text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the sweep. Returns the exit status: 1 if a cell failed, 130 if it was asked to stop."""
+    options = build_parser().parse_args(arguments)
+    try:
+        cells = make_cells(
+            options.configs, options.output, seeds=options.seeds, grid=dict(options.grid), common=options.set
+        )
+        if options.array is not None:
+            if not 0 <= options.array < len(cells):
+                raise ConfigError(f"--array {options.array}: the cells are 0 to {len(cells) - 1}")
+            cells = cells[options.array : options.array + 1]
+        if options.dry_run:
+            for number, cell in enumerate(cells):
+                print(f"{number}: {' '.join(launch_command(cell, options.processes))}")
+            print(to_text(progress(cells)))
+            return 0
+        failed = train_all(cells, options.processes)
+    except (ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Interrupted:
+        print("stopped; the training in work has saved, and the same command goes on", file=sys.stderr)
+        return 130
+    print(to_text(progress(cells, failed)))
+    return 1 if failed else 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", type=Path, nargs="+", required=True, metavar="FILE")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
+    parser.add_argument("--grid", type=_values, nargs="+", default=[], metavar="KEY=V,V,…", help="each with each")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all cells")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder per cell, and the caches")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="GPUs for each cell (default: 1)")
+    parser.add_argument("--array", type=int, metavar="I", help="only cell I, counted from 0")
+    parser.add_argument("--dry-run", action="store_true", help="print the cells and how each would be started")
+    return parser
+
+
+def _values(text: str) -> tuple[str, list[str]]:
+    key, equals, values = text.partition("=")
+    if not equals or not all(values.split(",")):
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE,VALUE,…, got {text!r}")
+    return key, values.split(",")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Many runs: configs × values × seeds as cells, trained one after another with shared caches, resumable."""

@@ -1,0 +1,86 @@
+"""Scores of many runs as arrays, and what they say: differences, win rates, pairs to reach a score, with intervals.
+
+An array of scores is (seeds, prompts). Seeds are few and prompts many: intervals are 95 % percentile bootstraps that draw
+seeds and prompts anew, both with replacement, so that they cover other seeds and other prompts.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval; `missing` is the share of resamples in which it isn't defined."""
+
+    value: float
+    low: float
+    high: float
+    missing: float = 0.0
+
+    @property
+    def verdict(self) -> str:
+        """What the interval of a difference says."""
+        if self.low > 0:
+            return "yes"
+        return "no, it is lower" if self.high < 0 else "not resolved"
+
+
+def estimate(statistic: Callable[..., float], *arrays: np.ndarray, seed: int = 0) -> Estimate:
+    """A statistic of paired arrays (…, seeds, prompts), with its interval; NaN where it isn't defined."""
+    rng = np.random.default_rng(seed)
+    seeds, prompts = arrays[0].shape[-2:]
+    drawn = []
+    for _ in range(RESAMPLES):
+        rows, columns = rng.integers(seeds, size=seeds), rng.integers(prompts, size=prompts)
+        drawn.append(statistic(*(array[..., rows, :][..., columns] for array in arrays)))
+    found = np.array(drawn)
+    known = found[np.isfinite(found)]
+    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
+    return Estimate(float(statistic(*arrays)), float(low), float(high), 1 - len(known) / RESAMPLES)
+
+
+def mean(scores: np.ndarray) -> Estimate:
+    return estimate(lambda values: values.mean(), scores)
+
+
+def difference(scores: np.ndarray, others: np.ndarray) -> Estimate:
+    """Mean of the differences, pair by pair of seed and prompt."""
+    return estimate(lambda a, b: (a - b).mean(), scores, np.broadcast_to(others, scores.shape))
+
+
+def win_rate(scores: np.ndarray, others: np.ndarray) -> Estimate:
+    """Share of pairs of seed and prompt in which `scores` is higher, ties counted ½."""
+    others = np.broadcast_to(others, scores.shape)
+    return estimate(lambda a, b: float(((a > b) + 0.5 * (a == b)).mean()), scores, others)
+
+
+def pairs_to_reach(pairs: Sequence[float], means: Sequence[float], score: float) -> float:
+    """Training pairs after which a curve of mean scores first reaches `score`, by straight lines; NaN if it never does.
+
+    The curve starts at pairs[0], the model before training.
+    """
+    for before, after, low, high in zip(pairs, pairs[1:], means, means[1:], strict=False):
+        if low >= score:
+            return float(before)
+        if high >= score:
+            return float(before + (after - before) * (score - low) / (high - low))
+    return float("nan")
+
+
+def speed_up(pairs: Sequence[float], curve: np.ndarray, baseline: np.ndarray) -> Estimate:
+    """How many times fewer pairs a method needs to reach the baseline's final score (the paper's 1.5 and 1.6).
+
+    Curves (points, seeds, prompts), the first point before training; NaN where the method doesn't reach it.
+    """
+
+    def ratio(own: np.ndarray, other: np.ndarray) -> float:
+        wanted = other[-1].mean()
+        means = [own.mean(axis=(1, 2)), other.mean(axis=(1, 2))]
+        reached, needed = (pairs_to_reach(pairs, each, wanted) for each in means)
+        return needed / reached if reached > 0 else float("nan")
+
+    return estimate(ratio, curve, baseline)
