@@ -4,12 +4,14 @@
     python scripts/sweep.py --configs configs/tiny/xdpo.yaml --grid loss.eta=0.05,0.5 loss.n=3,6 --output runs/eta_n
 
 Every cell is checked before the first one starts. A cell that is finished is skipped, an interrupted one resumes, a
-failed one is named and the others go on. On Slurm, one job a cell:
+failed one is named and the others go on. --dry-run tells at any time how far each of them is. On Slurm, one job a cell
+(cache.examples built before, so that no two of them build it):
 
     sbatch --array=0-5 --gpus=1 --wrap 'python scripts/sweep.py … --array $SLURM_ARRAY_TASK_ID'
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from xdpo.config import ConfigError
-from xdpo.experiments.cells import make_cells
-from xdpo.experiments.runner import Interrupted, launch_command, progress, train_all
+from xdpo.experiments.cells import make_cells, progress, train_all
+from xdpo.experiments.tasks import Interrupted
 from xdpo.report.grids import to_text
 
 
@@ -35,11 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cells = cells[options.array : options.array + 1]
         if options.dry_run:
             for number, cell in enumerate(cells):
-                print(f"{number}: {' '.join(launch_command(cell, options.processes))}")
+                print(f"{number}: {shlex.join(cell.task(options.processes).command)}")
             print(to_text(progress(cells)))
             return 0
-        failed = train_all(cells, options.processes)
-    except (ConfigError, OSError) as error:
+        failed = train_all(cells, options.jobs, options.processes)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Interrupted:
@@ -57,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all cells")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder per cell, and the caches")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="GPUs for each cell (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells trained at once (default: 1)")
     parser.add_argument("--array", type=int, metavar="I", help="only cell I, counted from 0")
     parser.add_argument("--dry-run", action="store_true", help="print the cells and how each would be started")
     return parser

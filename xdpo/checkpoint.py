@@ -129,6 +129,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step_????????"))
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where a run keeps, or kept, its checkpoint of an optimizer step."""
+    return folder / "checkpoints" / f"step_{step:08d}"
+
+
 def step_of(path: Path) -> int:
     """How many optimizer steps a checkpoint has behind it."""
     return int(path.name.removeprefix("step_"))
@@ -151,7 +156,7 @@ def save_checkpoint(
     policy and optimizer as accelerate prepared them; reference where it moves. `extra` is small JSON (the gradient
     scaler's state). Raises CheckpointError when the disk is full or not writable; earlier checkpoints are then intact.
     """
-    final = folder / "checkpoints" / f"step_{step:08d}"
+    final = checkpoint_path(folder, step)
     weights = get_model_state_dict(policy, options=_TO_SAVE)
     moments = get_optimizer_state_dict(policy, _bare(optimizer), options=_TO_SAVE)
     if is_main and not final.exists():

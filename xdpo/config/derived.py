@@ -67,16 +67,16 @@ def effective_beta(config: Config) -> float | None:
     objective that is no Diffusion-DPO near the reference.
     """
     loss = config.loss
-    power = loss.beta * (loss.eta + loss.gamma * loss.n)
+    slope = loss.eta + loss.gamma * loss.n
     match loss.name:
         case "xdpo":
-            return power
+            return loss.beta * slope
         case "diffusion_dpo" | "seppo":
             return loss.beta
         case "chipo":
             return 2 * loss.beta
         case "f_dpo":
-            return {"xdpo": power, "jensen_shannon": loss.beta / 2}.get(loss.divergence, loss.beta)
+            return loss.beta * {"xdpo": slope, "jensen_shannon": 0.5}.get(loss.divergence, 1)
     return None
 
 

@@ -4,13 +4,21 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
+from xdpo.cache.examples import is_finished
 from xdpo.checkpoint import checkpoints, step_of
 from xdpo.config import KEYS, Config, ConfigError, changed_keys, load_config
+from xdpo.experiments.tasks import Task, launcher, run_all
+from xdpo.precompute.keys import examples_folder
+from xdpo.report.grids import Cell as TableCell
+from xdpo.report.grids import Grid
 from xdpo.runlog import read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,22 @@ class Cell:
 
     def rows(self) -> list[dict]:
         """What it has logged so far."""
-        path = self.folder / "metrics.jsonl"
-        return read_rows(path) if path.is_file() else []
+        return read_rows(self.folder / "metrics.jsonl")
+
+    def task(self, num_processes: int = 1) -> Task:
+        """Its training, which goes on where it was interrupted."""
+        training = (str(ROOT / "train_xdpo.py"), "--config", str(self.config), *self.overrides)
+        return Task(self.name, (*launcher(num_processes), *training), self.log, lambda: self.is_finished)
+
+
+def make_cell(name: str, config: Path, overrides: Sequence[str], output: Path) -> Cell:
+    """A run of `config` in the folder `output`/`name`, with caches below `output` where it can share them.
+
+    Raises ConfigError.
+    """
+    own = (*overrides, f"output_dir={output / name}")
+    own += shared_caches(load_config(config, own), output / "cache")
+    return Cell(name, config, own, load_config(config, own))
 
 
 def make_cells(
@@ -77,13 +99,10 @@ def make_cells(
         for values in itertools.product(*grid.values()):
             for seed in seeds:
                 chosen = tuple(f"{key}={value}" for key, value in zip(grid, values, strict=True))
-                name = "-".join([config.stem, *(each.rpartition(".")[2] for each in chosen), f"seed={seed}"])
-                name = name.replace("/", "_").replace(" ", "")
-                own = (*common, *chosen, f"seed={seed}", f"output_dir={output / name}")
+                shown = [f"{key.rpartition('.')[2]}={value}" for key, value in zip(grid, values, strict=True)]
+                name = "-".join([config.stem, *shown, f"seed={seed}"]).replace("/", "_").replace(" ", "")
                 try:
-                    settings = load_config(config, own)
-                    shared = shared_caches(settings, output / "cache")
-                    cells.append(Cell(name, config, (*own, *shared), load_config(config, [*own, *shared])))
+                    cells.append(make_cell(name, config, (*common, *chosen, f"seed={seed}"), output))
                 except ConfigError as error:
                     problems.append(f"{name}: {error}")
     if repeated := [name for name, count in Counter(cell.name for cell in cells).items() if count > 1]:
@@ -107,3 +126,52 @@ def shared_caches(settings: Config, folder: Path) -> tuple[str, ...]:
     if settings.cache.reference is None and settings.loss.needs_reference and not moves:
         found.append(f"cache.reference={folder / 'reference'}")
     return tuple(found)
+
+
+def train_all(
+    cells: Sequence[Cell], jobs: int = 1, num_processes: int = 1, say: Callable[[str], None] = print
+) -> dict[str, str]:
+    """Train all cells that are not finished, `jobs` at a time. Returns those that failed, with the end of their log.
+
+    The first cell of each example cache that isn't there yet builds it, before others run beside it.
+    """
+    builders = {cell.settings.cache.examples: cell for cell in reversed(cells) if _builds_examples(cell.settings)}
+    failed = run_all([cell.task(num_processes) for cell in builders.values()], 1, num_processes, say)
+    rest = [cell.task(num_processes) for cell in cells if cell.name not in failed]
+    return failed | run_all(rest, jobs, num_processes, say)
+
+
+def _builds_examples(settings: Config) -> bool:
+    wanted = (False, True) if settings.eval.every else (False,)
+    return settings.cache.examples is not None and not all(
+        is_finished(examples_folder(settings, held_out=held_out)) for held_out in wanted
+    )
+
+
+def progress(cells: Sequence[Cell], failed: Collection[str] = ()) -> Grid:
+    """A row for each cell: how far it is, how fast, what its held-out pairs say; and how long the rest may take."""
+    rows, speeds, left_pairs = [], [], 0
+    for cell in cells:
+        train, logged = cell.settings.train, cell.rows()
+        speed = median([row["pairs_per_second"] for row in logged if "pairs_per_second" in row] or [0.0])
+        steps = max((row["step"] for row in logged if "loss" in row), default=0)
+        accuracy = [row["eval/implicit_accuracy"] for row in logged if "eval/implicit_accuracy" in row]
+        state = "finished" if cell.is_finished else "failed" if cell.name in failed else "begun" if logged else ""
+        if state != "finished":
+            left_pairs += (train.max_steps - steps) * train.total_batch_pairs
+        if speed:
+            speeds.append(speed)
+        rows.append(
+            (
+                TableCell(cell.name),
+                TableCell(state),
+                TableCell(f"{steps:,} of {train.max_steps:,}", steps),
+                TableCell(f"{speed:.3g}" if speed else "", speed or None),
+                TableCell(f"{accuracy[-1]:.3f}" if accuracy else "", accuracy[-1] if accuracy else None),
+            )
+        )
+    note = ""
+    if speeds and left_pairs:
+        speed = median(speeds)
+        note = f"about {left_pairs / speed / 3600:.1f} hours of optimizer steps left at {speed:.3g} pairs/s, one by one"
+    return Grid("Cells", ("cell", "state", "steps", "pairs/s", "held-out accuracy"), tuple(rows), note)

@@ -1,7 +1,7 @@
 """Scores of many runs as arrays, and what they say: differences, win rates, pairs to reach a score, with intervals.
 
-An array of scores is (seeds, prompts). Seeds are few and prompts many: intervals are 95 % percentile bootstraps that draw
-seeds and prompts anew, both with replacement, so that they cover other seeds and other prompts.
+An array of scores is (seeds, prompts). Seeds are few and prompts many: intervals are 95 % percentile bootstraps that
+draw seeds and prompts anew, both with replacement, so that they cover other seeds and other prompts.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,11 +22,9 @@ class Estimate:
     missing: float = 0.0
 
     @property
-    def verdict(self) -> str:
-        """What the interval of a difference says."""
-        if self.low > 0:
-            return "yes"
-        return "no, it is lower" if self.high < 0 else "not resolved"
+    def sign(self) -> int:
+        """Of a difference: 1 or −1 where the interval excludes zero, else 0."""
+        return int(self.low > 0) - int(self.high < 0)
 
 
 def estimate(statistic: Callable[..., float], *arrays: np.ndarray, seed: int = 0) -> Estimate:

@@ -1,21 +1,23 @@
 """The plan of a reproduction: which methods, what is tuned, what is measured, what is asked. A YAML file, checked."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from xdpo.config import Section
 
 BASE = "base"
 """The model before training; methods are measured against it, and questions may name it."""
 
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
+
 
 class Method(Section):
     """A config to train, and how it is tuned."""
 
-    config: Path
+    config: Path  # relative to the plan's file
     group: str  # heading in the results
     tuned_as: str | None = None  # takes that method's tuned value; None: tuned itself
     curves: bool = False  # measured at every checkpoint of the plan, not only at the end
@@ -23,53 +25,70 @@ class Method(Section):
 
 
 class Tuning(Section):
-    """The budget that every tuned method gets: one run for each value."""
+    """The budget that every tuned method gets: one run for each value, scored on prompts that nothing else uses."""
 
     key: str
-    values: tuple[str, ...]
+    values: Names
     seed: int
+    prompts: Names
 
 
 class Question(Section):
-    """Whether one method's score, or a number of its log, is better than another's."""
+    """A comparison of two methods, answered by the interval of their difference."""
 
     ask: str
-    better: str
+    kind: Literal["better", "differs", "holds"] = "better"
+    method: str
     than: str
-    score: str | None = None  # "alignment"; None: the plan's score
-    lower: str | None = None  # a number of metrics.jsonl instead, of which less is better
+    score: str | None = None  # a scorer; None: the plan's score
+    logged: str | None = None  # instead: a number of the last row of metrics.jsonl that has it, of which less is better
 
 
 class Plan(Section):
     """Everything that `scripts/reproduce.py` does at one scale."""
 
+    title: str
     steps: Annotated[int, Field(gt=0)]
-    checkpoints: tuple[int, ...]
-    seeds: tuple[int, ...]
-    prompts: str
-    generate: tuple[str, ...] = ()
-    scorers: tuple[str, ...]
-    score: str
+    checkpoints: Annotated[tuple[int, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    prompts: Names  # generate.py's --prompts
+    generate: tuple[str, ...] = ()  # its further arguments
+    scorers: Names
+    score: str  # decides the tuning, the curves and the questions
     alignment: str
     baseline: str
     tuning: Tuning
-    common: tuple[str, ...] = ()
+    common: tuple[str, ...] = ()  # overrides of all configs
     methods: dict[str, Method]
     questions: tuple[Question, ...] = ()
 
+    @field_validator("generate", mode="before")
+    @classmethod
+    def _as_words(cls, words):
+        return [str(word) for word in words]
+
     @model_validator(mode="after")
-    def _names_are_known(self) -> Self:
+    def _fits_together(self) -> Self:
         known = {*self.methods, BASE}
         named = [self.baseline, *(m.tuned_as for m in self.methods.values() if m.tuned_as)]
-        named += [name for question in self.questions for name in (question.better, question.than)]
-        if unknown := [name for name in named if name not in known]:
+        if unknown := [name for name in named if name not in self.methods]:
             raise ValueError(f"{unknown[0]!r} is no method of the plan")
+        asked = [name for question in self.questions for name in (question.method, question.than)]
+        if unknown := [name for name in asked if name not in known]:
+            raise ValueError(f"a question is about {unknown[0]!r}, which is no method of the plan")
+        if BASE in self.methods:
+            raise ValueError(f"{BASE!r} is the model before training; call the method otherwise")
         if chained := [n for n, m in self.methods.items() if m.tuned_as and self.methods[m.tuned_as].tuned_as]:
             raise ValueError(f"{chained[0]} is tuned as a method that is not tuned itself")
         if self.checkpoints[-1] != self.steps or list(self.checkpoints) != sorted(set(self.checkpoints)):
             raise ValueError(f"checkpoints must rise to steps = {self.steps}, got {list(self.checkpoints)}")
-        if self.score not in self.scorers or self.alignment not in self.scorers:
-            raise ValueError("score and alignment must be among scorers")
+        scores = {self.score, self.alignment, *(q.score for q in self.questions if q.score)}
+        if absent := sorted(scores - set(self.scorers)):
+            raise ValueError(f"{absent[0]} is asked for and not among the scorers")
+        if self.tuning.seed in self.seeds:
+            raise ValueError(f"the tuning's seed {self.tuning.seed} is one of those reported")
+        if shared := sorted(set(self.prompts) & set(self.tuning.prompts)):
+            raise ValueError(f"{shared[0]} is for tuning and for the results; they need prompts of their own")
         return self
 
     @property
@@ -83,11 +102,15 @@ class Plan(Section):
 
 
 def load_plan(path: Path) -> Plan:
-    """Read a plan. Raises ValueError naming what is wrong in it."""
+    """Read a plan, its configs' paths made relative to where one stands. Raises ValueError naming what is wrong."""
     try:
-        return Plan.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        plan = Plan.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, each['loc'])) or 'plan'}: {each['msg']}" for each in error.errors()]
         raise ValueError("\n  ".join([f"{path}:", *lines])) from None
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from None
+    methods = {
+        name: method.model_copy(update={"config": path.parent / method.config}) for name, method in plan.methods.items()
+    }
+    return plan.model_copy(update={"methods": methods})

@@ -1,0 +1,140 @@
+"""The paper's tables and the questions that it leaves open, from one plan: tune, train, make images, score, write.
+
+    python scripts/reproduce.py --scale tiny                 the embedded world, on a CPU in about two hours
+    python scripts/reproduce.py --scale sd15                 says what would run on GPUs; --go runs it
+
+A scale is a plan in configs/experiments/, or the path of one of your own. The same command goes on where it was stopped
+or killed. Results: OUTPUT/results.md with figures, or --page; OUTPUT/results/report.html has every image.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from xdpo.experiments import page
+from xdpo.experiments.cells import ROOT, Cell, train_all
+from xdpo.experiments.findings import Findings
+from xdpo.experiments.plan import BASE, load_plan
+from xdpo.experiments.stages import Reproduction, choose, model_name
+from xdpo.experiments.tasks import Interrupted, Task, run_all
+
+PLANS = ROOT / "configs" / "experiments"
+STARTED_AT_ONCE = "tiny"  # the scale that needs no --go
+
+
+class StageError(RuntimeError):
+    """A stage failed as a whole; the message has the end of its log."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a plan, or say what it would run. Returns the exit status, 130 if it was asked to stop."""
+    options = build_parser().parse_args(arguments)
+    try:
+        path = Path(options.scale)
+        plan = load_plan(path if path.suffix in (".yaml", ".yml") else PLANS / f"{options.scale}.yaml")
+        output = options.output or Path("runs") / f"reproduce_{path.stem}"
+        reproduction = Reproduction(plan, output, options.processes)
+        if options.dry_run or not (options.go or options.scale == STARTED_AT_ONCE):
+            print(what_would_run(reproduction))
+            return 0
+        findings = reproduce(reproduction, options.jobs)
+        command = f"python scripts/reproduce.py --scale {options.scale} --jobs {options.jobs}"
+        for written in page.write(findings, options.page or output / "results.md", command):
+            print(written)
+    except (ValueError, OSError, StageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Interrupted:
+        print("stopped; what was in work has saved, and the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plans = ", ".join(sorted(file.stem for file in PLANS.glob("*.yaml")))
+    parser.add_argument("--scale", required=True, help=f"{plans}, or a plan's file")
+    parser.add_argument("--go", action="store_true", help=f"run it; {STARTED_AT_ONCE} needs no --go")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: runs/reproduce_SCALE")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="default: OUTPUT/results.md")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at once (default: 1)")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="GPUs for each (default: 1)")
+    return parser
+
+
+def reproduce(reproduction: Reproduction, jobs: int) -> Findings:
+    """All stages. A training that fails is left out and reported; images or scores that fail end it with StageError."""
+    plan, processes = reproduction.plan, reproduction.num_processes
+    candidates = reproduction.tuning_cells()  # checks all configs that are tuned
+    reproduction.cells(dict.fromkeys(plan.tuned, plan.tuning.values[0]))  # and all others
+
+    # Tuning: one run for each value, on prompts of its own.
+    print(f"tuning: {len(candidates)} trainings")
+    failed = train_all(list(candidates.values()), jobs, processes)
+    made = {place: cell for place, cell in candidates.items() if cell.name not in failed}
+    images = [reproduction.images(cell, plan.steps, plan.tuning.prompts) for cell in made.values()]
+    finish(images, jobs, processes)
+    finish([reproduction.evaluation("tuning", images)], 1, 1)
+    names = {place: model_name(cell, plan.steps) for place, cell in made.items()}
+    scores = reproduction.scores("tuning", list(names.values()))
+    found = {place: float(scores[name, plan.score].mean()) for place, name in names.items()}
+    chosen = choose(found)
+
+    # The methods, with every seed.
+    cells = reproduction.cells(chosen)
+    print(f"methods: {len(cells)} trainings")
+    failed |= train_all(list(cells.values()), jobs, processes)
+    pipeline = next(iter(candidates.values())).settings.model.pipeline
+    images = [reproduction.base_images(pipeline, plan.prompts)]
+    models = [BASE]
+    for (method, _), cell in cells.items():
+        for step in plan.measured_steps(method) if cell.name not in failed else ():
+            images.append(reproduction.images(cell, step, plan.prompts))
+            models.append(model_name(cell, step))
+    finish(images, jobs, processes)
+    finish([reproduction.evaluation("results", images)], 1, 1)
+    tuning = {place: found.get(place, float("nan")) for place in candidates}
+    return Findings(plan, tuning, chosen, cells, reproduction.scores("results", models), failed)
+
+
+def finish(tasks: Sequence[Task], jobs: int, processes: int) -> None:
+    """Run tasks that nothing goes on without. Raises StageError."""
+    for name, end in run_all(tasks, jobs, processes).items():
+        raise StageError(f"{name} failed:\n{end}")
+
+
+def what_would_run(reproduction: Reproduction) -> str:
+    """Every command, and how much work they are."""
+    plan = reproduction.plan
+    tuning = list(reproduction.tuning_cells().values())
+    cells = reproduction.cells(dict.fromkeys(plan.tuned, plan.tuning.values[0]))
+    lines = [f"# Tuning: {len(tuning)} trainings, then their images of {', '.join(plan.tuning.prompts)}"]
+    for cell in tuning:
+        lines += commands(reproduction, cell, (plan.steps,), plan.tuning.prompts)
+    lines.append(f"# Methods: {len(cells)} trainings, with the best {plan.tuning.key} in place of the first one")
+    pipeline = tuning[0].settings.model.pipeline
+    lines.append(shlex.join(reproduction.base_images(pipeline, plan.prompts).command))
+    for (method, _), cell in cells.items():
+        lines += commands(reproduction, cell, plan.measured_steps(method), plan.prompts)
+    trains = [cell.settings.train for cell in [*tuning, *cells.values()]]
+    pairs = sum(train.max_steps * train.total_batch_pairs for train in trains)
+    sets = sum(len(plan.measured_steps(method)) for method, _ in cells) + 1
+    lines.append(
+        f"# In all {len(trains)} trainings with {pairs:,} pairs seen, and images of {len(tuning)} models for "
+        f"the tuning and of {sets} for the results. docs/performance.md tells what a pair costs. --go runs it"
+    )
+    return "\n".join(lines)
+
+
+def commands(reproduction: Reproduction, cell: Cell, steps: Sequence[int], prompts: Sequence[str]) -> list[str]:
+    training = shlex.join(cell.task(reproduction.num_processes).command)
+    return [training, *(shlex.join(reproduction.images(cell, step, prompts).command) for step in steps)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Figures of a reproduction: quality over pairs, both errors over training, and the slope of each reward form."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from xdpo.experiments import measures
+from xdpo.experiments.findings import Findings
+from xdpo.loss import PairErrors, xdpo_margin
+from xdpo.report.figures import BASELINE_COLOUR, COLOURS, STYLE
+from xdpo.report.grids import title_of
+
+FORMS = ("appendix_c", "eq9", "eq10")
+
+
+def quality(findings: Findings) -> Figure:
+    """Mean score and alignment against training pairs, a line with its interval for each method with curves."""
+    plan = findings.plan
+    methods = [name for name in findings.methods if plan.methods[name].curves]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9.5, 3.8), layout="constrained")
+        for axes, scorer in zip(figure.subplots(1, 2), (plan.score, plan.alignment), strict=True):
+            for position, method in enumerate(methods):
+                pairs, curve = findings.pairs_at(method), findings.curve(method, scorer)
+                points = [measures.mean(point) for point in curve]
+                look = {"color": COLOURS[position % len(COLOURS)], "label": method}
+                axes.plot(pairs, [point.value for point in points], marker="o", markersize=4, **look)
+                low, high = [point.low for point in points], [point.high for point in points]
+                axes.fill_between(pairs, low, high, color=look["color"], alpha=0.1, linewidth=0)
+            axes.set(title=title_of(scorer), xlabel="training pairs seen")
+            axes.grid(color="#e6e9ee", linewidth=0.7)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    return figure
+
+
+def errors(findings: Findings) -> Figure:
+    """d of chosen and of rejected held-out images over training, means over seeds, a panel for each method."""
+    with rc_context(STYLE):
+        methods = [name for name in findings.methods if findings.logged_curve(name, "eval/d_chosen")[0]]
+        columns = min(6, len(methods))
+        rows = -(-len(methods) // columns)
+        figure = Figure(figsize=(1.8 * columns + 0.8, 1.6 * rows + 0.6), layout="constrained")
+        panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True).flat)
+        for axes, method in zip(panels, methods, strict=False):
+            axes.axhline(0, color=BASELINE_COLOUR, linewidth=0.8)
+            for side, colour in (("chosen", COLOURS[2]), ("rejected", COLOURS[1])):
+                steps, values = findings.logged_curve(method, f"eval/d_{side}")
+                axes.plot(steps, values.mean(axis=0), color=colour, label=side)
+                axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+            axes.set_title(method, fontsize=8)
+            axes.tick_params(labelsize=7)
+            axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+            axes.yaxis.get_offset_text().set_fontsize(7)
+        for axes in panels[len(methods) :]:
+            axes.set_visible(False)
+        figure.supxlabel("optimizer step", fontsize=8)
+        figure.supylabel("d: policy's error − reference's, held-out pairs", fontsize=8)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+    return figure
+
+
+def slopes(
+    settings: Mapping[str, float], reference_error: float, seen: tuple[float, float], exponents: Sequence[float]
+) -> Figure:
+    """How hard each reward form pulls at an image whose error is d from the reference's, relative to d = 0.
+
+    settings: beta and eta; γ is 1/n. seen: the range of d at the end of training, which is shaded. Left near that
+    range, right up to where the forms part; a panel row for each exponent.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9, 2.3 * len(exponents) + 0.5), layout="constrained")
+        panels = figure.subplots(len(exponents), 2, squeeze=False)
+        reach = 1.5 * max(map(abs, seen))
+        for row, n in zip(panels, exponents, strict=True):
+            for axes, limit in zip(row, (reach, 0.3), strict=True):
+                _slope_panel(axes, {**settings, "n": n, "gamma": 1 / n}, reference_error, limit)
+                axes.axvspan(*seen, color=BASELINE_COLOUR, alpha=0.25, linewidth=0)
+                axes.set_title(f"n = {n:g}, γ = 1/n", fontsize=9)
+        panels[-1][0].set_xlabel("d = policy's error − reference's; shaded: reached in training")
+        panels[-1][1].set_xlabel("the same, further out")
+        figure.supylabel("slope of the reward, d = 0 at 1", fontsize=8)
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False)
+    return figure
+
+
+def _slope_panel(axes: Axes, settings: Mapping[str, float], reference_error: float, limit: float) -> None:
+    d = np.linspace(-min(limit, reference_error), limit, 201)
+    for colour, form in zip(COLOURS, FORMS, strict=False):
+        slope = reward_slope(d, settings, reference_error, form)
+        axes.plot(d, slope / reward_slope(np.zeros(1), settings, reference_error, form), color=colour, label=form)
+    axes.axhline(1, color="#222222", linestyle=":", linewidth=1, label="diffusion_dpo")
+    axes.set_yscale("log" if limit >= 0.3 else "linear")
+    axes.grid(color="#e6e9ee", linewidth=0.7)
+
+
+def reward_slope(d: np.ndarray, settings: Mapping[str, float], reference_error: float, form: str) -> np.ndarray:
+    """−∂m/∂e_θ of the chosen image at each d, by automatic differentiation of the loss's own margin."""
+    reference = torch.full((len(d),), reference_error, dtype=torch.float64)
+    policy = (reference + torch.from_numpy(d)).requires_grad_()
+    margin = xdpo_margin(PairErrors(policy, reference, reference, reference), **settings, reward=form)
+    (gradient,) = torch.autograd.grad(margin.sum(), policy)
+    return -gradient.numpy()

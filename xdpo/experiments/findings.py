@@ -1,0 +1,107 @@
+"""The numbers of a finished reproduction: scores as arrays, logged numbers by seed, and what they answer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import median
+
+import numpy as np
+
+from xdpo.experiments import measures
+from xdpo.experiments.cells import Cell
+from xdpo.experiments.measures import Estimate
+from xdpo.experiments.plan import BASE, Plan, Question
+from xdpo.experiments.stages import model_name
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that the results page says.
+
+    tuning: (method, value) → mean score on the tuning's prompts, NaN for a run that failed. scores: (model, scorer) →
+    (prompts,) at a model's name, or BASE. failed: cell → the end of its log.
+    """
+
+    plan: Plan
+    tuning: Mapping[tuple[str, str], float]
+    chosen: Mapping[str, str]
+    cells: Mapping[tuple[str, int], Cell]
+    scores: Mapping[tuple[str, str], np.ndarray]
+    failed: Mapping[str, str]
+
+    @cached_property
+    def methods(self) -> list[str]:
+        """The methods of which all seeds are there, in the plan's order."""
+        return [
+            name
+            for name in self.plan.methods
+            if all((self.model(name, seed), self.plan.score) in self.scores for seed in self.plan.seeds)
+        ]
+
+    def model(self, method: str, seed: int, step: int | None = None) -> str:
+        if (method, seed) not in self.cells:
+            return ""
+        return model_name(self.cells[method, seed], step or self.plan.steps)
+
+    def of(self, method: str, scorer: str, step: int | None = None) -> np.ndarray:
+        """Scores (seeds, prompts) of a method; of BASE the same for every seed."""
+        if method == BASE or step == 0:
+            return np.broadcast_to(self.scores[BASE, scorer], (len(self.plan.seeds), len(self.scores[BASE, scorer])))
+        return np.stack([self.scores[self.model(method, seed, step), scorer] for seed in self.plan.seeds])
+
+    def curve(self, method: str, scorer: str) -> np.ndarray:
+        """(points, seeds, prompts) at 0 and at the plan's checkpoints."""
+        return np.stack([self.of(method, scorer, step) for step in (0, *self.plan.checkpoints)])
+
+    def pairs_at(self, method: str) -> list[int]:
+        """Training pairs seen at the points of `curve`."""
+        batch = self.cells[method, self.plan.seeds[0]].settings.train.total_batch_pairs
+        return [step * batch for step in (0, *self.plan.checkpoints)]
+
+    def logged(self, method: str, key: str) -> np.ndarray:
+        """The last value of a logged number, (seeds, 1); zeros for BASE, NaN where a method doesn't log it."""
+        if method == BASE:
+            return np.zeros((len(self.plan.seeds), 1))
+        found = []
+        for seed in self.plan.seeds:
+            values = [row[key] for row in self.cells[method, seed].rows() if key in row]
+            found.append([values[-1] if values else np.nan])
+        return np.array(found)
+
+    def logged_curve(self, method: str, key: str) -> tuple[list[int], np.ndarray]:
+        """Optimizer steps, and a logged number at them, (seeds, steps)."""
+        series = [
+            {row["step"]: row[key] for row in self.cells[method, seed].rows() if key in row} for seed in self.plan.seeds
+        ]
+        steps = sorted(set.intersection(*map(set, series)))
+        return steps, np.array([[values[step] for step in steps] for values in series])
+
+    def seconds_per_pair(self, method: str) -> float:
+        """Median over all optimizer steps of all seeds."""
+        rows = [row for seed in self.plan.seeds for row in self.cells[method, seed].rows()]
+        return median(1 / row["pairs_per_second"] for row in rows if "pairs_per_second" in row)
+
+    def speed_up(self, method: str) -> Estimate:
+        """Pairs that the baseline needs for its final score over pairs that the method needs for it."""
+        score, baseline = self.plan.score, self.plan.baseline
+        return measures.speed_up(self.pairs_at(method), self.curve(method, score), self.curve(baseline, score))
+
+    def answer(self, question: Question) -> tuple[str, Estimate]:
+        """What the interval of the difference says, in words, and the difference."""
+        if question.logged:
+            values, others = (self.logged(name, question.logged) for name in (question.method, question.than))
+            found = measures.difference(values, others)
+            better, what = -found.sign, ("lower", "higher")
+        else:
+            score = question.score or self.plan.score
+            found = measures.difference(self.of(question.method, score), self.of(question.than, score))
+            better, what = found.sign, ("higher", "lower")
+        words = {
+            "better": {1: "yes", 0: "not resolved", -1: "no, it is worse"},
+            "differs": {1: f"yes, {what[0]}", 0: "no difference resolved", -1: f"yes, {what[1]}"},
+            "holds": {1: "yes, it rises", 0: "no change resolved", -1: "no, it falls"},
+        }
+        return words[question.kind][better], found
+
+    def can_answer(self, question: Question) -> bool:
+        return all(name in (BASE, *self.methods) for name in (question.method, question.than))

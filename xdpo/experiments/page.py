@@ -1,0 +1,250 @@
+"""The results of a reproduction as a Markdown page with figures."""
+
+import json
+import platform
+from pathlib import Path
+
+import numpy as np
+
+from xdpo.checkpoint import library_versions, write_text
+from xdpo.experiments import drawing, measures
+from xdpo.experiments.findings import Findings
+from xdpo.experiments.measures import Estimate
+from xdpo.experiments.plan import BASE
+from xdpo.report.figures import save
+from xdpo.report.grids import Cell, Grid, number, percent, title_of, to_markdown
+
+SLOPE_EXPONENTS = (6.0, 100.0, 400.0)
+
+
+def write(findings: Findings, page: Path, command: str) -> list[Path]:
+    """Write the page, and its figures into a folder of its name beside it. Returns what was written."""
+    figures = page.with_suffix("")
+    written = save(drawing.quality(findings), figures / "quality")
+    written += save(drawing.errors(findings), figures / "errors")
+    slopes = _slopes(findings)
+    if slopes is not None:
+        written += save(slopes, figures / "slopes")
+    text = "\n\n".join(_parts(findings, figures.name, command, has_slopes=slopes is not None)) + "\n"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_text(page, text)
+    return [page, *written]
+
+
+def _parts(findings: Findings, figures: str, command: str, has_slopes: bool) -> list[str]:
+    plan = findings.plan
+    parts = [
+        f"# {plan.title}",
+        _made_by(findings, command),
+        "Intervals are 95 % bootstraps that draw seeds and prompts anew. Every method has the same data, noise, batch, "
+        f"schedule, {plan.steps} optimizer steps and seeds {', '.join(map(str, plan.seeds))}; the scores are of "
+        f"{len(findings.scores[BASE, plan.score])} prompts ({', '.join(plan.prompts)}).",
+        "## Questions",
+        to_markdown(questions(findings)),
+        "## Quality over training",
+        f"![Quality over training]({figures}/quality.png)",
+        to_markdown(efficiency(findings)),
+    ]
+    for group in dict.fromkeys(plan.methods[name].group for name in findings.methods):
+        parts += [f"## {group}", to_markdown(methods(findings, group))]
+    parts += [
+        "## Does every objective beat the base?",
+        _against_base(findings),
+        "## Both errors over training",
+        "d is the policy's error minus the reference's on held-out pairs, at the same timesteps and noise in all runs; "
+        "lines are means over seeds, bands their range.",
+        f"![Both errors over training]({figures}/errors.png)",
+    ]
+    if has_slopes:
+        parts += [
+            "## How hard each reward form pulls",
+            f"![Slopes]({figures}/slopes.png)",
+            to_markdown(bend(findings)),
+        ]
+    parts += ["## Tuning", to_markdown(tuning(findings))]
+    if findings.failed:
+        parts += ["## Failed runs", *(f"`{name}`:\n\n```\n{end}\n```" for name, end in findings.failed.items())]
+    return parts
+
+
+def _made_by(findings: Findings, command: str) -> str:
+    """Command, commits, machine and versions; the commits are those that the trainings wrote down."""
+    commits, starts = set(), []
+    for cell in findings.cells.values():
+        if (cell.folder / "run.json").is_file():
+            facts = json.loads((cell.folder / "run.json").read_text(encoding="utf-8"))
+            commits.add(str(facts.get("git_commit")))
+            starts += [start["time"] for start in facts["starts"]]
+    versions = ", ".join(f"{name} {version}" for name, version in library_versions().items() if version)
+    where = f"{platform.machine()}, Python {platform.python_version()}, {versions}"
+    return f"Made by `{command}` at commit {', '.join(sorted(commits))}, begun {min(starts)}, on {where}."
+
+
+def questions(findings: Findings) -> Grid:
+    """Each question, its answer, and the difference that it rests on."""
+    rows = []
+    for question in findings.plan.questions:
+        if not findings.can_answer(question):
+            rows.append((Cell(question.ask), Cell("not answered: a method failed"), Cell(""), Cell("")))
+            continue
+        answer, found = findings.answer(question)
+        measured = question.logged or title_of(question.score or findings.plan.score)
+        rows.append(
+            (
+                Cell(question.ask),
+                Cell(answer, best=found.sign != 0),
+                Cell(f"{measured}: {question.method} − {question.than}"),
+                Cell(_signed(found)),
+            )
+        )
+    note = "Bold where the interval of the difference excludes zero."
+    return Grid("Questions", ("question", "answer", "difference in", "difference [95 %]"), tuple(rows), note)
+
+
+def methods(findings: Findings, group: str) -> Grid:
+    """Scores, win rates and errors of a group of methods, the base above them."""
+    plan = findings.plan
+    names = [name for name in findings.methods if plan.methods[name].group == group]
+    rows = [_method_row(findings, name) for name in (BASE, *names)]
+    for column in range(2, 2 + len(plan.scorers)):
+        top = max(range(len(rows)), key=lambda row: rows[row][column].value)
+        rows[top][column] = Cell(**{**rows[top][column].__dict__, "best": True})
+    columns = ("method", plan.tuning.key.rpartition(".")[2], *(title_of(s) for s in plan.scorers))
+    columns += ("wins against base", f"wins against {plan.baseline}", "d chosen", "d rejected")
+    note = (
+        f"Win rates by {title_of(plan.score)}, pair by pair of seed and prompt; d at the end, held-out pairs, [lowest, "
+    )
+    return Grid(group, columns, tuple(map(tuple, rows)), note + "highest] over seeds.")
+
+
+def _method_row(findings: Findings, name: str) -> list[Cell]:
+    plan = findings.plan
+    row = [Cell(name), Cell("" if name == BASE else findings.chosen[plan.methods[name].tuned_as or name])]
+    for scorer in plan.scorers:
+        found = measures.mean(findings.of(name, scorer))
+        row.append(Cell(number(found.value, scorer), found.value, _interval(found)))
+    for other in (BASE, plan.baseline):
+        if name in (other, BASE) or other not in (BASE, *findings.methods):
+            row.append(Cell(""))
+            continue
+        wins = measures.win_rate(findings.of(name, plan.score), findings.of(other, plan.score))
+        row.append(Cell(percent(wins.value), wins.value, f"[{100 * wins.low:.1f}, {100 * wins.high:.1f}]"))
+    for side in ("chosen", "rejected"):
+        values = findings.logged(name, f"eval/d_{side}")
+        known = name != BASE and np.isfinite(values).all()
+        spread = f"[{values.min():.2g}, {values.max():.2g}]" if known else ""
+        row.append(Cell(f"{values.mean():.2g}" if known else "", float(values.mean()) if known else None, spread))
+    return row
+
+
+def efficiency(findings: Findings) -> Grid:
+    """Pairs and time to reach the baseline's final score, as ratios: the paper's 1.5 and 1.6."""
+    plan, rows = findings.plan, []
+    for name in findings.methods:
+        if not plan.methods[name].curves or plan.baseline not in findings.methods:
+            continue
+        found = findings.speed_up(name)
+        cost = findings.seconds_per_pair(name) / findings.seconds_per_pair(plan.baseline)
+        reached = f"{found.value:.2f}" if np.isfinite(found.value) else "never"
+        in_time = f"{found.value / cost:.2f}" if np.isfinite(found.value) else "never"
+        rows.append(
+            (
+                Cell(name),
+                Cell(reached, found.value if np.isfinite(found.value) else None, _interval(found)),
+                Cell(percent(1 - found.missing, decimals=0)),
+                Cell(f"{cost:.2f}", cost),
+                Cell(in_time),
+            )
+        )
+    columns = ("method", "fewer pairs by [95 %]", "reached in", "time of a pair", "less time by")
+    note = (
+        f"Pairs seen until the final {title_of(plan.score)} of {plan.baseline} is reached, {plan.baseline}'s over the "
+        "method's, by straight lines between checkpoints; in how many resamples it is reached at all, over which the "
+        f"interval is; the median time of a pair against {plan.baseline}'s; and the ratio in time. The paper says 1.5 "
+        "and 1.6, without a unit."
+    )
+    return Grid("Efficiency", columns, tuple(rows), note)
+
+
+def _against_base(findings: Findings) -> str:
+    plan, more, less = findings.plan, [], []
+    for name in findings.methods:
+        wins = measures.win_rate(findings.of(name, plan.score), findings.of(BASE, plan.score))
+        text = f"{name} {percent(wins.value)} [{100 * wins.low:.1f}, {100 * wins.high:.1f}]"
+        (more if wins.low > 0.5 else less).append(text)
+    lines = []
+    if more:
+        lines.append(
+            f"More than half of the prompts won against the base by {title_of(plan.score)}: {'; '.join(more)}."
+        )
+    if less:
+        lines.append(f"**Not, or not clearly** (the interval holds a half): {'; '.join(less)}.")
+    failed = [name for name in plan.methods if name not in findings.methods]
+    if failed:
+        lines.append(f"**Failed**: {', '.join(failed)}.")
+    return "\n\n".join(lines)
+
+
+def bend(findings: Findings) -> Grid:
+    """By how much the power term has bent the slope at the errors that training reached."""
+    settings, _, seen = _slope_settings(findings)
+    rows = []
+    for n in SLOPE_EXPONENTS:
+        own = {**settings, "n": n, "gamma": 1 / n}
+        cells = [Cell(f"{n:g}", n)]
+        for form in ("appendix_c", "eq9"):
+            low, high, start = (
+                drawing.reward_slope(np.array([d]), own, 0.1, form)[0] for d in (*seen, 0.0)
+            )  # these two forms don't depend on the reference's error
+            cells.append(Cell(f"{percent(low / start - 1, sign=True)} to {percent(high / start - 1, sign=True)}"))
+        rows.append(tuple(cells))
+    note = f"γ = 1/n, η = {settings['eta']:g}; d from {seen[0]:.2g} to {seen[1]:.2g}, the ends of the runs."
+    return Grid("Bend", ("n", "slope, appendix_c", "slope, eq9"), tuple(rows), note)
+
+
+def tuning(findings: Findings) -> Grid:
+    """Every run of the tuning: the budget is the same for all."""
+    plan = findings.plan
+    rows = []
+    for method in plan.tuned:
+        cells = [Cell(method)]
+        for value in plan.tuning.values:
+            score = findings.tuning[method, value]
+            chosen = findings.chosen.get(method) == value
+            cells.append(Cell(number(score, plan.score) if np.isfinite(score) else "failed", score, best=chosen))
+        at_end = findings.chosen.get(method) in (plan.tuning.values[0], plan.tuning.values[-1])
+        rows.append((*cells, Cell("yes" if at_end else "")))
+    note = (
+        f"Mean {title_of(plan.score)} on {', '.join(Path(name).stem for name in plan.tuning.prompts)}, which nothing "
+        f"else uses, after training with seed {plan.tuning.seed}; bold is what was taken. Methods that are not listed "
+        "take the value of the method that they vary."
+    )
+    columns = (f"{plan.tuning.key} =", *plan.tuning.values, "at the end of the range")
+    return Grid("Tuning", columns, tuple(rows), note)
+
+
+def _slopes(findings: Findings):
+    if _slope_settings(findings) is None:
+        return None
+    return drawing.slopes(*_slope_settings(findings), SLOPE_EXPONENTS)
+
+
+def _slope_settings(findings: Findings) -> tuple[dict[str, float], float, tuple[float, float]] | None:
+    """β and η, the reference's error, and the range of d at the end, of the xDPO methods; None without any."""
+    own = [n for n in findings.methods if findings.cells[n, findings.plan.seeds[0]].settings.loss.name == "xdpo"]
+    if not own:
+        return None
+    loss = findings.cells[own[0], findings.plan.seeds[0]].settings.loss
+    ends = np.concatenate([findings.logged(n, f"eval/d_{side}") for n in own for side in ("chosen", "rejected")])
+    if not np.isfinite(ends).all():
+        return None
+    reference = float(findings.logged(own[0], "eval/reference_error").mean())
+    return {"beta": loss.beta, "eta": loss.eta}, reference, (min(float(ends.min()), 0.0), float(ends.max()))
+
+
+def _interval(found: Estimate) -> str:
+    return f"[{found.low:.3g}, {found.high:.3g}]"
+
+
+def _signed(found: Estimate) -> str:
+    return f"{found.value:+.3g} [{found.low:+.3g}, {found.high:+.3g}]".replace("-", "−")

@@ -1,0 +1,134 @@
+"""Processes to run, some at a time: what is done is skipped, a stop is handed on to them, failures are named."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from xdpo.checkpoint import write_text
+
+POLL_SECONDS = 0.1
+
+
+class Interrupted(Exception):
+    """A signal asked to stop; what was in work has been asked to save, and has ended."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A process: its name, how it starts, where its output goes (appended), and whether it has nothing left to do."""
+
+    name: str
+    command: tuple[str, ...]
+    log: Path
+    is_done: Callable[[], bool]
+    finish: Callable[[], None] = lambda: None  # called after exit status 0
+
+
+def once(name: str, command: Sequence[str], log: Path, inputs: Sequence[Path]) -> Task:
+    """A task that is done once this very command has succeeded and none of its `inputs` has been written since."""
+    marker = log.with_name(log.name + ".done")
+    text = shlex.join(command) + "\n"
+
+    def is_done() -> bool:
+        if not marker.is_file() or marker.read_text(encoding="utf-8") != text:
+            return False
+        finished = marker.stat().st_mtime_ns
+        return all(path.exists() and path.stat().st_mtime_ns <= finished for path in inputs)
+
+    return Task(name, tuple(command), log, is_done, lambda: write_text(marker, text))
+
+
+def launcher(num_processes: int) -> tuple[str, ...]:
+    """What a script of ours is started with: plain Python, accelerate on GPUs, torchrun on a CPU.
+
+    (accelerate's launcher silently starts one process where several are asked of a CPU.)
+    """
+    if num_processes == 1:
+        return (sys.executable,)
+    if torch.accelerator.is_available():
+        options = ("--multi_gpu", "--num_processes", str(num_processes), "--main_process_port", "0")
+        return (sys.executable, "-m", "accelerate.commands.launch", *options)
+    return (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}")
+
+
+def run_all(
+    tasks: Sequence[Task], jobs: int = 1, num_processes: int = 1, say: Callable[[str], None] = print
+) -> dict[str, str]:
+    """Run the tasks that are not done, in order, `jobs` at a time. Returns the failed ones, with the end of their log.
+
+    Each job has `num_processes` GPUs of its own, or its share of the CPU's cores as threads. Raises ValueError where
+    there are too few GPUs, and Interrupted after SIGINT or SIGTERM, which all that is in work gets as SIGTERM.
+    """
+    environments = [_environment(job, jobs, num_processes) for job in range(jobs)]
+    waiting = [task for task in tasks if not task.is_done()]
+    total, ended, failed = len(waiting), 0, {}
+    running: dict[int, tuple[Task, subprocess.Popen, float]] = {}
+    asked: list[int] = []
+
+    def hand_on(number: int, frame: object) -> None:
+        asked.append(number)
+        for _, process, _ in running.values():
+            process.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while running or (waiting and not asked):
+            while waiting and len(running) < jobs and not asked:
+                job, task = min(set(range(jobs)) - running.keys()), waiting.pop(0)
+                running[job] = (task, _start(task, environments[job]), time.monotonic())
+            for job, (task, process, started) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[job]
+                ended += 1
+                how = f"{time.monotonic() - started:.0f} s"
+                if process.returncode == 0:
+                    task.finish()
+                if process.returncode or not task.is_done():
+                    failed[task.name] = end_of(task.log)
+                    how = f"failed with exit status {process.returncode}; the end of {task.log}:\n{failed[task.name]}"
+                say(f"[{ended}/{total}] {task.name}: {how}")
+            time.sleep(POLL_SECONDS)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:
+        raise Interrupted
+    return failed
+
+
+def end_of(log: Path, lines: int = 12) -> str:
+    """The last lines of a log, without the progress bars that they overwrote."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return "\n".join([line.rpartition("\r")[2] for line in text.splitlines() if line.strip()][-lines:])
+
+
+def _start(task: Task, environment: dict[str, str]) -> subprocess.Popen:
+    task.log.parent.mkdir(parents=True, exist_ok=True)
+    with task.log.open("a", encoding="utf-8") as log:  # a session of its own: Ctrl-C reaches it through us alone
+        return subprocess.Popen(
+            task.command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+
+
+def _environment(job: int, jobs: int, num_processes: int) -> dict[str, str]:
+    """The environment of one of `jobs` that run at once, so that they share neither a GPU nor a core."""
+    environment = dict(os.environ)
+    if torch.cuda.is_available():
+        visible = environment.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+        if jobs * num_processes > len(gpus):
+            raise ValueError(f"{jobs} jobs of {num_processes} GPUs need {jobs * num_processes}, there are {len(gpus)}")
+        mine = gpus[job * num_processes : (job + 1) * num_processes]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+    elif "OMP_NUM_THREADS" not in environment:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // (jobs * num_processes)))
+    return environment
