@@ -76,12 +76,15 @@ def main(arguments: list[str] | None = None) -> int:
         held_out_pairs = open_pairs(settings, accelerator, held_out=True) if settings.eval.every else None
         if settings.loss.is_unpaired:
             data.label_images(*train_pairs.image_names())  # refuses data of one label alone
+        weights = data.weigh_pairs(settings.loss.margin_weight, train_pairs, held_out_pairs)
         accelerator.print(config.describe(settings, accelerator.num_processes, len(train_pairs)))
         accelerator.print(f"training pairs: {data.PairCounts(**vars(train_pairs.counts))}")
+        if weights.train is not None:
+            accelerator.print(f"margin weights: {weights.train}")
         parts = models.load_parts(settings.model, encoders=not settings.cache.examples or settings.samples.every > 0)
         if options.find_batch:
-            return find_batch(settings, accelerator, parts, train_pairs)
-        return train(settings, accelerator, folder, parts, train_pairs, held_out_pairs)
+            return find_batch(settings, accelerator, parts, train_pairs, weights.train)
+        return train(settings, accelerator, folder, parts, train_pairs, held_out_pairs, weights)
     except (ConfigError, data.DataError, checkpoint.CheckpointError, NonFiniteError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -162,6 +165,7 @@ def train(
     parts: models.PipelineParts,
     train_pairs: Pairs,
     held_out_pairs: Pairs | None,
+    weights: data.PairWeights,
 ) -> int:
     """The training loop. Returns 0 when the run is finished, 128 + signal when it was asked to stop."""
     is_main, device = accelerator.is_main_process, accelerator.device
@@ -200,6 +204,7 @@ def train(
             settings,
             training_pairs=vars(train_pairs.counts),
             held_out_pairs=vars(held_out_pairs.counts) if held_out_pairs else None,
+            score_range=weights.train.score_range if weights.train is not None else None,
             processes=accelerator.num_processes,
             device=str(device),
             precision=accelerator.mixed_precision,
@@ -258,7 +263,7 @@ def train(
         """Held-out pairs and sample images."""
         if held_out_pairs and (step_number % settings.eval.every == 0 or step_number == max_steps):
             networks = (policy, reference, make_example)
-            numbers = evaluate(settings, accelerator, *networks, held_out_pairs, known.held_out, z0)
+            numbers = evaluate(settings, accelerator, *networks, held_out_pairs, known.held_out, z0, weights.held_out)
             log.row(step_number, numbers)
             log.say(
                 f"step {step_number}: held-out implicit accuracy {numbers['eval/implicit_accuracy']:.3f}, "
@@ -296,6 +301,8 @@ def train(
                 inputs = measured.inputs
                 if settings.loss.is_unpaired:
                     inputs |= {"z0": z0, "desirable": batch["desirable"].to(device, non_blocking=True)}
+                if weights.train is not None:
+                    inputs["margin_weights"] = weights.train.get(batch["rows"], device)
                 output = step.preference_loss(measured.errors, settings.loss, inputs)
                 accelerator.backward(output.loss.mean())
             totals += output.statistics
@@ -361,7 +368,13 @@ def train(
     return 0
 
 
-def find_batch(settings: Config, accelerator: Accelerator, parts: models.PipelineParts, pairs: Pairs) -> int:
+def find_batch(
+    settings: Config,
+    accelerator: Accelerator,
+    parts: models.PipelineParts,
+    pairs: Pairs,
+    weights: data.MarginWeights | None,
+) -> int:
     """Time micro-steps of growing size on this device and say which is fastest. Writes nothing but caches.
 
     Sizes are those that divide a process' share of the total batch. It stops where memory ends, or where a size is
@@ -388,6 +401,8 @@ def find_batch(settings: Config, accelerator: Accelerator, parts: models.Pipelin
         inputs = {}
         if settings.loss.is_unpaired:
             inputs = {"z0": torch.zeros((), device=device), "desirable": batch["desirable"].to(device)}
+        if weights is not None:
+            inputs["margin_weights"] = weights.get(batch["rows"], device)
         with accelerator.no_sync(policy):
             with accelerator.autocast():
                 example = make_example(batch, settings.seed, batch["positions"])
@@ -478,6 +493,7 @@ def evaluate(
     pairs: Pairs,
     known: ReferenceCache | None,
     z0: Tensor,
+    weights: data.MarginWeights | None,
 ) -> dict[str, float]:
     """Statistics over held-out pairs at fixed (t, ε), shared out over the processes.
 
@@ -499,6 +515,8 @@ def evaluate(
         if known is not None and from_cache is None:
             known.record(positions, torch.stack(measured.errors[2:]))
         inputs = measured.inputs | ({"z0": z0} if settings.loss.is_unpaired else {})
+        if weights is not None:
+            inputs["margin_weights"] = weights.get(batch["rows"], accelerator.device)
         totals += step.preference_loss(measured.errors, settings.loss, inputs).statistics
     sums: Tensor = accelerator.reduce(totals, "sum")
     means = step.averages(sums.tolist(), len(pairs) * draws, settings.loss)

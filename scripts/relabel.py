@@ -4,9 +4,10 @@
     python train_xdpo.py --config configs/xdpo_sd15.yaml data.source=parquet data.path='relabelled/*.parquet'
 
 Of each pair the image with the higher score becomes the preferred one (Diffusion-DPO's AI feedback, Section 5.3). New
-columns: score_0 and score_1, and the labels that were there as human_label_0 and human_label_1. Scores that differ by
-no more than --tie-threshold are a tie, which training leaves out; so is a pair whose images cannot both be read. The
-same command goes on where it was interrupted: a file is whole or absent.
+columns: score_0 and score_1, from which loss.margin_weight weights the pairs where it is asked for, and the labels that
+were there as human_label_0 and human_label_1. Scores that differ by no more than --tie-threshold are a tie, which
+training leaves out; so is a pair whose images cannot both be read. The same command goes on where it was interrupted: a
+file is whole or absent.
 """
 
 import argparse

@@ -68,6 +68,8 @@ def write_pick_a_pic(path, rows):
         "jpg_1": pa.binary(),
         "label_0": pa.float64(),
         "label_1": pa.float64(),
+        "score_0": pa.float64(),
+        "score_1": pa.float64(),
         "ranking_id": pa.int64(),
         "user_id": pa.int64(),
         "num_example_per_prompt": pa.int64(),
@@ -150,6 +152,23 @@ def small_pairs(tmp_path_factory):
         for number in range(len(colours))
     ]
     return write_pick_a_pic(tmp_path_factory.mktemp("pairs") / "train.parquet", rows)
+
+
+@pytest.fixture
+def scored(small_pairs, tmp_path):
+    """scored((chosen, rejected), …): the options of a weighted run on small_pairs with these scores, in turn."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def options(*scores, name="scored"):
+        table = pq.read_table(small_pairs)
+        for side in (0, 1):
+            column = [scores[number % len(scores)][side] for number in range(len(table))]
+            table = table.append_column(f"score_{side}", pa.array(column, pa.float64()))
+        pq.write_table(table, path := tmp_path / f"{name}.parquet")
+        return ("loss.margin_weight=10", f"data.path={path}")
+
+    return options
 
 
 @pytest.fixture

@@ -10,16 +10,17 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import encoded_image, pick_a_pic_row, write_pick_a_pic
 
 from xdpo import models, precompute
-from xdpo.cache import CachedPairDataset, CacheError, ExampleCache, ReferenceCache, Shards
+from xdpo.cache import CachedPairDataset, CacheError, ExampleCache, ExamplePlan, ReferenceCache, Shards
 from xdpo.cache.examples import finish
 from xdpo.compute import build_accelerator
 from xdpo.config import ConfigError, load_config
-from xdpo.data import PairDataset, load_pairs
+from xdpo.data import DataError, PairDataset, load_pairs, weigh_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -171,6 +172,8 @@ def rows_with_shared_images():
             caption=caption,
             label_0=float(number % 2),
             label_1=1.0 - number % 2,
+            score_0=0.3 * number,
+            score_1=0.7,
         )
         for number, (left, right, caption) in enumerate(pairs)
     ]
@@ -256,6 +259,49 @@ def test_batches_from_the_cache_are_those_of_the_source_encoded(world):
         torch.testing.assert_close(found["latent_stds"], moments.stds)
         states = models.encode_captions(world.parts.text_encoder, expected["input_ids"])
         torch.testing.assert_close(found["text_states"], states)
+
+
+def test_a_cache_has_the_scores_of_its_pairs_and_every_batch_the_same_weights_from_it(world):
+    """One pair is unreadable: the pair that stands in for it brings its own weight."""
+    world.build()
+    assert world.open().scores.tobytes() == world.table.scores.tobytes()
+    source = PairDataset(world.table, world.parts.tokenizer, 3, world.settings.data)
+    cached = CachedPairDataset(world.open(), 3, world.settings.data)
+    from_source, from_cache = weigh_pairs(10.0, world.table).train, weigh_pairs(10.0, world.open()).train
+    by_row = dict(zip(world.table.rows.tolist(), from_source.weights.tolist(), strict=True))
+    assert len(set(by_row.values())) == 5
+    batch, again = source.batch(range(5)), cached.batch(range(5))
+    assert batch["unreadable"] == [3]
+    weights = from_source.get(batch["rows"], CPU)
+    assert weights.tolist() == [by_row[row] for row in batch["rows"].tolist()]
+    assert torch.equal(weights, from_cache.get(again["rows"], CPU))
+
+
+def test_a_cache_from_before_scores_is_read_as_ever_and_refused_where_they_are_asked_for(world, monkeypatch):
+    world.build()
+    plan, table = json.loads((world.folder / "plan.json").read_text()), world.folder / "pairs.parquet"
+    pq.write_table(pq.read_table(table).drop_columns(["chosen_score", "rejected_score"]), table)
+    del plan["has_scores"]
+    (world.folder / "plan.json").write_text(json.dumps(plan))
+    finish(world.folder, ExamplePlan.load(world.folder))
+    assert world.open().scores is None
+    assert len(CachedPairDataset(world.open(), 3, world.settings.data).batch([0, 1])["rows"]) == 2
+    monkeypatch.setattr(precompute.build, "load_parts", lambda *_: pytest.fail("weights were loaded"))
+    precompute.build_missing_examples(world.settings, world.accelerator)
+    weighted = world.changed("loss.margin_weight=10")
+    for _ in ("finished", "begun"):
+        with pytest.raises(DataError, match=r"the training pairs have none .*remove the folder, and it is made again"):
+            precompute.build_missing_examples(weighted, world.accelerator)
+        (world.folder / "manifest.json").unlink(missing_ok=True)
+
+
+def test_the_references_errors_do_not_depend_on_the_weights_of_margins(world):
+    keys = [
+        precompute.reference_key(settings, world.table, held_out=held_out, precision="no")
+        for settings in (world.settings, world.changed("loss.margin_weight=10"))
+        for held_out in (False, True)
+    ]
+    assert keys[:2] == keys[2:]
 
 
 def test_half_precision_means_without_mirror_images_take_a_quarter_of_the_room(world):

@@ -183,6 +183,8 @@ def test_a_number_of_another_objective_is_refused_naming_its_owners():
     assert config_with("loss.name=diffusion_dpo", "loss.eta=0.05").loss.name == "diffusion_dpo"  # the default
     message = error_of(ROOT / "configs" / "base.yaml", "loss.name=diffusion_dpo", "loss.eta=0")
     assert "eta (got 0.0) does not act in diffusion_dpo; it belongs to xdpo, f_dpo" in message
+    message = error_of(ROOT / "configs" / "base.yaml", "loss.name=dspo", "loss.margin_weight=10")
+    assert "margin_weight (got 10.0) does not act in dspo; it belongs to xdpo, diffusion_dpo" in message
     message = error_of(ROOT / "configs" / "base.yaml", "loss.alpha=0.5")
     assert "alpha (got 0.5) does not act in xdpo; it belongs to f_dpo, dmpo, alpha_dpo" in message
 
@@ -190,7 +192,9 @@ def test_a_number_of_another_objective_is_refused_naming_its_owners():
 def test_the_keys_of_every_objective_are_those_of_its_function():
     assert set(OBJECTIVE_KEYS) == set(OBJECTIVES)
     for name, keys in OBJECTIVE_KEYS.items():
-        assert set(keys) - {"safeguard", "desirable_share"} == set(OBJECTIVES[name].keys), name
+        assert set(keys) - {"safeguard", "margin_weight", "desirable_share"} == set(OBJECTIVES[name].keys), name
+        weights_act = OBJECTIVES[name].beta_scales_margin and name != "seppo"  # its sampled images have no scores
+        assert ("margin_weight" in keys) == weights_act, name
     assert {name for name, objective in OBJECTIVES.items() if not objective.needs_reference} == REFERENCE_FREE
     betas = {name: objective.keys["beta"] for name, objective in OBJECTIVES.items() if "beta" in objective.keys}
     assert betas == PUBLISHED_BETA
@@ -390,7 +394,10 @@ def test_the_number_of_steps_matters_to_a_decaying_learning_rate(schedule):
     assert changed_keys(old, new) == ["train.max_steps: 6000 → 9000"]
 
 
-@pytest.mark.parametrize("override", ["seed=1", "train.total_batch_pairs=128", "compute.compile=true", "optim.eps=1"])
+@pytest.mark.parametrize(
+    "override",
+    ["seed=1", "train.total_batch_pairs=128", "compute.compile=true", "optim.eps=1", "loss.margin_weight=10"],
+)
 def test_keys_with_an_effect_are_reported(override):
     key, _, _ = override.partition("=")
     (line,) = changed_keys(config_with(), config_with(override))
@@ -462,6 +469,8 @@ def test_the_description_says_what_a_reader_might_miss():
     assert "0.50 of 3,072,000 pairs" in describe(config_with(), 1, num_pairs=3_072_000)
     assert "grows by exp(n·e)" in describe(config_with("loss.reward=eq10"), 1)
     assert "β itself" in describe(config_with("loss.name=diffusion_dpo"), 1)
+    assert "8·(2p − 1) times each pair's β" in describe(config_with("loss.margin_weight=8"), 1)
+    assert "margin weights" not in describe(config_with(), 1)
     assert "longer than the run" in describe(config_with("train.max_steps=499"), 1)
     assert "longer than the run" not in describe(config_with("train.max_steps=500"), 1)
     assert "on the training pairs themselves" in describe(config_with("data.source=parquet"), 1)

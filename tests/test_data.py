@@ -13,7 +13,16 @@ import torch
 from conftest import encoded_image, pick_a_pic_row, write_pick_a_pic
 from PIL import Image
 
-from xdpo.data import DataError, PairDataset, StepSampler, UnreadableTracker, collate_pairs, load_pairs, make_loader
+from xdpo.data import (
+    DataError,
+    PairDataset,
+    StepSampler,
+    UnreadableTracker,
+    collate_pairs,
+    load_pairs,
+    make_loader,
+    weigh_pairs,
+)
 from xdpo.data.images import UnreadableImageError, decode_rgb, square_pixels
 
 LIME, RED = [-1, 1, -1], [1, -1, -1]
@@ -148,6 +157,8 @@ def test_webdataset_tars_are_read_with_labels_as_text(tmp_path, tiny_tokenizer, 
         yield f"{key}.jpg_1.jpg", encoded_image("red" if green_first else "lime", format="JPEG")
         yield f"{key}.label_0.txt", label_0.encode()
         yield f"{key}.label_1.txt", label_1.encode()
+        yield f"{key}.score_0.txt", b"0.5\n"
+        yield f"{key}.score_1.txt", f"1.{key}".encode()
         yield f"{key}.{caption_name}", f"caption {key}".encode()
 
     with tarfile.open(tmp_path / "train-000.tar", "w") as tar:
@@ -160,6 +171,7 @@ def test_webdataset_tars_are_read_with_labels_as_text(tmp_path, tiny_tokenizer, 
     assert (table.counts.rows, table.counts.ties, table.counts.kept) == (3, 1, 2)
     assert [table.pair_id(row) for row in table.rows.tolist()] == ["000", "002"]
     assert table.dataset[2]["caption"] == "caption 002"
+    assert table.scores.tolist() == [[0.5, 1.002], [1.0, 0.5]]
     dataset = PairDataset(table, tiny_tokenizer, 0, data_config(), shuffle=False)
     for position in range(2):
         assert torch.allclose(torch.tensor(colours(dataset[position])), torch.tensor([LIME, RED]).float(), atol=0.05)
@@ -195,6 +207,79 @@ def test_a_folder_lists_labels(tmp_path, tiny_tokenizer, listing):
     table = load_pairs(data_config(write_folder(tmp_path / "f", listing, rows), source="folder"))
     assert (table.counts.ties, table.counts.unlabelled, table.counts.kept) == (1, 1, 1)
     assert colours(PairDataset(table, tiny_tokenizer, 0, data_config())[0]) == [LIME, RED]
+
+
+# Scores
+
+
+def test_scores_are_oriented_as_the_labels_and_found_by_row(tmp_path):
+    rows = [pick_a_pic_row(number, score_0=0.1 * number, score_1=1.0) for number in range(4)]
+    rows[0] |= {"label_0": 0.5, "label_1": 0.5}
+    rows[2] |= {"label_0": 0.0, "label_1": 1.0, "score_1": None}
+    table = parquet_table(tmp_path, rows)
+    np.testing.assert_array_equal(table.scores, np.array([[0.1, np.nan, 0.1 * 3], [1.0, 0.2, 1.0]]))
+    assert parquet_table(tmp_path / "without", [pick_a_pic_row(0)]).scores is None
+
+
+def test_the_pairs_are_the_same_pairs_with_other_scores(tmp_path):
+    """What is known of their reference holds for them."""
+    scores = {"none": {}, "some": {"score_0": 1.0, "score_1": 0.0}, "others": {"score_0": 2.0, "score_1": 0.0}}
+    tables = [parquet_table(tmp_path / name, [pick_a_pic_row(0, **found)]) for name, found in scores.items()]
+    assert len({table.fingerprint for table in tables}) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"chosen": "good.png", "rejected": "bad.png", "score_chosen": 2.5, "score_rejected": -1}, [[2.5], [-1]]),
+        ({"image_0": "bad.png", "image_1": "good.png", "label_0": 0, "score_0": -1, "score_1": 2.5}, [[2.5], [-1]]),
+        ({"chosen": "good.png", "rejected": "bad.png", "score_chosen": 2.5}, None),
+    ],
+)
+@pytest.mark.parametrize("listing", ["pairs.csv", "pairs.jsonl"])
+def test_a_folder_lists_scores_of_both_images(tmp_path, listing, row, expected):
+    folder = write_folder(tmp_path / "f", listing, [row | {"caption": "x"}])
+    scores = load_pairs(data_config(folder, source="folder")).scores
+    assert (scores if scores is None else scores.tolist()) == expected
+
+
+def scored_table(folder, *scores):
+    """Pairs with (chosen, rejected) scores, from the second row on."""
+    rows = [pick_a_pic_row(0, label_0=0.5, label_1=0.5, score_0=99.0, score_1=-99.0)]
+    for number, (chosen, rejected) in enumerate(scores, start=1):
+        rows.append(pick_a_pic_row(number, score_0=chosen, score_1=rejected))
+    return parquet_table(folder, rows)
+
+
+def test_a_weight_is_smpos_with_the_training_pairs_range_and_belongs_to_its_row(tmp_path):
+    # Training scores go from 0 to 4, without the dropped tie's: p = σ(gap / 4), weight 10·(2p − 1) = 10·tanh(gap / 8).
+    train, held_out = scored_table(tmp_path / "a", (4, 1), (2, 2), (0, 1)), scored_table(tmp_path / "b", (9, 1), (1, 3))
+    weights = weigh_pairs(10.0, train, held_out)
+    found = weights.train.get(torch.tensor([3, 1, 2, 1]), torch.device("cpu"))
+    assert found.dtype == torch.float32
+    assert found.tolist() == pytest.approx([10 * np.tanh(gap / 8) for gap in (-1, 3, 0, 3)], rel=1e-6)
+    held_out_weights = weights.held_out.get(torch.tensor([1, 2]), torch.device("cpu"))
+    assert held_out_weights.tolist() == pytest.approx([10 * np.tanh(gap / 8) for gap in (8, -2)], rel=1e-6)
+    assert "scores from 0 to 4; 1 of 3 pairs turned round" in str(weights.train)
+    assert weigh_pairs(None, parquet_table(tmp_path / "c", [pick_a_pic_row(0)])) == (None, None)
+
+
+def test_scores_that_are_missing_or_no_finite_numbers_are_named(tmp_path):
+    good, bare = scored_table(tmp_path / "good", (1, 0)), parquet_table(tmp_path / "bare", [pick_a_pic_row(0)])
+    with pytest.raises(DataError, match=r"the training pairs have none .*score_0 and score_1.*scripts/relabel\.py"):
+        weigh_pairs(10.0, bare, good)
+    with pytest.raises(DataError, match=r"the held-out pairs have none"):
+        weigh_pairs(10.0, good, bare)
+    broken = scored_table(tmp_path / "broken", (1, 0), (None, 0), (1, float("nan")), (float("inf"), 0))
+    message = r"3 of 4 held-out pairs lack one \(row 2: nan/0, row 3: 1/nan, row 4: inf/0, chosen/rejected\)"
+    with pytest.raises(DataError, match=message):
+        weigh_pairs(10.0, good, broken)
+    with pytest.raises(DataError, match=r"all of the training pairs' are 1\."):
+        weigh_pairs(10.0, scored_table(tmp_path / "equal", (1, 1)))
+    row = {"chosen": "", "rejected": "", "caption": "", "score_chosen": "high", "score_rejected": 1}
+    text = write_folder(tmp_path / "f", "pairs.csv", [row])
+    with pytest.raises(DataError, match=r"column score_0 must hold numbers.*'high'"):
+        weigh_pairs(10.0, load_pairs(data_config(text, source="folder")))
 
 
 def card_features(*names):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from training_runs import TWO_PROCESSES, assert_same_run, command, launch, policy_of, relative_distance, rows_of
 
 import train_xdpo
-from xdpo import models
+from xdpo import models, precompute
 from xdpo.config import OBJECTIVE_KEYS, REFERENCE_FREE
 
 SELF_PLAY = ("loss.name=seppo", "self_play.every=2", "self_play.num_inference_steps=2", "self_play.batch_size=3")
@@ -44,6 +45,65 @@ def test_the_safeguard_lets_the_chosen_images_error_fall_further(run, name):
         _, folder = run(f"mu_{mu}", f"loss.name={name}", f"loss.safeguard={mu}", "optim.learning_rate=1e-3")
         d_chosen[mu] = rows_of(folder)[-1]["d_chosen"]
     assert d_chosen["1"] <= d_chosen["null"]
+
+
+def test_weights_that_are_all_equal_are_a_factor_of_beta(run, scored):
+    _, weighted = run("weighted", *scored((1, 0)))  # a range of 1: p = σ(1), 10·(2p − 1) = 10·tanh(½)
+    _, plain = run("plain", f"loss.beta={1000 * 10 * math.tanh(0.5)}")
+
+    assert relative_distance(weighted, plain) < 1e-6
+    for row, other in zip(rows_of(weighted), rows_of(plain), strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert row["margin"] == pytest.approx(other["margin"], rel=1e-4, abs=1e-7)
+    assert json.loads((weighted / "run.json").read_text())["score_range"] == [0, 1]
+
+
+def test_weighted_training_is_the_same_from_the_source_and_from_caches_that_another_run_made(
+    run, scored, tmp_path, capsys
+):
+    weighted = (*scored((3, 1), (2, 1.5), (1, 1.2)), "train.max_steps=3", "eval.every=3", "eval.draws=1")
+    caches = [f"cache.{name}={tmp_path / name}" for name in ("examples", "reference")] + ["cache.dtype=fp32"]
+    _, unweighted = run("unweighted", *weighted, *caches, "loss.margin_weight=null")
+    _, source = run("source", *weighted)
+    capsys.readouterr()
+    _, cached = run("cached", *weighted, *caches)
+    assert "so the reference is not loaded" in capsys.readouterr().out
+    assert_same_run(source, cached)
+    _, single = run("single", *weighted, "train.micro_batch_pairs=1")  # a pair's weight is its own, whatever the batch
+    assert relative_distance(source, single) < 1e-5 < relative_distance(source, unweighted)
+
+
+def test_held_out_pairs_are_weighted_with_the_training_pairs_range(run, scored):
+    """At the same weights of the network, a tenth of the gap is a tenth of the margin but for the curve of p."""
+    margins = {}
+    for name, gap in {"wide": 0.1, "narrow": 0.01}.items():
+        held_out = scored((gap, 0), name=name)[1].replace("data.path", "eval.path")
+        _, folder = run(f"run {name}", *scored((1, 0)), held_out, "train.max_steps=1", "eval.every=1")
+        margins[name] = rows_of(folder)[-1]["eval/margin"]
+    assert margins["wide"] / margins["narrow"] == pytest.approx(math.tanh(0.05) / math.tanh(0.005), rel=1e-4)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["from the source", "with a cache to build"])
+def test_weights_without_scores_are_refused_before_weights_are_loaded(
+    run, scored, small_pairs, tmp_path, monkeypatch, capsys, cached
+):
+    cache = [f"cache.examples={tmp_path / 'examples'}"] if cached else []
+    for owner in (models, precompute.build):
+        monkeypatch.setattr(owner, "load_parts", lambda *_, **__: pytest.fail("weights were loaded"))
+    for options, message in (
+        (["loss.margin_weight=10"], "the training pairs have none (columns score_0 and score_1)"),
+        ([*scored((1, 0)), "eval.every=1", f"eval.path={small_pairs}"], "the held-out pairs have none"),
+        (scored((1, 0), (math.nan, 0), name="broken"), "6 of 12 training pairs lack one (row 1: nan/0, row 3: nan/0"),
+    ):
+        status, folder = run("run", *options, *cache)
+        error = capsys.readouterr().err
+        assert status == 1 and message in error and "loss.margin_weight=null" in error, error
+        assert not folder.exists() and not (tmp_path / "examples").exists()
+
+
+def test_find_batch_weighs_its_pairs_too(run, scored, capsys):
+    assert run("x", *scored((2, 1), (1, 0.5)), "--find-batch")[0] == 0
+    assert "fastest here" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", [KTO, SELF_PLAY], ids=["diffusion_kto", "seppo"])

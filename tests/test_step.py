@@ -88,6 +88,22 @@ def test_statistics_are_sums_over_pairs_and_count_wins():
     assert statistics["clamped"] == 0
 
 
+def test_a_margin_weight_multiplies_beta_and_the_accuracy_stays_the_labels():
+    # d is −0.1 on every chosen image and 0.2 on every rejected one: m = −(1000/2)·w·(−0.3) = 150·w at β = 1000.
+    errors = PairErrors(*(torch.full((3,), value) for value in (0.1, 0.4, 0.2, 0.2)))
+    config = load_config("configs/diffusion_dpo_sd15.yaml", ["loss.beta=1000", "loss.margin_weight=10"]).loss
+    weights = torch.tensor([0.02, -0.01, 0.0])
+    output = preference_loss(errors, config, {"margin_weights": weights})
+    statistics = dict(zip(STATISTICS, output.statistics.tolist(), strict=True))
+
+    margins = [3.0, -1.5, 0.0]
+    assert output.loss.tolist() == pytest.approx([math.log1p(math.exp(-margin)) for margin in margins], rel=1e-5)
+    assert statistics["margin"] == pytest.approx(sum(margins), rel=1e-5)
+    assert statistics["sigmoid_minus_margin"] == pytest.approx(sum(1 / (1 + math.exp(m)) for m in margins), rel=1e-5)
+    assert statistics["implicit_accuracy"] == 2.5  # the pair turned round has its label's order, the weightless one ½
+    assert statistics["d_chosen"] == pytest.approx(-0.3) and statistics["d_rejected"] == pytest.approx(0.6)
+
+
 def test_a_pair_is_the_same_example_alone_and_in_a_batch(maker):
     together = maker(batch_of([3, 4, 5]), 0, [3, 4, 5])
     alone = maker(batch_of([4]), 0, [4])

@@ -217,10 +217,10 @@ def test_find_batch_tries_the_sizes_that_keep_the_total_batch_and_leaves_no_run(
 def test_find_batch_stops_where_memory_ends(run, capsys, monkeypatch):
     original = step.preference_loss
 
-    def out_of_memory(errors, loss):
+    def out_of_memory(errors, *others):
         if len(errors.policy_chosen) > 2:
             raise torch.OutOfMemoryError("no more")
-        return original(errors, loss)
+        return original(errors, *others)
 
     monkeypatch.setattr(step, "preference_loss", out_of_memory)
     status, _ = run("x", "--find-batch")
@@ -454,10 +454,11 @@ def test_a_diverged_run_stops_naming_pairs_and_values_and_keeps_its_weights_fini
 
 
 def test_two_processes_equal_one_with_twice_the_accumulation_and_resume_bit_for_bit(
-    run, small_pipeline, small_pairs, tmp_path
+    run, scored, small_pipeline, small_pairs, tmp_path
 ):
-    _, one = run("one", "train.micro_batch_pairs=1", "data.max_pairs=10", "eval.every=6", f"eval.path={small_pairs}")
-    common = ("train.micro_batch_pairs=1", "data.max_pairs=10", "eval.every=6", f"eval.path={small_pairs}")
+    """With margin weights, which belong to a pair and not to a place in a batch."""
+    common = ("train.micro_batch_pairs=1", "data.max_pairs=10", "eval.every=6", *scored((3, 1), (2, 1.5), (1, 1.2)))
+    _, one = run("one", *common)
     for folder, overrides in {"two": common, "parts": (*common, "train.max_steps=3")}.items():
         ended = launch(TWO_PROCESSES, command(small_pipeline, small_pairs, tmp_path / folder, *overrides))
         assert ended.returncode == 0, ended.stderr[-3000:]

@@ -15,7 +15,7 @@ from xdpo.noise import NoiseSchedule, add_noise, draw_noise, draw_timesteps, tar
 
 STATISTICS = (
     "loss",
-    "implicit_accuracy",  # share of pairs with a positive margin; a zero margin counts ½
+    "implicit_accuracy",  # share of pairs with the label's order; a zero margin counts ½
     "margin",
     "d_chosen",  # policy's error minus reference's; negative where the policy denoises better. Also of desirable images
     "d_rejected",
@@ -142,7 +142,9 @@ def _weighted_mean(values: Tensor, example: Example) -> Tensor:
 
 def inputs_of(config: LossConfig) -> frozenset[str]:
     """Names of what the objective takes beside the errors, and of what its modifiers do."""
-    return frozenset(OBJECTIVES[config.name].inputs) | ({"policy_dot"} if config.safeguard is not None else set())
+    modifiers = {"policy_dot": config.safeguard, "margin_weights": config.margin_weight}
+    asked = {name for name, value in modifiers.items() if value is not None}
+    return frozenset(OBJECTIVES[config.name].inputs) | asked
 
 
 def measure(
@@ -181,8 +183,9 @@ def measure(
 def preference_loss(errors: PairErrors, config: LossConfig, inputs: Mapping[str, Tensor] | None = None) -> StepOutput:
     """The configured loss of each pair and its statistics.
 
-    `inputs`: a Measured's, and for an unpaired objective z0, 0-d, and desirable, (2B,) bool, whose images stand where
-    chosen and rejected ones do; without it they are chosen and rejected. Its loss and margin are means over two images.
+    `inputs`: a Measured's; with loss.margin_weight margin_weights (B,), which multiply β; for an unpaired objective z0,
+    0-d, and desirable, (2B,) bool, whose images stand where chosen and rejected ones do; without it they are chosen and
+    rejected. Its loss and margin are means over two images.
     """
     inputs = dict(inputs or {})
     desirable = inputs.pop("desirable", None)
@@ -190,15 +193,18 @@ def preference_loss(errors: PairErrors, config: LossConfig, inputs: Mapping[str,
         guarded = safeguard(errors, dot, mu=config.safeguard)
     else:
         guarded = errors
-    objective = OBJECTIVES[config.name]
+    objective, numbers, weights = OBJECTIVES[config.name], config.numbers, None
+    if config.margin_weight is not None:
+        weights = inputs.pop("margin_weights")
+        numbers["beta"] = numbers["beta"] * weights
     if not config.is_unpaired:
-        output = objective.function(guarded, **inputs, **config.numbers)
-        return StepOutput(output.loss, errors, _statistics(errors, output, None))
+        output = objective.function(guarded, **inputs, **numbers)
+        return StepOutput(output.loss, errors, _statistics(errors, output, None, weights))
     if desirable is None:
         desirable = torch.arange(2 * len(errors.policy_chosen), device=errors.policy_chosen.device)
         desirable = desirable < len(errors.policy_chosen)
     single = UnpairedErrors(torch.cat(errors[:2]), torch.cat(errors[2:]), desirable)
-    each = objective.function(single, **inputs, **config.numbers)
+    each = objective.function(single, **inputs, **numbers)
     output = LossOutput(each.loss.view(2, -1).mean(0), each.margin.view(2, -1).mean(0), each.clamped)
     return StepOutput(output.loss, errors, _statistics(errors, output, desirable))
 
@@ -218,8 +224,12 @@ def averages(sums: Sequence[float], num_pairs: int, config: LossConfig) -> dict[
 
 
 @torch.no_grad()
-def _statistics(errors: PairErrors, output: LossOutput, desirable: Tensor | None) -> Tensor:
+def _statistics(
+    errors: PairErrors, output: LossOutput, desirable: Tensor | None, weights: Tensor | None = None
+) -> Tensor:
     margin, num_pairs = output.margin, len(output.margin)
+    # A negative weight turns a pair round: its margin then has the scorer's sign, and the accuracy is the label's.
+    agreement = margin if weights is None else margin * weights.sign()
     has_reference = errors.reference_chosen is not None
     reference = (
         torch.cat(errors[2:]) if has_reference else torch.full((2 * num_pairs,), torch.nan, device=margin.device)
@@ -229,7 +239,7 @@ def _statistics(errors: PairErrors, output: LossOutput, desirable: Tensor | None
         desirable = torch.arange(2 * num_pairs, device=margin.device) < num_pairs
     sums = (
         output.loss.float().sum(),
-        ((margin > 0).float() + 0.5 * (margin == 0).float()).sum(),
+        ((agreement > 0).float() + 0.5 * (agreement == 0).float()).sum(),
         margin.float().sum(),
         (difference * desirable).float().sum(),
         (difference * ~desirable).float().sum(),

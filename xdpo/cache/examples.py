@@ -48,6 +48,7 @@ class ExamplePlan:
     text_shape: Sequence[int]  # (1, L, D)
     scaling_factor: float  # of the autoencoder
     dtype: str
+    has_scores: bool = False  # of the pairs, in their table; caches from before there were any have none
     shard_bytes: int = SHARD_BYTES
     tables: Mapping[str, str] = field(default_factory=dict)  # file → SHA-256
 
@@ -133,6 +134,16 @@ class ExampleCache:
     @property
     def fingerprint(self) -> str:
         return self.plan.fingerprint
+
+    @property
+    def scores(self) -> np.ndarray | None:
+        """(2, N) float64, of each pair's chosen and rejected image, NaN where missing; None where the data had none."""
+        import pyarrow.parquet as pq
+
+        if not self.plan.has_scores:
+            return None
+        pairs = pq.read_table(self.folder / "pairs.parquet", columns=["chosen_score", "rejected_score"])
+        return np.stack([column.to_numpy() for column in pairs.columns])
 
     def pair_id(self, row: int) -> str:
         """Name of the pair at a row of the source."""

@@ -64,7 +64,7 @@ def effective_beta(config: Config) -> float | None:
 
     For xdpo β·(η + γ·n), from the derivative of Appendix C's and Eq. 9's reward at d = 0. For Eq. 10 γ·n is also
     multiplied by exp(n·e), with e the reference's error; this is its value for e = 0. For f_dpo β·f″(1). None for an
-    objective that is no Diffusion-DPO near the reference.
+    objective that is no Diffusion-DPO near the reference. With loss.margin_weight a pair's is this times its weight.
     """
     loss = config.loss
     slope = loss.eta + loss.gamma * loss.n
@@ -106,6 +106,8 @@ def describe(config: Config, num_processes: int, num_pairs: int | None = None) -
     elif effective_beta(config) is not None:
         own = "β itself" if effective_beta(config) == loss.beta else f"of a β of {loss.beta:g}"
         lines["effective β"] = f"{effective_beta(config):g} ({loss.name}: {own})"
+    if loss.margin_weight is not None:
+        lines["margin weights"] = f"{loss.margin_weight:g}·(2p − 1) times each pair's β, p from its two scores"
     pairs_seen = train.max_steps * train.total_batch_pairs
     lines["steps"] = f"{train.max_steps:,} optimizer steps, {pairs_seen:,} pairs seen"
     lines["epochs"] = _epochs(config, pairs_seen, num_pairs)

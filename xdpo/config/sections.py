@@ -157,14 +157,14 @@ _SHAPE = ("eta", "gamma", "n")
 _PAIRWISE = ("beta", "label_smoothing", "safeguard")
 OBJECTIVE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "xdpo": (*_PAIRWISE, *_SHAPE, "reward"),
-        "diffusion_dpo": _PAIRWISE,
-        "chipo": (*_PAIRWISE, "kappa", "max_reward"),
-        "f_dpo": (*_PAIRWISE, *_SHAPE, "divergence", "kappa", "alpha"),
-        "ipo": ("beta", "safeguard"),
-        "hinge": ("beta", "safeguard"),
-        "dmpo": ("beta", "safeguard", "alpha"),
-        "alpha_dpo": ("beta", "safeguard", "alpha"),
+        "xdpo": (*_PAIRWISE, *_SHAPE, "margin_weight", "reward"),
+        "diffusion_dpo": (*_PAIRWISE, "margin_weight"),
+        "chipo": (*_PAIRWISE, "margin_weight", "kappa", "max_reward"),
+        "f_dpo": (*_PAIRWISE, *_SHAPE, "margin_weight", "divergence", "kappa", "alpha"),
+        "ipo": ("beta", "safeguard", "margin_weight"),
+        "hinge": ("beta", "safeguard", "margin_weight"),
+        "dmpo": ("beta", "safeguard", "margin_weight", "alpha"),
+        "alpha_dpo": ("beta", "safeguard", "margin_weight", "alpha"),
         "dspo": ("beta", "safeguard"),
         "mapo": (*_PAIRWISE, "k", "scale"),
         "sft": (),
@@ -215,6 +215,9 @@ class LossConfig(Section):
     safeguard: Share | None = Field(
         None, description="μ of Diffusion-SDPO's limit on the rejected image's gradient; null: none"
     )
+    margin_weight: PositiveNumber | None = Field(
+        None, description="scale of SmPO's weight on a pair's margin, from its two scores; null: none"
+    )
     alpha: PositiveNumber | None = Field(None, description="α of dmpo, alpha_dpo, or f_dpo's alpha_divergence")
     divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha_divergence", "xdpo"] | None = Field(
         None, description="f_dpo: which f-divergence keeps the policy near the reference"
@@ -245,7 +248,7 @@ class LossConfig(Section):
     @property
     def numbers(self) -> dict[str, float | str]:
         """What the objective's function takes: the keys that act in it and have a value."""
-        not_its_own = ("safeguard", "desirable_share")  # the step's and the data's
+        not_its_own = ("safeguard", "margin_weight", "desirable_share")  # the step's and the data's
         keys = [key for key in OBJECTIVE_KEYS[self.name] if key not in not_its_own]
         return {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
 

@@ -8,6 +8,7 @@ from xdpo.data.examples import (
     held_out_batches,
     make_loader,
 )
+from xdpo.data.scores import MarginWeights, PairWeights, finite_scores, no_scores, weigh_pairs
 from xdpo.data.sources import load_pairs
 from xdpo.data.table import DataError, PairCounts, PairTable
 from xdpo.data.unpaired import LabelledImages, UnpairedDataset, UnpairedOrder, label_images, places_of
@@ -15,17 +16,22 @@ from xdpo.data.unpaired import LabelledImages, UnpairedDataset, UnpairedOrder, l
 __all__ = [
     "DataError",
     "LabelledImages",
+    "MarginWeights",
     "PairCounts",
     "PairDataset",
     "PairTable",
+    "PairWeights",
     "StepSampler",
     "UnpairedDataset",
     "UnpairedOrder",
     "UnreadableTracker",
     "collate_pairs",
+    "finite_scores",
     "held_out_batches",
     "label_images",
     "load_pairs",
     "make_loader",
+    "no_scores",
     "places_of",
+    "weigh_pairs",
 ]

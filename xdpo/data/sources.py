@@ -11,7 +11,15 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xdpo.data.table import DataError, PairTable, listed, require_columns, usable_pairs, with_house_columns
+from xdpo.data.table import (
+    SCORE_COLUMNS,
+    DataError,
+    PairTable,
+    listed,
+    require_columns,
+    usable_pairs,
+    with_house_columns,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -137,11 +145,13 @@ def _load_folder(paths: list[str], split: str, revision: str | None) -> "Dataset
         return [str(listing.parent / (cell or "")) for cell in cells(name)]
 
     table = {"jpg_0": files(columns[0]), "jpg_1": files(columns[1]), "caption": cells("caption")}
+    optional = {"has_label": "has_label", "ranking_id": "ranking_id"}
     if columns is by_choice:
         table["label_0"] = ["1"] * len(rows)
+        optional |= {"score_0": "score_chosen", "score_1": "score_rejected"}
     else:
-        table |= {name: cells(name) for name in ("label_0", "label_1") if name in rows[0]}
-    table |= {name: cells(name) for name in ("has_label", "ranking_id") if name in rows[0]}
+        optional |= {name: name for name in ("label_0", "label_1", *SCORE_COLUMNS)}
+    table |= {name: cells(column) for name, column in optional.items() if column in rows[0]}
     return Dataset.from_dict(table)
 
 

@@ -1,7 +1,8 @@
 """The table of usable pairs: the columns read, which rows are dropped and why, which image is the chosen one.
 
 The columns are those of Pick-a-Pic v2: encoded images `jpg_0` and `jpg_1`, `label_0` (1: image 0 is preferred,
-0: image 1 is, 0.5: a tie), `caption`. They are oriented here, once; every other module says chosen and rejected.
+0: image 1 is, 0.5: a tie), `caption`; beside them may stand `score_0` and `score_1`, a scorer's, as scripts/relabel.py
+writes them. They are oriented here, once; every other module says chosen and rejected.
 """
 
 import hashlib
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 REQUIRED_COLUMNS = ("jpg_0", "jpg_1", "label_0", "caption")
-OPTIONAL_COLUMNS = ("label_1", "has_label", "are_different", "ranking_id", "image_0_uid", "image_1_uid", "__key__")
+SCORE_COLUMNS = ("score_0", "score_1")
+OPTIONAL_COLUMNS = (
+    *("label_1", "has_label", "are_different", "ranking_id", "image_0_uid", "image_1_uid", "__key__"),
+    *SCORE_COLUMNS,
+)
 ID_COLUMNS = ("ranking_id", "image_0_uid", "image_1_uid", "__key__")
 
 
@@ -64,10 +69,7 @@ class PairTable:
     def columns(self, *names: str) -> dict[str, list]:
         """Light columns of the usable pairs, in their order; those that the source has."""
         found = self._named(names)
-        if not found:
-            return {}
-        table = self.dataset.select_columns(found).with_format("arrow")[:]
-        return table.take(self.rows).to_pydict()
+        return self._light(found).to_pydict() if found else {}
 
     def image_names(self) -> tuple[np.ndarray, np.ndarray]:
         """Names of each pair's chosen and rejected image: its uid, else one of its own for every side of every row."""
@@ -76,8 +78,19 @@ class PairTable:
             names = np.stack([np.array(uids[f"image_{side}_uid"], dtype=str) for side in (0, 1)])
         else:
             names = np.stack([2 * self.rows, 2 * self.rows + 1])
-        pairs = np.arange(len(self))
-        return names[self.chosen_side, pairs], names[1 - self.chosen_side, pairs]
+        chosen, rejected = self._oriented(names)
+        return chosen, rejected
+
+    @property
+    def scores(self) -> np.ndarray | None:
+        """(2, N) float64, of each pair's chosen and rejected image; NaN where missing, None without score columns.
+
+        Raises DataError for a column that doesn't hold numbers.
+        """
+        if len(self._named(SCORE_COLUMNS)) < 2:
+            return None
+        table = self._light(SCORE_COLUMNS)
+        return self._oriented(np.stack([_numbers(table, name, "the pairs") for name in SCORE_COLUMNS]))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -86,6 +99,15 @@ class PairTable:
         for name, values in self.columns("caption", *ID_COLUMNS).items():
             digest.update("\0".join([name, *map(str, values)]).encode())
         return digest.hexdigest()[:16]
+
+    def _oriented(self, sides: np.ndarray) -> np.ndarray:
+        """(2, N) by image 0 and 1 → (2, N), chosen first."""
+        pairs = np.arange(len(self))
+        return np.stack([sides[self.chosen_side, pairs], sides[1 - self.chosen_side, pairs]])
+
+    def _light(self, names: Iterable[str]) -> Any:
+        """An Arrow table of the usable pairs' columns of these names."""
+        return self.dataset.select_columns(list(names)).with_format("arrow")[:].take(self.rows)
 
     def _named(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if name in self.dataset.column_names]
@@ -164,7 +186,7 @@ def usable_pairs(dataset: "Dataset", max_pairs: int | None, where: str) -> PairT
 
 
 def _numbers(table: Any, name: str, where: str) -> np.ndarray:
-    """A column as float64, missing values as NaN. WebDataset and CSV carry labels as text."""
+    """A column as float64, missing values as NaN. WebDataset and CSV carry labels and scores as text."""
     column = table.column(name)
     try:
         values = ["nan" if value is None or value == "" else value for value in column.to_pylist()]

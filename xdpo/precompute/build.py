@@ -17,7 +17,7 @@ from xdpo.cache import CacheError, ExampleCache, ExamplePlan, Shards
 from xdpo.cache.examples import TABLES, file_sha256, finish, is_finished
 from xdpo.cache.shards import replacing
 from xdpo.config import Config
-from xdpo.data import PairTable
+from xdpo.data import PairTable, finite_scores, no_scores
 from xdpo.data.images import UnreadableImageError, decode_rgb, square_pixels
 from xdpo.data.table import pair_id
 from xdpo.models import PipelineParts, encode_captions, encode_images, load_parts
@@ -31,16 +31,26 @@ Say = Callable[[str], None]
 
 
 def build_missing_examples(settings: Config, accelerator: Accelerator, say: Say = print) -> None:
-    """Build what is missing of the caches that a run with these settings reads. Every process calls it."""
-    parts = None
+    """Build what is missing of the caches that a run with these settings reads. Every process calls it.
+
+    Raises CacheError or DataError, before weights are loaded, for what the run couldn't use once it is built.
+    """
+    missing: dict[bool, PairTable] = {}
     for held_out in (False, True) if settings.eval.every else (False,):
         folder = examples_folder(settings, held_out=held_out)
+        needs_scores = settings.loss.margin_weight is not None
         if plan := ExamplePlan.load(folder):
             plan.refuse_another(folder, example_key(settings, held_out=held_out))
+            if needs_scores and not plan.has_scores:
+                raise no_scores(held_out=held_out)
         if is_finished(folder):
             continue
-        table = load_table(settings, accelerator, held_out=held_out)
-        parts = parts or load_parts(settings.model)
+        missing[held_out] = load_table(settings, accelerator, held_out=held_out)
+        if needs_scores:
+            finite_scores(missing[held_out], held_out=held_out)
+    parts = load_parts(settings.model) if missing else None
+    for held_out, table in missing.items():
+        folder = examples_folder(settings, held_out=held_out)
         build_examples(folder, table, parts, settings, accelerator, held_out=held_out, say=say)
 
 
@@ -159,6 +169,8 @@ def _write_plan(
         "rejected_image": codes[places + 1 - chosen_side].astype(np.int64),
         "prompt": captions.indices.to_numpy()[1:].astype(np.int64),
     }
+    if (scores := table.scores) is not None:
+        pairs |= {"chosen_score": scores[0], "rejected_score": scores[1]}
     plan = ExamplePlan(
         key=example_key(settings, held_out=held_out),
         fingerprint=table.fingerprint,
@@ -174,6 +186,7 @@ def _write_plan(
         text_shape=(1, length, parts.text_encoder.config.hidden_size),
         scaling_factor=parts.vae.config.scaling_factor,
         dtype={"fp16": "float16", "fp32": "float32"}[settings.cache.dtype],
+        has_scores=scores is not None,
     )
     if shard_bytes is not None:
         plan = replace(plan, shard_bytes=shard_bytes)

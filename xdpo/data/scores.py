@@ -1,0 +1,101 @@
+"""The scores of pairs → the factor of each pair's β: SmPO's margin weights, for `loss.margin_weight`.
+
+A weight depends on the pair's two scores and on the range of all the training pairs' scores, never on a batch. A pair
+is found by its row in the source, which every batch names: where another pair stood in for an unreadable one, that row
+is the other's.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xdpo.data.table import DataError
+from xdpo.loss import margin_weights, preference_probability
+
+
+@dataclass(frozen=True, eq=False)
+class MarginWeights:
+    """scale·(2p − 1) of every pair of a table; loss.modifiers has the formulas."""
+
+    rows: Tensor  # (N,) int64 of the source, ascending
+    weights: Tensor  # (N,) float32
+    score_range: tuple[float, float]  # lowest and highest score of the training pairs
+
+    def get(self, rows: Tensor, device: torch.device) -> Tensor:
+        """(B,) float32 on `device`, of the pairs at B rows of the source, which lie on the CPU."""
+        return self.weights[torch.searchsorted(self.rows, rows)].to(device, non_blocking=True)
+
+    def __str__(self) -> str:
+        lowest, highest = self.score_range
+        return (
+            f"mean {self.weights.mean():.4g}, scores from {lowest:g} to {highest:g}; "
+            f"{int((self.weights < 0).sum()):,} of {len(self.weights):,} pairs turned round"
+        )
+
+
+class PairWeights(NamedTuple):
+    """The weights of both kinds of pairs; None where there are no such pairs, or no weights."""
+
+    train: MarginWeights | None
+    held_out: MarginWeights | None
+
+
+def weigh_pairs(scale: float | None, train_pairs: Any, held_out_pairs: Any = None) -> PairWeights:
+    """Weights of a data.PairTable's pairs, or a cache.ExampleCache's, with `loss.margin_weight` as scale; null: none.
+
+    The range of the scores is the training pairs', as SmPO takes its data set's, for the held-out ones too.
+    Raises DataError where a score is missing or no finite number, or the training pairs' are all equal.
+    """
+    if scale is None:
+        return PairWeights(None, None)
+    scores = finite_scores(train_pairs, held_out=False)
+    score_range = float(scores.min()), float(scores.max())
+    if score_range[0] == score_range[1]:
+        raise DataError(
+            f"loss.margin_weight needs scores that differ, and all of the training pairs' are {score_range[0]:g}. Take "
+            "another scorer's, or set loss.margin_weight=null"
+        )
+    train = _weights(train_pairs, scores, score_range, scale)
+    if held_out_pairs is None:
+        return PairWeights(train, None)
+    held_out = _weights(held_out_pairs, finite_scores(held_out_pairs, held_out=True), score_range, scale)
+    return PairWeights(train, held_out)
+
+
+def finite_scores(pairs: Any, *, held_out: bool) -> np.ndarray:
+    """(2, N) float64, chosen first. Raises DataError where a pair has none, naming up to ten rows."""
+    scores = pairs.scores
+    if scores is None:
+        raise no_scores(held_out=held_out)
+    bad = np.flatnonzero(~np.isfinite(scores).all(axis=0))
+    if len(bad):
+        shown = ", ".join(f"row {pairs.rows[index]}: {scores[0, index]:g}/{scores[1, index]:g}" for index in bad[:10])
+        raise DataError(
+            f"loss.margin_weight needs a finite score of both images; {len(bad)} of {len(pairs)} {_named(held_out)} "
+            f"lack one ({shown}, chosen/rejected). Score them, drop their rows, or set loss.margin_weight=null"
+        )
+    return scores
+
+
+def no_scores(*, held_out: bool) -> DataError:
+    """The error of pairs without scores, whether of a source or of a cache."""
+    return DataError(
+        f"loss.margin_weight needs scores, and the {_named(held_out)} have none (columns score_0 and score_1). Take "
+        "data that scripts/relabel.py wrote, or set loss.margin_weight=null. A cache has the scores of its data: where "
+        "cache.examples or cache.local_copy was made without them, remove the folder, and it is made again"
+    )
+
+
+def _weights(pairs: Any, scores: np.ndarray, score_range: tuple[float, float], scale: float) -> MarginWeights:
+    lowest, highest = score_range
+    probability = preference_probability(*torch.from_numpy(scores), lowest=lowest, highest=highest)
+    # One number on every process and device: computed in float64 on the CPU, rounded once.
+    weights = margin_weights(probability, scale=scale).float()
+    return MarginWeights(torch.tensor(pairs.rows), weights, score_range)
+
+
+def _named(held_out: bool) -> str:
+    return "held-out pairs" if held_out else "training pairs"
