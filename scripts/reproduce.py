@@ -20,7 +20,7 @@ from xdpo.experiments.cells import ROOT, Cell, train_all
 from xdpo.experiments.findings import Findings
 from xdpo.experiments.plan import BASE, load_plan
 from xdpo.experiments.stages import Reproduction, choose, model_name
-from xdpo.experiments.tasks import Interrupted, Task, run_all
+from xdpo.experiments.tasks import Interrupted, Task, run_all, tell
 
 PLANS = ROOT / "configs" / "experiments"
 STARTED_AT_ONCE = "tiny"  # the scale that needs no --go
@@ -74,7 +74,7 @@ def reproduce(reproduction: Reproduction, jobs: int) -> Findings:
     reproduction.cells(dict.fromkeys(plan.tuned, plan.tuning.values[0]))  # and all others
 
     # Tuning: one run for each value, on prompts of its own.
-    print(f"tuning: {len(candidates)} trainings")
+    tell(f"tuning: {len(candidates)} trainings")
     failed = train_all(list(candidates.values()), jobs, processes)
     made = {place: cell for place, cell in candidates.items() if cell.name not in failed}
     images = [reproduction.images(cell, plan.steps, plan.tuning.prompts) for cell in made.values()]
@@ -87,7 +87,7 @@ def reproduce(reproduction: Reproduction, jobs: int) -> Findings:
 
     # The methods, with every seed.
     cells = reproduction.cells(chosen)
-    print(f"methods: {len(cells)} trainings")
+    tell(f"methods: {len(cells)} trainings")
     failed |= train_all(list(cells.values()), jobs, processes)
     pipeline = next(iter(candidates.values())).settings.model.pipeline
     images = [reproduction.base_images(pipeline, plan.prompts)]

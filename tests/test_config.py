@@ -30,7 +30,11 @@ from xdpo.config import (
 from xdpo.loss import OBJECTIVES
 
 ROOT = Path(__file__).parent.parent
-OF_OTHER_KINDS = {"accelerate", "models"}  # launches, and models to generate with: read and tested elsewhere
+OF_OTHER_KINDS = {
+    "accelerate",
+    "models",
+    "experiments",
+}  # launches, and models to generate with: read and tested elsewhere
 CONFIGS = sorted(file for file in (ROOT / "configs").rglob("*.yaml") if not OF_OTHER_KINDS & set(file.parts))
 TABLE_3 = {  # row: (η, n, γ)
     "eta1_n1": (1.0, 1.0, 1.0),

@@ -15,7 +15,13 @@ import train_xdpo
 from xdpo import models, precompute
 from xdpo.config import OBJECTIVE_KEYS, REFERENCE_FREE
 
-SELF_PLAY = ("loss.name=seppo", "self_play.every=2", "self_play.num_inference_steps=2", "self_play.batch_size=3")
+SELF_PLAY = (
+    "loss.name=seppo",
+    "loss.beta=100",
+    "self_play.every=2",
+    "self_play.num_inference_steps=2",
+    "self_play.batch_size=3",
+)
 KTO = ("loss.name=diffusion_kto", "loss.beta=100", "optim.learning_rate=1e-3")
 
 

@@ -322,17 +322,24 @@ def model_card(config: Config) -> str:
             'unet = UNet2DConditionModel.from_pretrained("export", subfolder="unet")\n'
             f'pipeline = StableDiffusionPipeline.from_pretrained("{base}", unet=unet)'
         )
-    numbers = f"β = {loss.beta:g}"
+    symbols = {"beta": "β", "eta": "η", "gamma": "γ"}
+    numbers = "".join(
+        f", {symbols.get(key, key)} = {f'{value:g}' if isinstance(value, float) else value}"
+        for key, value in loss.numbers.items()
+    )
+    method = ""
     if loss.name == "xdpo":
-        numbers += f", η = {loss.eta:g}, γ = {loss.gamma:g}, n = {loss.n:g}, reward `{loss.reward}`"
+        method = (
+            ' The method is xDPO (Zhang & Xiang,\n"Diffusion Preference Alignment via Attenuated Kullback–Leibler '
+            'Regularization", Electronics 14:2939, 2025).'
+        )
     return f"""---
 {card.to_yaml()}
 ---
 
 # {base} aligned to preferences with {loss.name}
 
-Trained on preference pairs ({config.data.source}: {config.data.path}), {numbers}. The method is xDPO (Zhang & Xiang,
-"Diffusion Preference Alignment via Attenuated Kullback–Leibler Regularization", Electronics 14:2939, 2025).
+Trained on preference pairs ({config.data.source}: {config.data.path}), objective `{loss.name}`{numbers}.{method}
 
 ```python
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel

@@ -12,7 +12,7 @@ from statistics import median
 from xdpo.cache.examples import is_finished
 from xdpo.checkpoint import checkpoints, step_of
 from xdpo.config import KEYS, Config, ConfigError, changed_keys, load_config
-from xdpo.experiments.tasks import Task, launcher, run_all
+from xdpo.experiments.tasks import Task, launcher, run_all, tell
 from xdpo.precompute.keys import examples_folder
 from xdpo.report.grids import Cell as TableCell
 from xdpo.report.grids import Grid
@@ -129,7 +129,7 @@ def shared_caches(settings: Config, folder: Path) -> tuple[str, ...]:
 
 
 def train_all(
-    cells: Sequence[Cell], jobs: int = 1, num_processes: int = 1, say: Callable[[str], None] = print
+    cells: Sequence[Cell], jobs: int = 1, num_processes: int = 1, say: Callable[[str], None] = tell
 ) -> dict[str, str]:
     """Train all cells that are not finished, `jobs` at a time. Returns those that failed, with the end of their log.
 

@@ -18,7 +18,7 @@ FORMS = ("appendix_c", "eq9", "eq10")
 
 
 def quality(findings: Findings) -> Figure:
-    """Mean score and alignment against training pairs, a line with its interval for each method with curves."""
+    """Score and alignment as changes against the base, over training pairs: a line and its interval for each method."""
     plan = findings.plan
     methods = [name for name in findings.methods if plan.methods[name].curves]
     with rc_context(STYLE):
@@ -26,12 +26,13 @@ def quality(findings: Findings) -> Figure:
         for axes, scorer in zip(figure.subplots(1, 2), (plan.score, plan.alignment), strict=True):
             for position, method in enumerate(methods):
                 pairs, curve = findings.pairs_at(method), findings.curve(method, scorer)
-                points = [measures.mean(point) for point in curve]
+                points = [measures.difference(point, curve[0]) for point in curve]
                 look = {"color": COLOURS[position % len(COLOURS)], "label": method}
                 axes.plot(pairs, [point.value for point in points], marker="o", markersize=4, **look)
                 low, high = [point.low for point in points], [point.high for point in points]
                 axes.fill_between(pairs, low, high, color=look["color"], alpha=0.1, linewidth=0)
-            axes.set(title=title_of(scorer), xlabel="training pairs seen")
+            axes.axhline(0, color=BASELINE_COLOUR, linewidth=0.8)
+            axes.set(title=f"{title_of(scorer)}: change against the base", xlabel="training pairs seen")
             axes.grid(color="#e6e9ee", linewidth=0.7)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     return figure
@@ -58,7 +59,7 @@ def errors(findings: Findings) -> Figure:
         for axes in panels[len(methods) :]:
             axes.set_visible(False)
         figure.supxlabel("optimizer step", fontsize=8)
-        figure.supylabel("d: policy's error − reference's, held-out pairs", fontsize=8)
+        figure.supylabel("d", fontsize=9)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
     return figure
 
@@ -69,14 +70,14 @@ def slopes(
     """How hard each reward form pulls at an image whose error is d from the reference's, relative to d = 0.
 
     settings: beta and eta; γ is 1/n. seen: the range of d at the end of training, which is shaded. Left near that
-    range, right up to where the forms part; a panel row for each exponent.
+    range, right up to where n·d is 2; a panel row for each exponent.
     """
     with rc_context(STYLE):
         figure = Figure(figsize=(9, 2.3 * len(exponents) + 0.5), layout="constrained")
         panels = figure.subplots(len(exponents), 2, squeeze=False)
         reach = 1.5 * max(map(abs, seen))
         for row, n in zip(panels, exponents, strict=True):
-            for axes, limit in zip(row, (reach, 0.3), strict=True):
+            for axes, limit in zip(row, (reach, 2 / n), strict=True):
                 _slope_panel(axes, {**settings, "n": n, "gamma": 1 / n}, reference_error, limit)
                 axes.axvspan(*seen, color=BASELINE_COLOUR, alpha=0.25, linewidth=0)
                 axes.set_title(f"n = {n:g}, γ = 1/n", fontsize=9)
@@ -93,7 +94,6 @@ def _slope_panel(axes: Axes, settings: Mapping[str, float], reference_error: flo
         slope = reward_slope(d, settings, reference_error, form)
         axes.plot(d, slope / reward_slope(np.zeros(1), settings, reference_error, form), color=colour, label=form)
     axes.axhline(1, color="#222222", linestyle=":", linewidth=1, label="diffusion_dpo")
-    axes.set_yscale("log" if limit >= 0.3 else "linear")
     axes.grid(color="#e6e9ee", linewidth=0.7)
 
 

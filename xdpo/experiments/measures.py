@@ -9,17 +9,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from xdpo.report.curves import first_reached
+
 RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval; `missing` is the share of resamples in which it isn't defined."""
+    """A value with its 95 % interval; NaN where it isn't defined."""
 
     value: float
     low: float
     high: float
-    missing: float = 0.0
 
     @property
     def sign(self) -> int:
@@ -28,7 +29,7 @@ class Estimate:
 
 
 def estimate(statistic: Callable[..., float], *arrays: np.ndarray, seed: int = 0) -> Estimate:
-    """A statistic of paired arrays (…, seeds, prompts), with its interval; NaN where it isn't defined."""
+    """A statistic of paired arrays (…, seeds, prompts), with its interval over the resamples where it is finite."""
     rng = np.random.default_rng(seed)
     seeds, prompts = arrays[0].shape[-2:]
     drawn = []
@@ -38,7 +39,7 @@ def estimate(statistic: Callable[..., float], *arrays: np.ndarray, seed: int = 0
     found = np.array(drawn)
     known = found[np.isfinite(found)]
     low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
-    return Estimate(float(statistic(*arrays)), float(low), float(high), 1 - len(known) / RESAMPLES)
+    return Estimate(float(statistic(*arrays)), float(low), float(high))
 
 
 def mean(scores: np.ndarray) -> Estimate:
@@ -56,29 +57,19 @@ def win_rate(scores: np.ndarray, others: np.ndarray) -> Estimate:
     return estimate(lambda a, b: float(((a > b) + 0.5 * (a == b)).mean()), scores, others)
 
 
-def pairs_to_reach(pairs: Sequence[float], means: Sequence[float], score: float) -> float:
-    """Training pairs after which a curve of mean scores first reaches `score`, by straight lines; NaN if it never does.
-
-    The curve starts at pairs[0], the model before training.
-    """
-    for before, after, low, high in zip(pairs, pairs[1:], means, means[1:], strict=False):
-        if low >= score:
-            return float(before)
-        if high >= score:
-            return float(before + (after - before) * (score - low) / (high - low))
-    return float("nan")
-
-
 def speed_up(pairs: Sequence[float], curve: np.ndarray, baseline: np.ndarray) -> Estimate:
     """How many times fewer pairs a method needs to reach the baseline's final score (the paper's 1.5 and 1.6).
 
-    Curves (points, seeds, prompts), the first point before training; NaN where the method doesn't reach it.
+    Curves (points, seeds, prompts), the first point before training. 0 where the method never reaches it; resamples in
+    which the baseline ends no higher than it started ask for nothing and are left out.
     """
 
     def ratio(own: np.ndarray, other: np.ndarray) -> float:
-        wanted = other[-1].mean()
-        means = [own.mean(axis=(1, 2)), other.mean(axis=(1, 2))]
-        reached, needed = (pairs_to_reach(pairs, each, wanted) for each in means)
-        return needed / reached if reached > 0 else float("nan")
+        own_means, other_means = own.mean(axis=(1, 2)), other.mean(axis=(1, 2))
+        needed = first_reached(pairs, other_means, other_means[-1])
+        reached = first_reached(pairs, own_means, other_means[-1])
+        if not needed:
+            return float("nan")
+        return needed / reached if reached else 0.0
 
     return estimate(ratio, curve, baseline)

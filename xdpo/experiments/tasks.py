@@ -59,8 +59,13 @@ def launcher(num_processes: int) -> tuple[str, ...]:
     return (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}")
 
 
+def tell(text: str) -> None:
+    """Print at once, also into a file that somebody follows."""
+    print(text, flush=True)
+
+
 def run_all(
-    tasks: Sequence[Task], jobs: int = 1, num_processes: int = 1, say: Callable[[str], None] = print
+    tasks: Sequence[Task], jobs: int = 1, num_processes: int = 1, say: Callable[[str], None] = tell
 ) -> dict[str, str]:
     """Run the tasks that are not done, in order, `jobs` at a time. Returns the failed ones, with the end of their log.
 
@@ -92,7 +97,9 @@ def run_all(
                 how = f"{time.monotonic() - started:.0f} s"
                 if process.returncode == 0:
                     task.finish()
-                if process.returncode or not task.is_done():
+                if asked:
+                    how = "stopped" if not task.is_done() else how
+                elif process.returncode or not task.is_done():
                     failed[task.name] = end_of(task.log)
                     how = f"failed with exit status {process.returncode}; the end of {task.log}:\n{failed[task.name]}"
                 say(f"[{ended}/{total}] {task.name}: {how}")

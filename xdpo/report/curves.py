@@ -62,20 +62,24 @@ def curve(
     return Curve(run.resolve().name, tuple(sorted(points, key=lambda point: (point[0].pairs, point[1]))))
 
 
-def pairs_to_reach(benchmark: Benchmark, scorer: str, curve: Curve, score: float) -> float | None:
-    """Pairs seen when the curve's mean score first reaches `score`, linear between points; None if it never does."""
+def first_reached(pairs: Sequence[float], means: Sequence[float], score: float) -> float | None:
+    """Pairs seen when a curve of mean scores first reaches `score`, linear between points; None if it never does."""
     previous = None
-    for progress, model in curve.points:
-        if model not in benchmark.models:
-            continue
-        mean = float(benchmark.of(model, scorer).mean())
+    for seen, mean in zip(pairs, means, strict=True):
         if mean >= score:
             if previous is None:
-                return float(progress.pairs)
-            (pairs, below) = previous
-            return pairs + (progress.pairs - pairs) * (score - below) / (mean - below)
-        previous = (progress.pairs, mean)
+                return float(seen)
+            (before, below) = previous
+            return float(before + (seen - before) * (score - below) / (mean - below))
+        previous = (seen, mean)
     return None
+
+
+def pairs_to_reach(benchmark: Benchmark, scorer: str, curve: Curve, score: float) -> float | None:
+    """`first_reached` of a run's evaluated models."""
+    points = [(progress.pairs, model) for progress, model in curve.points if model in benchmark.models]
+    means = [float(benchmark.of(model, scorer).mean()) for _, model in points]
+    return first_reached([pairs for pairs, _ in points], means, score)
 
 
 def _step_of(name: str | None, run: Path, last: int) -> int | None:

@@ -1,0 +1,412 @@
+"""Sweeps and reproductions: cells, processes, tuning, statistics; a small plan, stopped halfway, that goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training_runs import ROOT, SMALL_RUN
+
+from xdpo.config import ConfigError
+from xdpo.experiments import drawing, measures, page
+from xdpo.experiments.cells import make_cells, progress, train_all
+from xdpo.experiments.findings import Findings
+from xdpo.experiments.plan import load_plan
+from xdpo.experiments.stages import Reproduction, choose
+from xdpo.experiments.tasks import Interrupted, Task, launcher, once, run_all
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import reproduce
+import sweep
+
+XDPO, SFT = ROOT / "configs/tiny/xdpo.yaml", ROOT / "configs/tiny/sft.yaml"
+
+
+# --- cells -------------------------------------------------------------------------------------------------
+
+
+def test_cells_are_configs_by_values_by_seeds(tmp_path):
+    cells = make_cells([XDPO, SFT], tmp_path, seeds=[0, 1], grid={"optim.weight_decay": ["0", "0.1"]})
+    assert [cell.name for cell in cells[:3]] == [
+        "xdpo-weight_decay=0-seed=0", "xdpo-weight_decay=0-seed=1", "xdpo-weight_decay=0.1-seed=0"
+    ]  # fmt: skip
+    assert len(cells) == 8 and len({cell.folder for cell in cells}) == 8
+    assert cells[3].settings.optim.weight_decay == 0.1 and cells[3].settings.seed == 1
+
+
+def test_cells_share_the_caches_that_they_can_share(tmp_path):
+    def caches(config, *common):
+        (cell,) = make_cells([config], tmp_path, common=common)
+        return cell.settings.cache.examples, cell.settings.cache.reference
+
+    examples, reference = caches(XDPO)
+    assert examples.startswith(str(tmp_path)) and reference == str(tmp_path / "cache/reference")
+    assert caches(ROOT / "configs/tiny/diffusion_dpo.yaml") == (examples, reference)
+    assert caches(SFT) == (examples, None)
+    assert caches(ROOT / "configs/tiny/seppo.yaml") == (examples, None)
+    assert caches(XDPO, "model.reference_decay=0.9") == (examples, None)
+    assert caches(XDPO, "data.resolution=64")[0] not in (examples, None)
+    assert caches(XDPO, "data.crop=random") == (None, reference)
+    assert caches(XDPO, "cache.examples=mine") == ("mine", reference)
+
+
+def test_every_problem_of_every_cell_is_told_before_any_starts(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        make_cells([XDPO, SFT], tmp_path, grid={"loss.eta": ["0.1", "much"]})
+    assert "xdpo-eta=much-seed=0" in str(error.value) and "sft-eta=0.1-seed=0" in str(error.value)
+    for grid, seeds, message in (
+        ({"loss.etta": ["1"]}, [0], "--grid loss.etta: unknown key"),
+        ({"loss.eta": ["1", "1"]}, [0], "1 is there twice"),
+        ({}, [0, 0], "two cells are called xdpo-seed=0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_cells([XDPO], tmp_path, grid=grid, seeds=seeds)
+
+
+@pytest.fixture
+def small_config(tmp_path, small_pipeline, small_pairs):
+    """A config file of a training of seconds."""
+    settings = dict(word.split("=", 1) for word in SMALL_RUN)
+    settings |= {"model.pipeline": small_pipeline, "data.path": small_pairs, "train.max_steps": "2"}
+    settings |= {"checkpoint.every": "1"}
+    sections = {}
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, []).append(f"  {name}: {value}")
+    lines = [f"inherits: {ROOT / 'configs/base.yaml'}", f"output_dir: {tmp_path / 'unused'}"]
+    for section, keys in sections.items():
+        lines += [f"{section}:", *keys]
+    path = tmp_path / "small.yaml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_sweep_shares_its_caches_skips_what_is_done_and_names_what_failed(small_config, tmp_path, capsys):
+    arguments = ["--configs", str(small_config), "--grid", "loss.beta=500,1000", "--output", str(tmp_path / "sweep")]
+    assert sweep.main([*arguments, "--jobs", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("finished") == 2
+    cells = make_cells([small_config], tmp_path / "sweep", grid={"loss.beta": ["500", "1000"]})
+    logs = [cell.log.read_text() for cell in cells]
+    assert sum("latents" in log and "finished; 0 unreadable" in log for log in logs) == 1  # one of them encoded
+
+    assert sweep.main(arguments) == 0
+    assert [cell.log.read_text() for cell in cells] == logs
+
+    (cells[0].folder / "config.yaml").write_text("not a config: [")
+    assert sweep.main([*arguments, "--array", "1"]) == 0
+    assert sweep.main([*arguments, "--array", "2"]) == 1
+    assert "the cells are 0 to 1" in capsys.readouterr().err
+
+
+def test_a_cell_that_fails_is_named_with_its_error_and_the_others_go_on(small_config, tmp_path):
+    cells = make_cells([small_config], tmp_path, grid={"model.pipeline": ["nowhere/at/all", "PIPELINE"]})
+    good = make_cells([small_config], tmp_path / "good")
+    said = []
+    failed = train_all([cells[0], *good], say=said.append)
+    assert list(failed) == [cells[0].name] and "nowhere/at/all" in failed[cells[0].name]
+    assert good[0].is_finished
+    states = [row[1].text for row in progress([cells[0], *good], failed).rows]
+    assert states == ["failed", "finished"]
+
+
+# --- processes ---------------------------------------------------------------------------------------------
+
+
+def python(name, folder, code, done=lambda: False):
+    return Task(name, (sys.executable, "-c", code), folder / f"{name}.log", done)
+
+
+def test_tasks_run_some_at_a_time_and_what_is_done_is_skipped(tmp_path):
+    """Each of two waits until the other has begun: only together can they end."""
+    code = (
+        "import pathlib, sys, time\n"
+        "own, other = map(pathlib.Path, {!r})\n"
+        "own.touch()\n"
+        "end = time.monotonic() + 60\n"
+        "while not other.exists():\n"
+        "    time.sleep(0.01)\n"
+        "    assert time.monotonic() < end\n"
+    )
+    files = [str(tmp_path / "a"), str(tmp_path / "b")]
+    tasks = [
+        python("a", tmp_path, code.format(files), Path(files[0]).exists),
+        python("b", tmp_path, code.format(files[::-1]), Path(files[1]).exists),
+        python("c", tmp_path, "raise SystemExit(1)", lambda: True),
+    ]
+    assert run_all(tasks, jobs=2, say=lambda text: None) == {}
+    assert not tasks[2].log.exists()
+
+
+def test_a_task_that_fails_or_leaves_its_work_undone_is_reported_with_the_end_of_its_log(tmp_path):
+    said = []
+    tasks = [
+        python("raises", tmp_path, "print('\\n'.join(map(str, range(99)))); print('bar\\rthe cause'); exit(3)"),
+        python("idle", tmp_path, "print('nothing to see')"),
+    ]
+    failed = run_all(tasks, say=said.append)
+    assert failed["raises"].splitlines()[-1] == "the cause" and "50" not in failed["raises"].splitlines()
+    assert failed["idle"] == "nothing to see"
+    assert "exit status 3" in said[0] and "[2/2] idle" in said[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_reaches_what_is_in_work_and_nothing_new_starts(tmp_path, number):
+    code = (
+        "import pathlib, signal, sys, time\n"
+        "def leave(*_):\n"
+        "    pathlib.Path(sys.argv[1]).write_text('saved')\n"
+        "    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, leave)\n"
+        "pathlib.Path(sys.argv[2]).touch()\n"
+        "time.sleep(60)\n"
+    )
+    saved, begun = tmp_path / "saved", tmp_path / "begun"
+    first = Task("a", (sys.executable, "-c", code, str(saved), str(begun)), tmp_path / "a.log", lambda: False)
+    second = python("b", tmp_path, "")
+
+    def stop():
+        while not begun.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    threading.Thread(target=stop).start()
+    with pytest.raises(Interrupted):
+        run_all([first, second], say=lambda text: None)
+    assert saved.read_text() == "saved" and not second.log.exists()
+    assert signal.getsignal(number) == before
+
+
+def test_once_means_until_the_command_or_its_inputs_change(tmp_path):
+    ran, source = tmp_path / "ran", tmp_path / "input"
+    source.write_text("1")
+    command = [sys.executable, "-c", f"open({str(ran)!r}, 'a').write('x')"]
+
+    def times(*words):
+        assert run_all([once("a", [*command, *words], tmp_path / "a.log", [source])], say=lambda text: None) == {}
+        return len(ran.read_text())
+
+    assert [times(), times()] == [1, 1]
+    assert times("another word") == 2
+    os.utime(source, ns=(time.time_ns() + 10**9,) * 2)
+    task = once("a", [*command, "another word"], tmp_path / "a.log", [source])
+    assert not task.is_done()
+    source.unlink()
+    assert not task.is_done()
+
+
+def test_jobs_share_the_cores_out(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    code = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    tasks = [python(name, tmp_path, code) for name in "ab"]
+    run_all(tasks, jobs=2, num_processes=2, say=lambda text: None)
+    assert tasks[0].log.read_text() == "2\n"
+
+
+def test_several_processes_on_a_cpu_go_through_torchrun():
+    assert launcher(1) == (sys.executable,)
+    assert launcher(2)[1:3] == ("-m", "torch.distributed.run")
+
+
+# --- plans -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", ["tiny", "sd15"])
+def test_the_shipped_plans_make_cells_that_their_configs_allow(scale, tmp_path):
+    plan = load_plan(reproduce.PLANS / f"{scale}.yaml")
+    reproduction = Reproduction(plan, tmp_path)
+    tuning = reproduction.tuning_cells()
+    cells = reproduction.cells(dict.fromkeys(plan.tuned, plan.tuning.values[0]))
+    assert len(tuning) == len(plan.tuned) * len(plan.tuning.values)
+    assert len(cells) == len(plan.methods) * len(plan.seeds) and len(plan.seeds) >= 3
+    assert {cell.settings.train.max_steps for cell in cells.values()} == {plan.steps}
+    assert {cell.settings.train.total_batch_pairs for cell in cells.values()} == {
+        cells["xdpo", 0].settings.train.total_batch_pairs
+    }
+    rows = {(c.settings.loss.eta, c.settings.loss.n) for (m, _), c in cells.items() if m.startswith("eta")}
+    assert rows | {(0.05, 6.0)} == {(1, 1), (1, 3), (1, 6), (0.5, 6), (0.1, 6), (0.05, 6)}  # Table 3
+
+
+def test_saying_what_would_run_starts_nothing(tmp_path, capsys):
+    assert reproduce.main(["--scale", "sd15", "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "--go runs it" in printed and printed.count("train_xdpo.py") == 108
+    assert not (tmp_path / "out").exists()
+
+
+def write_plan(path, **changes):
+    import yaml
+
+    plan = {
+        "title": "A small field",
+        "steps": 4,
+        "checkpoints": [2, 4],
+        "seeds": [0, 1],
+        "prompts": [str(path.parent / "prompts.txt")],
+        "generate": ["--steps", 1, "--guidance", 1, "--batch-size", 4],
+        "scorers": ["tiny_reward", "tiny_alignment"],
+        "score": "tiny_reward",
+        "alignment": "tiny_alignment",
+        "baseline": "dpo",
+        "tuning": {"key": "optim.learning_rate", "values": ["1e-4", "1e30"], "seed": 9,
+                   "prompts": [str(path.parent / "tuning.txt")]},
+        "common": ["log.trackers=[]", "eval.every=2", "eval.pairs=4", "eval.draws=1"],
+        "methods": {
+            "dpo": {"config": "small.yaml", "group": "Pairs", "curves": True, "set": ["loss.name=diffusion_dpo"]},
+            "xdpo": {"config": "small.yaml", "group": "Pairs", "curves": True, "tuned_as": "dpo"},
+        },
+        "questions": [
+            {"ask": "Better?", "method": "xdpo", "than": "dpo"},
+            {"ask": "Does it hold?", "kind": "holds", "score": "tiny_alignment", "method": "xdpo", "than": "base"},
+            {"ask": "Higher?", "kind": "differs", "logged": "eval/d_chosen", "method": "xdpo", "than": "base"},
+        ],
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(plan | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"baseline": "sft"}, "'sft' is no method of the plan"),
+        ({"steps": 5}, "checkpoints must rise to steps = 5"),
+        ({"score": "pickscore"}, "pickscore is asked for and not among the scorers"),
+        ({"seeds": [9]}, "the tuning's seed 9 is one of those reported"),
+        ({"questions": [{"ask": "?", "method": "xdpo", "than": "kto"}]}, "a question is about 'kto'"),
+        ({"methods": {"dpo": {"config": "a", "group": "b", "tuned_as": "xdpo"},
+                      "xdpo": {"config": "a", "group": "b", "tuned_as": "dpo"}}}, "tuned as a method that is not"),
+        ({"sedes": [1]}, "sedes: Extra inputs"),
+    ],
+)  # fmt: skip
+def test_a_plan_that_does_not_fit_together_is_refused_in_words(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_plan(write_plan(tmp_path / "plan.yaml", **changes))
+
+
+def test_the_best_value_is_chosen_and_the_first_of_equals():
+    scores = {("a", "1"): 0.5, ("a", "2"): 0.7, ("a", "3"): 0.7, ("b", "1"): -1.0}
+    assert choose(scores) == {"a": "2", "b": "1"}
+
+
+def test_a_whole_plan_is_stopped_goes_on_and_is_written_up(small_config, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a small red star\na large blue circle\na green ring\n")
+    (tmp_path / "tuning.txt").write_text("a black square\na white star\n")
+    plan, output = write_plan(tmp_path / "plan.yaml"), tmp_path / "out"
+    command = [sys.executable, str(ROOT / "scripts/reproduce.py"), "--scale", str(plan), "--go", "--jobs", "2"]
+    command += ["--output", str(output), "--page", str(tmp_path / "docs/small.md")]
+
+    # Stopped while the methods train.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("methods:"):
+                process.send_signal(signal.SIGTERM)
+        assert process.wait() == 130
+    tuned = json.loads((output / "runs/tuning-dpo-1e-4/run.json").read_text())
+
+    # The same command goes on; what was done is not done again.
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr + again.stdout
+    assert json.loads((output / "runs/tuning-dpo-1e-4/run.json").read_text()) == tuned
+    written = {path.name: path.stat().st_mtime_ns for path in (output / "images").rglob("*.png")}
+    third = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "[1/" not in third.stdout
+    assert {path.name: path.stat().st_mtime_ns for path in (output / "images").rglob("*.png")} == written
+
+    # The value that diverged was not taken, and the page says so.
+    text = (tmp_path / "docs/small.md").read_text()
+    assert "| dpo | **" in text and "| failed |" in text
+    assert "`tuning-dpo-1e30`" in text and "not finite" in text
+    assert all(word in text for word in ("# A small field", "Better?", "## Pairs", "seeds 0, 1", "3 prompts"))
+    assert f"reproduce.py --scale {plan}" in text
+    for name in ("quality", "errors", "slopes"):
+        assert f"](small/{name}.png)" in text and (tmp_path / f"docs/small/{name}.png").stat().st_size > 5000
+
+
+# --- numbers -----------------------------------------------------------------------------------------------
+
+
+def test_intervals_cover_seeds_and_prompts():
+    rng = np.random.default_rng(0)
+    effects = rng.normal(size=(3, 1)) * 0.5  # seeds differ much, prompts not at all
+    scores = 1 + effects + 0.001 * rng.normal(size=(3, 200))
+    found = measures.mean(scores)
+    assert found.value == pytest.approx(scores.mean())
+    assert found.low <= scores.mean(axis=1).min() + 0.01 and found.high >= scores.mean(axis=1).max() - 0.01
+
+    same = np.ones((3, 50))
+    assert measures.mean(same) == measures.Estimate(1.0, 1.0, 1.0)
+    assert [measures.difference(same + shift, same).sign for shift in (0.1, 0.0, -0.1)] == [1, 0, -1]
+
+
+def test_a_win_rate_counts_ties_half_and_takes_one_base_for_all_seeds():
+    scores = np.array([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 0.0, 0.0]])
+    assert measures.win_rate(scores, np.array([1.0, 1.0, 1.0, 1.0])).value == pytest.approx((1 + 2 * 0.5 + 2) / 8)
+
+
+def test_the_speed_up_is_the_ratio_of_pairs_to_the_baselines_final_score():
+    pairs = [0, 10, 20]
+
+    def curve(*means):
+        return np.array(means)[:, None, None] * np.ones((len(means), 2, 5))
+
+    baseline = curve(0, 1, 2)
+    assert measures.speed_up(pairs, baseline, baseline).value == 1
+    assert measures.speed_up(pairs, curve(0, 2, 3), baseline).value == 2  # reached at 10 pairs instead of 20
+    assert measures.speed_up(pairs, curve(0, 0.5, 1), baseline).value == 0  # never
+    assert np.isnan(measures.speed_up(pairs, curve(0, 1, 2), curve(0, -1, 0)).value)  # nothing to reach
+
+
+def test_slopes_are_those_of_the_formulas():
+    """Appendix C: η + γn·exp(n·d); Eq. 9: η + γn·exp(−n·d); Eq. 10: η + γn·exp(n·e). Times β/2."""
+    settings = {"beta": 1000.0, "eta": 0.05, "n": 6.0, "gamma": 1 / 6}
+    d = np.array([-0.05, 0.0, 0.2])
+    for form, exponent in (("appendix_c", d), ("eq9", -d), ("eq10", 0.1 + d)):
+        expected = 500 * (0.05 + np.exp(6 * exponent))
+        np.testing.assert_allclose(drawing.reward_slope(d, settings, 0.1, form), expected, rtol=1e-12)
+
+
+class Cell:
+    """What findings ask of a cell."""
+
+    def __init__(self, name, rows):
+        self.name, self.rows = name, lambda: rows
+
+
+@pytest.fixture
+def findings(tmp_path):
+    plan = load_plan(write_plan(tmp_path / "plan.yaml"))
+    logged = [{"step": 2, "eval/d_chosen": 0.5}, {"step": 4, "eval/d_chosen": -0.002}, {"step": 5, "loss": 1.0}]
+    cells = {(method, seed): Cell(f"{method}-seed{seed}", logged) for method in plan.methods for seed in plan.seeds}
+    scores = {("base", scorer): np.zeros(4) for scorer in plan.scorers}
+    for (method, seed), _ in cells.items():
+        for step in (2, 4):
+            for scorer in plan.scorers:
+                scores[f"{method}-seed{seed}-step{step}", scorer] = np.full(4, step + (method == "xdpo"), float)
+    return Findings(plan, {}, {"dpo": "1"}, cells, scores, {})
+
+
+def test_questions_are_answered_by_the_sign_of_an_interval(findings):
+    better, holds, differs = findings.plan.questions
+    assert findings.answer(better) == ("yes", measures.Estimate(1.0, 1.0, 1.0))
+    assert findings.answer(better.model_copy(update={"method": "dpo", "than": "xdpo"}))[0] == "no, it is worse"
+    assert findings.answer(better.model_copy(update={"than": "xdpo"}))[0] == "not resolved"
+    assert findings.answer(holds)[0] == "yes, it rises"
+    answer, found = findings.answer(differs)
+    assert (answer, found.value) == ("yes, lower", -0.002)  # the last logged value, less being better
+    assert findings.curve("xdpo", "tiny_reward")[:, 0, 0].tolist() == [0, 3, 5]
+
+
+def test_a_method_that_lacks_a_seed_is_left_out_and_its_questions_stay_open(findings):
+    del findings.scores["xdpo-seed1-step4", "tiny_reward"]
+    assert findings.methods == ["dpo"]
+    rows = page.questions(findings).rows
+    assert [row[1].text for row in rows] == ["not answered: a method failed"] * 3
