@@ -18,24 +18,38 @@ FORMS = ("appendix_c", "eq9", "eq10")
 
 
 def quality(findings: Findings) -> Figure:
-    """Score and alignment as changes against the base, over training pairs: a line and its interval for each method."""
+    """Score and alignment as changes against the base, over training pairs: a line and its interval for each method.
+
+    A row of panels for each group of methods that has curves, the baseline in all of them.
+    """
     plan = findings.plan
-    methods = [name for name in findings.methods if plan.methods[name].curves]
+    curves = [name for name in findings.methods if plan.methods[name].curves]
+    groups = list(dict.fromkeys(plan.methods[name].group for name in curves))
     with rc_context(STYLE):
-        figure = Figure(figsize=(9.5, 3.8), layout="constrained")
-        for axes, scorer in zip(figure.subplots(1, 2), (plan.score, plan.alignment), strict=True):
-            for position, method in enumerate(methods):
-                pairs, curve = findings.pairs_at(method), findings.curve(method, scorer)
-                points = [measures.difference(point, curve[0]) for point in curve]
-                look = {"color": COLOURS[position % len(COLOURS)], "label": method}
-                axes.plot(pairs, [point.value for point in points], marker="o", markersize=4, **look)
-                low, high = [point.low for point in points], [point.high for point in points]
-                axes.fill_between(pairs, low, high, color=look["color"], alpha=0.1, linewidth=0)
-            axes.axhline(0, color=BASELINE_COLOUR, linewidth=0.8)
-            axes.set(title=f"{title_of(scorer)}: change against the base", xlabel="training pairs seen")
-            axes.grid(color="#e6e9ee", linewidth=0.7)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+        figure = Figure(figsize=(10.5, 3.4 * len(groups) + 0.2), layout="constrained")
+        panels = figure.subplots(len(groups), 2, squeeze=False, sharex=True, sharey="col")
+        for row, group in zip(panels, groups, strict=True):
+            others = [name for name in curves if name != plan.baseline and plan.methods[name].group == group]
+            colours = {name: COLOURS[position % len(COLOURS)] for position, name in enumerate(others)}
+            for axes, scorer in zip(row, (plan.score, plan.alignment), strict=True):
+                axes.axhline(0, color=BASELINE_COLOUR, linewidth=0.8)
+                for method, colour in {plan.baseline: "#222222", **colours}.items():
+                    if method in curves:
+                        _quality_line(axes, findings, method, scorer, colour)
+                axes.set_title(f"{title_of(scorer)}: change against the base")
+                axes.grid(color="#e6e9ee", linewidth=0.7)
+            row[1].legend(title=group, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+        for axes in panels[-1]:
+            axes.set_xlabel("training pairs seen")
     return figure
+
+
+def _quality_line(axes: Axes, findings: Findings, method: str, scorer: str, colour: str) -> None:
+    pairs, curve = findings.pairs_at(method), findings.curve(method, scorer)
+    points = [measures.difference(point, curve[0]) for point in curve]
+    axes.plot(pairs, [point.value for point in points], marker="o", markersize=4, color=colour, label=method)
+    low, high = [point.low for point in points], [point.high for point in points]
+    axes.fill_between(pairs, low, high, color=colour, alpha=0.08, linewidth=0)
 
 
 def errors(findings: Findings) -> Figure:
