@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {"__init__", "config", "noise", "loss", "prompts", "runlog", "report"},
     1: {"data", "models", "checkpoint", "compute", "scorers", "cache", "tiny"},
-    2: {"precompute", "step", "sampling", "selfplay", "study", "experiments"},
-    3: {"train_xdpo", "generate", "evaluate"},
+    2: {"precompute", "step", "sampling", "selfplay", "study"},
+    3: {"train_xdpo", "generate", "evaluate", "experiments"},
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 SIDEWAYS = {("scorers", "tiny")}  # the embedded judges' one way in
