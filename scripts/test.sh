@@ -6,5 +6,5 @@ source scripts/setup.sh
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-# One thread for each process: several tests start two of them, and two cores are all that a laptop may have.
-OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false "$PYTHON" -m pytest "$@"
+# As many tests at once as there are cores, and one thread for each: several start two processes of their own.
+OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false "$PYTHON" -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal "$@"
