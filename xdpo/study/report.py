@@ -162,8 +162,9 @@ def _bars(axes, findings: Findings, benchmark: str, questions: Sequence[str]) ->
                 axes.barh(row, result.win_rate, color=COLOURS[place], height=0.8, label=label)
                 reach = [[result.win_rate - low], [high - result.win_rate]]
                 axes.errorbar(result.win_rate, row, xerr=reach, color="#222222", linewidth=1, capsize=2)
-                inside = dict(xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color="white")
-                axes.annotate(percent(result.win_rate, decimals=0), (0, row), **inside)
+                beside = dict(xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points")
+                text = percent(result.win_rate, decimals=0)
+                axes.annotate(text, (1, row), va="center", fontsize=8, color="#333333", **beside)
             published = published_user_study(benchmark, question, baseline)
             if published is not None:
                 label = "published" if is_first_diamond else None
