@@ -1,6 +1,8 @@
 """Every objective beside xDPO: against the formula as printed, its limits, symmetries, gradients and extremes."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +12,13 @@ from xdpo.loss import (
     LOSSES,
     MAX_EXPONENT,
     OBJECTIVES,
+    Objective,
     PairErrors,
     UnpairedErrors,
     diffusion_dpo_margin,
     margin_weights,
     negative_log_sigmoid,
+    pairwise,
     preference_probability,
     safeguard,
     xdpo_margin,
@@ -611,3 +615,15 @@ def test_errors_of_different_shapes_are_refused_instead_of_broadcast(name):
 def test_a_range_of_scores_that_is_empty_is_refused():
     with pytest.raises(ValueError, match=r"highest above lowest, got 1.0 to 1.0"):
         preference_probability(torch.zeros(2), torch.zeros(2), lowest=1.0, highest=1.0)
+
+
+def test_the_example_of_how_to_add_one_is_an_objective_as_it_is_printed():
+    text = (Path(__file__).parent.parent / "docs/adding_an_objective.md").read_text()
+    names = dict(vars(pairwise))
+    exec(re.search(r"```python\n(def .*?)```", text, re.DOTALL)[1], names)
+    objective = Objective(names["robust_dpo"])
+    assert objective.errors is PairErrors and objective.inputs == ()
+    assert objective.keys == {"beta": 2000.0, "flip_rate": 0.1}
+    found = objective.function(errors_of(0.09, 0.11, 0.1, 0.1), beta=100.0, flip_rate=0.25)
+    expected = (-0.75 * math.log(sigma(1)) + 0.25 * math.log(sigma(-1))) / 0.5  # s = 50·0.02
+    assert found.loss.item() == pytest.approx(expected, rel=1e-6) and found.margin.item() == pytest.approx(1, rel=1e-5)
