@@ -210,7 +210,7 @@ def run_plan(options: argparse.Namespace) -> None:
                     Cell(str(annotators), annotators),
                     Cell(percent(seen.majority_rate), seen.majority_rate),
                     Cell(percent(seen.power), seen.power),
-                    Cell("more than 10,000" if needed is None else f"{needed:,}", needed),
+                    Cell(f"more than {power.MOST_PROMPTS:,}" if needed is None else f"{needed:,}", needed),
                 )
             )
     columns = ("single votes", "annotators", "pairs won", f"power at {options.prompts}", "prompts needed")

@@ -282,6 +282,21 @@ def test_the_keyboard_alone_is_enough(page, served):
     assert served.votes(1) == [("right", "left"), ("right", "left"), ("left", "right")]
 
 
+def test_a_screen_reader_is_told_what_everything_is(page, served):
+    page.open(served.links[1])
+    page.images()
+    told: dict[str, list[str]] = {}
+    for node in page.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]:
+        if not node["ignored"]:
+            told.setdefault(node["role"]["value"], []).append(node.get("name", {}).get("value", "").strip())
+    assert f"Prompt: {served.study.prompts[served.study.tasks[0][0].item]}" in told["heading"]
+    assert [name for name in told["group"] if name] == [question["text"] for question in QUESTIONS]
+    assert told["radio"] == ["Left image", "Right image"] * len(QUESTIONS)
+    assert told["button"] == ["Left image", "Right image", "Pause", "Submit"]
+    assert told["image"] == ["Left image", "Right image"] and told["progressbar"] == ["Pairs answered"]
+    assert "status" in told  # what happened is said without being looked for
+
+
 def test_undo_brings_the_last_pair_back_with_its_answers_to_be_changed(page, served):
     page.open(served.links[1])
     page.images()
@@ -470,7 +485,7 @@ def test_both_images_have_the_same_size_and_fit_a_phone(page, served):
         )
         assert sizes[0] == sizes[1] and sizes[0][0] >= 170
         assert page.run("return document.documentElement.scrollWidth") == 375
-        low = page.run("return Math.min(...[...document.querySelectorAll('label, .actions button')].filter("
+        low = page.run("return Math.min(...[...document.querySelectorAll('label, #bar button')].filter("
                        "(e) => e.checkVisibility()).map((e) => e.getBoundingClientRect().height))")  # fmt: skip
         assert low >= 44  # what a finger needs
         page.click("#left")
@@ -586,6 +601,7 @@ def downloaded(folder):
 
 def test_without_a_server_votes_stay_in_the_browser_and_come_back_as_a_file(page, study, folder, downloads):
     page.open(folder)
+    assert HOSTILE in page.text("prompt-text") and page.text("title") == TITLE
     page.answer("left", "right")
     page.answer("right", "right")
     page.shot("static")

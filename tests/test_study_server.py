@@ -1,9 +1,11 @@
 """The study over HTTP: who gets what, and that an acknowledged vote outlives any kill of the server."""
 
+import hashlib
 import http.client
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -44,8 +46,8 @@ class Serving:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
-    def request(self, path, body=None, **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+    def request(self, path, body=None, source="127.0.0.1", **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30, source_address=(source, 0))
         try:
             content = None if body is None else json.dumps(body)
             connection.request("GET" if body is None else "POST", path, content, headers)
@@ -116,6 +118,10 @@ def test_images_are_the_annotators_own_without_a_trace_of_their_making(serving, 
     assert status == 200 and content == (study.folder / "images" / f"{task.left}.png").read_bytes()
     assert "last-modified" not in {name.lower() for name in headers} and headers["cache-control"].startswith("private")
     assert serving.request(f"{second}/image/{task.task}/left", **{"If-None-Match": headers["etag"]})[0] == 304
+    # All that comes with an image follows from its pixels, or is the same for all.
+    told = set(headers) - {name.lower() for name in server.HEADERS}
+    assert told == {"date", "content-length", "content-type", "cache-control", "etag"}
+    assert headers["etag"] == f'"{hashlib.sha256(content).hexdigest()[:16]}"'
     assert serving.request(f"{first}/image/{task.task}/left")[0] == 404
     assert serving.request(f"{second}/image/{task.task}/middle")[0] == 404
 
@@ -197,10 +203,46 @@ def test_wrong_tokens_are_answered_ever_more_slowly_and_forgotten_in_time():
     assert guesses.delay_seconds("10.0.0.1") == 0.0
 
 
+def test_guesses_at_a_link_are_slowed_and_the_right_link_is_not(serving, links):
+    _, (first, _) = links
+
+    def seconds(path):
+        begin = time.monotonic()
+        status, _, _ = serving.request(path, source="127.0.0.9")
+        return status, time.monotonic() - begin
+
+    guessed = [seconds(f"/{kind}/{guess}/state") for guess in range(4) for kind in ("a", "admin")]
+    assert {status for status, _ in guessed} == {404}
+    assert [taken > least for (_, taken), least in zip(guessed[5:], (0.25, 0.5, 1.0), strict=True)] == [True] * 3
+    status, taken = seconds(f"{first}/state")
+    assert status == 200 and taken < 1.0
+    begin = time.monotonic()
+    serving.request("/a/wrong", source="127.0.0.10")
+    assert time.monotonic() - begin < 1.0  # another address
+
+
+def test_a_full_disk_is_said_in_words_and_voting_goes_on_when_there_is_room(tmp_path, folders):
+    plan = Plan(None, 0, 1, 1, 0, 0, None)
+    study = build_study(tmp_path / "study", folders[0], folders[1:], plan)
+    running, link = Serving(study.folder), f"/a/{Links.load(study.folder).annotators[0]}/vote"
+    try:
+        bodies = [{"task": task.task, "answers": LEFT} for task in study.tasks[0][:3]]
+        assert running.json(link, bodies[0])[0] == 200
+        resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+        for body in bodies[1:]:
+            status, error = running.json(link, body)
+            assert status == 503 and "votes can't be read or written" in error["error"]
+        resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        assert [running.json(link, body)[0] for body in bodies] == [200, 200, 200]
+    finally:
+        running.kill()
+    assert [vote.task for vote in VoteStore(study).all()] == [body["task"] for body in bodies]
+
+
 def test_a_folder_without_a_study_and_a_taken_port_are_refused_in_words(tmp_path, serving, study):
     for arguments, message in (
         ([str(tmp_path)], "no study in"),
-        ([str(study.folder), "--port", str(serving.port)], "choose another --port"),
+        ([str(study.folder), "--port", str(serving.port)], "choose another --host or --port"),
     ):
         command = [sys.executable, "scripts/user_study.py", "serve", *arguments]
         ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

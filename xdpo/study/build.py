@@ -2,7 +2,10 @@
 
 import io
 import secrets
-from collections.abc import Mapping, Sequence
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +46,7 @@ def build_study(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple
     prompts = _draw(_common_prompts(model[0], shown), plan.sample, rng)
     items, sources = _items(model[0], [name for name, _ in baselines], shown, prompts, plan.obvious)
     tasks, repeats = _deal(items, plan, rng)
-    with writing_aside(folder) as aside:
+    with _nothing_left_of_a_refused(folder), writing_aside(folder) as aside:
         study = Study(
             folder=aside,
             id=secrets.token_hex(8),
@@ -61,6 +64,16 @@ def build_study(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple
         for item in items.values():
             _write_images(aside / "images", {name: sources[name] for name in item.images}, plan.image_side)
     return Study.load(folder)
+
+
+@contextmanager
+def _nothing_left_of_a_refused(folder: Path) -> Iterator[None]:
+    """Take what was written aside away again where an image turns out to be of no use."""
+    try:
+        yield
+    except StudyError:
+        shutil.rmtree(folder.with_name(folder.name + ".part"), ignore_errors=True)
+        raise
 
 
 def _check(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple[str, Path]], plan: Plan) -> None:
@@ -158,7 +171,9 @@ def _items(
     for number in range(obvious):
         prompt = prompts[number * len(prompts) // obvious]
         other = _least_alike(prompt, prompts, shown[model])
-        add(prompt, "obvious", {"right": shown[model][prompt], "wrong": shown[model][other]}, None)
+        # Of all models in turn: an image that comes back in a check must not be known to be the tested model's.
+        pictures = shown[[model, *baselines][number % (1 + len(baselines))]]
+        add(prompt, "obvious", {"right": pictures[prompt], "wrong": pictures[other]}, None)
     return items, sources
 
 
@@ -178,12 +193,12 @@ def _least_alike(prompt: Prompt, prompts: Sequence[Prompt], pictures: Mapping[Pr
 
 def _deal(items: Mapping[str, Item], plan: Plan, rng: np.random.Generator) -> tuple[list[list[Task]], dict[str, str]]:
     """Every pair to `votes_per_pair` annotators, shares equal to one; checks to all. Tasks, and which repeats which."""
-    pairs = [name for name, item in items.items() if item.kind == "pair"]
+    pairs = _prompt_by_prompt(items, rng)
     checks = [name for name, item in items.items() if item.kind == "obvious"]
     shares: list[list[str]] = [[] for _ in range(plan.annotators)]
-    for place, pair in enumerate(rng.permutation(pairs)):
+    for place, pair in enumerate(pairs):
         for vote in range(plan.votes_per_pair):
-            shares[(place * plan.votes_per_pair + vote) % plan.annotators].append(str(pair))
+            shares[(place * plan.votes_per_pair + vote) % plan.annotators].append(pair)
     dealt, repeats = [], {}
     for share in shares:
         tasks = [_task(items, item, bool(rng.integers(2))) for item in rng.permutation([*share, *checks])]
@@ -197,6 +212,20 @@ def _deal(items: Mapping[str, Item], plan: Plan, rng: np.random.Generator) -> tu
             tasks.insert(int(rng.integers(max(first + 1, len(tasks) * 2 // 3), len(tasks) + 1)), again)
         dealt.append(tasks)
     return dealt, repeats
+
+
+def _prompt_by_prompt(items: Mapping[str, Item], rng: np.random.Generator) -> list[str]:
+    """All pairs in an order by chance, those of one prompt one after another.
+
+    Dealt out in turn, they go to different people where there are enough: who sees the tested model's image of a
+    prompt beside one baseline's and then another's, knows which of the images is the tested model's.
+    """
+    of_prompt: dict[Prompt, list[str]] = defaultdict(list)
+    for name, item in items.items():
+        if item.kind == "pair":
+            of_prompt[item.benchmark, item.key].append(name)
+    groups = list(of_prompt.values())
+    return [str(pair) for place in rng.permutation(len(groups)) for pair in rng.permutation(groups[place])]
 
 
 def _task(items: Mapping[str, Item], item: str, swapped: bool) -> Task:

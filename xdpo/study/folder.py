@@ -130,7 +130,7 @@ class Key:
     def save(self, folder: Path, study_id: str) -> None:
         items = {name: asdict(item) for name, item in self.items.items()}
         rest = {"model": self.model, "baselines": list(self.baselines), "repeats": dict(self.repeats)}
-        _write(folder / "key.json", {"study": study_id, **rest, "items": items})
+        _write(folder / "key.json", {"study": study_id, **rest, "items": items}, secret=True)
 
     @classmethod
     def load(cls, study: Study) -> Self:
@@ -154,9 +154,7 @@ class Links:
     annotators: Sequence[str]
 
     def save(self, folder: Path) -> None:
-        path = folder / "links.json"
-        path.touch(mode=0o600)
-        _write(path, asdict(self))
+        _write(folder / "links.json", asdict(self), secret=True)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -166,7 +164,9 @@ class Links:
             raise _damaged(folder / "links.json", error) from None
 
 
-def _write(path: Path, content: Any) -> None:
+def _write(path: Path, content: Any, secret: bool = False) -> None:
+    if secret:
+        path.touch(mode=0o600)  # before there is something to read
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from scipy.stats import betabinom, binom
 
 ALPHA = 0.05
+MOST_PROMPTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,7 @@ class Power:
     """Whether `prompts` pairs with `annotators` votes each show that single votes prefer a model at `vote_rate`.
 
     majority_rate: how often a decided pair goes to the model. power: how often the two-sided sign test over the
-    majorities then has p < 0.05. expected_interval: the width of Wilson's 95 % interval at that rate, about.
+    majorities then has p < 0.05.
     """
 
     prompts: int
@@ -31,10 +32,10 @@ def power(prompts: int, annotators: int, vote_rate: float, spread: float = 0.0) 
     ties, which count as undecided.
     Raises ValueError for numbers out of range.
     """
-    if prompts < 1 or annotators < 1 or not 0 < vote_rate < 1:
+    if prompts < 1 or annotators < 1 or not 0 < vote_rate < 1 or not spread >= 0:
         raise ValueError(
-            f"planning needs at least 1 prompt, 1 annotator and a rate between 0 and 1, got {prompts}, {annotators} "
-            f"and {vote_rate}"
+            "planning needs at least 1 prompt, 1 annotator, a rate between 0 and 1 and a spread from 0, got "
+            f"{prompts}, {annotators}, {vote_rate} and {spread}"
         )
     wins, losses = (_majority(annotators, rate, spread) for rate in (vote_rate, 1 - vote_rate))
     rate = wins / (wins + losses)
@@ -46,15 +47,15 @@ def power(prompts: int, annotators: int, vote_rate: float, spread: float = 0.0) 
 
 
 def prompts_needed(annotators: int, vote_rate: float, wanted: float = 0.8, spread: float = 0.0) -> int | None:
-    """The fewest prompts with at least the wanted power, about; None where 10,000 are not enough.
+    """The fewest prompts with at least the wanted power, about; None where MOST_PROMPTS are not enough.
 
     Power rises in small saw teeth, so that a few prompts fewer may do as well.
     """
     low, high = 1, 1
     while power(high, annotators, vote_rate, spread).power < wanted:
-        low, high = high, 2 * high
-        if high > 10_000:
+        if high == MOST_PROMPTS:
             return None
+        low, high = high, min(2 * high, MOST_PROMPTS)
     while low < high:
         middle = (low + high) // 2
         if power(middle, annotators, vote_rate, spread).power >= wanted:

@@ -15,6 +15,8 @@ from xdpo.study.analysis import ALL, Checks, Result, attention, judgements, left
 from xdpo.study.folder import Key, Study
 from xdpo.study.votes import Vote
 
+PUBLISHED = "xDPO, published"  # whatever model this study tests
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -100,7 +102,7 @@ def _grid(study: Study, title: str, found: Sequence[Result], with_category: bool
         kappa = Cell("") if result.kappa is None else Cell(f"{result.kappa:.2f}", result.kappa)
         names = [result.question, result.baseline, result.benchmark, *([result.category] if with_category else [])]
         counts = [Cell(str(count), count) for count in (result.wins, result.losses, result.undecided)]
-        p = Cell(p_value(result.sign_test), result.sign_test)
+        p = Cell("") if result.win_rate is None else Cell(p_value(result.sign_test), result.sign_test)
         votes = Cell(str(result.votes), result.votes)
         rows.append((*map(Cell, names), *counts, rate, p, votes, single, kappa))
     return Grid(title, columns, tuple(rows))
@@ -144,32 +146,37 @@ def win_rate_bars(findings: Findings) -> Figure:
         panels = figure.subplots(1, len(benchmarks), squeeze=False, sharey=True)[0]
         for axes, benchmark in zip(panels, benchmarks, strict=True):
             _bars(axes, findings, benchmark, questions)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(handles) or 1, frameon=False)
+        # Gathered from all panels: the published numbers, and a question that nobody answered, stand in some only.
+        shown_as: dict = {}
+        for axes in panels:
+            handles, names = axes.get_legend_handles_labels()
+            shown_as |= dict(zip(names, handles, strict=True))
+        names = [name for name in (*questions, PUBLISHED) if name in shown_as]
+        handles = [shown_as[name] for name in names]
+        figure.legend(handles, names, loc="outside lower center", ncols=len(handles) or 1, frameon=False)
     return figure
 
 
 def _bars(axes, findings: Findings, benchmark: str, questions: Sequence[str]) -> None:
     by_place = {(r.question, r.baseline): r for r in findings.results if r.benchmark == benchmark and r.category == ALL}
-    row, ticks, is_first_diamond = 0.0, [], True
+    row, ticks = 0.0, []
     for baseline in findings.key.baselines:
         ticks.append((row + (len(questions) - 1) / 2, f"against {baseline}"))
         for place, question in enumerate(questions):
             result = by_place.get((question, baseline))
             if result is not None and result.win_rate is not None:
                 low, high = result.interval
-                label = question if baseline == findings.key.baselines[0] else None
-                axes.barh(row, result.win_rate, color=COLOURS[place], height=0.8, label=label)
-                reach = [[result.win_rate - low], [high - result.win_rate]]
+                axes.barh(row, result.win_rate, color=COLOURS[place], height=0.8, label=question)
+                # max: of a rate of 100 % the upper bound can be below it by a rounding error, which matplotlib refuses.
+                reach = [[max(0.0, result.win_rate - low)], [max(0.0, high - result.win_rate)]]
                 axes.errorbar(result.win_rate, row, xerr=reach, color="#222222", linewidth=1, capsize=2)
                 beside = dict(xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points")
                 text = percent(result.win_rate, decimals=0)
                 axes.annotate(text, (1, row), va="center", fontsize=8, color="#333333", **beside)
             published = published_user_study(benchmark, question, baseline)
             if published is not None:
-                label = "published" if is_first_diamond else None
-                axes.plot(published, row, "D", color="white", markeredgecolor=BASELINE_COLOUR, label=label)
-                is_first_diamond = False
+                style = dict(color="white", markeredgecolor=BASELINE_COLOUR, linestyle="", label=PUBLISHED)
+                axes.plot(published, row, marker="D", **style)
             row += 1
         row += 0.8
     axes.axvline(0.5, color="#222222", linestyle=(0, (3, 2)), linewidth=1)

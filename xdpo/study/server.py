@@ -7,8 +7,10 @@ address are answered ever more slowly.
 import asyncio
 import hashlib
 import json
+import logging
 import secrets
 import socket
+import sqlite3
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from xdpo.study.folder import SIDES, Key, Links, Study, StudyError
-from xdpo.study.votes import ConflictError, Vote, VoteStore, now
+from xdpo.study.votes import ConflictError, Vote, VoteStore, as_seconds, now
 
 PAGES = Path(__file__).parent / "pages"
 STATIC = {
@@ -93,13 +95,12 @@ class Ballots:
         """Keep a vote. Raises ConflictError for a task that isn't the annotator's, StudyError for what is no vote."""
         if not isinstance(ballot, dict):
             raise StudyError("a vote is an object with task and answers")
-        task, seconds = ballot.get("task"), ballot.get("seconds")
+        task = ballot.get("task")
         answers = self.study.check_answers(ballot.get("answers"))
         owner, _ = self.study.owner_of.get(task, (None, None)) if isinstance(task, str) else (None, None)
         if owner != annotator:
             raise ConflictError("this task is not among yours; reload the page to go on")
-        is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds < 1e7
-        self.store.add(Vote(task, annotator, answers, float(seconds) if is_number else None, now()))
+        self.store.add(Vote(task, annotator, answers, as_seconds(ballot.get("seconds")), now()))
         return self.state(annotator)
 
     def undo(self, annotator: int) -> dict[str, Any]:
@@ -130,7 +131,6 @@ class Ballots:
             "annotators": [
                 {
                     "number": number,
-                    "name": None,
                     "done": len(voted[number]),
                     "total": len(tasks),
                     "link": f"/a/{links.annotators[number - 1]}",
@@ -183,7 +183,7 @@ def application(folder: Path) -> FastAPI:
                 raise StudyError("this is too large for a vote")
         try:
             return json.loads(content or b"null")
-        except ValueError:
+        except (ValueError, RecursionError):
             raise StudyError("this is no JSON") from None
 
     @app.middleware("http")
@@ -196,6 +196,13 @@ def application(folder: Path) -> FastAPI:
     async def in_words(request: Request, error: StudyError) -> JSONResponse:
         status = 409 if isinstance(error, ConflictError) else 422
         return JSONResponse({"error": str(error)}, status, headers={"Cache-Control": "no-store"})
+
+    @app.exception_handler(sqlite3.Error)
+    async def no_database(request: Request, error: sqlite3.Error) -> JSONResponse:
+        # A full disk, or one that fails: nothing was acknowledged, and the page asks again until there is help.
+        logging.getLogger("uvicorn.error").error("%s: %s", ballots.store.path, error)
+        words = f"the votes can't be read or written: {error}; please tell the person who invited you"
+        return JSONResponse({"error": words}, 503, headers={"Cache-Control": "no-store"})
 
     @app.exception_handler(HTTPException)
     @app.exception_handler(404)
@@ -258,15 +265,20 @@ def application(folder: Path) -> FastAPI:
 
 
 def serve(folder: Path, host: str, port: int, started: Callable[[str], None] | None = None) -> None:
-    """Serve a study until stopped. `started` gets the address once it is listened on. Raises StudyError."""
+    """Serve a study until stopped. `started` gets the address once it is listened on. Raises StudyError.
+
+    Where it listens on all of the machine's addresses, the one that `started` gets has the machine's name.
+    """
     import uvicorn
 
     config = uvicorn.Config(application(folder), log_level="warning", server_header=False)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise StudyError(f"can't listen on {host} port {port}: {error.strerror}; choose another --port") from None
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise StudyError(f"can't listen on {host} port {port}: {why}; choose another --host or --port") from None
     if started:
-        started(f"http://{f'[{host}]' if family == socket.AF_INET6 else host}:{listening.getsockname()[1]}")
+        name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+        started(f"http://{name}:{listening.getsockname()[1]}")
     uvicorn.Server(config).run(sockets=[listening])

@@ -9,7 +9,7 @@ from typing import Any
 from xdpo.checkpoint import writing_aside
 from xdpo.study.folder import SIDES, Study, StudyError
 from xdpo.study.server import PAGES
-from xdpo.study.votes import ConflictError, Vote, VoteStore, now
+from xdpo.study.votes import ConflictError, Vote, VoteStore, as_seconds, now
 
 PAGE_FILES = ("page.css", "page.js", "backends.js", "icon.svg")
 _FIRST_SCRIPT = '<script src="backends.js"'
@@ -69,7 +69,7 @@ def _read_votes(study: Study, file: Path) -> list[Vote]:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
         found, number, rows = content["study"], content["annotator"], content["votes"]
         rows = [(row["task"], row["answers"], row.get("seconds"), row.get("at")) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StudyError(f"{file} holds no votes: {error!r}; it must be what the page's “Save votes” wrote") from None
     if found != study.id:
         raise StudyError(f"{file} holds votes of another study ({found}, not {study.id}); nothing was taken in")
@@ -78,8 +78,8 @@ def _read_votes(study: Study, file: Path) -> list[Vote]:
         owner, _ = study.owner_of.get(task, (None, None)) if isinstance(task, str) else (None, None)
         if owner is None or owner != number:
             raise StudyError(f"{file}: task {task!r} is not annotator {number}'s; nothing was taken in")
-        seconds = float(seconds) if isinstance(seconds, int | float) else None
-        votes.append(Vote(task, number, study.check_answers(answers), seconds, at if isinstance(at, str) else now()))
+        at = at if isinstance(at, str) else now()
+        votes.append(Vote(task, number, study.check_answers(answers), as_seconds(seconds), at))
     if len({vote.task for vote in votes}) < len(votes):
         raise StudyError(f"{file} has two votes on one task; nothing was taken in")
     return votes

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from xdpo.study.folder import Study, StudyError
 
@@ -123,14 +124,22 @@ class VoteStore:
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Cursor]:
         """A transaction that has the write lock from its start, so that what it read stays true."""
-        cursor = self._connection().cursor()
+        connection = self._connection()
+        cursor = connection.cursor()
         cursor.execute("BEGIN IMMEDIATE")
         try:
             yield cursor
+            cursor.execute("COMMIT")
         except BaseException:
-            cursor.execute("ROLLBACK")
+            if connection.in_transaction:  # SQLite has ended it itself where the disk failed
+                cursor.execute("ROLLBACK")
             raise
-        cursor.execute("COMMIT")
+
+
+def as_seconds(value: Any) -> float | None:
+    """The time that a page says a vote took; None for what is no such time."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e7
+    return float(value) if is_number else None
 
 
 def now() -> str:

@@ -35,7 +35,7 @@ function show(study) {
 }
 
 function addRow(annotator) {
-  const name = annotator.name || `Annotator ${annotator.number}`;
+  const name = `Annotator ${annotator.number}`;
   const bar = make("progress", { "aria-label": `Progress of ${name}` });
   const count = make("span"), seen = make("td");
   const copy = make("button", { type: "button", "aria-label": `Copy link of ${name}` }, "Copy link");

@@ -164,12 +164,8 @@ function fieldset(question, number, previous) {
 }
 
 function showEnd(state) {
-  const finished = state.done >= state.total;
-  at("end-title").textContent = finished ? "Thank you!" : "Nothing to show just now";
   const next = backend.file ? "One thing is left: save your votes and send the file back." : "You can close this page.";
-  at("end-words").textContent = finished ? `You have answered all ${state.total} pairs. ${next}`
-    : "Other annotators have the remaining pairs. Please come back later with the same link.";
-  at("look-again").hidden = finished;
+  at("end-words").textContent = `You have answered all ${state.total} pairs. ${next}`;
   showScreen("end");
 }
 
@@ -338,7 +334,6 @@ at("undo").addEventListener("click", undo);
 for (const side of SIDES) at(side).addEventListener("click", () => enlarge(side));
 at("pause").addEventListener("click", pause);
 at("continue").addEventListener("click", goOn);
-at("look-again").addEventListener("click", () => alone(load));
 at("save").addEventListener("click", save);
 at("zoom-other").addEventListener("click", (event) => enlarge(event.currentTarget.dataset.side));
 at("zoom-close").addEventListener("click", () => at("zoom").close());
