@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(what_would_run(reproduction))
             return 0
         findings = reproduce(reproduction, options.jobs)
-        command = f"python scripts/reproduce.py --scale {options.scale} --jobs {options.jobs}"
+        command = shlex.join(["python", "scripts/reproduce.py", *(arguments or sys.argv[1:])])
         for written in page.write(findings, options.page or output / "results.md", command):
             print(written)
     except (ValueError, OSError, StageError) as error:
@@ -99,7 +99,7 @@ def reproduce(reproduction: Reproduction, jobs: int) -> Findings:
     finish(images, jobs, processes)
     finish([reproduction.evaluation("results", images)], 1, 1)
     tuning = {place: found.get(place, float("nan")) for place in candidates}
-    return Findings(plan, tuning, chosen, cells, reproduction.scores("results", models), failed)
+    return Findings(plan, candidates, tuning, chosen, cells, reproduction.scores("results", models), failed)
 
 
 def finish(tasks: Sequence[Task], jobs: int, processes: int) -> None:

@@ -327,7 +327,7 @@ def test_a_whole_plan_is_stopped_goes_on_and_is_written_up(small_config, tmp_pat
     assert "| dpo | **" in text and "| failed |" in text
     assert "`tuning-dpo-1e30`" in text and "not finite" in text
     assert all(word in text for word in ("# A small field", "Better?", "## Pairs", "seeds 0, 1", "3 prompts"))
-    assert f"reproduce.py --scale {plan}" in text
+    assert f"reproduce.py --scale {plan} --go" in text
     for name in ("quality", "errors", "slopes"):
         assert f"](small/{name}.png)" in text and (tmp_path / f"docs/small/{name}.png").stat().st_size > 5000
 
@@ -392,7 +392,7 @@ def findings(tmp_path):
         for step in (2, 4):
             for scorer in plan.scorers:
                 scores[f"{method}-seed{seed}-step{step}", scorer] = np.full(4, step + (method == "xdpo"), float)
-    return Findings(plan, {}, {"dpo": "1"}, cells, scores, {})
+    return Findings(plan, {}, {}, {"dpo": "1"}, cells, scores, {})
 
 
 def test_questions_are_answered_by_the_sign_of_an_interval(findings):

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import median
 
 import numpy as np
 
@@ -18,11 +17,12 @@ from xdpo.experiments.stages import model_name
 class Findings:
     """Everything that the results page says.
 
-    tuning: (method, value) → mean score on the tuning's prompts, NaN for a run that failed. scores: (model, scorer) →
-    (prompts,) at a model's name, or BASE. failed: cell → the end of its log.
+    candidates, tuning: (method, value) → the tuning's training, and its mean score on the tuning's prompts, NaN where
+    it failed. scores: (model, scorer) → (prompts,) at a model's name, or BASE. failed: cell → the end of its log.
     """
 
     plan: Plan
+    candidates: Mapping[tuple[str, str], Cell]
     tuning: Mapping[tuple[str, str], float]
     chosen: Mapping[str, str]
     cells: Mapping[tuple[str, int], Cell]
@@ -77,9 +77,13 @@ class Findings:
         return steps, np.array([[values[step] for step in steps] for values in series])
 
     def seconds_per_pair(self, method: str) -> float:
-        """Median over all optimizer steps of all seeds."""
-        rows = [row for seed in self.plan.seeds for row in self.cells[method, seed].rows()]
-        return median(1 / row["pairs_per_second"] for row in rows if "pairs_per_second" in row)
+        """Time of the optimizer steps over the pairs in them, of the method's fastest run, the tuning's among them.
+
+        The fastest, since others record the reference's errors, which later runs find, or share the machine with more.
+        """
+        runs = [cell for (name, _), cell in [*self.candidates.items(), *self.cells.items()] if name == method]
+        speeds = [[row["pairs_per_second"] for row in cell.rows() if "pairs_per_second" in row] for cell in runs]
+        return min(float(np.mean(1 / np.array(each))) for each in speeds if len(each) >= self.plan.steps)
 
     def speed_up(self, method: str) -> Estimate:
         """Pairs that the baseline needs for its final score over pairs that the method needs for it."""

@@ -19,6 +19,7 @@ class Method(Section):
 
     config: Path  # relative to the plan's file
     group: str  # heading in the results
+    also_in: tuple[str, ...] = ()  # groups in whose table it stands too
     tuned_as: str | None = None  # takes that method's tuned value; None: tuned itself
     curves: bool = False  # measured at every checkpoint of the plan, not only at the end
     set: tuple[str, ...] = ()
