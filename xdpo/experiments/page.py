@@ -153,7 +153,8 @@ def efficiency(findings: Findings) -> Grid:
         f"Pairs seen until the final {title_of(plan.score)} of {plan.baseline} is reached, {plan.baseline}'s over the "
         "method's, by straight lines between checkpoints, 0 where it never is; the time of a pair in the fastest run "
         f"of each, from caches where there can be any, against {plan.baseline}'s; and the ratio in time, whose "
-        "interval is that of the pairs. The paper says 1.5 and 1.6, without a unit."
+        "interval is that of the pairs. Objectives with the same passes cost the same: what they differ by is how busy "
+        "the machine was. The paper says 1.5 and 1.6, without a unit."
     )
     return Grid("Efficiency", columns, tuple(rows), note)
 
