@@ -300,6 +300,7 @@ def test_every_acknowledged_vote_of_200_annotators_outlives_kills_of_the_server(
 
 def test_ending_the_server_as_a_person_does_leaves_no_error(study):
     running = Serving(study.folder)
+    assert running.request("/static/page.css")[0] == 200  # from here on the server itself handles signals
     running.process.send_signal(signal.SIGINT)
     _, errors = running.process.communicate(timeout=30)
     assert "Traceback" not in errors and os.path.exists(study.folder / "votes.sqlite")
