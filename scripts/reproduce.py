@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, StageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
         print("stopped; what was in work has saved, and the same command goes on", file=sys.stderr)
         return 130
     return 0

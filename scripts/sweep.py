@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
         print("stopped; the training in work has saved, and the same command goes on", file=sys.stderr)
         return 130
     print(to_text(progress(cells, failed)))

@@ -185,6 +185,29 @@ def test_a_stop_reaches_what_is_in_work_and_nothing_new_starts(tmp_path, number)
     assert signal.getsignal(number) == before
 
 
+def test_what_an_earlier_start_left_at_work_is_waited_for(tmp_path):
+    """A runner is killed without warning; its task goes on for a while, and the next start doesn't begin beside it."""
+    begun, ended, log = tmp_path / "begun", tmp_path / "ended", tmp_path / "a.log"
+    task = f"import time; open({str(begun)!r}, 'w'); time.sleep(2); open({str(ended)!r}, 'w')"
+    runner = (
+        "import sys; from pathlib import Path; from xdpo.experiments.tasks import Task, run_all\n"
+        f"run_all([Task('a', (sys.executable, '-c', {task!r}), Path({str(log)!r}), lambda: False)])"
+    )
+    with subprocess.Popen([sys.executable, "-c", runner], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        while not begun.exists():
+            time.sleep(0.01)
+        process.kill()
+    assert not ended.exists()
+    said = []
+    assert run_all([python("a", tmp_path, "raise SystemExit(1)", ended.exists)], say=said.append) == {}
+    assert len(said) == 1 and "still at work" in said[0] and ended.exists()
+
+
+def test_no_jobs_at_all_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be at least 1, got 0 and 1"):
+        run_all([python("a", tmp_path, "")], jobs=0)
+
+
 def test_once_means_until_the_command_or_its_inputs_change(tmp_path):
     ran, source = tmp_path / "ran", tmp_path / "input"
     source.write_text("1")
@@ -307,10 +330,11 @@ def test_a_whole_plan_is_stopped_goes_on_and_is_written_up(small_config, tmp_pat
 
     # Stopped while the methods train.
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("methods:"):
-                process.send_signal(signal.SIGTERM)
-        assert process.wait() == 130
+        while not list(output.glob("runs/*-seed0/metrics.jsonl")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert "stopped" in process.stdout.read() and process.wait() == 130
     tuned = json.loads((output / "runs/tuning-dpo-1e-4/run.json").read_text())
 
     # The same command goes on; what was done is not done again.

@@ -1,22 +1,17 @@
 """report.html in a real browser, from disk: sorting, filters, the image browser, the enlarged view.
 
-Needs Chromium with its driver and selenium; without them these tests are skipped and say so.
+Needs Chromium with its driver and selenium (browser.py).
 """
 
 import json
-import shutil
 
 import pytest
+from browser import needs_browser, start
 from PIL import Image
 
 import evaluate
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-webdriver = pytest.importorskip("selenium.webdriver", reason="the page's browser tests need selenium")
-pytestmark = pytest.mark.skipif(
-    not (BROWSER and DRIVER), reason="the page's browser tests need chromium and chromedriver (apt: chromium-driver)"
-)
+pytestmark = needs_browser
 
 SCORERS = """
 import numpy as np
@@ -66,12 +61,7 @@ def report(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser(report):
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1280,1400"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    driver = start("1280,1400", "browser")
     yield driver
     driver.quit()
 

@@ -1,19 +1,19 @@
 """The user study's page in a real browser, with the study's server and as a folder without one.
 
-Needs Chromium with its driver and selenium; without them these tests are skipped and say so.
+Needs Chromium with its driver and selenium (browser.py).
 """
 
 import base64
 import json
 import os
 import re
-import shutil
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import uvicorn
+from browser import needs_browser, start
 from PIL import Image, ImageDraw
 
 from xdpo.study.build import Plan, build_study
@@ -22,12 +22,7 @@ from xdpo.study.server import application
 from xdpo.study.static import export, import_votes
 from xdpo.study.votes import VoteStore
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-webdriver = pytest.importorskip("selenium.webdriver", reason="the page's browser tests need selenium")
-pytestmark = pytest.mark.skipif(
-    not (BROWSER and DRIVER), reason="the page's browser tests need chromium and chromedriver (apt: chromium-driver)"
-)
+pytestmark = needs_browser
 
 HOSTILE = "</script><img src=x onerror=document.title='hurt'> & \"quotes\" <b>tags</b>"
 TITLE = "Which image is <b>better</b>?"
@@ -98,12 +93,7 @@ def served(study):
 
 @pytest.fixture(scope="module")
 def driver():
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1280,900"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    driver = start("1280,900", "browser", "performance")
     yield driver
     driver.quit()
 

@@ -116,7 +116,8 @@ def shared_caches(settings: Config, folder: Path) -> tuple[str, ...]:
     """Overrides that let a run share its caches with others of the same data; none of what it can't or has itself."""
     data, found = settings.data, []
     if settings.cache.examples is None and data.crop == "center":
-        decides = {**data.model_dump(mode="json"), "pipeline": settings.model.pipeline, "dtype": settings.cache.dtype}
+        decides = {**data.model_dump(mode="json"), "dtype": settings.cache.dtype}
+        decides["pipeline"] = [settings.model.pipeline, settings.model.revision]
         decides |= {"eval": settings.eval.model_dump(mode="json", include={"path", "split", "pairs"})}
         for key in ("caption_dropout", "num_workers", "max_unreadable_share"):
             decides.pop(key)

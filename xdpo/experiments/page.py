@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xdpo.checkpoint import library_versions, write_text
+from xdpo.checkpoint import git_commit, library_versions, write_text
 from xdpo.experiments import drawing, measures
 from xdpo.experiments.findings import Findings
 from xdpo.experiments.measures import Estimate
@@ -37,7 +37,7 @@ def _parts(findings: Findings, figures: str, command: str, has_slopes: bool) -> 
     parts = [
         f"# {plan.title}",
         _made_by(findings, command),
-        "Intervals are 95 % bootstraps that draw seeds and prompts anew. Every method has the same data, noise, batch, "
+        "Intervals are 95 % bootstraps that draw seeds and prompts anew. Every method has the same data, batch, "
         f"schedule, {plan.steps} optimizer steps and seeds {', '.join(map(str, plan.seeds))}; the scores are of "
         f"{len(findings.scores[BASE, plan.score])} prompts ({', '.join(plan.prompts)}).",
         "## Questions",
@@ -78,7 +78,8 @@ def _made_by(findings: Findings, command: str) -> str:
             starts += [start["time"] for start in facts["starts"]]
     versions = ", ".join(f"{name} {version}" for name, version in library_versions().items() if version)
     where = f"{platform.machine()}, {versions}"
-    return f"Made by `{command}`; trainings at commit {', '.join(sorted(commits))}, from {min(starts)} on, on {where}."
+    trained = f"trainings at commit {', '.join(sorted(commits))}, from {min(starts)} on"
+    return f"Made by `{command}`; {trained}; written at commit {str(git_commit())[:10]}; on {where}."
 
 
 def questions(findings: Findings) -> Grid:

@@ -1,5 +1,10 @@
-"""Processes to run, some at a time: what is done is skipped, a stop is handed on to them, failures are named."""
+"""Processes to run, some at a time: what is done is skipped, a stop is handed on to them, failures are named.
 
+A process holds a lock on its log for as long as it lives. So where this one is killed and started again, it waits for
+what the earlier start left at work, and no two processes write to one folder.
+"""
+
+import fcntl
 import os
 import shlex
 import signal
@@ -72,23 +77,26 @@ def run_all(
     Each job has `num_processes` GPUs of its own, or its share of the CPU's cores as threads. Raises ValueError where
     there are too few GPUs, and Interrupted after SIGINT or SIGTERM, which all that is in work gets as SIGTERM.
     """
+    if jobs < 1 or num_processes < 1:
+        raise ValueError(f"jobs and processes must be at least 1, got {jobs} and {num_processes}")
+    _wait_for_earlier_starts(tasks, say)
     environments = [_environment(job, jobs, num_processes) for job in range(jobs)]
     waiting = [task for task in tasks if not task.is_done()]
     total, ended, failed = len(waiting), 0, {}
     running: dict[int, tuple[Task, subprocess.Popen, float]] = {}
     asked: list[int] = []
-
-    def hand_on(number: int, frame: object) -> None:
-        asked.append(number)
-        for _, process, _ in running.values():
-            process.send_signal(signal.SIGTERM)
-
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    handed_on = 0
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in numbers}
     try:
         while running or (waiting and not asked):
             while waiting and len(running) < jobs and not asked:
                 job, task = min(set(range(jobs)) - running.keys()), waiting.pop(0)
                 running[job] = (task, _start(task, environments[job]), time.monotonic())
+            if len(asked) > handed_on:
+                handed_on = len(asked)
+                for _, process, _ in running.values():
+                    process.send_signal(signal.SIGTERM)
             for job, (task, process, started) in list(running.items()):
                 if process.poll() is None:
                     continue
@@ -112,6 +120,18 @@ def run_all(
     return failed
 
 
+def _wait_for_earlier_starts(tasks: Sequence[Task], say: Callable[[str], None]) -> None:
+    """Return when no process of an earlier start is at work on any of the tasks."""
+    for task in tasks:
+        if task.log.exists():
+            with task.log.open("a") as log:
+                try:
+                    fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    say(f"{task.name}: a process of an earlier start is still at work on it; waiting for its end")
+                    fcntl.flock(log, fcntl.LOCK_EX)
+
+
 def end_of(log: Path, lines: int = 12) -> str:
     """The last lines of a log, without the progress bars that they overwrote."""
     text = log.read_text(encoding="utf-8", errors="replace")
@@ -120,7 +140,9 @@ def end_of(log: Path, lines: int = 12) -> str:
 
 def _start(task: Task, environment: dict[str, str]) -> subprocess.Popen:
     task.log.parent.mkdir(parents=True, exist_ok=True)
-    with task.log.open("a", encoding="utf-8") as log:  # a session of its own: Ctrl-C reaches it through us alone
+    with task.log.open("a", encoding="utf-8") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)  # the process inherits it with its output
+        # A session of its own: Ctrl-C reaches it through us alone.
         return subprocess.Popen(
             task.command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
