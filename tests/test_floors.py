@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: {"__init__", "config", "noise", "loss", "prompts", "runlog", "report"},
-    1: {"data", "models", "checkpoint", "compute", "scorers", "cache", "tiny"},
+    0: {"__init__", "config", "files", "noise", "loss", "processes", "prompts", "runlog", "report"},
+    1: {"data", "models", "checkpoint", "compute", "ending", "scorers", "cache", "tiny"},
     2: {"precompute", "step", "sampling", "selfplay", "study"},
     3: {"train_xdpo", "generate", "evaluate", "experiments"},
 }

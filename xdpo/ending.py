@@ -1,0 +1,137 @@
+"""How a run ends before its time: asked by a signal, left by its launcher, or because one of its processes failed.
+
+A signal asks the run to save and leave. Processes that lose their launcher (`accelerate launch` does not hand SIGTERM
+on to its one process) take that for SIGTERM. And when one process fails, all of them end within seconds, with its
+message, instead of waiting for it in a collective: each looks once a second whether another has failed or is gone.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from xdpo import processes
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+LOOK_SECONDS = 1.0
+SILENT_SECONDS = 120.0  # a process that has not been heard of for so long is gone: killed, or its machine is
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # variables that torchrun and accelerate launch set
+GRACE_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds that torchrun's agent leaves between SIGTERM and SIGKILL
+DEFAULT_GRACE_SECONDS = 30
+
+
+class StopRequest:
+    """SIGTERM, SIGINT or SIGHUP asks the run to save and leave after this optimizer step; a second one ends it at once.
+
+    Losing the launcher counts as SIGTERM, but never as the second signal: Ctrl-C reaches launcher and run together.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+        _Watch.current_stop = self
+
+    def _receive(self, number: int, frame: object) -> None:
+        if self.received:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = number
+
+    def launcher_left(self) -> None:
+        self.received = self.received or signal.SIGTERM
+
+
+def ignore_signals(worker: int = 0) -> None:
+    """For data workers: a signal to the process group is the trainer's to answer, which still needs its batches."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def launcher_grace_seconds() -> int | None:
+    """Seconds that the launcher leaves this process between a signal and SIGKILL; None where it leaves that to others."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return int(os.environ.get(GRACE_VARIABLE, DEFAULT_GRACE_SECONDS))
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Run a block that ends on all processes when it fails on one; every process enters it once they are connected.
+
+    An exception passes through. The other processes print it and leave with status 1, wherever they are.
+    """
+    watch = _Watch()
+    watch.start()
+    try:
+        yield
+    except BaseException as error:
+        watch.tell(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+        raise
+    finally:
+        watch.end()
+
+
+class _Watch(threading.Thread):
+    """Looks once a second after the launcher and the other processes."""
+
+    current_stop: StopRequest | None = None
+
+    def __init__(self, leave: Callable[[int], None] = os._exit) -> None:
+        super().__init__(name="watch", daemon=True)
+        self._leave, self._ended = leave, threading.Event()
+        self._launcher = os.getppid() if any(name in os.environ for name in LAUNCHERS) else None
+        self._rank, self._count = processes.rank(), processes.count()
+        # A connection of its own: another thread may hold the shared one for as long as a collective takes.
+        self._store = processes.run_store(own_connection=True) if self._count > 1 else None
+        self._heard = {other: (0, time.monotonic()) for other in range(self._count) if other != self._rank}
+
+    def run(self) -> None:
+        while not self._ended.wait(LOOK_SECONDS):
+            self._look_after_the_launcher()
+            if self._store is not None:
+                self._look_after_the_others()
+
+    def tell(self, message: str) -> None:
+        """Tell the other processes that this one failed."""
+        if self._store is not None:
+            self._store.set("failed", f"{self._rank} {message}")
+
+    def end(self) -> None:
+        self._ended.set()
+        if self._store is not None:
+            self._store.set(f"left/{self._rank}", "1")
+
+    def _look_after_the_launcher(self) -> None:
+        if self._launcher is None or os.getppid() == self._launcher:
+            return
+        self._launcher = None
+        if self.current_stop is not None:
+            self.current_stop.launcher_left()
+        else:  # nothing to save yet
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _look_after_the_others(self) -> None:
+        try:
+            self._store.add(f"beats/{self._rank}", 1)
+            if self._store.check(["failed"]):
+                number, _, message = self._store.get("failed").decode().partition(" ")
+                if int(number) != self._rank:
+                    self._end_here(f"process {number} failed: {message}")
+            now = time.monotonic()
+            for other, (beats, when) in self._heard.items():
+                found = self._store.add(f"beats/{other}", 0)
+                if found != beats or self._store.check([f"left/{other}"]):
+                    self._heard[other] = found, now
+                elif now - when > SILENT_SECONDS:
+                    self._end_here(f"process {other} has not been heard of for {SILENT_SECONDS:.0f} seconds")
+        except RuntimeError as error:  # dist.DistError: the store went with the first process, or with its machine
+            if not self._ended.is_set():
+                self._end_here(f"lost the connection to the first process ({error})")
+
+    def _end_here(self, reason: str) -> None:
+        print(f"error: process {self._rank} ends: {reason}", file=sys.stderr, flush=True)
+        self._leave(1)

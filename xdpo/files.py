@@ -1,0 +1,115 @@
+"""Files on disks that fill up, go read-only, lie across a network, or lose their process: written whole or not at all.
+
+Everything is written aside, flushed to the disk and renamed, so that a reader meets the old file or the new one. What
+is written aside ends in `.part`, has a name of its own on any number of machines, and is swept away by a later writer.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+PART = ".part"
+STALE_SECONDS = 24 * 3600  # a file written aside that is older belongs to a process that is gone
+
+
+class StorageError(ValueError):
+    """Storage failed, not the data: the message names the path, what happened, and what to do."""
+
+
+@contextmanager
+def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
+    """Open a file to write aside; it takes the place of `path` once all of it is on the disk.
+
+    Raises StorageError where it can't be written; what was there before is then intact.
+    """
+    aside = aside_of(path)
+    try:
+        sweep(path.parent, f"{path.name}.*{PART}", older_than=STALE_SECONDS)
+        with aside.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        flush(path.parent)
+    except OSError as error:
+        raise StorageError(f"could not write {path}: {storage_fault(error, path)}") from error
+    finally:
+        _discard(aside)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old text or the new one. Raises StorageError."""
+    with replacing(path) as file:
+        file.write(text)
+
+
+def aside_of(path: Path) -> Path:
+    """A name beside `path` that no other process has, on this machine or another."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{PART}")
+
+
+def sweep(folder: Path, pattern: str, *, older_than: float = 0.0) -> None:
+    """Remove what killed processes left aside: files and folders that match and are older than so many seconds."""
+    for path in folder.glob(pattern):
+        try:
+            if time.time() - path.stat().st_mtime >= older_than:
+                _discard(path)
+        except FileNotFoundError:  # another process swept it
+            continue
+
+
+def flush(path: Path) -> None:
+    """Have the system put a file or folder on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def storage_fault(error: OSError, path: Path) -> str:
+    """What an OSError on `path` means and what to do about it, as the end of a sentence."""
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+            free = shutil.disk_usage(existing).free / 1e9
+            return f"the disk is full ({free:.2f} GB free there); make room and run the same command again"
+        case errno.EMFILE | errno.ENFILE:
+            return (
+                f"too many files are open ({error.strerror}); the file itself is fine. Raise the limit (ulimit -n "
+                "65536) and run the same command again"
+            )
+        case errno.EIO:
+            return (
+                "the disk or the network storage reports an input/output error (EIO), which may pass; look at the "
+                "system's log, and run the same command again"
+            )
+        case errno.ESTALE | errno.ETIMEDOUT | errno.ENOTCONN | errno.EHOSTDOWN | errno.EHOSTUNREACH:
+            return f"the network storage does not answer ({error.strerror}); run the same command again when it does"
+        case errno.EROFS:
+            return "the file system is read-only; name a folder that can be written to"
+        case errno.EACCES | errno.EPERM:
+            return "there is no permission; change it, or name another folder"
+        case errno.ENOENT:
+            return "the folder does not exist (any more)"
+    return f"{error}; check that the folder is there and writable"
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,117 @@
+"""The processes of a run: how they wait for one another, agree, and share out work whose length nobody knows.
+
+Collectives on the device have half an hour, which no step and no evaluation takes. Whatever may take hours (downloads,
+conversions, copies, encoding, sampling) is waited for here instead: on the CPU, over gloo, for a day. One process
+alone has nobody to wait for, and every call returns at once.
+"""
+
+import functools
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+Item = TypeVar("Item")
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""Longest wait in a collective on the device: between two processes in the same step."""
+
+LONG_WAIT = timedelta(days=1)
+"""Longest wait for a process that downloads, converts, copies, encodes, samples or saves."""
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def connect() -> None:
+    """Make the group for long waits; every process calls it, before any of them does something long."""
+    if count() > 1:
+        _patient_group(dist.group.WORLD)
+
+
+def wait() -> None:
+    """Wait until every process is here."""
+    if count() > 1:
+        dist.barrier(group=_patient_group(dist.group.WORLD))
+
+
+@contextmanager
+def one_first(is_first: bool) -> Iterator[None]:
+    """Run a block on the processes with `is_first`, then on all others: the first does the work, the others find it.
+
+    Every process calls it. Of an error on a first process the others learn through `xdpo.ending`.
+    """
+    if not is_first:
+        wait()
+    yield
+    if is_first:
+        wait()
+
+
+def agree(value: Any) -> Any:
+    """The first process's value, on every process."""
+    if count() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=_patient_group(dist.group.WORLD))
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's value, by rank."""
+    if count() == 1:
+        return [value]
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value, group=_patient_group(dist.group.WORLD))
+    return values
+
+
+def refuse_differences(facts: Mapping[str, Any], remedy: str) -> None:
+    """Raise ValueError on every process where one of them has another value for a fact, naming machines and values."""
+    found = gather((socket.gethostname(), dict(facts)))
+    lines = []
+    for name, value in found[0][1].items():
+        lines += [
+            f"{name}: {value} in process 0 on {found[0][0]}, {others[name]} in process {number} on {host}"
+            for number, (host, others) in enumerate(found)
+            if others[name] != value
+        ]
+    if lines:
+        raise ValueError("the processes of this run do not agree:\n  " + "\n  ".join(lines[:8]) + f"\n{remedy}")
+
+
+def deal(name: str, items: Sequence[Item]) -> Iterator[Item]:
+    """Share out items one by one to whoever is free: every process gets some, all of them get each once.
+
+    name: of the work, its own in a run. Fast processes get more, so that all end within one item's time. Every
+    process gives the same items.
+    """
+    if count() == 1:
+        yield from items
+        return
+    store = run_store()
+    while (number := store.add(f"dealt/{name}", 1) - 1) < len(items):
+        yield items[number]
+
+
+def run_store(own_connection: bool = False) -> dist.Store:
+    """The key-value store that the processes of this run share; only where there are several.
+
+    own_connection: for a thread, since a call of the shared one may block as long as a collective does.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    return dist.PrefixStore("xdpo", store.clone() if own_connection else store)
+
+
+@functools.lru_cache(maxsize=1)
+def _patient_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The gloo group of all processes with a day's patience, made once for a world."""
+    return dist.new_group(backend="gloo", timeout=LONG_WAIT)
