@@ -8,17 +8,18 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: {"__init__", "config", "files", "noise", "loss", "processes", "prompts", "runlog", "report"},
-    1: {"data", "models", "checkpoint", "compute", "ending", "scorers", "cache", "tiny"},
-    2: {"precompute", "step", "sampling", "selfplay", "study"},
-    3: {"train_xdpo", "generate", "evaluate", "experiments"},
+    0: {"files", "processes"},
+    1: {"__init__", "config", "noise", "loss", "prompts", "runlog", "report"},
+    2: {"data", "models", "checkpoint", "compute", "ending", "scorers", "cache", "tiny"},
+    3: {"precompute", "step", "sampling", "selfplay", "study"},
+    4: {"train_xdpo", "generate", "evaluate", "experiments"},
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 SIDEWAYS = {("scorers", "tiny")}  # the embedded judges' one way in
 TENSORS_ONLY = {"noise", "loss"}
 
 PACKAGE = sorted((ROOT / "xdpo").rglob("*.py"))
-ENTRIES = [ROOT / f"{name}.py" for name in sorted(FLOORS[3]) if (ROOT / f"{name}.py").exists()]
+ENTRIES = [ROOT / f"{name}.py" for name in sorted(FLOORS[4]) if (ROOT / f"{name}.py").exists()]
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
 
 
@@ -60,14 +61,14 @@ def test_a_module_imports_only_from_floors_below(path):
         assert other in FLOOR_OF, f"{relative_name(path)} imports xdpo.{other}, which stands on no floor"
         below = FLOOR_OF[other] < FLOOR_OF[module] and other != "tiny"
         assert below or (module, other) in SIDEWAYS, f"{relative_name(path)} may not import xdpo.{other}"
-    outside = {name.split(".")[0] for name in names} & (FLOORS[3] | {"scripts"})
+    outside = {name.split(".")[0] for name in names} & (FLOORS[4] | {"scripts"})
     assert not outside, f"{relative_name(path)} may not import {', '.join(sorted(outside))}: call it instead"
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=relative_name)
 def test_a_script_imports_neither_another_script_nor_an_entry_point(path):
     roots = {name.split(".")[0] for name in imports_of(path)}
-    forbidden = FLOORS[3] | {"scripts"} | {script.stem for script in SCRIPTS}
+    forbidden = FLOORS[4] | {"scripts"} | {script.stem for script in SCRIPTS}
     assert not roots & forbidden, f"{relative_name(path)} imports {', '.join(sorted(roots & forbidden))}: call it"
 
 

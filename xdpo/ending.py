@@ -52,7 +52,7 @@ def ignore_signals(worker: int = 0) -> None:
 
 
 def launcher_grace_seconds() -> int | None:
-    """Seconds that the launcher leaves this process between a signal and SIGKILL; None where it leaves that to others."""
+    """Seconds that torchrun leaves its processes between a signal and SIGKILL; None under anything else."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     return int(os.environ.get(GRACE_VARIABLE, DEFAULT_GRACE_SECONDS))
