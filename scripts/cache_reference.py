@@ -83,7 +83,7 @@ def own_batches(settings: Config, accelerator: Accelerator, num_pairs: int, *, h
     """The positions that this process will meet in the training, in the same micro-batches."""
     rank, world_size, size = accelerator.process_index, accelerator.num_processes, settings.train.micro_batch_pairs
     if held_out:
-        return held_out_batches(num_pairs * settings.eval.draws, size, rank, world_size)
+        return held_out_batches(num_pairs, settings.eval.draws, size, rank, world_size)
     total = settings.train.total_batch_pairs
     sampler = StepSampler(
         start_step=0, total_batch_pairs=total, micro_batch_pairs=size, rank=rank, world_size=world_size
