@@ -12,14 +12,14 @@ from xdpo import checkpoint, ending
 
 LONG_RUN = ("train.max_steps=100000", "checkpoint.every=100000", "data.num_workers=2", "train.micro_batch_pairs=1")
 PYTHON = sys.executable
+ACCELERATE = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
+AROUND = 'source scripts/foreground.sh; foreground "$@"'
 LAUNCHERS = {
     "python": [PYTHON, "train_xdpo.py"],
-    "accelerate launch": [PYTHON, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
-    + ["train_xdpo.py"],
+    "accelerate launch": [PYTHON, *ACCELERATE, "train_xdpo.py"],
     "torchrun": [PYTHON, *TWO_PROCESSES],
     "scripts/train_sd15.sh": ["bash", "scripts/train_sd15.sh"],
-    "a script around it": ["bash", "-c", 'source scripts/foreground.sh; foreground "$@"', "script", PYTHON]
-    + ["train_xdpo.py"],
+    "a script around it": ["bash", "-c", AROUND, "script", PYTHON, "train_xdpo.py"],
 }
 SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "SIGHUP": signal.SIGHUP}
 TO_ALL = "to the process group"
@@ -50,9 +50,8 @@ def test_a_signal_saves_and_ends_the_run_whoever_launched_it(
         arguments = arguments[1:]
     launched = start([*LAUNCHERS[launcher], *arguments], log, NUM_PROCESSES="1", PYTHON=PYTHON)
     try:
-        wait_for(
-            lambda: launched.poll() is not None or ((folder / "metrics.jsonl").is_file() and len(rows_of(folder)) > 2)
-        )
+        rows = folder / "metrics.jsonl"
+        wait_for(lambda: launched.poll() is not None or (rows.is_file() and len(rows_of(folder)) > 2))
         assert launched.poll() is None, log.read_text()[-3000:]
         if whom == TO_ALL:
             os.killpg(launched.pid, SIGNALS[name])
@@ -104,12 +103,9 @@ def start_two(script, arguments, tmp_path):
     """Two processes as srun starts them: nobody watches over them."""
     port = str(free_port())
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
-    return [
-        start(
-            [PYTHON, "-c", script, *arguments], tmp_path / f"log{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **common
-        )
-        for rank in range(2)
-    ]
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    call = [PYTHON, "-c", script, *arguments]
+    return [start(call, tmp_path / f"log{rank['RANK']}", **rank, **common) for rank in ranks]
 
 
 FAILS = """
@@ -160,6 +156,7 @@ try:
     processes.refuse_differences({"policy": f"weights {rank}"}, "Give every machine the same model")
 except (checkpoint.CheckpointError, ValueError) as error:
     print(error)
+processes.disconnect()
 """
 
 

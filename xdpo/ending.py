@@ -65,12 +65,13 @@ def launcher_grace_seconds() -> int | None:
 def together() -> Iterator[None]:
     """Run a block that ends on all processes when it fails on one; every process enters it once they are connected.
 
-    An exception passes through. The other processes print it and leave with status 1, wherever they are.
+    It ends when all have ended it, and with it their connection. An exception passes through. The other processes print it and leave with status 1, wherever they are.
     """
     watch = _Watch()
     watch.start()
     try:
         yield
+        processes.disconnect()
     except BaseException as error:
         watch.tell(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
         raise
