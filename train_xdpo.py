@@ -6,6 +6,8 @@
 The same command resumes a run that was stopped or killed.
 """
 
+import argparse
+import hashlib
 import importlib.util
 import os
 import signal
@@ -23,35 +25,30 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from xdpo import checkpoint, config, data, models, precompute, sampling, selfplay, step
+from xdpo import (
+    checkpoint,
+    config,
+    data,
+    ending,
+    files,
+    models,
+    optimizer_state,
+    precompute,
+    processes,
+    sampling,
+    selfplay,
+    step,
+)
 from xdpo.cache import ReferenceCache
 from xdpo.compute import build_accelerator
 from xdpo.config import Config, ConfigError
 from xdpo.noise import HELD_OUT_SEED, NoiseSchedule
+from xdpo.non_finite import NonFiniteError, SkippedSteps, refuse_non_finite
 from xdpo.precompute import Pairs, latent_shape, make_dataset, open_pairs, open_reference
 from xdpo.runlog import RunLog, peak_memory_gb
 
 TIMED_STEPS = 4  # micro-steps behind each figure of --find-batch
 SAMPLE_CHUNK = 4  # images sampled at once
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or its gradient is not a finite number; the message names pairs and values."""
-
-
-class StopRequest:
-    """SIGTERM or SIGINT asks the run to save and leave after this optimizer step; a second one ends it at once."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: object) -> None:
-        if self.received:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.received = number
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,33 +58,52 @@ def main(arguments: list[str] | None = None) -> int:
         settings = config.load_config(options.config, options.overrides)
         check_optional_packages(settings)
         accelerator = build_accelerator(settings)
-        plan = config.describe(settings, accelerator.num_processes)
-        if options.dry_run:
-            accelerator.print(config.dump_config(settings) + "\n" + plan)
-            return 0
-        folder = Path(settings.output_dir)
-        checkpoint.check_run_folder(folder, settings, options.allow_config_change)
-        if settings.loss.name == "seppo":
-            selfplay.check_snapshots(settings, folder, finished_steps(folder))
-        models.check_pipeline_folder(settings.model.pipeline)
-        if settings.cache.examples and settings.cache.build:
-            precompute.build_missing_examples(settings, accelerator, accelerator.print)
-        train_pairs = open_pairs(settings, accelerator, held_out=False)
-        held_out_pairs = open_pairs(settings, accelerator, held_out=True) if settings.eval.every else None
-        if settings.loss.is_unpaired:
-            data.label_images(*train_pairs.image_names())  # refuses data of one label alone
-        weights = data.weigh_pairs(settings.loss.margin_weight, train_pairs, held_out_pairs)
-        accelerator.print(config.describe(settings, accelerator.num_processes, len(train_pairs)))
-        accelerator.print(f"training pairs: {data.PairCounts(**vars(train_pairs.counts))}")
-        if weights.train is not None:
-            accelerator.print(f"margin weights: {weights.train}")
-        parts = models.load_parts(settings.model, encoders=not settings.cache.examples or settings.samples.every > 0)
-        if options.find_batch:
-            return find_batch(settings, accelerator, parts, train_pairs, weights.train)
-        return train(settings, accelerator, folder, parts, train_pairs, held_out_pairs, weights)
+        with ending.together():
+            return run(settings, accelerator, options)
     except (ConfigError, data.DataError, checkpoint.CheckpointError, NonFiniteError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted before the training began; nothing was lost", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace) -> int:
+    """Everything behind the config: check, open, load, train. Returns the exit status."""
+    plan = config.describe(settings, accelerator.num_processes)
+    if options.dry_run:
+        accelerator.print(config.dump_config(settings) + "\n" + plan)
+        return 0
+    digest = hashlib.sha256(config.dump_config(settings).encode()).hexdigest()[:16]
+    processes.refuse_differences({"config": digest}, "Start the same command, with the same files, on every machine")
+    optimizer_state.check(lambda parameters: build_optimizer(settings, parameters), accelerator.device)
+    folder = Path(settings.output_dir)
+    checkpoint.check_run_folder(folder, settings, options.allow_config_change)
+    resume_from = checkpoint.agree_on_checkpoint(folder)
+    if settings.loss.name == "seppo":
+        selfplay.check_snapshots(settings, folder, checkpoint.step_of(resume_from) if resume_from else 0)
+    models.check_pipeline_folder(settings.model.pipeline)
+    if settings.cache.examples and settings.cache.build:
+        precompute.build_missing_examples(settings, accelerator, accelerator.print)
+    train_pairs = open_pairs(settings, accelerator, held_out=False)
+    held_out_pairs = open_pairs(settings, accelerator, held_out=True) if settings.eval.every else None
+    if accelerator.num_processes > 1:
+        facts = {"training pairs": train_pairs.fingerprint}
+        processes.refuse_differences(facts, "Give every machine the same data")
+    if settings.loss.is_unpaired:
+        data.label_images(*train_pairs.image_names())  # refuses data of one label alone
+    weights = data.weigh_pairs(settings.loss.margin_weight, train_pairs, held_out_pairs)
+    accelerator.print(config.describe(settings, accelerator.num_processes, len(train_pairs)))
+    accelerator.print(f"training pairs: {data.PairCounts(**vars(train_pairs.counts))}")
+    if weights.train is not None:
+        accelerator.print(f"margin weights: {weights.train}")
+    parts = models.load_parts(settings.model, encoders=not settings.cache.examples or settings.samples.every > 0)
+    processes.wait()  # for whoever downloads more slowly
+    if options.find_batch:
+        return find_batch(settings, accelerator, parts, train_pairs, weights.train)
+    lock = files.only_writer(folder, "a training") if accelerator.is_main_process else nullcontext()
+    with lock:
+        return train(settings, accelerator, folder, resume_from, parts, train_pairs, held_out_pairs, weights)
 
 
 def check_optional_packages(settings: Config) -> None:
@@ -98,12 +114,6 @@ def check_optional_packages(settings: Config) -> None:
     for key, package in wanted.items():
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"{key} needs {package}, which is not installed; pip install {package}")
-
-
-def finished_steps(folder: Path) -> int:
-    """Optimizer steps that a run has behind it."""
-    finished = checkpoint.checkpoints(folder)
-    return checkpoint.step_of(finished[-1]) if finished else 0
 
 
 class KnownReference(NamedTuple):
@@ -162,6 +172,7 @@ def train(
     settings: Config,
     accelerator: Accelerator,
     folder: Path,
+    resume_from: Path | None,
     parts: models.PipelineParts,
     train_pairs: Pairs,
     held_out_pairs: Pairs | None,
@@ -173,33 +184,37 @@ def train(
 
     # Policy, reference, optimizer.
     set_seed(settings.seed)
-    finished, start_step = checkpoint.checkpoints(folder), finished_steps(folder)
+    start_step = checkpoint.step_of(resume_from) if resume_from else 0
     schedule = NoiseSchedule.from_scheduler(parts.scheduler).to(device)
     known = open_known_reference(settings, accelerator, train_pairs, held_out_pairs, start_step)
     reference = None
     if settings.loss.needs_reference and not known.is_complete:
         reference = models.make_reference(parts.unet, settings.model, settings.compute)
     policy = models.make_policy(parts.unet, settings.model, settings.compute)
-    for module in (reference, *(() if settings.cache.examples else (parts.vae, parts.text_encoder))):
-        if module is not None:
+    if not settings.cache.examples:
+        for module in (parts.vae, parts.text_encoder):
             module.to(device)
     optimizer = build_optimizer(settings, models.trainable_parameters(policy))
     policy, optimizer = accelerator.prepare(policy, optimizer)
+    if reference is not None:  # the policy's autocast and float32 output, so that nothing but weights tells them apart
+        reference = accelerator.prepare_model(reference, evaluation_mode=True)
     bare_policy = accelerator.unwrap_model(policy)
     parameters = models.trainable_parameters(policy)
     ema = build_ema(settings, parameters)
     moving_reference = reference if settings.model.reference_decay else None
     z0 = torch.zeros((), device=device)  # Diffusion-KTO's reference point: the mean gain of the step before
+    skipped_steps = SkippedSteps(accelerator.scaler)
     make_example = step.ExampleMaker(parts, schedule, settings, device)
 
     # Resume.
-    if finished:
-        progress = checkpoint.load_checkpoint(finished[-1], policy, optimizer, ema, moving_reference)
-        if accelerator.scaler is not None and progress["extra"].get("scaler"):
-            accelerator.scaler.load_state_dict(progress["extra"]["scaler"])
+    if resume_from:
+        progress = checkpoint.load_checkpoint(resume_from, bare_policy, optimizer, ema, moving_reference)
+        skipped_steps.load_state_dict(progress["extra"])
         z0.fill_(progress["extra"].get("z0", 0.0))
+    refuse_other_weights(start_step, bare_policy, reference)
+    run_id = None
     if is_main:
-        checkpoint.describe_run(
+        run_id = checkpoint.describe_run(
             folder,
             settings,
             training_pairs=vars(train_pairs.counts),
@@ -209,18 +224,20 @@ def train(
             device=str(device),
             precision=accelerator.mixed_precision,
         )
-    accelerator.wait_for_everyone()
     log = RunLog(
         accelerator,
         folder,
+        run_id=run_id,
         project=settings.log.project,
         config=config.flatten(settings),
         start_step=start_step,
         max_steps=max_steps,
     )
-    if start_step:
-        log.say(f"resumed from {finished[-1]}")
-    stop = StopRequest()
+    if resume_from:
+        log.say(f"resumed from {resume_from}")
+    stop = ending.StopRequest()
+    if (grace := ending.launcher_grace_seconds()) is not None:
+        log.say(f"asked to stop, the run finishes its step and saves; the launcher leaves it {grace} s for both")
 
     # Data.
     sampler = data.StepSampler(
@@ -244,20 +261,22 @@ def train(
     batches: Iterator[dict] = iter(loader)
     unreadable = data.UnreadableTracker(train_pairs, settings.data.max_unreadable_share)
 
-    def save(step_number: int) -> None:
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+    def save(step_number: int) -> float:
+        """Save, and return the seconds that it took."""
+        started = time.perf_counter()
         checkpoint.save_checkpoint(
             folder,
             step_number,
-            policy,
+            bare_policy,
             optimizer,
             is_main=is_main,
             keep=settings.checkpoint.keep,
             ema=ema,
             reference=moving_reference,
-            extra={"scaler": scaler, "z0": z0.item()},
+            extra={**skipped_steps.state_dict(), "z0": z0.item()},
         )
-        accelerator.wait_for_everyone()
+        processes.wait()
+        return time.perf_counter() - started
 
     def look(step_number: int) -> None:
         """Held-out pairs and sample images."""
@@ -273,10 +292,11 @@ def train(
             if is_main:
                 path = draw_samples(settings, accelerator, parts, bare_policy, reference, folder, step_number)
                 log.say(f"step {step_number}: samples in {path}")
-            accelerator.wait_for_everyone()
+            processes.wait()
 
     if start_step == 0:
         look(0)
+    stop_seconds = None  # what a stop takes, once it is known
     for step_number in range(start_step, max_steps):
         started = time.perf_counter()
         totals, counts, data_seconds = torch.zeros(len(step.STATISTICS), device=device), [0, 0], 0.0
@@ -316,7 +336,7 @@ def train(
         *sums, truncated, substituted, stopped = accelerator.reduce(torch.cat([totals, own]), "sum").tolist()
         numbers = step.averages(sums, total_batch, settings.loss)
         numbers["gradient_norm"] = float(gradient_norm)
-        refuse_non_finite(step_number, numbers, window, skipped_by_scaler=accelerator.scaler is not None)
+        refuse_non_finite(step_number, numbers, window, is_scaled=accelerator.scaler is not None)
         if known.train is not None:
             for batch, errors in window:
                 if not batch["is_known"]:
@@ -325,16 +345,20 @@ def train(
         # Update.
         if settings.loss.is_unpaired:
             numbers["z0"] = z0.item()
-            z0.fill_(max(numbers["gain"], 0.0))
         numbers["learning_rate"] = learning_rate_at(settings, step_number)
         for group in optimizer.param_groups:
             group["lr"] = numbers["learning_rate"]
-        optimizer.step()
-        optimizer.zero_grad()
-        if ema is not None:
-            ema.step(parameters)
-        if moving_reference is not None:
-            models.follow(moving_reference, bare_policy, settings.model.reference_decay)
+        with skipped_steps.watching():
+            optimizer.step()
+        # Several processes: the gradients stay in DDP's buckets. New ones would lie beside them, as large again.
+        optimizer.zero_grad(set_to_none=accelerator.num_processes == 1)
+        if not skipped_steps.in_a_row:
+            if settings.loss.is_unpaired:
+                z0.fill_(max(numbers["gain"], 0.0))
+            if ema is not None:
+                ema.step(parameters)
+            if moving_reference is not None:
+                models.follow(moving_reference, bare_policy, settings.model.reference_decay)
 
         # Log.
         numbers["clamped"] *= total_batch
@@ -346,14 +370,19 @@ def train(
         numbers["pairs_per_second"] = total_batch / seconds
         numbers["data_wait_share"] = data_seconds / seconds  # of this process
         numbers["peak_memory_gb"] = peak_memory_gb(device)
-        if accelerator.optimizer_step_was_skipped:
-            log.say(f"step {step_number + 1}: gradients overflowed in fp16; skipped, the loss scale is halved")
+        numbers |= skipped_steps.numbers()
         log.row(step_number + 1, numbers, advance=True)
+        if skipped_steps.in_a_row:
+            log.say(f"step {step_number + 1}: gradients overflowed in fp16; skipped, the loss scale is lowered")
+            skipped_steps.refuse_too_many(step_number)
 
         # Look at it, save it, or leave.
         look(step_number + 1)
         if stopped or (step_number + 1) % settings.checkpoint.every == 0 or step_number + 1 == max_steps:
-            save(step_number + 1)
+            saving = save(step_number + 1)
+            if stop_seconds is None and not stopped:
+                stop_seconds = seconds + saving
+                log.say(describe_stop(seconds, saving))
         if stopped and step_number + 1 < max_steps:
             log.say(f"stopped after step {step_number + 1} as asked and saved; the same command resumes")
             log.close()
@@ -363,9 +392,31 @@ def train(
         folder, policy, settings, is_main=is_main, unwrap=accelerator.unwrap_model, ema=ema
     )
     log.say(f"finished: {max_steps} steps; the model is in {exported}, everything else in {folder}")
-    accelerator.wait_for_everyone()
+    processes.wait()
     log.close()
     return 0
+
+
+def refuse_other_weights(start_step: int, policy: nn.Module, reference: nn.Module | None) -> None:
+    """Raise ValueError where the processes start from different steps or weights."""
+    if processes.count() == 1:
+        return
+    facts = {"optimizer step": start_step, "policy": checkpoint.weights_checksum(policy)}
+    if reference is not None:
+        facts["reference"] = checkpoint.weights_checksum(reference)
+    processes.refuse_differences(facts, "Give every machine the same model and the same run folder")
+
+
+def describe_stop(step_seconds: float, saving_seconds: float) -> str:
+    """How long a stop takes, and what to do where the launcher would not wait for it."""
+    needed = step_seconds + saving_seconds
+    text = f"a stop takes up to {needed:.0f} s: a step {step_seconds:.0f} s, saving {saving_seconds:.0f} s"
+    grace = ending.launcher_grace_seconds()
+    if grace is not None and grace < 2 * needed:
+        text += (
+            f"; the launcher leaves {grace} s. Set {ending.GRACE_VARIABLE}={60 + 4 * round(needed)} when starting it"
+        )
+    return text
 
 
 def find_batch(
@@ -388,11 +439,13 @@ def find_batch(
     if settings.loss.needs_reference and not known.is_complete:
         reference = models.make_reference(parts.unet, settings.model, settings.compute)
     policy = models.make_policy(parts.unet, settings.model, settings.compute)
-    for module in (reference, *(() if settings.cache.examples else (parts.vae, parts.text_encoder))):
-        if module is not None:
+    if not settings.cache.examples:
+        for module in (parts.vae, parts.text_encoder):
             module.to(device)
     optimizer = build_optimizer(settings, models.trainable_parameters(policy))  # its learning rate is 0
     policy, optimizer = accelerator.prepare(policy, optimizer)
+    if reference is not None:
+        reference = accelerator.prepare_model(reference, evaluation_mode=True)
     bare_policy = accelerator.unwrap_model(policy)
     make_example = step.ExampleMaker(parts, schedule, settings, device)
     dataset = make_dataset(pairs, parts.tokenizer, settings, held_out=False)
@@ -458,31 +511,6 @@ def build_ema(settings: Config, parameters: list[nn.Parameter]):
     return EMAModel(parameters, decay=settings.model.ema_decay)
 
 
-def refuse_non_finite(step_number: int, numbers: dict[str, float], window: list, skipped_by_scaler: bool) -> None:
-    """Stop before the weights are touched if the loss, or without loss scaling the gradient, is not finite."""
-    watched = ["loss", "margin"] if skipped_by_scaler else ["loss", "margin", "gradient_norm"]
-    bad = [name for name in watched if not torch.isfinite(torch.tensor(numbers[name]))]
-    if not bad:
-        return
-    rows = []
-    for batch, errors in window:
-        measured = torch.stack([error.float() for error in errors if error is not None], dim=1).cpu()  # (B, 4 or 2)
-        for pair_id, values in zip(batch["pair_ids"], measured, strict=True):
-            if bad == ["gradient_norm"] or not torch.isfinite(values).all():
-                chosen, rejected, *reference = values.tolist()
-                line = f"pair {pair_id}: e policy {chosen:.6g}/{rejected:.6g}"
-                if reference:
-                    line += ", reference {:.6g}/{:.6g}".format(*reference)
-                    line += f", d {chosen - reference[0]:.6g}/{rejected - reference[1]:.6g}"
-                rows.append(line + " (chosen/rejected)")
-    found = "\n  ".join(rows[:8]) or "none of this process's pairs; see the other processes"
-    raise NonFiniteError(
-        f"{' and '.join(bad)} not finite in optimizer step {step_number + 1}; the weights were not touched.\n"
-        f"  {found}\n"
-        "Lower optim.learning_rate or loss.beta, or set compute.precision=fp32, and go on from the last checkpoint"
-    )
-
-
 @torch.no_grad()
 def evaluate(
     settings: Config,
@@ -502,14 +530,19 @@ def evaluate(
     draws = settings.eval.draws
     held_out = make_dataset(pairs, make_example.parts.tokenizer, settings, held_out=True)
     batches = data.held_out_batches(
-        len(pairs) * draws, settings.train.micro_batch_pairs, accelerator.process_index, accelerator.num_processes
+        len(pairs),
+        draws,
+        settings.train.micro_batch_pairs,
+        accelerator.process_index,
+        accelerator.num_processes,
     )
     bare_policy = accelerator.unwrap_model(policy)
     totals = torch.zeros(len(step.STATISTICS), device=accelerator.device)
-    for positions in batches:  # draw k of pair i has position i + k · pairs
-        batch = held_out.batch(positions)
-        from_cache = known.get(positions, accelerator.device) if known is not None else None
+    for number, positions in enumerate(batches):
         with accelerator.autocast():
+            if number % draws == 0:  # the draws of a batch of pairs come in a row: read and encode it once
+                batch = make_example.encoded(held_out.batch(positions))
+            from_cache = known.get(positions, accelerator.device) if known is not None else None
             example = make_example(batch, HELD_OUT_SEED, positions)
             measured = step.measure(bare_policy, bare_policy, reference, example, settings.loss, from_cache)
         if known is not None and from_cache is None:
@@ -544,6 +577,7 @@ def draw_samples(
         unet = reference if title == "reference" and reference is not None else policy
         is_adapter_off = title == "reference" and reference is None
         with accelerator.autocast(), models.adapter_off(policy) if is_adapter_off else nullcontext():
+            parts.vae.enable_slicing()  # one image at a time: decoding several would take more memory than a step
             columns[title] = sampling.sample_images(
                 models.pipeline_with(parts, unet),
                 wanted.prompts,
@@ -553,6 +587,7 @@ def draw_samples(
                 image_size=settings.data.resolution,
                 chunk_size=SAMPLE_CHUNK,
             )
+    parts.vae.disable_slicing()  # it would round the encoding of training images differently
     if settings.cache.examples:  # training itself needs no encoders: their memory is the batch's
         for module in encoders:
             module.to("cpu")

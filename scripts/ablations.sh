@@ -7,6 +7,7 @@
 # Environment as in scripts/train_sd15.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/foreground.sh
 
 rows=(eta1_n1 eta1_n3 eta1_n6 eta0.5_n6 eta0.1_n6 eta0.05_n6)
 
@@ -37,7 +38,7 @@ for row in "${rows[@]}"; do
     command=(bash scripts/train_sd15.sh "$config")
   fi
   echo "== $config"
-  "${command[@]}" ${arguments[@]+"${arguments[@]}"} || {
+  foreground "${command[@]}" ${arguments[@]+"${arguments[@]}"} || {
     status=$?
     echo "ablations.sh: row $row failed (exit status $status); the rows after it were not started" >&2
     exit "$status"

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from accelerate import Accelerator
 
-from xdpo import ending, models, precompute, processes
+from xdpo import ending, models, precompute
 from xdpo.compute import build_accelerator
 from xdpo.config import Config, load_config
 
@@ -36,7 +36,6 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("cache.examples is null; name the cache's folder: cache.examples=FOLDER")
         models.check_pipeline_folder(settings.model.pipeline)
         accelerator = build_accelerator(settings)
-        processes.connect()
         with ending.together():
             if options.verify:
                 verify(settings, accelerator)

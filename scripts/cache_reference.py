@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
@@ -42,7 +42,6 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("cache.reference is null; name the cache's folder: cache.reference=FOLDER")
         models.check_pipeline_folder(settings.model.pipeline)
         accelerator = build_accelerator(settings)
-        processes.connect()
         with ending.together():
             fill(settings, accelerator)
     except ValueError as error:
@@ -91,8 +90,8 @@ def training_batches(settings: Config, world_size: int, num_pairs: int, *, held_
     """The micro-batches of a training on `world_size` processes: which pairs are together decides how they round."""
     size = settings.train.micro_batch_pairs
     if held_out:
-        samples = num_pairs * settings.eval.draws
-        return [batch for rank in range(world_size) for batch in held_out_batches(samples, size, rank, world_size)]
+        ranks = (held_out_batches(num_pairs, settings.eval.draws, size, rank, world_size) for rank in range(world_size))
+        return list(chain.from_iterable(ranks))
     total = settings.train.total_batch_pairs
     sampler = StepSampler(start_step=0, total_batch_pairs=total, micro_batch_pairs=size)  # of all ranks, in order
     return list(islice(sampler, settings.train.max_steps * total // size))

@@ -4,8 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
+source scripts/foreground.sh
 
 run=runs/demo
 rm -rf "$run"
-"$PYTHON" train_xdpo.py --config configs/tiny/xdpo.yaml output_dir="$run" "$@"
+foreground "$PYTHON" train_xdpo.py --config configs/tiny/xdpo.yaml output_dir="$run" "$@"
 "$PYTHON" scripts/compare_tiny.py "$run"

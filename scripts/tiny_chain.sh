@@ -12,6 +12,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
+source scripts/foreground.sh
 
 output=${OUTPUT:-runs/chain}
 pipeline=${PIPELINE:-assets/tiny/pipeline}
@@ -19,12 +20,12 @@ methods=(diffusion_dpo xdpo)
 
 for method in "${methods[@]}"; do
     echo "== train $method"
-    "$PYTHON" train_xdpo.py --config "configs/tiny/$method.yaml" output_dir="$output/runs/$method" \
+    foreground "$PYTHON" train_xdpo.py --config "configs/tiny/$method.yaml" output_dir="$output/runs/$method" \
         model.pipeline="$pipeline" train.max_steps=120 checkpoint.every=40 checkpoint.keep=100 "$@"
 done
 
 images() {  # images MODEL NAME
-    "$PYTHON" generate.py --model "$1" --output "$output/images/$2" --prompts tinyprompts --sample "${PROMPTS:-200}" \
+    foreground "$PYTHON" generate.py --model "$1" --output "$output/images/$2" --prompts tinyprompts --sample "${PROMPTS:-200}" \
         --steps 20 --guidance 1 --batch-size 20
 }
 

@@ -90,7 +90,7 @@ def test_an_error_while_writing_leaves_nothing_behind_and_names_what_is_intact(t
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_full_device_is_told_apart_from_other_errors(tmp_path):
-    with pytest.raises(CheckpointError, match="The disk is full"), writing_aside(tmp_path / "x") as aside:
+    with pytest.raises(CheckpointError, match="the disk is full"), writing_aside(tmp_path / "x") as aside:
         (aside / "file").symlink_to("/dev/full")
         with (aside / "file").open("w") as file:
             file.write("x" * 100_000)

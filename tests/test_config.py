@@ -571,7 +571,6 @@ def test_accelerate_reads_its_configs_and_leaves_precision_to_ours(file):
         "one_gpu": (1, 1),
         "two_gpus": (1, 2),
         "multi_node": (2, 16),
-        "fsdp": (1, 2),
         "cpu": (1, 1),
     }
     assert (launch.num_machines, launch.num_processes) == machines_and_processes[file.stem]
@@ -621,9 +620,11 @@ def test_train_sd15_launches_the_papers_run_on_two_gpus(launch):
 
 def test_train_sd15_takes_a_config_overrides_and_another_launch(launch):
     _, calls = launch("train_sd15.sh", "configs/xdpo_sd15_lora.yaml", "seed=1", "--dry-run", NUM_PROCESSES="1")
+    assert calls == ["train_xdpo.py --config configs/xdpo_sd15_lora.yaml seed=1 --dry-run"]
+    _, calls = launch("train_sd15.sh", "seed=1", NUM_PROCESSES="4")
     assert calls == [
-        "-m accelerate.commands.launch --config_file configs/accelerate/one_gpu.yaml --num_processes 1 "
-        "train_xdpo.py --config configs/xdpo_sd15_lora.yaml seed=1 --dry-run"
+        "-m accelerate.commands.launch --config_file configs/accelerate/two_gpus.yaml --num_processes 4 "
+        "train_xdpo.py --config configs/xdpo_sd15.yaml seed=1"
     ]
     _, calls = launch("train_sd15.sh", "seed=1", ACCELERATE_CONFIG="mine.yaml")
     assert calls == [

@@ -12,36 +12,33 @@ A checkpoint is written aside, flushed, renamed, and only then are old ones remo
 of (seed, position), so the step number is the only progress there is to keep.
 """
 
-import errno
+import hashlib
 import json
 import os
 import platform
+import re
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
+from xdpo import optimizer_state, processes
 from xdpo.config import Config, changed_keys, dump_config, load_config
+from xdpo.files import PART, STALE_SECONDS, aside_of, flush, storage_fault, sweep, write_text
 
-_SEPARATOR = "::"  # between a parameter's name and its optimizer state, in optimizer.safetensors
-_TO_SAVE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)  # on the first process
-_TO_LOAD = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)  # on every process
+LISTING_SECONDS = 30.0  # how long network storage may keep an old listing of a folder
 
 
 class CheckpointError(RuntimeError):
@@ -61,7 +58,7 @@ def check_run_folder(folder: Path, config: Config, allow_config_change: bool) ->
         raise ValueError(f"output_dir: {existing} is a file; choose another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"output_dir: no permission to write in {existing}; choose another folder")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(path.suffix == PART for path in folder.iterdir()):  # what a failed start left aside
         return
     saved = folder / "config.yaml"
     if not saved.is_file():
@@ -76,15 +73,29 @@ def check_run_folder(folder: Path, config: Config, allow_config_change: bool) ->
         )
 
 
-def describe_run(folder: Path, config: Config, **facts: object) -> None:
-    """Write config.yaml and run.json: what ran here, with what, started when; facts are added as given."""
-    folder.mkdir(parents=True, exist_ok=True)
+def describe_run(folder: Path, config: Config, **facts: object) -> str:
+    """Write config.yaml and run.json: what ran here, with what, started when; facts are added as given.
+
+    Returns the run's identifier, the same at every start.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"could not make {folder}: {storage_fault(error, folder)}") from error
     write_text(folder / "config.yaml", dump_config(config))
     path = folder / "run.json"
-    starts = json.loads(path.read_text())["starts"] if path.is_file() else []
-    starts.append({"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv})
-    record = {"starts": starts, "versions": library_versions(), "git_commit": git_commit(), **facts}
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv}
+    identifier = before.get("id") or uuid.uuid4().hex[:12]
+    record = {
+        "id": identifier,
+        "starts": [*before.get("starts", []), start],
+        "versions": library_versions(),
+        "git_commit": git_commit(),
+        **facts,
+    }
     write_text(path, json.dumps(record, indent=2) + "\n")
+    return identifier
 
 
 def library_versions() -> dict[str, str]:
@@ -111,16 +122,6 @@ def git_commit() -> str | None:
         return None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old text or the new one, never half of it."""
-    aside = path.with_name(path.name + ".part")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
 # --- checkpoints ---------------------------------------------------------------------------------------
 
 
@@ -139,6 +140,55 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
+def agree_on_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that every process resumes from: the newest that the first process sees; None for a new run.
+
+    Every process calls it. Raises CheckpointError, on all of them, where one can't see it: a run folder is on storage
+    that all machines share.
+    """
+    finished = checkpoints(folder)
+    newest = processes.agree(finished[-1].name if finished else None)
+    chosen = folder / "checkpoints" / newest if newest else None
+    is_there = _appears(chosen) if chosen is not None else not finished
+    found = processes.gather((socket.gethostname(), str(folder.absolute()), is_there))
+    strangers = [f"process {rank} on {host}: {path}" for rank, (host, path, sees) in enumerate(found) if not sees]
+    if strangers:
+        raise CheckpointError(
+            f"process 0 on {found[0][0]} "
+            + (
+                f"resumes from {found[0][1]}/checkpoints/{newest}"
+                if newest
+                else f"finds no checkpoint in {found[0][1]}"
+            )
+            + f", and {len(strangers)} of {len(found)} processes see something else there:\n  "
+            + "\n  ".join(strangers[:8])
+            + "\nPut output_dir on storage that all machines share, under the same path, and run the same command again"
+        )
+    return chosen
+
+
+def _appears(path: Path) -> bool:
+    """Whether a checkpoint is there, or comes into sight where network storage lags behind."""
+    deadline = time.monotonic() + LISTING_SECONDS
+    while not (path / "progress.json").is_file():
+        if time.monotonic() > deadline:
+            return False
+        os.listdir(path.parent if path.parent.is_dir() else ".")  # has a network file system look again
+        time.sleep(0.5)
+    return True
+
+
+def weights_checksum(module: nn.Module) -> str:
+    """16 hexadecimal digits over the bits of a module's float32 weights, made on their device."""
+    sums = [weight.detach().contiguous().view(torch.int32).sum(dtype=torch.int64) for weight in module.parameters()]
+    return hashlib.sha256(torch.stack(sums).cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def trainable_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that training changes, by name."""
+    return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+
+
 def save_checkpoint(
     folder: Path,
     step: int,
@@ -151,27 +201,32 @@ def save_checkpoint(
     reference: nn.Module | None = None,
     extra: dict | None = None,
 ) -> Path:
-    """Save the state after `step` optimizer steps and rotate older checkpoints; every process calls it.
+    """Save the state after `step` optimizer steps and rotate older checkpoints; only the first process writes.
 
-    policy and optimizer as accelerate prepared them; reference where it moves. `extra` is small JSON (the gradient
-    scaler's state). Raises CheckpointError when the disk is full or not writable; earlier checkpoints are then intact.
+    policy: outside its distributed wrapper; reference where it moves. `extra` is small JSON (the gradient scaler's
+    state). Raises CheckpointError when the disk is full or not writable; earlier checkpoints are then intact.
     """
     final = checkpoint_path(folder, step)
-    weights = get_model_state_dict(policy, options=_TO_SAVE)
-    moments = get_optimizer_state_dict(policy, _bare(optimizer), options=_TO_SAVE)
-    if is_main and not final.exists():
-        tensors = {"policy": weights, "optimizer": _flatten(moments["state"])}
-        if ema is not None:
-            tensors["ema"] = {str(index): tensor for index, tensor in enumerate(ema.shadow_params)}
-        if reference is not None:
-            tensors["reference"] = reference.state_dict()
-        with writing_aside(final) as aside:
-            for name, content in tensors.items():
-                save_file({key: value.contiguous() for key, value in content.items()}, aside / f"{name}.safetensors")
-            progress = {"step": step, "ema_step": getattr(ema, "optimization_step", None), "extra": extra or {}}
-            (aside / "progress.json").write_text(json.dumps(progress) + "\n")
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+    if final.exists() or not is_main:
+        return final
+    weights = trainable_weights(policy)
+    tensors: dict[str, Mapping[str, Tensor]] = {"policy": weights}
+    if ema is not None:
+        tensors["ema"] = _shadow(ema)
+    if reference is not None:
+        tensors["reference"] = reference.state_dict()
+    # A run has one writer. What it left aside when it was killed goes first: those gigabytes may be what is missing.
+    sweep(final.parent, f"step_*{PART}")
+    with writing_aside(final) as aside:
+        for name, content in tensors.items():
+            on_cpu = {key: value.detach().cpu().contiguous() for key, value in content.items()}
+            save_file(on_cpu, aside / f"{name}.safetensors")
+            del on_cpu  # before the next one: each is gigabytes
+        optimizer_state.save(_bare(optimizer), weights, aside / "optimizer.safetensors")
+        progress = {"step": step, "ema_step": getattr(ema, "optimization_step", None), "extra": extra or {}}
+        (aside / "progress.json").write_text(json.dumps(progress) + "\n")
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
     return final
 
 
@@ -182,35 +237,27 @@ def load_checkpoint(
     ema: object | None = None,
     reference: nn.Module | None = None,
 ) -> dict:
-    """Restore what `save_checkpoint` wrote into prepared objects; returns progress: step and extra.
+    """Restore what `save_checkpoint` wrote; returns progress: step and extra.
 
-    Every process reads the file; the number of processes may differ from the one that saved. Raises
-    CheckpointError for a damaged checkpoint or one of another model.
+    Every process reads the file; the number of processes may differ from the one that saved. Tensors are copied one
+    by one into those that are there, so that the device never holds anything twice. `optimizer` has made no step.
+    Raises CheckpointError for a damaged checkpoint or one of another model.
     """
     try:
         progress = json.loads((path / "progress.json").read_text())
-        weights = load_file(path / "policy.safetensors")
-        moments = _unflatten(load_file(path / "optimizer.safetensors"))
-        expected = get_model_state_dict(policy, options=_TO_LOAD)
-        if expected.keys() != weights.keys():
-            odd = sorted(expected.keys() ^ weights.keys())
-            raise CheckpointError(
-                f"{path} holds another model: {len(odd)} parameters differ, {odd[0]!r} first. "
-                "Was model.trainable or model.pipeline changed?"
-            )
-        set_model_state_dict(policy, weights, options=_TO_LOAD)
-        bare = _bare(optimizer)
-        groups = get_optimizer_state_dict(policy, bare, options=_TO_LOAD)["param_groups"]
-        set_optimizer_state_dict(policy, bare, {"state": moments, "param_groups": groups}, options=_TO_LOAD)
+        weights = trainable_weights(policy)
+        _copy_into(weights, path / "policy.safetensors")
+        optimizer_state.load(_bare(optimizer), weights, path / "optimizer.safetensors")
         if ema is not None:
-            shadow = load_file(path / "ema.safetensors")
-            for index, parameter in enumerate(ema.shadow_params):
-                parameter.copy_(shadow[str(index)])
+            _copy_into(_shadow(ema), path / "ema.safetensors")
             ema.optimization_step = progress["ema_step"]
         if reference is not None:
-            reference.load_state_dict(load_file(path / "reference.safetensors"))
+            _copy_into(reference.state_dict(), path / "reference.safetensors")
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
         others = ", ".join(other.name for other in sorted(path.parent.glob("step_????????")) if other != path)
+        cause = _os_error(error)
+        if cause is not None:
+            raise CheckpointError(f"can't read the checkpoint {path}: {storage_fault(cause, path)}") from error
         raise CheckpointError(
             f"can't read the checkpoint {path}: {error}. Remove that folder and run the same command again; "
             f"left to resume from: {others or 'none, the run would start anew'}"
@@ -218,57 +265,61 @@ def load_checkpoint(
     return progress
 
 
-@contextmanager
-def writing_aside(final: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `final` once all of it is on the disk; removed again if writing fails."""
-    aside = final.with_name(final.name + ".part")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        for path in [*aside.rglob("*"), aside]:
-            _flush(path)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(aside, final)
-        _flush(final.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        free = shutil.disk_usage(final.parent if final.parent.exists() else ".").free / 1e9
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        raise CheckpointError(
-            f"could not write {final}: {error}. "
-            + (f"The disk is full ({free:.2f} GB free); make room" if full else "Check that the folder is writable")
-            + " and run the same command again; what was saved before is intact"
-        ) from error
+@torch.no_grad()
+def _copy_into(targets: Mapping[str, Tensor], path: Path) -> None:
+    with safe_open(path, "pt") as file:
+        odd = sorted(set(file.keys()) ^ targets.keys())
+        if odd:
+            raise CheckpointError(
+                f"{path} holds another model: {len(odd)} parameters differ, {odd[0]!r} first. "
+                "Was model.trainable or model.pipeline changed?"
+            )
+        for name, target in targets.items():
+            found = file.get_tensor(name)
+            if found.shape != target.shape:
+                raise CheckpointError(
+                    f"{path} holds another model: {name} is {tuple(found.shape)} there and {tuple(target.shape)} here. "
+                    "Was model.lora_rank or model.pipeline changed?"
+                )
+            target.copy_(found)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _shadow(ema: object) -> dict[str, Tensor]:
+    return {str(index): tensor for index, tensor in enumerate(ema.shadow_params)}
 
 
 def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
 
 
-def _flatten(moments: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {
-        f"{parameter}{_SEPARATOR}{key}": torch.as_tensor(value)
-        for parameter, state in moments.items()
-        for key, value in state.items()
-    }
+@contextmanager
+def writing_aside(final: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `final` once all of it is on the disk; removed again if writing fails."""
+    aside = aside_of(final)
+    try:
+        sweep(final.parent, f"{final.name}.*{PART}", older_than=STALE_SECONDS)
+        aside.mkdir(parents=True)
+        yield aside
+        for path in [*aside.rglob("*"), aside]:
+            flush(path)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(aside, final)
+        flush(final.parent)
+    except (OSError, SafetensorError) as error:
+        cause = _os_error(error)
+        fault = str(error) if cause is None else storage_fault(cause, final)
+        raise CheckpointError(f"could not write {final}: {fault}; what was saved before is intact") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
-def _unflatten(flat: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    moments: dict[str, dict[str, Tensor]] = {}
-    for name, value in flat.items():
-        parameter, key = name.rsplit(_SEPARATOR, 1)
-        moments.setdefault(parameter, {})[key] = value
-    return moments
+def _os_error(error: Exception) -> OSError | None:
+    """The system's error behind an exception; safetensors has it as text alone ("… Os { code: 28, …")."""
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        return error
+    found = re.search(r"os error (\d+)|code: (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+    return OSError(int(found[1] or found[2]), os.strerror(int(found[1] or found[2]))) if found else None
 
 
 # --- the result ----------------------------------------------------------------------------------------
@@ -282,10 +333,10 @@ def export_model(
     The EMA weights are exported where the config keeps them. Every process calls it.
     """
     final = folder / "export"
-    weights = get_model_state_dict(policy, options=_TO_SAVE)
     if not is_main:
         return final
     unet = unwrap(policy)
+    weights = {name: weight.detach().cpu() for name, weight in trainable_weights(unet).items()}
     if ema is not None:
         names = [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
         weights = {**weights, **{n: p.detach().cpu() for n, p in zip(names, ema.shadow_params, strict=True)}}

@@ -1,20 +1,24 @@
 """The `compute` section on this machine: devices, precision, accumulation, trackers."""
 
+import os
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration, check_cuda_p2p_ib_support
 
+from xdpo import processes
 from xdpo.config import Config, accumulation_steps
 
 
 def build_accelerator(settings: Config) -> Accelerator:
-    """Devices, precision, accumulation and trackers, as the config has them.
+    """Devices, precision, accumulation and trackers, as the config has them; several processes are connected.
 
-    Raises ValueError for fp16 on a CPU, or a total batch that cannot be split over the processes.
+    Raises ValueError for fp16 on a CPU, a launch that shares out the weights, or a total batch that cannot be split
+    over the processes.
     """
     compute = settings.compute
+    refuse_sharded_launch()
     has_device = torch.accelerator.is_available()
     precision = compute.precision
     if precision == "auto":
@@ -25,6 +29,10 @@ def build_accelerator(settings: Config) -> Accelerator:
         raise ValueError("compute.precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
     if compute.tf32 and torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if torch.cuda.is_available() and not check_cuda_p2p_ib_support():
+        # GeForce cards without peer access. Of all launchers only `accelerate launch` says so to NCCL.
+        os.environ.setdefault("NCCL_P2P_DISABLE", "1")
+        os.environ.setdefault("NCCL_IB_DISABLE", "1")
     accelerator = Accelerator(
         cpu=not has_device,
         mixed_precision={"fp32": "no"}.get(precision, precision),
@@ -32,7 +40,25 @@ def build_accelerator(settings: Config) -> Accelerator:
         project_config=ProjectConfiguration(
             project_dir=settings.output_dir, logging_dir=str(Path(settings.output_dir) / "tensorboard")
         ),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=processes.COLLECTIVE_TIMEOUT),
+            # A forward uses each weight once: the cache would save no cast, and keep every bf16 copy until its end.
+            AutocastKwargs(cache_enabled=False),
+        ],
     )
+    processes.connect()
     accelerator.gradient_accumulation_steps = accumulation_steps(settings, accelerator.num_processes)
     return accelerator
+
+
+def refuse_sharded_launch() -> None:
+    """Raise ValueError under an accelerate configuration that shares out the weights over the processes."""
+    for name, variable in {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}.items():
+        if os.environ.get(variable, "").lower() in ("1", "true"):
+            raise ValueError(
+                f"accelerate was configured for {name}, which shares the weights out over the processes. Sampling, "
+                "evaluation and checkpoints here need whole weights on each; launch with "
+                "configs/accelerate/two_gpus.yaml, and if the memory is too small use model.trainable=lora, "
+                "compute.gradient_checkpointing=true or optim.name=adamw8bit"
+            )

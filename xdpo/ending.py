@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from xdpo import processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SAME_REQUEST_SECONDS = 2.0
 LOOK_SECONDS = 1.0
 SILENT_SECONDS = 120.0  # a process that has not been heard of for so long is gone: killed, or its machine is
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # variables that torchrun and accelerate launch set
@@ -26,20 +27,22 @@ DEFAULT_GRACE_SECONDS = 30
 class StopRequest:
     """SIGTERM, SIGINT or SIGHUP asks the run to save and leave after this optimizer step; a second one ends it at once.
 
-    Losing the launcher counts as SIGTERM, but never as the second signal: Ctrl-C reaches launcher and run together.
+    Losing the launcher counts as SIGTERM. What comes right after the first signal is the same request on another way:
+    Ctrl-C reaches launcher, script and run together, and some of them hand it on.
     """
 
     def __init__(self) -> None:
-        self.received = 0
+        self.received, self._when = 0, 0.0
         for number in SIGNALS:
             signal.signal(number, self._receive)
         _Watch.current_stop = self
 
     def _receive(self, number: int, frame: object) -> None:
-        if self.received:
+        if not self.received:
+            self.received, self._when = number, time.monotonic()
+        elif time.monotonic() - self._when > SAME_REQUEST_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.received = number
 
     def launcher_left(self) -> None:
         self.received = self.received or signal.SIGTERM
@@ -62,12 +65,13 @@ def launcher_grace_seconds() -> int | None:
 def together() -> Iterator[None]:
     """Run a block that ends on all processes when it fails on one; every process enters it once they are connected.
 
-    An exception passes through. The other processes print it and leave with status 1, wherever they are.
+    It ends when all have ended it, and with it their connection. An exception passes through. The other processes print it and leave with status 1, wherever they are.
     """
     watch = _Watch()
     watch.start()
     try:
         yield
+        processes.disconnect()
     except BaseException as error:
         watch.tell(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
         raise

@@ -5,9 +5,11 @@ is written aside ends in `.part`, has a name of its own on any number of machine
 """
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -48,6 +50,41 @@ def write_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old text or the new one. Raises StorageError."""
     with replacing(path) as file:
         file.write(text)
+
+
+@contextmanager
+def only_writer(folder: Path, work: str) -> Iterator[None]:
+    """Hold a folder's lock while writing into it. The lock goes with its process, however that ends.
+
+    work: what is done there, for whoever comes second. The lock is the system's own on the file `lock`, which network
+    file systems hand on to other machines if they support locks; where they don't, nothing is refused.
+    Raises StorageError naming the process that has it.
+    """
+    path = folder / "lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"could not write in {folder}: {storage_fault(error, folder)}") from error
+    with file:
+        if _is_locked_by_another(file):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise StorageError(f"{folder} is in use: {holder}. Wait for it, stop it, or name another folder")
+        file.truncate(0)
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"{work}, process {os.getpid()} on {socket.gethostname()} since {started}\n")
+        file.flush()
+        yield
+
+
+def _is_locked_by_another(file: IO) -> bool:
+    """Take a file's lock, unless another process has it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN)  # others: a file system without locks
+    return False
 
 
 def aside_of(path: Path) -> Path:

@@ -37,6 +37,13 @@ def connect() -> None:
         _patient_group(dist.group.WORLD)
 
 
+def disconnect() -> None:
+    """Leave together; a process that just ends takes the others' connections with it."""
+    if dist.is_initialized():
+        wait()
+        dist.destroy_process_group()
+
+
 def wait() -> None:
     """Wait until every process is here."""
     if count() > 1:

@@ -20,15 +20,26 @@ class RunLog:
     """
 
     def __init__(
-        self, accelerator: Accelerator, folder: Path, *, project: str, config: dict, start_step: int, max_steps: int
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        *,
+        project: str,
+        config: dict,
+        start_step: int,
+        max_steps: int,
+        run_id: str | None = None,
     ):
-        """`config` maps dotted keys to plain values, for the trackers; `project` is their name for the work."""
+        """`config` maps dotted keys to plain values, for the trackers; `project` is their name for the work.
+
+        run_id: the run's name for a tracker that goes on with a run (W&B), the same at every start.
+        """
         self.accelerator = accelerator
         self.is_main = accelerator.is_main_process
         self.path = folder / "metrics.jsonl"
         if self.is_main:
             _drop_rows_after(self.path, start_step)
-        accelerator.init_trackers(project)
+        accelerator.init_trackers(project, init_kwargs={"wandb": {"id": run_id, "resume": "allow"}})
         for tracker in accelerator.trackers:  # one page of text, not an hparams folder for every start
             if tracker.name == "tensorboard":
                 tracker.tracker.add_text("config", "\n".join(f"    {k}: {v}" for k, v in config.items()), start_step)

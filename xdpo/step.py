@@ -108,6 +108,17 @@ class ExampleMaker:
             weights=timestep_weights(self.schedule, timesteps, noise.weighting, noise.min_snr_gamma, noise.discount),
         )
 
+    def encoded(self, batch: dict) -> dict:
+        """The batch with its encodings in place of its images and captions: for several draws on the same pairs."""
+        moments, text_states, scaling_factor = self.encode(batch)
+        rest = {name: value for name, value in batch.items() if name not in ("pixel_values", "input_ids")}
+        return rest | {
+            "latent_means": moments.means,
+            "latent_stds": moments.stds,
+            "text_states": text_states,
+            "scaling_factor": scaling_factor,
+        }
+
     def encode(self, batch: dict) -> Encoded:
         """Moments and text states of a batch: from the batch itself where a cache holds them, else by the encoders."""
         if "latent_means" in batch:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from xdpo import noise
 from xdpo.data.images import UnreadableImageError, decode_rgb, square_pixels
 from xdpo.data.table import DataError, PairTable, pair_id
+from xdpo.ending import ignore_signals
 
 MAX_SUBSTITUTIONS = 100
 
@@ -174,10 +175,16 @@ def collate_pairs(examples: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def held_out_batches(num_samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
-    """The positions 0 … num_samples − 1 shared out over the ranks, in batches."""
-    mine = list(range(rank, num_samples, world_size))
-    return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+def held_out_batches(
+    num_pairs: int, num_draws: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> list[list[int]]:
+    """The positions of held-out pairs shared out over the ranks: each batch of pairs with all its draws in a row.
+
+    Draw k of pair i has position i + k · num_pairs.
+    """
+    mine = list(range(rank, num_pairs, world_size))
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    return [[pair + draw * num_pairs for pair in batch] for batch in batches for draw in range(num_draws)]
 
 
 def make_loader(
@@ -195,6 +202,7 @@ def make_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
+        worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # its own: a loader must not draw from the global one
     )
 
