@@ -45,18 +45,19 @@ def go_through_scenes(folder, overrides):
     import runpy
 
     import torch.distributed as dist
+    from accelerate import PartialState
 
     import generate
-    from xdpo import models, precompute, processes, sampling, selfplay, step
+    from xdpo import models, precompute, sampling, selfplay, step
     from xdpo.compute import build_accelerator
     from xdpo.config import load_config
 
     overrides += ["compute.precision=fp32", "data.source=parquet", f"cache.examples={folder}/cache"]
-    overrides += [f"cache.local_copy={folder}/copy", f"cache.reference={folder}/reference", "train.max_steps=3"]
+    overrides += [f"cache.local_copy={folder}/copy", "train.max_steps=3"]
     overrides += ["loss.name=seppo", "self_play.every=2", "self_play.batch_size=2", "self_play.num_inference_steps=1"]
     settings = load_config("configs/base.yaml", overrides)
+    recorded = load_config("configs/base.yaml", [*overrides, "loss.name=xdpo", f"cache.reference={folder}/reference"])
     accelerator = build_accelerator(settings)
-    processes.connect()
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=SHORT), dist.group.WORLD)
     say = accelerator.print
 
@@ -76,8 +77,7 @@ def go_through_scenes(folder, overrides):
     through("copying a cache")
 
     busy_at_first(step, "denoising_errors", accelerator)
-    script = runpy.run_path("scripts/cache_reference.py")
-    assert script["main"](["--config", "configs/base.yaml", *overrides, "loss.name=xdpo"]) == 0
+    runpy.run_path("scripts/cache_reference.py")["fill"](recorded, accelerator)
     through("recording the reference")
 
     parts = models.load_parts(settings.model)
@@ -93,7 +93,8 @@ def go_through_scenes(folder, overrides):
     busy_at_first(sampling, "sample_chunk", accelerator)
     Path(folder, "prompts.txt").write_text("one\ntwo\nthree\n")
     images = ["--model", settings.model.pipeline, "--prompts", f"{folder}/prompts.txt", "--output", f"{folder}/images"]
-    assert generate.main([*images, "--steps", "1", "--batch-size", "1", "--image-size", "16"]) == 0
+    options = generate.build_parser().parse_args([*images, "--steps=1", "--batch-size=1", "--image-size=16"])
+    assert generate.make_missing(options, generate.build_settings(options), PartialState()) == 0
     through("generating")
 
 
