@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -58,11 +59,14 @@ def load_table(settings: Config, accelerator: Accelerator, *, held_out: bool) ->
 
     Every process calls it, and all return together.
     """
-    chosen = {}
-    if held_out:
-        chosen = {"path": settings.eval.path, "split": settings.eval.split, "max_pairs": settings.eval.pairs}
+    max_pairs = settings.eval.pairs if held_out else None
     with processes.one_first(accelerator.is_main_process):  # it converts the files, the others find them converted
-        return load_pairs(settings.data, **chosen)
+        return load_pairs(settings.data, **source_of(settings, held_out=held_out), max_pairs=max_pairs)
+
+
+def source_of(settings: Config, *, held_out: bool) -> dict[str, Any]:
+    """What of the `eval` section takes the place of the `data` section's: path and split of the held-out pairs."""
+    return {"path": settings.eval.path, "split": settings.eval.split} if held_out else {}
 
 
 def open_examples(settings: Config, accelerator: Accelerator, *, held_out: bool) -> ExampleCache:
