@@ -37,9 +37,8 @@ def scaled(monkeypatch):
                 return policy, optimizer
 
             accelerator.prepare = prepare_and_spoil
-            start = max(
-                map(checkpoint.step_of, checkpoint.checkpoints(checkpoint.Path(settings.output_dir))), default=0
-            )
+            finished = checkpoint.checkpoints(Path(settings.output_dir))
+            start = checkpoint.step_of(finished[-1]) if finished else 0
             return accelerator
 
         monkeypatch.setattr(train_xdpo, "build_accelerator", scaling)
