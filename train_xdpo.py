@@ -205,6 +205,15 @@ def train(
     z0 = torch.zeros((), device=device)  # Diffusion-KTO's reference point: the mean gain of the step before
     skipped_steps = SkippedSteps(accelerator.scaler)
     make_example = step.ExampleMaker(parts, schedule, settings, device)
+    sampler = data.StepSampler(
+        start_step=start_step,
+        total_batch_pairs=total_batch,
+        micro_batch_pairs=settings.train.micro_batch_pairs,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    dataset = make_dataset(train_pairs, parts.tokenizer, settings, held_out=False)
+    settle_gradients(accelerator, policy, optimizer, make_example, dataset.batch(next(iter(sampler))))
 
     # Resume.
     if resume_from:
@@ -240,14 +249,6 @@ def train(
         log.say(f"asked to stop, the run finishes its step and saves; the launcher leaves it {grace} s for both")
 
     # Data.
-    sampler = data.StepSampler(
-        start_step=start_step,
-        total_batch_pairs=total_batch,
-        micro_batch_pairs=settings.train.micro_batch_pairs,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
-    dataset = make_dataset(train_pairs, parts.tokenizer, settings, held_out=False)
     self_play = None
     if settings.loss.name == "seppo":
         shape = latent_shape(train_pairs, parts, settings)
@@ -415,6 +416,29 @@ def train(
     return 0
 
 
+def settle_gradients(
+    accelerator: Accelerator,
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    make_example: step.ExampleMaker,
+    batch: dict,
+) -> None:
+    """Have DDP lay its buckets out for good, and the gradients in them, by two backward passes of nothing.
+
+    DDP chooses its buckets' order in the first pass that exchanges, and moves everything in the second. Left to the
+    training, gradients would lie beside the buckets until then, as large again, when a resumed run already has its
+    moments; and its first step would be summed in another order than that of an uninterrupted run.
+    """
+    if accelerator.num_processes == 1:
+        return
+    for _ in range(2):
+        with accelerator.autocast():
+            example = make_example(batch, make_example.config.seed, batch["positions"])
+            residuals = step.residuals(policy, example)
+        (0 * residuals).sum().backward()
+    optimizer.zero_grad(set_to_none=False)
+
+
 def refuse_other_weights(start_step: int, policy: nn.Module, reference: nn.Module | None) -> None:
     """Raise ValueError where the processes start from different steps or weights."""
     if processes.count() == 1:
@@ -467,6 +491,7 @@ def find_batch(
     bare_policy = accelerator.unwrap_model(policy)
     make_example = step.ExampleMaker(parts, schedule, settings, device)
     dataset = make_dataset(pairs, parts.tokenizer, settings, held_out=False)
+    settle_gradients(accelerator, policy, optimizer, make_example, dataset.batch([0]))
 
     def micro_step(batch: dict) -> None:
         inputs = {}

@@ -4,6 +4,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
 
+# Packages that a user may have or not: beside the environment, for the tests that ask for them.
+optional=.venv/optional
+if [[ ! -d $optional/bitsandbytes ]]; then
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --target "$optional" bitsandbytes==0.50.2
+fi
+
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 # As many tests at once as there are cores, and one thread for each: several start two processes of their own.

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from xdpo import optimizer_state
 from xdpo.checkpoint import (
     CheckpointError,
     check_run_folder,
@@ -113,6 +114,84 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         load_checkpoint(path, other, torch.optim.AdamW(other.parameters()))
 
 
+# --- optimizers ------------------------------------------------------------------------------------------
+
+
+class Unusual(torch.optim.SGD):
+    """An optimizer whose state has numbers, nested tensors and one tensor that all parameters share."""
+
+    shared = torch.arange(4.0)
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["count"] = state.get("count", 0) + 1
+                state.setdefault("codes", {"of": self.shared, "none": None, "scale": 0.5, "on": True})
+                state["average"] = torch.full_like(parameter, state["count"])
+
+
+def test_any_state_of_tensors_and_numbers_comes_back_as_it_was(tmp_path):
+    model = torch.nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last)
+    optimizer = Unusual(model.parameters())
+    for _ in range(2):
+        optimizer.step()
+    path = save_checkpoint(tmp_path, 2, model, optimizer, is_main=True, keep=1)
+    again = torch.nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last)
+    restored = Unusual(again.parameters())
+    load_checkpoint(path, again, restored)
+
+    for old, new in zip(model.parameters(), again.parameters(), strict=True):
+        expected, found = optimizer.state[old], restored.state[new]
+        assert found["count"] == 2 and type(found["count"]) is int
+        assert {key: found["codes"][key] for key in ("none", "scale", "on")} == {"none": None, "scale": 0.5, "on": True}
+        assert torch.equal(found["codes"]["of"], Unusual.shared)
+        assert torch.equal(found["average"], expected["average"])
+        assert found["average"].stride() == new.stride()  # fused kernels go by the place in memory
+    assert all(
+        weight.stride() == old.stride() for weight, old in zip(again.parameters(), model.parameters(), strict=True)
+    )
+
+
+def test_state_is_copied_into_the_weights_that_are_there(tmp_path):
+    path = save(tmp_path, 1)
+    model, optimizer = trained(0, seed=1)
+    places = [parameter.data_ptr() for parameter in model.parameters()]
+    load_checkpoint(path, model, optimizer)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == places
+
+
+def keeps_a_list(optimizer, parameter, group):
+    optimizer.state[parameter]["history"] = [1, 2]
+
+
+def keeps_numbered_states(optimizer, parameter, group):
+    optimizer.state[parameter][0] = torch.zeros(1)
+
+
+def keeps_something_in_its_group(optimizer, parameter, group):
+    group["d"] = 2.0
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (keeps_a_list, "::history is of type list"),
+        (keeps_numbered_states, "has the key 0"),
+        (keeps_something_in_its_group, "keeps d beside its parameters"),
+    ],
+)
+def test_an_optimizer_that_a_checkpoint_cannot_hold_is_refused_by_name(keep, message):
+    class Keeper(torch.optim.SGD):
+        def step(self, closure=None):
+            group = self.param_groups[0]
+            keep(self, group["params"][0], group)
+
+    with pytest.raises(ValueError, match=message):
+        optimizer_state.check(lambda parameters: Keeper(parameters, lr=0.1), torch.device("cpu"))
+    optimizer_state.check(lambda parameters: torch.optim.AdamW(parameters, fused=True), torch.device("cpu"))
+
+
 # --- the run folder ------------------------------------------------------------------------------------------
 
 
@@ -123,6 +202,17 @@ def test_a_run_folder_records_each_start(tmp_path):
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert len(record["starts"]) == 2 and record["training_pairs"] == 12
     assert load_config(tmp_path / "run" / "config.yaml") == CONFIG
+
+
+def test_a_run_has_one_name_at_every_start(tmp_path):
+    """W&B goes on with the run of that name."""
+    names = {describe_run(tmp_path / "run", CONFIG) for _ in range(2)}
+    assert len(names) == 1 and names != {describe_run(tmp_path / "another", CONFIG)}
+
+
+def test_what_a_start_on_a_full_disk_left_aside_is_no_other_content(tmp_path):
+    (tmp_path / "config.yaml.0123456789ab.part").write_text("half")
+    check_run_folder(tmp_path, CONFIG, allow_config_change=False)
 
 
 def test_another_config_is_refused_by_key_and_value(tmp_path):

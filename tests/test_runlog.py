@@ -33,3 +33,10 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
 
 def test_peak_memory_is_in_gigabytes():
     assert 0.05 < peak_memory_gb(torch.device("cpu")) < 1000
+
+
+def test_trackers_get_the_runs_name_so_that_they_go_on_with_it(tmp_path, monkeypatch):
+    accelerator, given = Accelerator(cpu=True), {}
+    monkeypatch.setattr(accelerator, "init_trackers", lambda project, **options: given.update(options))
+    RunLog(accelerator, tmp_path, project="test", config={}, start_step=0, max_steps=1, run_id="0123abcd").close()
+    assert given["init_kwargs"]["wandb"] == {"id": "0123abcd", "resume": "allow"}

@@ -65,7 +65,8 @@ def launcher_grace_seconds() -> int | None:
 def together() -> Iterator[None]:
     """Run a block that ends on all processes when it fails on one; every process enters it once they are connected.
 
-    It ends when all have ended it, and with it their connection. An exception passes through. The other processes print it and leave with status 1, wherever they are.
+    It ends when all have ended it, and with it their connection. An exception passes through; the other processes print
+    it and leave with status 1, wherever they are.
     """
     watch = _Watch()
     watch.start()
