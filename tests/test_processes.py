@@ -8,9 +8,17 @@ from pathlib import Path
 import pytest
 from training_runs import SMALL_RUN, launch
 
-SHORT = 1.0  # seconds that a collective on the device has in these runs
-BUSY = 2.0  # seconds for which the first process is busy in every scene
-SCENES = ("loading pairs", "building a cache", "copying a cache", "recording the reference", "self-play", "generating")
+SHORT = 0.5  # seconds that a collective on the device has in these runs
+BUSY = 1.0  # seconds for which the first process is busy in every scene
+SCENES = (
+    "loading pairs",
+    "building a cache",
+    "copying a cache",
+    "recording the reference",
+    "self-play",
+    "generating",
+    "stopping together",
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +30,7 @@ def waited(small_pipeline, small_pairs, tmp_path_factory):
     return launch(launcher, [__file__, str(folder), *overrides], PYTHONPATH=str(Path(__file__).parent.parent))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scene", SCENES)
 def test_who_is_busy_for_longer_than_a_collective_may_take_is_waited_for(waited, scene):
     for rank in (0, 1):
@@ -48,7 +57,7 @@ def go_through_scenes(folder, overrides):
     from accelerate import PartialState
 
     import generate
-    from xdpo import models, precompute, sampling, selfplay, step
+    from xdpo import models, precompute, processes, sampling, selfplay, step
     from xdpo.compute import build_accelerator
     from xdpo.config import load_config
 
@@ -96,6 +105,14 @@ def go_through_scenes(folder, overrides):
     options = generate.build_parser().parse_args([*images, "--steps=1", "--batch-size=1", "--image-size=16"])
     assert generate.make_missing(options, generate.build_settings(options), PartialState()) == 0
     through("generating")
+
+    taken = []
+    for number in processes.deal("numbers", range(100), lambda: accelerator.is_main_process and len(taken) == 1):
+        taken.append(number)
+        time.sleep(0.05)
+    everybodys = [number for numbers in processes.gather(taken) for number in numbers]
+    assert len(taken) > 0 and len(set(everybodys)) == len(everybodys) < 100
+    through("stopping together")
 
 
 if __name__ == "__main__":

@@ -37,14 +37,17 @@ def build_missing_examples(settings: Config, accelerator: Accelerator, say: Say 
     Raises CacheError or DataError, before weights are loaded, for what the run couldn't use once it is built.
     """
     missing: dict[bool, PairTable] = {}
+    is_main = accelerator.is_main_process
     for held_out in (False, True) if settings.eval.every else (False,):
         folder = examples_folder(settings, held_out=held_out)
         needs_scores = settings.loss.margin_weight is not None
-        if plan := ExamplePlan.load(folder):
+        # One process looks, here and below: network storage that was asked for a file in vain goes on denying it.
+        plan, is_there = processes.agree((ExamplePlan.load(folder), is_finished(folder)) if is_main else None)
+        if plan is not None:
             plan.refuse_another(folder, example_key(settings, held_out=held_out))
             if needs_scores and not plan.has_scores:
                 raise no_scores(held_out=held_out)
-        if is_finished(folder):
+        if is_there:
             continue
         missing[held_out] = load_table(settings, accelerator, held_out=held_out)
         if needs_scores:
@@ -73,30 +76,30 @@ def build_examples(
     as there. A process holds one shard in memory.
     Raises CacheError where the folder belongs to something else, the disk is too small, or latents aren't finite.
     """
-    if accelerator.is_main_process and not is_finished(folder):
+    plan, is_main = None, accelerator.is_main_process
+    if is_main:
         plan = ExamplePlan.load(folder)
         if plan is None:
             plan = _write_plan(folder, table, parts, settings, held_out=held_out, shard_bytes=shard_bytes)
         plan.refuse_another(folder, example_key(settings, held_out=held_out))
         if plan.fingerprint != table.fingerprint:
             raise CacheError(f"cache.examples: {folder} was begun with other pairs; remove it, or name another folder")
-    processes.wait()
-    plan = ExamplePlan.load(folder)
+    plan = processes.agree(plan)
     kinds = _kinds(folder, table, plan, parts, settings, accelerator)
-    if accelerator.is_main_process:
+    if is_main:
         say(_estimate(folder, plan, kinds, accelerator.num_processes))
     for kind in kinds:
-        # One process looks: shards that others finish meanwhile would make the lists differ.
-        unfinished = processes.agree([shard for shard in range(len(kind.shards)) if not kind.shards.is_finished(shard)])
+        every = range(len(kind.shards)) if is_main else ()
+        unfinished = processes.agree([shard for shard in every if not kind.shards.is_finished(shard)])
         before = np.cumsum([0, *(len(kind.shards.records_of(shard)) for shard in unfinished)]).tolist()
         name = f"{folder.name}/{kind.shards.name}"
-        with tqdm(total=before[-1], desc=name, unit="record", disable=not accelerator.is_main_process) as bar:
+        with tqdm(total=before[-1], desc=name, unit="record", disable=not is_main) as bar:
             for number in processes.deal(f"examples/{name}", range(len(unfinished))):
                 bar.update(before[number] - bar.n)  # the shards before this one are done, or in work elsewhere
                 _write_shard(kind, unfinished[number], settings.data.num_workers, bar)
             bar.update(bar.total - bar.n)
     processes.wait()
-    if accelerator.is_main_process and not is_finished(folder):
+    if is_main and not is_finished(folder):
         finish(folder, plan)
         say(f"{folder}: finished; {len(plan.latents(folder).unreadable())} unreadable images")
     processes.wait()
