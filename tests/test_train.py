@@ -9,6 +9,7 @@ import os
 import signal
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from training_runs import ROOT, TWO_PROCESSES, assert_same_run, command, launch,
 
 import train_xdpo
 from xdpo import checkpoint, files, models, precompute, step
+from xdpo.cache import ReferenceCache
 from xdpo.config import dump_config, load_config
 
 VARIANTS = {
@@ -361,6 +363,36 @@ def test_a_changed_config_is_refused_by_name_unless_allowed(run, capsys):
     assert "loss.beta: 1000" in capsys.readouterr().err
     assert run("run", "loss.beta=2000", "--allow-config-change")[0] == 0
     assert rows_of(folder)[-1]["step"] == 6
+
+
+def test_other_pairs_under_the_same_path_are_refused_unless_allowed(run, small_pairs, tmp_path, capsys):
+    rows = pq.read_table(small_pairs)
+    mine = tmp_path / "mine.parquet"
+    pq.write_table(rows, mine)
+    run("run", f"data.path={mine}", "train.max_steps=3")
+    pq.write_table(rows.slice(0, 8), mine)
+    status, folder = run("run", f"data.path={mine}")
+
+    assert status == 1
+    assert "the training pairs are not those that the run in" in capsys.readouterr().err
+    assert run("run", f"data.path={mine}", "--allow-config-change")[0] == 0
+    assert "going on in the order of the new ones" in capsys.readouterr().out
+    assert rows_of(folder)[-1]["step"] == 6
+
+
+@pytest.mark.parametrize("options", [[], ["compute.precision=bf16"], ["model.trainable=lora"]])
+def test_recorded_errors_that_are_not_the_references_are_refused(run, tmp_path, monkeypatch, capsys, options):
+    original = ReferenceCache.get
+    reference = (f"cache.reference={tmp_path / 'reference'}", *options)
+    run("recorded", *reference)
+    assert run("again", *reference)[0] == 0
+    capsys.readouterr()
+
+    monkeypatch.setattr(ReferenceCache, "get", lambda self, *given: 1.1 * original(self, *given))
+    status, _ = run("of another", *reference)
+    message = capsys.readouterr().err
+    assert status == 1
+    assert "says that the reference's errors on the first pairs are" in message and "remove that folder" in message
 
 
 def test_keys_without_effect_may_change_between_two_parts_of_a_run(run):

@@ -73,6 +73,23 @@ def check_run_folder(folder: Path, config: Config, allow_config_change: bool) ->
         )
 
 
+def check_pairs(folder: Path, fingerprint: str, allow_change: bool, say: Callable[[str], None]) -> None:
+    """Refuse to go on with other pairs than a run's. Raises ValueError; where a change is allowed, says so instead.
+
+    fingerprint: of the training pairs. A run from before it was kept passes.
+    """
+    before = json.loads((folder / "run.json").read_text()).get("pairs_fingerprint")
+    if before in (None, fingerprint):
+        return
+    change = f"output_dir: the training pairs are not those that the run in {folder} began with"
+    if not allow_change:
+        raise ValueError(
+            f"{change}: at each position of its order there would be another pair. Put the data back, choose another "
+            "output_dir, or go on all the same with --allow-config-change"
+        )
+    say(f"{change}; going on in the order of the new ones")
+
+
 def describe_run(folder: Path, config: Config, **facts: object) -> str:
     """Write config.yaml and run.json: what ran here, with what, started when; facts are added as given.
 
