@@ -8,12 +8,12 @@ The same command resumes: finished images are skipped. `generate.py grid --help`
 """
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from xdpo import models, sampling
+from xdpo import ending, models, processes, sampling
 from xdpo.prompts import PROMPT_SETS, PromptSet, load_prompts
 from xdpo.sampling import ImageTask, SamplingSettings
 
@@ -136,13 +136,18 @@ def generate(options: argparse.Namespace) -> int:
     settings = build_settings(options)
     if options.prompts_path and len(options.prompts) != 1:
         raise ValueError(f"--prompts-path is for one set, but --prompts names {len(options.prompts)}")
-    # Processes may wait for a download, or at the end for one on a slower GPU: longer than the usual ten minutes.
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=processes.COLLECTIVE_TIMEOUT)
     if settings.precision == "fp16" and state.device.type == "cpu":
         raise ValueError("--precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    processes.connect()
+    with ending.together():
+        return make_missing(options, settings, state)
 
+
+def make_missing(options: argparse.Namespace, settings: SamplingSettings, state: PartialState) -> int:
+    """Make the images that aren't there. Returns 0; every process calls it."""
     # Prompts, model, folders: all checked before any weight is loaded.
-    with state.main_process_first():  # the first process downloads, the others find it done
+    with processes.one_first(state.is_main_process):  # it downloads, the others find it done
         prompt_sets = [
             load_prompts(
                 name,
@@ -160,17 +165,18 @@ def generate(options: argparse.Namespace) -> int:
         raise ValueError(f"--prompts names a set twice: {', '.join(options.prompts)}")
     for job in jobs:
         sampling.check_image_folder(job.folder, job.settings)
-    state.wait_for_everyone()
+    processes.wait()
 
-    # What is missing. One process collects the manifests; all of them then read the same ones.
+    # What is missing. One process collects the manifests, and says what is in them.
+    finished: list[set[str]] = []
     if state.is_main_process:
         for job in jobs:
             facts = {"device": device_name(state.device), "processes": state.num_processes}
             for difference in sampling.open_image_folder(job.folder, job.settings, facts):
                 if not difference.startswith("processes"):  # their number changes nothing
                     print(f"note: {job.folder} was begun with another {difference}; last bits of pixels may differ")
-    state.wait_for_everyone()
-    finished = [{row["file"] for row in sampling.read_manifest(job.folder)} for job in jobs]
+            finished.append({row["file"] for row in sampling.read_manifest(job.folder)})
+    finished = processes.agree(finished)
     missing = [
         [chunk for chunk in job.chunks if any(task.file not in done for task in chunk)]
         for job, done in zip(jobs, finished, strict=True)
@@ -178,7 +184,7 @@ def generate(options: argparse.Namespace) -> int:
 
     # The model, and the images.
     if any(missing):
-        with state.main_process_first():
+        with processes.one_first(state.is_main_process):
             pipeline = models.load_model(model)
         quieten_diffusers()
         sampling.prepare_pipeline(pipeline, settings, state.device)
@@ -186,12 +192,12 @@ def generate(options: argparse.Namespace) -> int:
             if state.is_main_process:
                 print(describe(job, chunks, done, pipeline.tokenizer))
             make_images(job, chunks, done, model, pipeline, settings, state, options)
-    state.wait_for_everyone()
+    processes.wait()
     if state.is_main_process:
         for job in jobs:
             rows = sampling.collect_manifest(job.folder)
             print(f"{job.prompt_set.name}: {len(rows)} images in {job.folder}")
-    state.wait_for_everyone()
+    processes.wait()
     return 0
 
 
@@ -254,17 +260,14 @@ def make_images(
     state: PartialState,
     options: argparse.Namespace,
 ) -> None:
-    """Make this process's share of the missing chunks, each recorded once its images are on the disk."""
-    mine = missing[state.process_index :: state.num_processes]
+    """Make missing chunks until none is left to take, each recorded once its images are on the disk."""
     batch_size = settings.batch_size
-    progress = tqdm(
-        total=sum(task.file not in done for chunk in mine for task in chunk),
-        desc=job.prompt_set.name + (f", 1 of {state.num_processes} processes" if state.num_processes > 1 else ""),
-        unit="image",
-        disable=not state.is_main_process,
-    )
+    before = [0, *itertools.accumulate(sum(task.file not in done for task in chunk) for chunk in missing)]
+    progress = tqdm(total=before[-1], desc=job.prompt_set.name, unit="image", disable=not state.is_main_process)
     with progress, ThreadPoolExecutor(SAVING_THREADS) as savers:
-        for chunk in mine:
+        for number in processes.deal(f"images/{job.folder}", range(len(missing))):
+            progress.update(before[number] - progress.n)  # those before are done, or in work on another process
+            chunk = missing[number]
             images, batch_size = sample_fitting(pipeline, chunk, settings, batch_size, options.allow_oom_halving)
             new = [(task, image) for task, image in zip(chunk, images, strict=True) if task.file not in done]
             paths = [job.folder / task.file for task, _ in new]
@@ -280,6 +283,7 @@ def make_images(
             ]
             sampling.record(job.folder, state.process_index, rows)
             progress.update(len(rows))
+        progress.update(progress.total - progress.n)
 
 
 def describe_image(task: ImageTask, model: models.ResolvedModel, settings: SamplingSettings, tokenizer) -> dict:

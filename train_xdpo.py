@@ -261,7 +261,17 @@ def train(
     self_play = None
     if settings.loss.name == "seppo":
         shape = latent_shape(train_pairs, parts, settings)
-        self_play = selfplay.SelfPlay(settings, accelerator, parts, dataset, shape, reference, folder)
+        self_play = selfplay.SelfPlay(
+            settings,
+            accelerator,
+            parts,
+            dataset,
+            shape,
+            reference,
+            folder,
+            say=log.say,
+            is_asked_to_stop=lambda: bool(stop.received),
+        )
     loader = data.make_loader(
         dataset,
         sampler,
@@ -311,8 +321,14 @@ def train(
         started = time.perf_counter()
         totals, counts, data_seconds = torch.zeros(len(step.STATISTICS), device=device), [0, 0], 0.0
         window: list[tuple[dict, step.PairErrors]] = []
-        if self_play is not None and (begun := self_play.begin_step(step_number, bare_policy)):
-            log.say(begun)
+        if self_play is not None and not self_play.begin_step(step_number, bare_policy):
+            if step_number > start_step:
+                save(step_number)
+            log.say(
+                f"stopped before step {step_number + 1} as asked; what was sampled is kept, the same command resumes"
+            )
+            log.close()
+            return 128 + (stop.received or signal.SIGTERM)
 
         # Accumulate gradients over the window; nothing here waits for the device.
         for _ in range(accelerator.gradient_accumulation_steps):
@@ -401,6 +417,8 @@ def train(
     exported = checkpoint.export_model(
         folder, policy, settings, is_main=is_main, unwrap=accelerator.unwrap_model, ema=ema
     )
+    if self_play is not None and is_main:
+        self_play.close()
     log.say(f"finished: {max_steps} steps; the model is in {exported}, everything else in {folder}")
     processes.wait()
     log.close()

@@ -16,9 +16,11 @@ from pathlib import Path
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from xdpo import models, precompute
+from accelerate import Accelerator
+
+from xdpo import ending, models, precompute
 from xdpo.compute import build_accelerator
-from xdpo.config import load_config
+from xdpo.config import Config, load_config
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,22 +36,28 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("cache.examples is null; name the cache's folder: cache.examples=FOLDER")
         models.check_pipeline_folder(settings.model.pipeline)
         accelerator = build_accelerator(settings)
-        if not options.verify:
-            precompute.build_missing_examples(settings, accelerator, accelerator.print)
-            return 0
-        parts = models.load_parts(settings.model)
-        for held_out in (False, True) if settings.eval.every else (False,):
-            found = precompute.open_examples(settings, accelerator, held_out=held_out)
-            table = precompute.load_table(settings, accelerator, held_out=held_out)
-            latents, text = precompute.verify_examples(found, table, parts, settings, accelerator)
-            accelerator.print(
-                f"{found.folder}: every checksum holds; a sample encoded again differs by {latents:.2g} (latents) and "
-                f"{text:.2g} (text states) of its norm"
-            )
+        with ending.together():
+            if options.verify:
+                verify(settings, accelerator)
+            else:
+                precompute.build_missing_examples(settings, accelerator, accelerator.print)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def verify(settings: Config, accelerator: Accelerator) -> None:
+    """Check every checksum and encode a sample again. Raises CacheError for damage."""
+    parts = models.load_parts(settings.model)
+    for held_out in (False, True) if settings.eval.every else (False,):
+        found = precompute.open_examples(settings, accelerator, held_out=held_out)
+        table = precompute.load_table(settings, accelerator, held_out=held_out)
+        latents, text = precompute.verify_examples(found, table, parts, settings, accelerator)
+        accelerator.print(
+            f"{found.folder}: every checksum holds; a sample encoded again differs by {latents:.2g} (latents) and "
+            f"{text:.2g} (text states) of its norm"
+        )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ the same command goes on after a kill.
 import argparse
 import os
 import sys
-from itertools import islice
+from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
@@ -20,11 +21,13 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from xdpo import models, precompute, step
+from xdpo import ending, models, precompute, processes, step
 from xdpo.compute import build_accelerator
 from xdpo.config import Config, load_config
 from xdpo.data import StepSampler, held_out_batches, make_loader
 from xdpo.noise import HELD_OUT_SEED, NoiseSchedule
+
+CPU = torch.device("cpu")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,7 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not settings.cache.reference:
             raise ValueError("cache.reference is null; name the cache's folder: cache.reference=FOLDER")
         models.check_pipeline_folder(settings.model.pipeline)
-        fill(settings)
+        accelerator = build_accelerator(settings)
+        with ending.together():
+            fill(settings, accelerator)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -46,9 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 @torch.no_grad()
-def fill(settings: Config) -> None:
+def fill(settings: Config, accelerator: Accelerator) -> None:
     """Compute what is missing for the training pairs, then for the held-out ones."""
-    accelerator = build_accelerator(settings)
     device = accelerator.device
     if settings.cache.examples and settings.cache.build:
         precompute.build_missing_examples(settings, accelerator, accelerator.print)
@@ -65,30 +69,40 @@ def fill(settings: Config) -> None:
         known = precompute.open_reference(
             settings, pairs[held_out], held_out=held_out, precision=accelerator.mixed_precision
         )
-        wanted = own_batches(settings, accelerator, len(pairs[held_out]), held_out=held_out)
-        missing = [positions for positions in wanted if known.get(positions, device) is None]
+        wanted = training_batches(settings, accelerator.num_processes, len(pairs[held_out]), held_out=held_out)
+        # One process looks: what others record meanwhile would make the lists differ.
+        unknown = [number for number, positions in enumerate(wanted) if known.get(positions, CPU) is None]
+        missing = [wanted[number] for number in processes.agree(unknown)]
         dataset = precompute.make_dataset(pairs[held_out], parts.tokenizer, settings, held_out=held_out)
-        loader = make_loader(dataset, missing, num_workers=settings.data.num_workers if missing else 0)
         title, seed = ("held-out pairs", HELD_OUT_SEED) if held_out else ("training pairs", settings.seed)
-        for batch in tqdm(loader, desc=title, unit="batch", disable=not accelerator.is_main_process):
-            with accelerator.autocast():
-                errors = step.denoising_errors(reference, make_example(batch, seed, batch["positions"]))
-            known.record(batch["positions"], errors.view(2, -1))
+        with tqdm(total=len(missing), desc=title, unit="batch", disable=not accelerator.is_main_process) as bar:
+            batches = take_batches(f"reference/{title}", missing, bar)
+            for batch in make_loader(dataset, batches, num_workers=settings.data.num_workers if missing else 0):
+                with accelerator.autocast():
+                    errors = step.denoising_errors(reference, make_example(batch, seed, batch["positions"]))
+                known.record(batch["positions"], errors.view(2, -1))
         known.close()
-        accelerator.wait_for_everyone()
+        processes.wait()
         accelerator.print(f"{title}: {known.folder}; {len(wanted):,} batches, {len(missing):,} of them computed now")
 
 
-def own_batches(settings: Config, accelerator: Accelerator, num_pairs: int, *, held_out: bool) -> list[list[int]]:
-    """The positions that this process will meet in the training, in the same micro-batches."""
-    rank, world_size, size = accelerator.process_index, accelerator.num_processes, settings.train.micro_batch_pairs
+def training_batches(settings: Config, world_size: int, num_pairs: int, *, held_out: bool) -> list[list[int]]:
+    """The micro-batches of a training on `world_size` processes: which pairs are together decides how they round."""
+    size = settings.train.micro_batch_pairs
     if held_out:
-        return held_out_batches(num_pairs, settings.eval.draws, size, rank, world_size)
+        ranks = (held_out_batches(num_pairs, settings.eval.draws, size, rank, world_size) for rank in range(world_size))
+        return list(chain.from_iterable(ranks))
     total = settings.train.total_batch_pairs
-    sampler = StepSampler(
-        start_step=0, total_batch_pairs=total, micro_batch_pairs=size, rank=rank, world_size=world_size
-    )
-    return list(islice(sampler, settings.train.max_steps * accelerator.gradient_accumulation_steps))
+    sampler = StepSampler(start_step=0, total_batch_pairs=total, micro_batch_pairs=size)  # of all ranks, in order
+    return list(islice(sampler, settings.train.max_steps * total // size))
+
+
+def take_batches(name: str, batches: list[list[int]], bar: tqdm) -> Iterator[list[int]]:
+    """The batches that this process computes, one by one; `bar` counts those of all processes."""
+    for number in processes.deal(name, range(len(batches))):
+        bar.update(number + 1 - bar.n)
+        yield batches[number]
+    bar.update(bar.total - bar.n)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+import signal
 
 import pytest
 import torch
@@ -190,6 +191,37 @@ def test_a_buffer_smaller_than_a_round_is_used_again(run, monkeypatch):
 
     assert status == 0
     assert sampled == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["asked", "killed"])
+def test_a_run_that_ends_while_it_samples_goes_on_with_what_it_has(run, monkeypatch, number):
+    """In its second round, of two batches; an exception stands for the kill, which no code answers either."""
+    sampled, original = [], train_xdpo.selfplay.SelfPlay._sample
+    ends = {signal.SIGTERM: 2, signal.SIGINT: 3}  # the request comes while a batch is sampled, which is still kept
+
+    def ending(self, positions):
+        if len(sampled) == ends[number]:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            signal.raise_signal(number)
+        return seen(self, positions)
+
+    def seen(self, positions):
+        sampled.append(positions)
+        return original(self, positions)
+
+    options = (*SELF_PLAY, "self_play.buffer_pairs=6")
+    _, whole = run("whole", *options)
+    monkeypatch.setattr(train_xdpo.selfplay.SelfPlay, "_sample", ending)
+    assert run("parts", *options)[0] == 128 + number
+    assert len(sampled) == 3
+    monkeypatch.setattr(train_xdpo.selfplay.SelfPlay, "_sample", seen)
+    status, parts = run("parts", *options)
+
+    assert status == 0
+    assert sampled == [[r * 6 + b * 3 + place for place in range(3)] for r in range(3) for b in range(2)]
+    assert_same_run(whole, parts)
+    assert not (parts / "self_play").exists()
 
 
 def test_self_play_without_its_earlier_checkpoints_is_refused_before_weights_are_loaded(run, monkeypatch, capsys):

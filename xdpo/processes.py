@@ -7,7 +7,7 @@ alone has nobody to wait for, and every call returns at once.
 
 import functools
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -54,13 +54,15 @@ def wait() -> None:
 def one_first(is_first: bool) -> Iterator[None]:
     """Run a block on the processes with `is_first`, then on all others: the first does the work, the others find it.
 
-    Every process calls it. Of an error on a first process the others learn through `xdpo.ending`.
+    Every process calls it, and leaves it when all are through: on a machine of its own a process may find nothing, and
+    do the work too. Of an error on a first process the others learn through `xdpo.ending`.
     """
     if not is_first:
         wait()
     yield
     if is_first:
         wait()
+    wait()
 
 
 def agree(value: Any) -> Any:
@@ -95,18 +97,22 @@ def refuse_differences(facts: Mapping[str, Any], remedy: str) -> None:
         raise ValueError("the processes of this run do not agree:\n  " + "\n  ".join(lines[:8]) + f"\n{remedy}")
 
 
-def deal(name: str, items: Sequence[Item]) -> Iterator[Item]:
-    """Share out items one by one to whoever is free: every process gets some, all of them get each once.
+def deal(name: str, items: Sequence[Item], is_asked_to_stop: Callable[[], bool] = lambda: False) -> Iterator[Item]:
+    """Share out items one by one to whoever is free: all processes together get each item once.
 
     name: of the work, its own in a run. Fast processes get more, so that all end within one item's time. Every
-    process gives the same items.
+    process gives the same items. Once one of them is asked to stop, no process gets another item.
     """
     if count() == 1:
-        yield from items
+        for item in items:
+            if is_asked_to_stop():
+                return
+            yield item
         return
-    store = run_store()
-    while (number := store.add(f"dealt/{name}", 1) - 1) < len(items):
+    store, key = run_store(), f"dealt/{name}"
+    while not is_asked_to_stop() and (number := store.add(key, 1) - 1) < len(items):
         yield items[number]
+    store.add(key, len(items))
 
 
 def run_store(own_connection: bool = False) -> dist.Store:

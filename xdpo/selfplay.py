@@ -3,23 +3,38 @@
 Training goes in rounds of `self_play.every` optimizer steps. Where round r begins, the policy is kept as snapshot r
 (snapshot 0 is the base model), one of the snapshots 0 … r is drawn and becomes the reference, and the reference samples
 an image for each caption of the round. Round, snapshot, starting noise and caption follow from (seed, position) alone;
-what is sampled together never depends on the processes. So a run that was stopped samples its round again and goes on
-as if it had not been.
+what is sampled together never depends on the processes.
+
+```
+output_dir/snapshots/00003/unet.safetensors
+output_dir/self_play/00003/made_from.json       what decides the latents below
+                           latents_00000.npy …  those sampled at once, with checksums
+```
+
+Every process writes what it samples to the run folder, and all of them read it there. So a run that was killed goes on
+with what was sampled, and ends as if it had not been.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from xdpo import noise
-from xdpo.checkpoint import CheckpointError, writing_aside
+from xdpo import noise, processes
+from xdpo.cache import Shards
+from xdpo.checkpoint import CheckpointError, checkpoints, step_of, writing_aside
 from xdpo.config import Config
+from xdpo.files import StorageError, file_sha256, storage_fault, write_text
 from xdpo.models import PipelineParts, encode_captions, pipeline_with
 
 
@@ -70,7 +85,9 @@ class SelfPlay:
     """The snapshots of a run, the reference of the round, and the latents that it sampled.
 
     dataset: of the training pairs; gives captions by index, and its order is made one of rounds. latent_shape:
-    (C, h, w). reference: the module whose weights are exchanged.
+    (C, h, w). reference: the module whose weights are exchanged, as accelerate prepared it: guidance is then added in
+    float32, whatever the precision. folder: of the run, on storage that all machines share. say: prints a line on the
+    first process. is_asked_to_stop: looked at between batches.
     """
 
     def __init__(
@@ -82,40 +99,52 @@ class SelfPlay:
         latent_shape: tuple[int, int, int],
         reference: nn.Module,
         folder: Path,
+        say: Callable[[str], None] = print,
+        is_asked_to_stop: Callable[[], bool] = lambda: False,
     ):
         self.settings, self.accelerator, self.parts = settings, accelerator, parts
         self.dataset, self.order, self.latent_shape = dataset, dataset.order, latent_shape
         self.reference, self.folder = reference, folder
+        self.say, self.is_asked_to_stop = say, is_asked_to_stop
         self.rounds = Rounds.of(settings)
         dataset.order = RoundOrder(self.order, self.rounds)
-        self.round_number, self.latents = -1, torch.empty(0)
+        self.round_number = -1
+        self._opened: tuple[int, Shards] | None = None
 
-    def begin_step(self, step_number: int, policy: nn.Module) -> str | None:
-        """Begin the round of an optimizer step, where it isn't begun; every process calls it. Returns what it did.
+    def begin_step(self, step_number: int, policy: nn.Module) -> bool:
+        """Begin the round of an optimizer step, where it isn't begun; every process calls it.
 
-        policy: outside its distributed wrapper. Raises CheckpointError where a snapshot can't be written or read.
+        policy: outside its distributed wrapper. Returns False where the run was asked to stop before all was sampled.
+        Raises CheckpointError where a snapshot can't be written or read, StorageError where the latents can't.
         """
         round_number = step_number // self.rounds.steps
         if round_number == self.round_number:
-            return None
+            return True
         if step_number % self.rounds.steps == 0 and self.accelerator.is_main_process:
             self._save(round_number, policy)
-        self.accelerator.wait_for_everyone()
+        processes.wait()
         number = draw_snapshot(self.settings.seed, round_number, self.settings.self_play.reference)
         self._load(number)
-        self.round_number, self.latents = round_number, self._sample_round(round_number)
+        if not self._sample_round(round_number, number):
+            return False
+        self.round_number = round_number
         drawn = "the base model" if number == 0 else f"the policy of step {number * self.rounds.steps}"
-        return f"self-play round {round_number + 1}: reference and opponent are {drawn}, {self.rounds.slots} images"
+        self.say(f"self-play round {round_number + 1}: reference and opponent are {drawn}, {self.rounds.slots} images")
+        return True
 
     def opponents(self, positions: Sequence[int] | Tensor) -> Tensor:
         """Latents (B, C, h, w), scaled as the UNet takes them, of what the reference sampled for B positions."""
-        slots = []
+        latents = []
         for position in positions:
             round_number, slot = self.rounds.slot(int(position))
             if round_number != self.round_number:
                 raise ValueError(f"position {int(position)} is of round {round_number}, not of {self.round_number}")
-            slots.append(slot)
-        return self.latents[slots]
+            latents.append(self._latents(round_number).read(slot))
+        return torch.from_numpy(np.stack(latents)).to(self.accelerator.device, non_blocking=True)
+
+    def close(self) -> None:
+        """Remove what was sampled, once the run is finished; one process calls it."""
+        shutil.rmtree(self.folder / "self_play", ignore_errors=True)
 
     def _save(self, number: int, policy: nn.Module) -> None:
         final = snapshot_path(self.folder, number).parent
@@ -131,26 +160,103 @@ class SelfPlay:
         except (OSError, SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"can't read the snapshot {path}: {error}; remove the run and start anew") from error
 
+    def _latents(self, round_number: int) -> Shards:
+        """A round's latents on the disk: what is sampled at once is a shard."""
+        if self._opened is None or self._opened[0] != round_number:
+            shards = Shards(
+                self.folder / "self_play" / f"{round_number:05d}",
+                "latents",
+                count=self.rounds.slots,
+                shape=(1, *self.latent_shape),
+                dtype="float32",
+                per_shard=self.settings.self_play.batch_size,
+            )
+            self._opened = round_number, shards
+        return self._opened[1]
+
     @torch.no_grad()
-    def _sample_round(self, round_number: int) -> Tensor:
-        """(slots, C, h, w), the same on every process."""
-        first = round_number * self.rounds.slots
-        positions = range(first, first + self.rounds.slots)
-        chunks = list(_chunks(positions, self.settings.self_play.batch_size))
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        per_process = -(-len(chunks) // world_size)
-        own = [chunks[min(rank + turn * world_size, len(chunks) - 1)] for turn in range(per_process)]
-        with self.accelerator.autocast():
-            sampled = torch.stack([self._sample(chunk) for chunk in own])  # (turns, batch, C, h, w)
-        gathered = self.accelerator.gather(sampled.unsqueeze(0))  # (world_size, turns, batch, …)
-        in_order = gathered.transpose(0, 1).flatten(0, 2)  # chunk by chunk, as the chunks were dealt out
-        return in_order[: self.rounds.slots]
+    def _sample_round(self, round_number: int, snapshot: int) -> bool:
+        """Sample what is missing of a round, shared out over the processes. Returns whether all of it is there."""
+        latents, first = self._latents(round_number), round_number * self.rounds.slots
+        is_main = self.accelerator.is_main_process
+        missing = processes.agree(self._prepare_folder(latents, round_number, snapshot) if is_main else None)
+        bar = tqdm(total=len(missing), desc="self-play", unit="batch", leave=False, disable=not is_main)
+        with bar, self.accelerator.autocast():
+            for number in processes.deal(f"self-play/{round_number}", range(len(missing)), self.is_asked_to_stop):
+                slots = latents.records_of(missing[number])
+                # Filled up with the last position: rounding depends on a batch's shape.
+                positions = [first + min(slots.start + place, slots[-1]) for place in range(latents.per_shard)]
+                sampled = self._sample(positions)[: len(slots)]
+                latents.write(missing[number], sampled.unsqueeze(1).cpu().numpy())
+                bar.update(number + 1 - bar.n)  # of all processes
+        processes.wait()
+        is_whole = processes.agree(is_main and all(latents.is_finished(shard) for shard in missing))
+        if is_whole and is_main:
+            self._remove_rounds_before(round_number)
+        return is_whole
+
+    def _prepare_folder(self, latents: Shards, round_number: int, snapshot: int) -> list[int]:
+        """Make a round's folder, or go on in it. Returns the shards that are missing; one process calls it.
+
+        What was sampled from anything else is removed. Raises StorageError, also where the disk is too small.
+        """
+        made_from = json.dumps(self._made_from(snapshot), indent=2) + "\n"
+        record = latents.folder / "made_from.json"
+        try:
+            if not record.is_file() or record.read_text(encoding="utf-8") != made_from:
+                if latents.folder.exists():
+                    shutil.rmtree(latents.folder)
+                latents.folder.mkdir(parents=True)
+                write_text(record, made_from)
+            free = shutil.disk_usage(latents.folder).free
+        except OSError as error:
+            raise StorageError(f"could not begin {latents.folder}: {storage_fault(error, latents.folder)}") from error
+        missing = [shard for shard in range(len(latents)) if not latents.is_finished(shard)]
+        images = sum(len(latents.records_of(shard)) for shard in missing)
+        needed = images * latents.num_bytes // latents.count
+        if needed > free:
+            raise StorageError(
+                f"self-play round {round_number + 1} needs {needed / 1e9:.2f} GB more in {latents.folder}, and "
+                f"{free / 1e9:.2f} GB are free; make room and run the same command again"
+            )
+        if missing:
+            self.say(
+                f"self-play round {round_number + 1}: sampling {images:,} of {latents.count:,} images; "
+                f"{latents.num_bytes / 1e9:.2g} GB in {latents.folder}"
+            )
+        return missing
+
+    def _made_from(self, snapshot: int) -> dict[str, Any]:
+        """Everything that decides what a round samples."""
+        settings = self.settings
+        return {
+            "snapshot": snapshot,
+            "snapshot_sha256": file_sha256(snapshot_path(self.folder, snapshot)),
+            "pipeline": [settings.model.pipeline, settings.model.revision],
+            "pairs": self.dataset.table.fingerprint,
+            "captions": f"cached as {settings.cache.dtype}" if settings.cache.examples else "encoded while sampling",
+            "seed": settings.seed,
+            "resolution": settings.data.resolution,
+            "self_play": settings.self_play.model_dump(),
+            "images": self.rounds.slots,
+            "precision": self.accelerator.mixed_precision,
+        }
+
+    def _remove_rounds_before(self, round_number: int) -> None:
+        """Remove the rounds that no run will need: what comes after the newest checkpoint may be trained again."""
+        finished = checkpoints(self.folder)
+        resumed = step_of(finished[-1]) // self.rounds.steps if finished else 0
+        for folder in (self.folder / "self_play").iterdir():
+            if folder.name.isdigit() and int(folder.name) < min(resumed, round_number):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _sample(self, positions: Sequence[int]) -> Tensor:
         settings, wanted = self.settings, self.settings.self_play
         start = noise.draw_noise(settings.seed, positions, self.latent_shape, stream="self_play")
         captions, empty = self._text_states(positions), self._text_states([None])
-        output = pipeline_with(self.parts, self.reference)(
+        # Captions are encoded and latents asked for: without encoders, whose device may be another, it uses the UNet's.
+        denoiser_alone = replace(self.parts, vae=None, text_encoder=None)
+        output = pipeline_with(denoiser_alone, self.reference)(
             prompt_embeds=captions,
             negative_prompt_embeds=empty.expand_as(captions),
             latents=start[: len(positions)].to(self.accelerator.device),  # of a pair's two draws the second has no use
@@ -187,10 +293,3 @@ def check_snapshots(settings: Config, folder: Path, start_step: int) -> None:
             f"the run goes on from step {start_step}, and the earlier checkpoints from which self-play draws its "
             f"references are gone: {', '.join(missing)}. Put them back, or start in another output_dir"
         )
-
-
-def _chunks(positions: range, size: int) -> Iterator[list[int]]:
-    """Chunks of equal size, the last one filled up with its last position: rounding depends on a batch's shape."""
-    for start in range(0, len(positions), size):
-        chunk = list(positions[start : start + size])
-        yield chunk + chunk[-1:] * (size - len(chunk))

@@ -35,7 +35,12 @@ Or use local data, which also needs no network (the hub is asked for its list of
 
 
 def load_pairs(
-    config: Any, *, path: str | list[str] | None = None, split: str | None = None, max_pairs: int | None = None
+    config: Any,
+    *,
+    path: str | list[str] | None = None,
+    split: str | None = None,
+    max_pairs: int | None = None,
+    num_proc: int | None = None,
 ) -> PairTable:
     """Load the pairs that the `data` section of a config describes.
 
@@ -43,29 +48,72 @@ def load_pairs(
     place of the config's (for held-out pairs). Ties, unlabelled rows, rows without a caption and pairs of identical
     images are dropped and counted; max_pairs then keeps the first so many. A split chooses files of a hub data set, or
     within a folder (`train.parquet`, `train-*.parquet`, `train/*.parquet`); files named outright are all used.
+    num_proc: processes that convert files, where they aren't converted yet; it changes neither rows nor their order.
 
     Raises DataError: nothing at that path, columns missing, labels that are none, no pair left, or no such source.
     """
     loaders = {"hub": _load_hub, "parquet": _load_parquet, "webdataset": _load_webdataset, "folder": _load_folder}
     if config.source not in loaders:
         raise DataError(f"unknown data.source {config.source!r}; choose from {', '.join(loaders)}")
-    given = config.path if path is None else path
-    paths = [given] if isinstance(given, str) else list(given)
-    if not paths:
-        raise DataError(f"data.path is empty; name what data.source={config.source} should read")
+    paths = _paths(config, path)
     where = f"{config.source} data at {', '.join(paths)}"
-    dataset = loaders[config.source](paths, split or config.split, config.revision)
+    dataset = loaders[config.source](paths, split or config.split, config.revision, num_proc)
     dataset = with_house_columns(dataset, where)
     return usable_pairs(dataset, config.max_pairs if max_pairs is None else max_pairs, where)
 
 
-# Sources: (paths, split, revision) → a Dataset with whatever columns the source has.
+def files_to_convert(config: Any, *, path: str | list[str] | None = None, split: str | None = None) -> list[str]:
+    """Paths or URLs of the files that `load_pairs` would fetch and convert; none of a folder, read where it lies.
+
+    Raises DataError where there are none.
+    """
+    paths, split = _paths(config, path), split or config.split
+    match config.source:
+        case "hub":
+            return _hub_files(_only(paths, "hub"), split, config.revision)
+        case "parquet":
+            return _matching_files(paths, ".parquet", split)
+        case "webdataset":
+            return _matching_files(paths, ".tar", split)
+    return []
 
 
-def _load_hub(paths: list[str], split: str, revision: str | None) -> "Dataset":
-    from datasets import load_dataset, load_dataset_builder
+def _paths(config: Any, path: str | list[str] | None) -> list[str]:
+    given = config.path if path is None else path
+    paths = [given] if isinstance(given, str) else list(given)
+    if not paths:
+        raise DataError(f"data.path is empty; name what data.source={config.source} should read")
+    return paths
+
+
+# Sources: (paths, split, revision, num_proc) → a Dataset with whatever columns the source has.
+
+
+def _load_hub(paths: list[str], split: str, revision: str | None, num_proc: int | None) -> "Dataset":
+    from datasets import load_dataset
 
     name = _only(paths, "hub")
+    files = _hub_files(name, split, revision)
+    try:
+        # Naming the files keeps `datasets` from fetching every split; the card's totals then cannot be verified.
+        return load_dataset(
+            name,
+            revision=revision,
+            data_files={split: files},
+            split=split,
+            verification_mode="no_checks",
+            num_proc=num_proc,
+        )
+    except Exception as error:
+        raise DataError(
+            f"cannot load split {split!r} of the hub data set {name!r}: {_first_line(error)}\n{HUB_HELP}"
+        ) from error
+
+
+def _hub_files(name: str, split: str, revision: str | None) -> list[str]:
+    """URLs of a split's files. Raises DataError where there are none, or the data set's card lacks a column."""
+    from datasets import load_dataset_builder
+
     try:
         builder = load_dataset_builder(name, revision=revision)
     except Exception as error:  # offline, 404, gated, no such revision: whatever the libraries below raise
@@ -75,22 +123,10 @@ def _load_hub(paths: list[str], split: str, revision: str | None) -> "Dataset":
         raise DataError(f"the hub data set {name!r} has no split {split!r}; choose from {', '.join(files) or 'none'}")
     if builder.info.features:  # known from the data set's card: say so before hundreds of gigabytes arrive
         require_columns(list(builder.info.features), f"the hub data set {name!r}")
-    try:
-        # Naming the files keeps `datasets` from fetching every split; the card's totals then cannot be verified.
-        return load_dataset(
-            name,
-            revision=revision,
-            data_files={split: [str(file) for file in files[split]]},
-            split=split,
-            verification_mode="no_checks",
-        )
-    except Exception as error:
-        raise DataError(
-            f"cannot load split {split!r} of the hub data set {name!r}: {_first_line(error)}\n{HUB_HELP}"
-        ) from error
+    return [str(file) for file in files[split]]
 
 
-def _load_parquet(paths: list[str], split: str, revision: str | None) -> "Dataset":
+def _load_parquet(paths: list[str], split: str, revision: str | None, num_proc: int | None) -> "Dataset":
     import pyarrow.parquet
 
     files = _matching_files(paths, ".parquet", split)
@@ -100,18 +136,18 @@ def _load_parquet(paths: list[str], split: str, revision: str | None) -> "Datase
         except (OSError, ValueError) as error:
             raise DataError(f"{file} is not a readable parquet file: {_first_line(error)}") from error
         require_columns(columns, file)
-    return _load_files("parquet", files, split)
+    return _load_files("parquet", files, split, num_proc)
 
 
-def _load_webdataset(paths: list[str], split: str, revision: str | None) -> "Dataset":
-    return _load_files("webdataset", _matching_files(paths, ".tar", split), split)
+def _load_webdataset(paths: list[str], split: str, revision: str | None, num_proc: int | None) -> "Dataset":
+    return _load_files("webdataset", _matching_files(paths, ".tar", split), split, num_proc)
 
 
-def _load_files(builder: str, files: list[str], split: str) -> "Dataset":
+def _load_files(builder: str, files: list[str], split: str, num_proc: int | None) -> "Dataset":
     from datasets import load_dataset
 
     try:
-        return load_dataset(builder, data_files={split: files}, split=split)
+        return load_dataset(builder, data_files={split: files}, split=split, num_proc=num_proc)
     except Exception as error:  # pyarrow, tarfile and datasets have no error in common
         cause = error.__cause__ or error
         raise DataError(
@@ -119,7 +155,7 @@ def _load_files(builder: str, files: list[str], split: str) -> "Dataset":
         ) from error
 
 
-def _load_folder(paths: list[str], split: str, revision: str | None) -> "Dataset":
+def _load_folder(paths: list[str], split: str, revision: str | None, num_proc: int | None) -> "Dataset":
     """Pairs of FOLDER/SPLIT/pairs.* if there is one, else of FOLDER/pairs.*, in the columns of Pick-a-Pic."""
     from datasets import Dataset
 

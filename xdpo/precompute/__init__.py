@@ -10,6 +10,7 @@ from xdpo.precompute.opening import (
     open_examples,
     open_pairs,
     open_reference,
+    source_of,
 )
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "open_pairs",
     "open_reference",
     "reference_key",
+    "source_of",
     "verify_examples",
 ]

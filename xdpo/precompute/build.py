@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from xdpo import processes
 from xdpo.cache import CacheError, ExampleCache, ExamplePlan, Shards
 from xdpo.cache.examples import TABLES, file_sha256, finish, is_finished
 from xdpo.cache.shards import replacing
@@ -67,9 +68,9 @@ def build_examples(
 ) -> None:
     """Encode what a folder lacks of its cache: every distinct image and caption of `table`, once.
 
-    Every process calls it; process r of W makes the shards r, r + W, …. Finished shards are kept, so the same
-    command goes on after a kill, on any number of processes. The encoders see batches as large as in training, so
-    that they round as there.
+    Every process calls it; whoever is free makes the next shard. Finished shards are kept, so the same command goes
+    on after a kill, on any number of processes. The encoders see batches as large as in training, so that they round
+    as there. A process holds one shard in memory.
     Raises CacheError where the folder belongs to something else, the disk is too small, or latents aren't finite.
     """
     if accelerator.is_main_process and not is_finished(folder):
@@ -79,29 +80,38 @@ def build_examples(
         plan.refuse_another(folder, example_key(settings, held_out=held_out))
         if plan.fingerprint != table.fingerprint:
             raise CacheError(f"cache.examples: {folder} was begun with other pairs; remove it, or name another folder")
-    accelerator.wait_for_everyone()
+    processes.wait()
     plan = ExamplePlan.load(folder)
     kinds = _kinds(folder, table, plan, parts, settings, accelerator)
     if accelerator.is_main_process:
         say(_estimate(folder, plan, kinds, accelerator.num_processes))
     for kind in kinds:
-        mine = range(accelerator.process_index, len(kind.shards), accelerator.num_processes)
-        unfinished = [shard for shard in mine if not kind.shards.is_finished(shard)]
-        total = sum(len(kind.shards.records_of(shard)) for shard in unfinished)
-        with tqdm(total=total, desc=kind.shards.name, unit="record", disable=not accelerator.is_main_process) as bar:
-            for shard in unfinished:
-                found, unreadable = [], []
-                numbers = list(kind.shards.records_of(shard))
-                for encoded, batch in kind.encoded(numbers, settings.data.num_workers):
-                    found.append(encoded)
-                    unreadable += [n for n, ok in zip(batch["record"], batch["readable"], strict=True) if not ok]
-                    bar.update(len(encoded))
-                kind.shards.write(shard, np.concatenate(found), unreadable)
-    accelerator.wait_for_everyone()
+        # One process looks: shards that others finish meanwhile would make the lists differ.
+        unfinished = processes.agree([shard for shard in range(len(kind.shards)) if not kind.shards.is_finished(shard)])
+        before = np.cumsum([0, *(len(kind.shards.records_of(shard)) for shard in unfinished)]).tolist()
+        name = f"{folder.name}/{kind.shards.name}"
+        with tqdm(total=before[-1], desc=name, unit="record", disable=not accelerator.is_main_process) as bar:
+            for number in processes.deal(f"examples/{name}", range(len(unfinished))):
+                bar.update(before[number] - bar.n)  # the shards before this one are done, or in work elsewhere
+                _write_shard(kind, unfinished[number], settings.data.num_workers, bar)
+            bar.update(bar.total - bar.n)
+    processes.wait()
     if accelerator.is_main_process and not is_finished(folder):
         finish(folder, plan)
         say(f"{folder}: finished; {len(plan.latents(folder).unreadable())} unreadable images")
-    accelerator.wait_for_everyone()
+    processes.wait()
+
+
+def _write_shard(kind: "_Kind", shard: int, num_workers: int, bar: tqdm) -> None:
+    """Encode a shard's records into memory of their final size and type, and write them."""
+    numbers, unreadable, filled = list(kind.shards.records_of(shard)), [], 0
+    records = np.empty((len(numbers), *kind.shards.shape), dtype=kind.shards.dtype)
+    for encoded, batch in kind.encoded(numbers, num_workers):
+        records[filled : filled + len(encoded)] = encoded
+        filled += len(encoded)
+        unreadable += [n for n, ok in zip(batch["record"], batch["readable"], strict=True) if not ok]
+        bar.update(len(encoded))
+    kind.shards.write(shard, records, unreadable)
 
 
 def verify_examples(

@@ -2,9 +2,11 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
+from xdpo import processes
 from xdpo.cache import CachedPairDataset, ExampleCache, ReferenceCache
 from xdpo.cache.examples import is_finished
 from xdpo.cache.shards import replacing
@@ -53,12 +55,18 @@ def latent_shape(pairs: Pairs, parts: PipelineParts, settings: Config) -> tuple[
 
 
 def load_table(settings: Config, accelerator: Accelerator, *, held_out: bool) -> PairTable:
-    """The pairs of the `data` section, or the held-out ones of the `eval` section, from their source."""
-    chosen = {}
-    if held_out:
-        chosen = {"path": settings.eval.path, "split": settings.eval.split, "max_pairs": settings.eval.pairs}
-    with accelerator.main_process_first():  # the first process converts the files, the others find them converted
-        return load_pairs(settings.data, **chosen)
+    """The pairs of the `data` section, or the held-out ones of the `eval` section, from their source.
+
+    Every process calls it, and all return together.
+    """
+    max_pairs = settings.eval.pairs if held_out else None
+    with processes.one_first(accelerator.is_main_process):  # it converts the files, the others find them converted
+        return load_pairs(settings.data, **source_of(settings, held_out=held_out), max_pairs=max_pairs)
+
+
+def source_of(settings: Config, *, held_out: bool) -> dict[str, Any]:
+    """What of the `eval` section takes the place of the `data` section's: path and split of the held-out pairs."""
+    return {"path": settings.eval.path, "split": settings.eval.split} if held_out else {}
 
 
 def open_examples(settings: Config, accelerator: Accelerator, *, held_out: bool) -> ExampleCache:
@@ -67,7 +75,7 @@ def open_examples(settings: Config, accelerator: Accelerator, *, held_out: bool)
     if settings.cache.local_copy is None:
         return ExampleCache(folder, key)
     copy = Path(settings.cache.local_copy) / folder.name
-    with accelerator.local_main_process_first():
+    with processes.one_first(accelerator.is_local_main_process):
         if accelerator.is_local_main_process and not is_finished(copy):
             ExampleCache(folder, key)  # refuses before gigabytes travel
             copy_examples(folder, copy)

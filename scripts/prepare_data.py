@@ -1,0 +1,86 @@
+"""Fetch and convert a config's pairs ahead of its training: one process without a GPU, where many would wait for it.
+
+    python scripts/prepare_data.py --config configs/xdpo_sd15.yaml
+
+What it leaves in the caches of `datasets` and of the hub is what training looks for, so that training starts at once.
+The same command goes on after a kill: files that were fetched stay; a conversion that was cut short begins anew.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from xdpo import data, precompute
+from xdpo.config import Config, load_config
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prepare training pairs, and held-out ones where the config evaluates. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="the config of the training")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        settings = load_config(options.config, options.overrides)
+        for held_out in (False, True) if settings.eval.every else (False,):
+            prepare(settings, held_out=held_out)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("prepared; training with these settings finds it")
+    return 0
+
+
+def prepare(settings: Config, *, held_out: bool) -> None:
+    """Say what there is to do, do it, and say which pairs came of it. Raises DataError."""
+    title, source = (
+        "held-out pairs" if held_out else "training pairs",
+        precompute.source_of(settings, held_out=held_out),
+    )
+    if files := data.files_to_convert(settings.data, **source):
+        print(f"{title}: {describe(files)}", flush=True)
+    # As many processes as there are cores, each with files of its own.
+    num_proc = min(len(files), os.cpu_count() or 1) or None
+    table = data.load_pairs(settings.data, **source, num_proc=num_proc)
+    print(f"{title}: {table.counts}", flush=True)
+
+
+def describe(files: list[str]) -> str:
+    """How many files and gigabytes, where they go, and how much room there is."""
+    from datasets.config import HF_DATASETS_CACHE
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    size = sum(sizes_of(files))
+    lines = [f"{len(files):,} files, {size / 1e9:.3g} GB"]
+    places = {"converted": Path(HF_DATASETS_CACHE)}
+    if "://" in files[0]:
+        places = {"fetched": Path(HF_HUB_CACHE)} | places
+    for what, place in places.items():
+        existing = next(parent for parent in (place, *place.absolute().parents) if parent.exists())
+        free = shutil.disk_usage(existing).free
+        lines.append(f"{what} in {place}: about {size / 1e9:.3g} GB, less what is there; {free / 1e9:.3g} GB are free")
+    return "\n  ".join(lines)
+
+
+def sizes_of(files: list[str]) -> list[int]:
+    """Bytes of local files, or of files on the hub, whose folders are listed once."""
+    from fsspec.core import url_to_fs
+
+    by_folder: dict[str, set[str]] = {}
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        by_folder.setdefault(folder, set()).add(name)
+    sizes = []
+    for folder, names in by_folder.items():
+        system, path = url_to_fs(folder or ".")
+        entries = system.ls(path, detail=True)
+        sizes += [entry["size"] for entry in entries if entry["name"].rpartition("/")[2] in names]
+    return sizes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Waits of any length: one process is busy for longer than a collective's time-out, and the others wait for it."""
+
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from training_runs import SMALL_RUN, launch
+
+SHORT = 1.0  # seconds that a collective on the device has in these runs
+BUSY = 2.0  # seconds for which the first process is busy in every scene
+SCENES = ("loading pairs", "building a cache", "copying a cache", "recording the reference", "self-play", "generating")
+
+
+@pytest.fixture(scope="module")
+def waited(small_pipeline, small_pairs, tmp_path_factory):
+    """Output of two processes that went through all scenes."""
+    folder = tmp_path_factory.mktemp("waits")
+    overrides = [*SMALL_RUN, f"model.pipeline={small_pipeline}", f"data.path={small_pairs}", f"output_dir={folder}/run"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return launch(launcher, [__file__, str(folder), *overrides], PYTHONPATH=str(Path(__file__).parent.parent))
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_who_is_busy_for_longer_than_a_collective_may_take_is_waited_for(waited, scene):
+    for rank in (0, 1):
+        assert f"process {rank} went through {scene}" in waited.stdout, waited.stderr[-3000:]
+
+
+def busy_at_first(owner, name, state):
+    """Have the first process take its time in the first call of a function."""
+    original, calls = getattr(owner, name), []
+
+    def slow(*arguments, **options):
+        if state.is_main_process and not calls:
+            time.sleep(BUSY)
+        calls.append(name)
+        return original(*arguments, **options)
+
+    setattr(owner, name, slow)
+
+
+def go_through_scenes(folder, overrides):
+    import runpy
+
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    import generate
+    from xdpo import models, precompute, sampling, selfplay, step
+    from xdpo.compute import build_accelerator
+    from xdpo.config import load_config
+
+    overrides += ["compute.precision=fp32", "data.source=parquet", f"cache.examples={folder}/cache"]
+    overrides += [f"cache.local_copy={folder}/copy", "train.max_steps=3"]
+    overrides += ["loss.name=seppo", "self_play.every=2", "self_play.batch_size=2", "self_play.num_inference_steps=1"]
+    settings = load_config("configs/base.yaml", overrides)
+    recorded = load_config("configs/base.yaml", [*overrides, "loss.name=xdpo", f"cache.reference={folder}/reference"])
+    accelerator = build_accelerator(settings)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=SHORT), dist.group.WORLD)
+    say = accelerator.print
+
+    def through(scene):
+        print(f"process {accelerator.process_index} went through {scene}\n", end="", flush=True)
+
+    busy_at_first(precompute.opening, "load_pairs", accelerator)
+    precompute.load_table(settings, accelerator, held_out=False)
+    through("loading pairs")
+
+    busy_at_first(precompute.build, "encode_images", accelerator)
+    precompute.build_missing_examples(settings, accelerator, say)
+    through("building a cache")
+
+    busy_at_first(precompute.opening, "copy_examples", accelerator)
+    pairs = precompute.open_examples(settings, accelerator, held_out=False)
+    through("copying a cache")
+
+    busy_at_first(step, "denoising_errors", accelerator)
+    runpy.run_path("scripts/cache_reference.py")["fill"](recorded, accelerator)
+    through("recording the reference")
+
+    parts = models.load_parts(settings.model)
+    reference = models.make_reference(parts.unet, settings.model, settings.compute)
+    dataset = precompute.make_dataset(pairs, parts.tokenizer, settings, held_out=False)
+    play = selfplay.SelfPlay(settings, accelerator, parts, dataset, (4, 8, 8), reference, Path(settings.output_dir))
+    busy_at_first(selfplay.SelfPlay, "_sample", accelerator)
+    play.begin_step(0, parts.unet)
+    assert play.opponents(range(8)).shape == (8, 4, 8, 8)
+    through("self-play")
+
+    busy_at_first(models, "load_model", accelerator)
+    busy_at_first(sampling, "sample_chunk", accelerator)
+    Path(folder, "prompts.txt").write_text("one\ntwo\nthree\n")
+    images = ["--model", settings.model.pipeline, "--prompts", f"{folder}/prompts.txt", "--output", f"{folder}/images"]
+    options = generate.build_parser().parse_args([*images, "--steps=1", "--batch-size=1", "--image-size=16"])
+    assert generate.make_missing(options, generate.build_settings(options), PartialState()) == 0
+    through("generating")
+
+
+if __name__ == "__main__":
+    go_through_scenes(sys.argv[1], sys.argv[2:])
