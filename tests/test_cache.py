@@ -401,6 +401,7 @@ def test_what_a_failure_interrupted_goes_on_and_only_the_shard_in_work_is_comput
     assert max(precompute.verify_examples(cache, world.table, world.parts, world.settings, world.accelerator)) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_builder_killed_at_any_moment_goes_on_to_a_cache_that_verifies(world):
     """SIGKILL after every further shard of a real process, until it finishes."""
     settings = world.settings

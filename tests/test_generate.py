@@ -104,7 +104,7 @@ def test_two_processes_make_the_images_of_one(small_pipeline, tmp_path, of_one_p
 @pytest.mark.parametrize(
     ("name", "count", "before", "resumed_by"),
     [
-        ("save_image", 10, "pass", 2),  # in the third of eight chunks, one of its images written
+        pytest.param("save_image", 10, "pass", 2, marks=pytest.mark.slow),  # in the third of eight chunks
         ("record", 4, TEAR, 1),  # its images written, its row half
     ],
     ids=["between two images, resumed by two processes", "within a row, resumed by one"],

@@ -122,7 +122,9 @@ def test_an_objective_with_a_memory_resumes_bit_for_bit(run, options):
     assert_same_run(whole, parts)
 
 
-@pytest.mark.parametrize("options", [KTO, SELF_PLAY], ids=["diffusion_kto", "seppo"])
+@pytest.mark.parametrize(
+    "options", [pytest.param(KTO, marks=pytest.mark.slow), SELF_PLAY], ids=["diffusion_kto", "seppo"]
+)
 def test_one_process_and_two_log_the_same_figures(run, small_pipeline, small_pairs, tmp_path, options):
     options = (*options, "train.micro_batch_pairs=1")
     _, one = run("one", *options)

@@ -118,6 +118,7 @@ def checksum_of(folder):
     return hashlib.sha256((checkpoint.checkpoints(folder)[-1] / "policy.safetensors").read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_one_table_of_final_weights_equal_wherever_nothing_but_the_way_there_differs(
     run, small_pipeline, small_pairs, tmp_path
 ):
@@ -195,6 +196,7 @@ def test_other_objectives_and_longer_runs_share_the_reference(run, tmp_path, cap
     assert "0 samples known\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_reference_computed_ahead_is_the_one_that_training_computes(run, small_pipeline, small_pairs, tmp_path):
     held_out = ("eval.every=3", f"eval.path={small_pairs}")
     _, plain = run("plain", *held_out)
@@ -474,6 +476,7 @@ def test_a_diverged_run_stops_naming_pairs_and_values_and_keeps_its_weights_fini
 # --- several processes, real kills -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_accumulation_and_resume_bit_for_bit(
     run, scored, small_pipeline, small_pairs, tmp_path
 ):
@@ -512,8 +515,10 @@ sys.exit(train_xdpo.main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("moment", "target", "name", "count"),
     [
-        ("in a step, between two checkpoints", "step", "preference_loss", 9),
-        ("in the second checkpoint, one file written", "checkpoint", "save_file", 4),
+        pytest.param("in a step, between two checkpoints", "step", "preference_loss", 9, marks=pytest.mark.slow),
+        pytest.param(
+            "in the second checkpoint, one file written", "checkpoint", "save_file", 4, marks=pytest.mark.slow
+        ),
         ("before the second checkpoint is renamed", "checkpoint", "_flush", 8),
     ],
 )
