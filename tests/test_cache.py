@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import encoded_image, pick_a_pic_row, write_pick_a_pic
-from tolerances import assert_same_output
+from tolerances import ELEMENT, assert_same_output
 
 from xdpo import models, precompute
 from xdpo.cache import CachedPairDataset, CacheError, ExampleCache, ExamplePlan, ReferenceCache, Shards
@@ -398,7 +398,7 @@ def test_what_a_failure_interrupted_goes_on_and_only_the_shard_in_work_is_comput
     world.build()
     assert encoded == [1, 1, 1, 1, "failed", 1, 1]  # shards of two: the second was whole, the third begun
     cache = world.open()
-    assert max(precompute.verify_examples(cache, world.table, world.parts, world.settings, world.accelerator)) < 1e-5
+    assert max(precompute.verify_examples(cache, world.table, world.parts, world.settings, world.accelerator)) < ELEMENT
 
 
 @pytest.mark.slow
@@ -423,7 +423,7 @@ def test_the_builder_killed_at_any_moment_goes_on_to_a_cache_that_verifies(world
     world.build()
     cache = world.open()
     assert len(cache.latents) == 6
-    assert max(precompute.verify_examples(cache, world.table, world.parts, world.settings, world.accelerator)) < 1e-5
+    assert max(precompute.verify_examples(cache, world.table, world.parts, world.settings, world.accelerator)) < ELEMENT
 
 
 def test_verify_finds_latents_of_another_image(world):

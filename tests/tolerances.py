@@ -2,7 +2,7 @@
 
 The order differs with the micro-batch, the number of processes and threads, and the instructions of the processor.
 Everything follows from two counts of roundings, in units of eps = 2⁻²³: with ATen's default, AVX2 and AVX-512 kernels,
-oneDNN's SSE4.1 and AVX2, batches of 1 to 12 and one and two threads a third of them was seen.
+oneDNN's SSE4.1 and AVX2, batches of 1 to 12 and one and two threads at most two fifths of them were seen.
 What claims equality to the bit compares with torch.equal and needs none of this.
 """
 
