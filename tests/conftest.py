@@ -1,4 +1,5 @@
-"""What every test stands on: no network, one thread, a cache of its own; and small preference data of known colours."""
+"""What every test stands on: no network, one thread unless OMP_NUM_THREADS says more, a cache of its own, and small
+preference data of known colours. Tests marked slow are left out, in words, unless --all or -m asks for them."""
 
 import atexit
 import os
@@ -8,6 +9,7 @@ import tempfile
 # Read by the libraries at their import, hence before any test module is.
 _CACHE = tempfile.mkdtemp(prefix="xdpo-tests-")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of this process and of those that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = _CACHE
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
@@ -18,7 +20,19 @@ import json  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the tests marked slow too")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    asked = item.config.getoption("--all") or item.config.getoption("-m")
+    if item.get_closest_marker("slow") and not asked:
+        # Skipped from this one line, hence one line of the summary that counts them.
+        pytest.skip("slow tests left out; bash scripts/test.sh --all runs them too")
 
 
 def encoded_image(color="red", size=(16, 16), format="PNG"):
