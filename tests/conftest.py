@@ -18,6 +18,8 @@ import json  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from xdpo import files  # noqa: E402
+
 torch.set_num_threads(1)
 
 
@@ -200,3 +202,26 @@ def run(small_pipeline, small_pairs, tmp_path, monkeypatch):
 
     yield call
     PartialState._reset_state()
+
+
+def failing(number, function=None, when=lambda *arguments, **options: True):
+    """A function that raises the system's error of this number where `when` says so of its arguments."""
+
+    def call(*arguments, **options):
+        if when(*arguments, **options):
+            raise OSError(number, os.strerror(number))
+        return function(*arguments, **options)
+
+    return call
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Every file that is written aside meets a full disk."""
+
+    def on_a_full_disk(path):
+        aside = path.with_name(f"full.{path.name}{files.PART}")  # a name that isn't swept
+        aside.symlink_to("/dev/full")
+        return aside
+
+    monkeypatch.setattr(files, "aside_of", on_a_full_disk)
