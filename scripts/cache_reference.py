@@ -67,6 +67,8 @@ def fill(settings: Config) -> None:
         )
         wanted = own_batches(settings, accelerator, len(pairs[held_out]), held_out=held_out)
         missing = [positions for positions in wanted if known.get(positions, device) is None]
+        if missing:
+            known.check_writable()
         dataset = precompute.make_dataset(pairs[held_out], parts.tokenizer, settings, held_out=held_out)
         loader = make_loader(dataset, missing, num_workers=settings.data.num_workers if missing else 0)
         title, seed = ("held-out pairs", HELD_OUT_SEED) if held_out else ("training pairs", settings.seed)
