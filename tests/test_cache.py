@@ -1,6 +1,7 @@
 """Caches on disk: what they hold, what they refuse, what a kill costs. (test_train: training from them is the same.)"""
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -112,18 +113,25 @@ def test_a_full_disk_leaves_no_half_file_and_says_so(shards, full_disk):
         (errno.ESTALE, "the network storage does not answer"),
     ],
 )
-@pytest.mark.parametrize("function", ["io.open", "os.open", "os.pread"])
-def test_storage_that_fails_is_not_taken_for_damage(shards, monkeypatch, number, words, function):
-    again = reopened(shards)
-    is_open = function.startswith("os.")
-    if is_open:
-        again.check_files()
-        again.read(5)
-    monkeypatch.setattr(function, failing(number))
-    for use in (lambda: again.read(6),) if is_open else (again.check_files, again.unreadable):
-        with pytest.raises(StorageError, match=f"could not read .*: .*{words}") as raised:
+def test_storage_that_fails_is_not_taken_for_damage(shards, monkeypatch, number, words):
+    again, known = reopened(shards), reopened(shards)
+    known.read(5)
+    monkeypatch.setattr("io.open", failing(number))
+    monkeypatch.setattr("builtins.open", failing(number))
+    for use in (again.check_files, again.unreadable, lambda: known.read(6)):
+        with pytest.raises(StorageError, match=rf"could not read .*0[01]\.(npy|json): .*{words}") as raised:
             use()
         assert "remove" not in str(raised.value) and "damaged" not in str(raised.value)
+
+
+def test_input_output_errors_within_a_file_have_words_too(shards, monkeypatch):
+    class Failing(io.BytesIO):
+        readinto = read = failing(errno.EIO)
+
+    monkeypatch.setattr("builtins.open", lambda *_, **__: Failing())
+    again = reopened(shards)
+    with pytest.raises(StorageError, match=r"could not read .*latents_00001\.npy: .*input/output error"):
+        again.read(5)
 
 
 def test_a_file_cut_after_the_check_is_damage(shards):

@@ -25,14 +25,14 @@ class StorageError(ValueError):
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path | str) -> Iterator[None]:
     """Turn an OSError of whatever reads `path` into a StorageError; a missing file stays a FileNotFoundError."""
     try:
         yield
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise StorageError(f"could not read {path}: {storage_fault(error, path)}") from error
+        raise StorageError(f"could not read {path}: {storage_fault(error, Path(path))}") from error
 
 
 @contextmanager

@@ -203,8 +203,8 @@ class CachedPairDataset:
                 index = (index + 1) % len(cache)
             flip, prompt = self._draw(index, position)
             for side, image in enumerate(cache.images_of(index)):
-                latent_rows[side, place] = cache.latents.read(image, int(flip))
-            text_rows[place] = cache.text.read(prompt)
+                cache.latents.read(image, int(flip), out=latent_rows[side, place])
+            cache.text.read(prompt, out=text_rows[place])
             rows.append(int(cache.rows[index]))
             truncated += cache.is_truncated(prompt)
         latents = latents.flatten(0, 1)
@@ -231,7 +231,7 @@ class CachedPairDataset:
         if not cache.is_readable(image):
             return None
         flip, prompt = self._draw(index, place)
-        moments = torch.from_numpy(np.array(cache.latents.read(image, int(flip))))
+        moments = torch.from_numpy(cache.latents.read(image, int(flip)))
         return {
             "latent_means": moments[0],
             "latent_stds": moments[1] if len(moments) == 2 else None,
@@ -245,7 +245,7 @@ class CachedPairDataset:
         return {"text_states": self._text_states(0 if index is None else self.table.prompt_of(index))}
 
     def _text_states(self, prompt: int) -> torch.Tensor:
-        return torch.from_numpy(np.array(self.table.text.read(prompt)))
+        return torch.from_numpy(self.table.text.read(prompt))
 
     def _draw(self, index: int, place: int) -> tuple[bool, int]:
         """Whether the images are mirrored, and the record of the caption."""

@@ -31,7 +31,7 @@ class Shards:
     def __init__(self, folder: Path, name: str, *, count: int, shape: tuple[int, ...], dtype: str, per_shard: int):
         self.folder, self.name = folder, name
         self.count, self.shape, self.dtype, self.per_shard = count, tuple(shape), np.dtype(dtype), per_shard
-        self._prefix = str(folder / f"{name}_")  # not a Path each time: joining one takes as long as opening the file
+        self._prefix = str(folder / f"{name}_")
         self._part_bytes = int(np.prod(shape[1:])) * self.dtype.itemsize
         self._starts: dict[int, int] = {}  # shard → where its records start, after the header; known once checked
         self._checksums: dict[int, np.ndarray] = {}
@@ -45,7 +45,7 @@ class Shards:
         return range(shard * self.per_shard, min((shard + 1) * self.per_shard, self.count))
 
     def path(self, shard: int) -> Path:
-        return Path(f"{self._prefix}{shard:05d}.npy")
+        return Path(self._path(shard))
 
     def checksum_path(self, shard: int) -> Path:
         return self.path(shard).with_suffix(".json")
@@ -80,22 +80,23 @@ class Shards:
         for shard in range(len(self)):
             self._starts[shard] = self._checked_start(shard)
 
-    def read(self, record: int, part: int = 0) -> np.ndarray:
-        """A part of a record, of `shape[1:]`, checked against its checksum; not to be written to.
+    def read(self, record: int, part: int = 0, out: np.ndarray | None = None) -> np.ndarray:
+        """A part of a record, of `shape[1:]`, checked against its checksum; in `out` where that is given.
 
-        Raises CacheError for damage.
+        out: contiguous, of the same shape and dtype. Raises CacheError for damage.
         """
+        values = np.empty(self.shape[1:], self.dtype) if out is None else out
         shard, place = divmod(record, self.per_shard)
         if shard not in self._starts:
             self._starts[shard] = self._checked_start(shard)
         if shard not in self._checksums:
             self._checksums[shard] = np.array(self._sums(shard)["crc32"], dtype=np.uint32)
-        content = self._content(shard, place * self.shape[0] + part)
-        if zlib.crc32(content) != self._checksums[shard][place, part]:
+        self._fill(values, shard, place * self.shape[0] + part)
+        if zlib.crc32(values) != self._checksums[shard][place, part]:
             raise CacheError(
                 f"{self.path(shard)} is damaged: record {record} differs from its checksum; {self._remedy(shard)}"
             )
-        return np.frombuffer(content, self.dtype).reshape(self.shape[1:])
+        return values
 
     def verify(self, progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> None:
         """Read every record. Raises CacheError at the first that is damaged."""
@@ -104,25 +105,25 @@ class Shards:
                 for part in range(self.shape[0]):
                     self.read(record, part)
 
-    def _content(self, shard: int, number: int) -> bytes:
-        """The bytes of the part with this number in a shard.
+    def _fill(self, values: np.ndarray, shard: int, number: int) -> None:
+        """Read the part with this number in a shard.
 
         Read, not mapped: a mapping would hold a descriptor, and where storage fails under it the process dies of
         SIGBUS without a word. Opening the file each time costs microseconds.
         """
-        size = self._part_bytes
+        path = self._path(shard)
         try:
-            with reading(self.folder):
-                descriptor = os.open(f"{self._prefix}{shard:05d}.npy", os.O_RDONLY)
-                try:
-                    content = os.pread(descriptor, size, self._starts[shard] + number * size)
-                finally:
-                    os.close(descriptor)
+            with reading(path), open(path, "rb", buffering=0) as file:
+                file.seek(self._starts[shard] + number * self._part_bytes)
+                size = file.readinto(values)
         except FileNotFoundError:
             raise self._missing(shard) from None
-        if len(content) < size:
-            raise CacheError(f"{self.path(shard)} is cut or damaged (shorter than before); {self._remedy(shard)}")
-        return content
+        if size < self._part_bytes:
+            raise CacheError(f"{path} is cut or damaged (shorter than before); {self._remedy(shard)}")
+
+    def _path(self, shard: int) -> str:
+        """As text, for whoever opens it for every record: joining a Path takes as long as opening the file."""
+        return f"{self._prefix}{shard:05d}.npy"
 
     def _checked_start(self, shard: int) -> int:
         """Where the records of a shard start in its file, whose header and size are looked at."""
