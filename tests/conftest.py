@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = _CACHE
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
+import http.client  # noqa: E402
 import io  # noqa: E402
 import json  # noqa: E402
 
@@ -213,6 +214,20 @@ def failing(number, function=None, when=lambda *arguments, **options: True):
         return function(*arguments, **options)
 
     return call
+
+
+class Answer(io.BytesIO):
+    """What urlopen gives; the connection is lost after `content` where `whole` is False."""
+
+    def __init__(self, content, whole=True):
+        super().__init__(content)
+        self.whole = whole
+
+    def read(self, *size):
+        content = super().read(*size)
+        if not self.whole:
+            raise http.client.IncompleteRead(content, 100)
+        return content
 
 
 @pytest.fixture

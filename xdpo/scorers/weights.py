@@ -95,7 +95,8 @@ def _from_hub(file: WeightFile) -> tuple[Path | None, str]:
 
         return Path(hf_hub_download(file.repository, file.name, revision=file.revision)), ""
     except (OSError, ValueError, HTTPException) as error:
-        return None, f"could not be downloaded: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
+        reason = str(error).strip() or repr(error)
+        return None, f"could not be downloaded: {reason.splitlines()[0]}"
 
 
 def _from_url(file: WeightFile) -> Path:
