@@ -142,6 +142,9 @@ def open_known_reference(
     if held_out_pairs:
         held_out = open_reference(settings, held_out_pairs, held_out=True, precision=precision)
         is_complete = is_complete and held_out.has(range(len(held_out_pairs) * settings.eval.draws))
+    if not is_complete:
+        for cache in filter(None, (train, held_out)):
+            cache.check_writable()
     accelerator.print(
         f"reference cache: {train.folder}, {len(train):,} samples known"
         + ("; all that this run needs, so the reference is not loaded" if is_complete else "")

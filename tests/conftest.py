@@ -14,11 +14,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = _CACHE
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
+import http.client  # noqa: E402
 import io  # noqa: E402
 import json  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from xdpo import files  # noqa: E402
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -214,3 +217,40 @@ def run(small_pipeline, small_pairs, tmp_path, monkeypatch):
 
     yield call
     PartialState._reset_state()
+
+
+def failing(number, function=None, when=lambda *arguments, **options: True):
+    """A function that raises the system's error of this number where `when` says so of its arguments."""
+
+    def call(*arguments, **options):
+        if when(*arguments, **options):
+            raise OSError(number, os.strerror(number))
+        return function(*arguments, **options)
+
+    return call
+
+
+class Answer(io.BytesIO):
+    """What urlopen gives; the connection is lost after `content` where `whole` is False."""
+
+    def __init__(self, content, whole=True):
+        super().__init__(content)
+        self.whole = whole
+
+    def read(self, *size):
+        content = super().read(*size)
+        if not self.whole:
+            raise http.client.IncompleteRead(content, 100)
+        return content
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Every file that is written aside meets a full disk."""
+
+    def on_a_full_disk(path):
+        aside = path.with_name(f"full.{path.name}{files.PART}")  # a name that isn't swept
+        aside.symlink_to("/dev/full")
+        return aside
+
+    monkeypatch.setattr(files, "aside_of", on_a_full_disk)

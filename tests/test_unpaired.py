@@ -9,7 +9,7 @@ from tolerances import assert_same_output
 
 from xdpo.cache import CachedPairDataset
 from xdpo.config import load_config
-from xdpo.data import DataError, UnpairedDataset, UnpairedOrder, label_images, places_of
+from xdpo.data import DataError, LabelledImages, UnpairedDataset, UnpairedOrder, label_images, places_of
 from xdpo.models import encode_captions, encode_images, load_parts
 from xdpo.precompute import build_missing_examples, make_dataset, open_pairs
 
@@ -135,3 +135,19 @@ def test_the_next_image_of_the_same_label_stands_in_for_an_unreadable_one(tmp_pa
     assert set(batch["unreadable"]) == {0}
     assert set(batch["rows"][batch["desirable"]].tolist()) == {1}
     assert set(batch["rows"][~batch["desirable"]].tolist()) == {0, 1}
+
+
+def test_a_batch_looks_at_its_own_images_and_not_at_all_labels(settings, monkeypatch):
+    dataset = paired(settings)
+    expected = UnpairedDataset(dataset, 0.5).batch([0, 1])
+    unpaired = UnpairedDataset(dataset, 0.5)
+    monkeypatch.setattr(LabelledImages, "places", None)
+    monkeypatch.setattr(np, "flatnonzero", None)
+    assert torch.equal(unpaired.batch([0, 1])["rows"], expected["rows"])
+
+
+def test_stand_ins_are_all_images_of_a_label_once_from_the_first_on():
+    images = label_images(["a", "b", "c"], ["x", "y", "z"])
+    assert images.desirable.tolist() == [True, False] * 3
+    order = UnpairedOrder(0, images, 0.5)
+    assert list(order.stand_ins(2)) == [2, 4, 0] and list(order.stand_ins(3)) == [3, 5, 1]

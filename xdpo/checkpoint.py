@@ -12,6 +12,7 @@ A checkpoint is written aside, flushed, renamed, and only then are old ones remo
 of (seed, position), so the step number is the only progress there is to keep.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -36,7 +37,17 @@ from torch import Tensor, nn
 
 from xdpo import optimizer_state, processes
 from xdpo.config import Config, changed_keys, dump_config, load_config
-from xdpo.files import PART, STALE_SECONDS, aside_of, flush, storage_fault, sweep, write_text
+from xdpo.files import (
+    PART,
+    STALE_SECONDS,
+    aside_of,
+    check_writable,
+    flush,
+    storage_fault,
+    sweep,
+    write_text,
+    writing,
+)
 
 LISTING_SECONDS = 30.0  # how long network storage may keep an old listing of a folder
 
@@ -53,11 +64,7 @@ def check_run_folder(folder: Path, config: Config, allow_config_change: bool) ->
 
     Raises ValueError naming the keys in which an earlier run's config differs.
     """
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise ValueError(f"output_dir: {existing} is a file; choose another folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"output_dir: no permission to write in {existing}; choose another folder")
+    check_writable(folder, "output_dir")
     if not folder.exists() or all(path.suffix == PART for path in folder.iterdir()):  # what a failed start left aside
         return
     saved = folder / "config.yaml"
@@ -95,10 +102,8 @@ def describe_run(folder: Path, config: Config, **facts: object) -> str:
 
     Returns the run's identifier, the same at every start.
     """
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"could not make {folder}: {storage_fault(error, folder)}") from error
     write_text(folder / "config.yaml", dump_config(config))
     path = folder / "run.json"
     before = json.loads(path.read_text()) if path.is_file() else {}
@@ -314,7 +319,7 @@ def writing_aside(final: Path) -> Iterator[Path]:
     """A folder to write into that becomes `final` once all of it is on the disk; removed again if writing fails."""
     aside = aside_of(final)
     try:
-        sweep(final.parent, f"{final.name}.*{PART}", older_than=STALE_SECONDS)
+        sweep(final.parent, f"{glob.escape(final.name)}.*{PART}", older_than=STALE_SECONDS)
         aside.mkdir(parents=True)
         yield aside
         for path in [*aside.rglob("*"), aside]:
