@@ -43,6 +43,7 @@ from xdpo.files import (
     aside_of,
     check_writable,
     flush,
+    is_untouched,
     storage_fault,
     sweep,
     write_text,
@@ -65,7 +66,7 @@ def check_run_folder(folder: Path, config: Config, allow_config_change: bool) ->
     Raises ValueError naming the keys in which an earlier run's config differs.
     """
     check_writable(folder, "output_dir")
-    if not folder.exists() or all(path.suffix == PART for path in folder.iterdir()):  # what a failed start left aside
+    if is_untouched(folder):
         return
     saved = folder / "config.yaml"
     if not saved.is_file():

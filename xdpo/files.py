@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 PART = ".part"
+LOCK = "lock"
 STALE_SECONDS = 24 * 3600  # a file written aside that is older belongs to a process that is gone
 
 
@@ -80,7 +81,7 @@ def only_writer(folder: Path, work: str) -> Iterator[None]:
     file systems hand on to other machines if they support locks; where they don't, nothing is refused.
     Raises StorageError naming the process that has it.
     """
-    path = folder / "lock"
+    path = folder / LOCK
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
@@ -103,6 +104,11 @@ def _is_locked_by_another(file: IO) -> bool:
     except OSError as error:
         return error.errno in (errno.EACCES, errno.EAGAIN)  # others: a file system without locks
     return False
+
+
+def is_untouched(folder: Path) -> bool:
+    """Whether a folder is absent, or holds nothing but what a start that failed leaves: its lock and files aside."""
+    return not folder.exists() or all(path.suffix == PART or path.name == LOCK for path in folder.iterdir())
 
 
 def aside_of(path: Path) -> Path:
