@@ -22,12 +22,13 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from xdpo.files import check_writable, write_text
 from xdpo.prompts import load_prompts
 from xdpo.report import curves, grids, images, published, results, sections
 from xdpo.report.images import Picture, Problem
 from xdpo.report.markdown import markdown
 from xdpo.report.page import page
-from xdpo.report.table import Score, ScoreKey, ScoreTable, check_writable
+from xdpo.report.table import Score, ScoreKey, ScoreTable
 from xdpo.runlog import read_rows
 from xdpo.scorers import SCORER_NAMES, Scorer, load_scorer, scorer_version
 
@@ -106,7 +107,7 @@ def _positive(text: str) -> int:
 
 def evaluate(options: argparse.Namespace) -> int:
     """Check what is cheap to check, score what is new, write the report."""
-    check_writable(options.output)
+    check_writable(options.output, "--output")
     folders = name_folders(options.images)
     scorers = list(dict.fromkeys(name.strip() for name in options.scorers.split(",") if name.strip()))
     baselines = options.baseline or [next(iter(folders))]
@@ -341,15 +342,9 @@ def write_report(options: argparse.Namespace, evaluation: sections.Evaluation) -
     """report.md, report.html and figures/ in the output folder, each file written aside and renamed."""
     output = options.output
     parts = sections.sections(evaluation, output / "figures")
-    _write(output / "report.md", markdown(options.title, parts, output))
-    _write(output / "report.html", page(options.title, evaluation, parts, output, int(options.embed_mb * 1e6)))
+    write_text(output / "report.md", markdown(options.title, parts, output))
+    write_text(output / "report.html", page(options.title, evaluation, parts, output, int(options.embed_mb * 1e6)))
     print(f"report: {output / 'report.html'}, {output / 'report.md'}; scores: {output / 'scores.parquet'}")
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def print_tables(options: argparse.Namespace, table: ScoreTable) -> int:

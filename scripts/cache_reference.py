@@ -73,6 +73,8 @@ def fill(settings: Config, accelerator: Accelerator) -> None:
         # One process looks: what others record meanwhile would make the lists differ.
         unknown = [number for number, positions in enumerate(wanted) if known.get(positions, CPU) is None]
         missing = [wanted[number] for number in processes.agree(unknown)]
+        if missing:
+            known.check_writable()
         dataset = precompute.make_dataset(pairs[held_out], parts.tokenizer, settings, held_out=held_out)
         title, seed = ("held-out pairs", HELD_OUT_SEED) if held_out else ("training pairs", settings.seed)
         with tqdm(total=len(missing), desc=title, unit="batch", disable=not accelerator.is_main_process) as bar:

@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from xdpo.data.images import UnreadableImageError, decode_rgb
+from xdpo.files import reading, replacing
 from xdpo.scorers import Scorer, load_scorer, scorer_version
 
 NEEDED = ("jpg_0", "jpg_1", "caption")
@@ -104,13 +105,11 @@ def is_done(path: Path, made_by: dict) -> bool:
 
 
 def relabel(source: Path, target: Path, scorer: Scorer, made_by: dict, batch_size: int) -> Counter:
-    """Write one file's pairs with new labels, aside and then renamed; returns what became of them."""
+    """Write one file's pairs with new labels, whole or not at all; returns what became of them."""
     counts: Counter[str] = Counter()
-    aside = target.with_name(target.name + ".part")
-    writer = None
-    try:
-        for batch in pq.ParquetFile(source).iter_batches(batch_size=ROWS_AT_ONCE):
-            table = pa.Table.from_batches([batch])
+    with replacing(target, "wb") as file:
+        writer = None
+        for table in _tables(source):
             scores = score_pairs(table, scorer, batch_size)
             labels = new_labels(scores, made_by["tie_threshold"])
             counts += count(table, scores, labels)
@@ -125,17 +124,19 @@ def relabel(source: Path, target: Path, scorer: Scorer, made_by: dict, batch_siz
                 table = table.set_column(place, "has_label", pa.array(np.ones(len(table), dtype=bool)))
             metadata = {name: str(value) for name, value in made_by.items()}
             table = table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata})
-            writer = writer or pq.ParquetWriter(aside, table.schema)
+            writer = writer or pq.ParquetWriter(file, table.schema)
             writer.write_table(table)
-    finally:
-        if writer is not None:
-            writer.close()
-    if writer is None:
-        raise ValueError(f"{source} has no rows")
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, target)
+        if writer is None:
+            raise ValueError(f"{source} has no rows")
+        writer.close()
     return counts
+
+
+def _tables(source: Path) -> Iterator[pa.Table]:
+    """A file's rows, some at a time. Raises StorageError where they can't be read."""
+    with reading(source):
+        for batch in pq.ParquetFile(source).iter_batches(batch_size=ROWS_AT_ONCE):
+            yield pa.Table.from_batches([batch])
 
 
 def score_pairs(table: pa.Table, scorer: Scorer, batch_size: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lint, formatting and all tests, in an environment of their own: bash scripts/test.sh [pytest arguments …]
+# Lint, formatting and the tests, in an environment of their own: bash scripts/test.sh [--all] [pytest arguments …]
+# Without --all it leaves out those marked slow, end-to-end runs whose essence a cheaper test has, and says how many.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh

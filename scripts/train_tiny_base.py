@@ -9,7 +9,6 @@ The result is a pipeline folder in Stable Diffusion format, in half precision. A
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from xdpo.files import replacing
 from xdpo.noise import NoiseSchedule, timestep_weights
 from xdpo.tiny import world
 from xdpo.tiny.annotator import random_flaws, render
@@ -41,9 +41,8 @@ def draw_training_set(path: Path, count: int, seed: int) -> tuple[np.ndarray, li
             scene = world.training_scene(rng)
             images[index] = render(scene, rng, random_flaws(rng, FLAWLESS_SHARE)).pixels
             captions.append(world.caption(scene, int(rng.integers(3))))
-        aside = path.with_suffix(".part.npz")
-        np.savez(aside, images=images, captions=np.array(captions))
-        os.replace(aside, path)
+        with replacing(path, "wb") as file:
+            np.savez(file, images=images, captions=np.array(captions))
     stored = np.load(path)
     return stored["images"], stored["captions"].tolist()
 
@@ -84,15 +83,14 @@ class Stage:
 
     def save(self) -> None:
         """Checkpoint, written aside and renamed."""
-        aside = self.path.with_suffix(".part")
         state = {
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict(),
             "step": self.step,
         }
-        torch.save(state, aside)
-        os.replace(aside, self.path)
+        with replacing(self.path, "wb") as file:
+            torch.save(state, file)
 
     def log(self, **numbers: float) -> None:
         """One line of numbers, to the log file and the screen."""

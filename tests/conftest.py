@@ -1,4 +1,5 @@
-"""What every test stands on: no network, one thread, a cache of its own; and small preference data of known colours."""
+"""What every test stands on: no network, one thread unless OMP_NUM_THREADS says more, a cache of its own, and small
+preference data of known colours. Tests marked slow are left out, in words, unless --all or -m asks for them."""
 
 import atexit
 import os
@@ -8,17 +9,33 @@ import tempfile
 # Read by the libraries at their import, hence before any test module is.
 _CACHE = tempfile.mkdtemp(prefix="xdpo-tests-")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of this process and of those that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = _CACHE
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
+import http.client  # noqa: E402
 import io  # noqa: E402
 import json  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(1)
+from xdpo import files  # noqa: E402
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the tests marked slow too")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    asked = item.config.getoption("--all") or item.config.getoption("-m")
+    if item.get_closest_marker("slow") and not asked:
+        # Skipped from this one line, hence one line of the summary that counts them.
+        pytest.skip("slow tests left out; bash scripts/test.sh --all runs them too")
 
 
 def encoded_image(color="red", size=(16, 16), format="PNG"):
@@ -200,3 +217,40 @@ def run(small_pipeline, small_pairs, tmp_path, monkeypatch):
 
     yield call
     PartialState._reset_state()
+
+
+def failing(number, function=None, when=lambda *arguments, **options: True):
+    """A function that raises the system's error of this number where `when` says so of its arguments."""
+
+    def call(*arguments, **options):
+        if when(*arguments, **options):
+            raise OSError(number, os.strerror(number))
+        return function(*arguments, **options)
+
+    return call
+
+
+class Answer(io.BytesIO):
+    """What urlopen gives; the connection is lost after `content` where `whole` is False."""
+
+    def __init__(self, content, whole=True):
+        super().__init__(content)
+        self.whole = whole
+
+    def read(self, *size):
+        content = super().read(*size)
+        if not self.whole:
+            raise http.client.IncompleteRead(content, 100)
+        return content
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Every file that is written aside meets a full disk."""
+
+    def on_a_full_disk(path):
+        aside = path.with_name(f"full.{path.name}{files.PART}")  # a name that isn't swept
+        aside.symlink_to("/dev/full")
+        return aside
+
+    monkeypatch.setattr(files, "aside_of", on_a_full_disk)

@@ -197,6 +197,7 @@ def test_a_gap_in_the_reference_cache_is_refused_and_not_timed(bench):
         steps.training_job(longer, accelerator, networks)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_training_program(bench):
     peak = bench.train_peak_memory_gb(MODES["lora-cached"], micro_batch=1)
 
@@ -229,6 +230,7 @@ def test_every_layout_holds_the_same_pairs(tmp_path):
         assert table.chosen_side.tolist() == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_the_loader_is_timed_on_every_source_and_the_cache(small_pipeline, tmp_path, capsys):
     arguments = ["--pairs", "4", "--micro-batch", "2", "--image-side", "24", "--resolution", "16", "--rounds", "1"]
     status = benchmark.main(

@@ -211,7 +211,8 @@ def test_a_run_has_one_name_at_every_start(tmp_path):
 
 
 def test_what_a_start_on_a_full_disk_left_aside_is_no_other_content(tmp_path):
-    (tmp_path / "config.yaml.0123456789ab.part").write_text("half")
+    for name in ("config.yaml.0123456789ab.part", "lock"):
+        (tmp_path / name).write_text("half")
     check_run_folder(tmp_path, CONFIG, allow_config_change=False)
 
 

@@ -4,9 +4,11 @@ import csv
 import io
 import itertools
 import json
+import pickle
 import tarfile
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -111,6 +113,30 @@ def test_a_missing_ranking_id_falls_back_to_the_uids_then_to_the_row(tmp_path):
     assert parquet_table(tmp_path, [pick_a_pic_row(0, ranking_id=None)]).pair_id(0) == "a0/b0"
     bare = {name: pick_a_pic_row(0)[name] for name in ("jpg_0", "jpg_1", "label_0", "caption")}
     assert parquet_table(tmp_path / "bare", [bare]).pair_id(0) == "0"
+
+
+def test_names_and_captions_choose_the_columns_of_the_source_once(tmp_path, tiny_tokenizer, monkeypatch):
+    dataset = parquet_dataset(tmp_path, [pick_a_pic_row(number) for number in range(5)], tiny_tokenizer, shuffle=False)
+    calls, choose = [], datasets.Dataset.select_columns
+
+    def counted(self, *arguments, **options):
+        calls.append(arguments)
+        return choose(self, *arguments, **options)
+
+    monkeypatch.setattr(datasets.Dataset, "select_columns", counted)
+    names = [dataset.table.pair_id(int(row)) for row in dataset.table.rows]
+    captions = [dataset.caption(index)["input_ids"] for index in range(5)]
+    assert len(calls) == 1
+    assert names == [dataset[index]["pair_id"] for index in range(5)] and len(set(names)) == 5
+    assert all(torch.equal(captions[index], dataset[index]["input_ids"]) for index in range(5))
+
+
+def test_a_table_travels_to_a_worker_as_it_was_before_its_use(tmp_path):
+    table = parquet_table(tmp_path, [pick_a_pic_row(number) for number in range(3)])
+    size, name = len(pickle.dumps(table)), table.pair_id(0)
+    assert len(pickle.dumps(table)) == size
+    again = pickle.loads(pickle.dumps(table))
+    assert again.pair_id(0) == name and again.fingerprint == table.fingerprint
 
 
 def test_globs_folders_and_lists_name_parquet_files(tmp_path):

@@ -320,6 +320,7 @@ def test_the_best_value_is_chosen_and_the_first_of_equals():
     assert choose(scores) == {"a": "2", "b": "1"}
 
 
+@pytest.mark.slow
 def test_a_whole_plan_is_stopped_goes_on_and_is_written_up(small_config, tmp_path):
     captions = (reproduce.PLANS / "tiny_tuning.txt").read_text().splitlines()
     (tmp_path / "prompts.txt").write_text("\n".join(captions[:3]))

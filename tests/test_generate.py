@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from PIL import Image
+from tolerances import ELEMENT, assert_same_output
 
 import generate
 import train_xdpo
@@ -72,7 +73,7 @@ def launch(launcher, arguments, folder):
     return subprocess.run(
         [sys.executable, *launcher, *arguments],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -103,7 +104,7 @@ def test_two_processes_make_the_images_of_one(small_pipeline, tmp_path, of_one_p
 @pytest.mark.parametrize(
     ("name", "count", "before", "resumed_by"),
     [
-        ("save_image", 10, "pass", 2),  # in the third of eight chunks, one of its images written
+        pytest.param("save_image", 10, "pass", 2, marks=pytest.mark.slow),  # in the third of eight chunks
         ("record", 4, TEAR, 1),  # its images written, its row half
     ],
     ids=["between two images, resumed by two processes", "within a row, resumed by one"],
@@ -323,9 +324,10 @@ def test_a_run_its_export_and_its_last_checkpoint_are_one_model(small_pipeline, 
     )
     exported = prediction(loaded(run))
 
-    assert torch.allclose(exported, last, atol=1e-6)
+    assert_same_output(exported, last)
     assert torch.equal(exported, prediction(loaded(run / "export")))
-    assert not torch.allclose(exported, first, atol=1e-5) and not torch.allclose(first, base, atol=1e-5)
+    rounding = ELEMENT * exported.abs().max()
+    assert (exported - first).abs().max() > 10 * rounding < (first - base).abs().max()
     names = [read_model_spec(str(path))[0] for path in (run, run / "export", run / "checkpoints" / "step_00000001")]
     assert names == ["run", "run", "run_step_00000001"]
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import encoded_image, pick_a_pic_row, write_pick_a_pic
 from safetensors.torch import load_file
-from training_runs import TWO_PROCESSES, assert_same_run, command, launch, policy_of, relative_distance, rows_of
+from tolerances import ERROR, assert_same_but_for_rounding, drift, drift_tolerance
+from training_runs import TWO_PROCESSES, assert_same_run, command, launch, policy_of, rows_of
 
 import train_xdpo
 from xdpo import models, precompute
@@ -58,10 +59,7 @@ def test_weights_that_are_all_equal_are_a_factor_of_beta(run, scored):
     _, weighted = run("weighted", *scored((1, 0)))  # a range of 1: p = σ(1), 10·(2p − 1) = 10·tanh(½)
     _, plain = run("plain", f"loss.beta={1000 * 10 * math.tanh(0.5)}")
 
-    assert relative_distance(weighted, plain) < 1e-6
-    for row, other in zip(rows_of(weighted), rows_of(plain), strict=True):
-        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
-        assert row["margin"] == pytest.approx(other["margin"], rel=1e-4, abs=1e-7)
+    assert_same_but_for_rounding(plain, weighted)
     assert json.loads((weighted / "run.json").read_text())["score_range"] == [0, 1]
 
 
@@ -77,7 +75,8 @@ def test_weighted_training_is_the_same_from_the_source_and_from_caches_that_anot
     assert "so the reference is not loaded" in capsys.readouterr().out
     assert_same_run(source, cached)
     _, single = run("single", *weighted, "train.micro_batch_pairs=1")  # a pair's weight is its own, whatever the batch
-    assert relative_distance(source, single) < 1e-5 < relative_distance(source, unweighted)
+    assert_same_but_for_rounding(source, single)
+    assert drift(source, unweighted) > 10 * drift_tolerance(source)
 
 
 def test_held_out_pairs_are_weighted_with_the_training_pairs_range(run, scored):
@@ -87,7 +86,8 @@ def test_held_out_pairs_are_weighted_with_the_training_pairs_range(run, scored):
         held_out = scored((gap, 0), name=name)[1].replace("data.path", "eval.path")
         _, folder = run(f"run {name}", *scored((1, 0)), held_out, "train.max_steps=1", "eval.every=1")
         margins[name] = rows_of(folder)[-1]["eval/margin"]
-    assert margins["wide"] / margins["narrow"] == pytest.approx(math.tanh(0.05) / math.tanh(0.005), rel=1e-4)
+    # The errors are the same to the bit. The products' signs differ, so that their mean loses some digits, not all.
+    assert margins["wide"] / margins["narrow"] == pytest.approx(math.tanh(0.05) / math.tanh(0.005), rel=100 * ERROR)
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["from the source", "with a cache to build"])
@@ -123,17 +123,16 @@ def test_an_objective_with_a_memory_resumes_bit_for_bit(run, options):
     assert_same_run(whole, parts)
 
 
-@pytest.mark.parametrize("options", [KTO, SELF_PLAY], ids=["diffusion_kto", "seppo"])
+@pytest.mark.parametrize(
+    "options", [pytest.param(KTO, marks=pytest.mark.slow), SELF_PLAY], ids=["diffusion_kto", "seppo"]
+)
 def test_one_process_and_two_log_the_same_figures(run, small_pipeline, small_pairs, tmp_path, options):
     options = (*options, "train.micro_batch_pairs=1")
     _, one = run("one", *options)
     ended = launch(TWO_PROCESSES, command(small_pipeline, small_pairs, tmp_path / "two", *options))
     assert ended.returncode == 0, ended.stderr[-3000:]
 
-    assert relative_distance(one, tmp_path / "two") < 1e-5
-    for row, other in zip(rows_of(one), rows_of(tmp_path / "two"), strict=True):
-        for key in ("loss", "margin", "z0", "d_chosen", "d_rejected", "gain", "policy_error", "implicit_accuracy"):
-            assert row.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-4, abs=1e-6), key
+    assert_same_but_for_rounding(one, tmp_path / "two")
 
 
 def test_z0_is_the_mean_gain_of_the_step_before_and_never_negative(run):
@@ -142,7 +141,7 @@ def test_z0_is_the_mean_gain_of_the_step_before_and_never_negative(run):
 
     assert rows[0]["z0"] == 0
     for before, row in itertools.pairwise(rows):
-        assert row["z0"] == pytest.approx(max(before["gain"], 0), rel=1e-6)
+        assert row["z0"] == pytest.approx(max(before["gain"], 0), rel=ERROR)
     assert any(row["z0"] > 0 for row in rows)
 
 
@@ -151,7 +150,7 @@ def test_unpaired_training_does_not_depend_on_the_micro_batch_and_records_its_re
     cached = (*KTO, f"cache.reference={tmp_path / 'reference'}", "train.micro_batch_pairs=4")
     _, whole = run("whole", *cached)
     _, single = run("single", *KTO, "train.micro_batch_pairs=1")
-    assert relative_distance(whole, single) < 1e-5
+    assert_same_but_for_rounding(whole, single)
 
     _, again = run("again", *cached)
     assert "all that this run needs, so the reference is not loaded" in capsys.readouterr().out
@@ -178,7 +177,7 @@ def test_opponents_of_self_play_are_sampled_from_the_cached_captions_too(run, tm
     status, cached = run("cached", *SELF_PLAY, *cache, "data.caption_dropout=0")
 
     assert status == 0
-    assert relative_distance(plain, cached) < 1e-5
+    assert_same_but_for_rounding(plain, cached)
 
 
 def test_a_buffer_smaller_than_a_round_is_used_again(run, monkeypatch):

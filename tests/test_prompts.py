@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import pytest
+from conftest import Answer
 
 from xdpo import prompts
 from xdpo.prompts import PROMPT_SETS, load_prompts
@@ -83,6 +84,18 @@ def test_hpsv2_is_the_same_from_one_file_and_from_the_hubs_four(cache):
         ("concept-art", 0),
         ("concept-art", 1),
     ]
+
+
+def test_a_download_is_whole_or_absent(cache, monkeypatch):
+    source = prompts._Source("one prompt", {"a.txt": "https://example.org/a.txt"})
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: Answer(b"a c", whole=False))
+    with pytest.raises(ValueError, match="could not be fetched: IncompleteRead"):
+        prompts._rows_of_set("one", source, None)
+    assert not cache.exists()
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: Answer(b"a cat"))
+    assert [text for _, text in prompts._rows_of_set("one", source, None).rows] == ["a cat"]
+    assert [path.name for path in (cache / "one").iterdir()] == ["a.txt"]
 
 
 def small_source(**changes):

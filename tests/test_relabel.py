@@ -117,3 +117,9 @@ def test_bad_input_is_refused_before_anything_is_scored(call, relabel, tmp_path,
         assert call(*arguments) == 1
         assert message in capsys.readouterr().err
     assert not call.output.exists()
+
+
+def test_a_full_disk_is_said_and_leaves_no_file(call, full_disk, capsys):
+    assert call() == 1
+    assert "could not write" in (said := capsys.readouterr().err) and "the disk is full" in said
+    assert not any(call.output.iterdir())

@@ -1,5 +1,6 @@
 """Statistics against SciPy, the account of image folders, the score table's survival, and what tables say."""
 
+import errno
 import json
 from dataclasses import asdict
 from math import isinf, isnan
@@ -7,13 +8,15 @@ from math import isinf, isnan
 import numpy as np
 import pytest
 import yaml
+from conftest import failing
 from scipy import stats
 
+from xdpo.files import StorageError
 from xdpo.report import curves, grids, images, published, results, statistics
 from xdpo.report.grids import Cell, Grid
 from xdpo.report.images import Problem
 from xdpo.report.statistics import bootstrap_interval, compare, sign_test, summarize, wilson_interval
-from xdpo.report.table import PARTS, TABLE, Score, ScoreKey, ScoreTable, check_writable
+from xdpo.report.table import PARTS, TABLE, Score, ScoreKey, ScoreTable
 
 # --- statistics --------------------------------------------------------------------------------------------
 
@@ -262,7 +265,20 @@ def test_new_images_take_their_places_and_old_scores_stay_known(tmp_path):
     assert again.known[key(1)] == 1.0
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "not parquet", "other columns", "folder"])
+def test_storage_that_fails_is_not_taken_for_a_damaged_table(tmp_path, monkeypatch, full_disk):
+    table = ScoreTable(tmp_path)
+    table.add({key(1): 1.0})
+    with pytest.raises(StorageError, match=r"could not write .*: the disk is full"):
+        table.save_part()
+    assert not any((tmp_path / PARTS).iterdir())
+
+    (tmp_path / TABLE).write_bytes(b"PAR1")
+    monkeypatch.setattr("io.open", failing(errno.EMFILE))
+    with pytest.raises(StorageError, match=r"could not read .*scores\.parquet: too many files are open"):
+        ScoreTable(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "not parquet", "other columns"])
 def test_a_damaged_table_is_named_with_what_to_do(tmp_path, damage):
     path = tmp_path / TABLE
     table = ScoreTable(tmp_path)
@@ -276,26 +292,13 @@ def test_a_damaged_table_is_named_with_what_to_do(tmp_path, damage):
         path.write_bytes(content)
     elif damage == "not parquet":
         path.write_text("score\n1\n")
-    elif damage == "other columns":
+    else:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         pq.write_table(pa.table({"score": [1.0]}), path)
-    else:
-        path.unlink()
-        path.mkdir()
-        (path / "x.parquet").write_text("x")
     with pytest.raises(ValueError, match=r"scores\.parquet is not a score table.*move it away and run again"):
         ScoreTable(tmp_path)
-
-
-def test_an_output_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file"):
-        check_writable(tmp_path / "file" / "results")
-    monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(ValueError, match="no permission to write"):
-        check_writable(tmp_path / "results")
 
 
 # --- what is compared --------------------------------------------------------------------------------------------

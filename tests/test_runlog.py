@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
 import torch
 from accelerate import Accelerator
 
+from xdpo.files import StorageError
 from xdpo.runlog import RunLog, peak_memory_gb, read_rows
 
 
@@ -29,6 +31,12 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
     assert read_rows(path) == [{"step": 1, "loss": 1.0}]
     log_rows(tmp_path, 1, [2])
     assert [row["step"] for row in read_rows(path)] == [1, 2]
+
+
+def test_a_full_disk_is_said_of_a_row(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=r"could not write .*metrics\.jsonl: the disk is full"):
+        log_rows(tmp_path, 0, [1])
 
 
 def test_peak_memory_is_in_gigabytes():

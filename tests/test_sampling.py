@@ -10,6 +10,7 @@ from PIL import Image
 
 from xdpo import models, sampling
 from xdpo.config import ModelConfig
+from xdpo.files import StorageError
 from xdpo.prompts import load_prompts
 from xdpo.sampling import SCHEDULERS, SamplingSettings
 from xdpo.sampling.folder import MANIFEST, SETTINGS
@@ -180,9 +181,24 @@ def test_a_folder_that_is_something_else_is_refused_and_left_alone(tmp_path):
 
     with pytest.raises(sampling.ImageFolderError, match=r"chapter\.tex"):
         sampling.check_image_folder(tmp_path / "thesis", SETTINGS_A)
-    with pytest.raises(sampling.ImageFolderError, match="is a file"):
+    with pytest.raises(StorageError, match="is a file"):
         sampling.check_image_folder(tmp_path / "file" / "set", SETTINGS_A)
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
+
+
+def test_what_was_written_aside_before_a_kill_does_not_make_a_folder_something_else(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / f"{SETTINGS}.0123456789ab.part").write_text('{"sett')
+    sampling.check_image_folder(tmp_path / "set", SETTINGS_A)
+
+
+def test_a_full_disk_is_said_of_an_image_and_of_the_manifest(tmp_path, full_disk):
+    with pytest.raises(StorageError, match=r"could not write .*00000\.png: the disk is full"):
+        sampling.save_image(tmp_path / "cats" / "00000.png", Image.new("RGB", (8, 8)), 90)
+    assert not any((tmp_path / "cats").iterdir())
+    (tmp_path / "manifest.part-00000.jsonl").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match="the disk is full"):
+        sampling.record(tmp_path, 0, [row(0)])
 
 
 @pytest.mark.parametrize(("name", "content"), [(SETTINGS, "{"), (SETTINGS, "[]"), (SETTINGS, '{"settings": {}}')])

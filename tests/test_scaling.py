@@ -70,6 +70,7 @@ def cluster(tmp_path, small_pipeline, small_pairs):
     return job
 
 
+@pytest.mark.slow
 def test_a_job_that_is_told_to_end_saves_requeues_and_goes_on_on_another_number_of_processes(cluster, tmp_path):
     run = tmp_path / "run"
     first = cluster(2, f"output_dir={run}", "train.max_steps=100000")

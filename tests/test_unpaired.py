@@ -5,10 +5,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import encoded_image, pick_a_pic_row, write_pick_a_pic
+from tolerances import assert_same_output
 
 from xdpo.cache import CachedPairDataset
 from xdpo.config import load_config
-from xdpo.data import DataError, UnpairedDataset, UnpairedOrder, label_images, places_of
+from xdpo.data import DataError, LabelledImages, UnpairedDataset, UnpairedOrder, label_images, places_of
 from xdpo.models import encode_captions, encode_images, load_parts
 from xdpo.precompute import build_missing_examples, make_dataset, open_pairs
 
@@ -119,10 +120,10 @@ def test_batches_of_the_source_and_of_the_cache_are_the_same_images(settings, tm
             assert torch.equal(source[name], encoded[name])
         assert source["pair_ids"] == encoded["pair_ids"] and len(source["rows"]) == 2 * len(positions)
         moments = encode_images(parts.vae, source["pixel_values"])
-        torch.testing.assert_close(encoded["latent_means"], moments.means, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(encoded["latent_stds"], moments.stds, rtol=1e-5, atol=1e-6)
+        assert_same_output(encoded["latent_means"], moments.means)
+        assert_same_output(encoded["latent_stds"], moments.stds)
         states = encode_captions(parts.text_encoder, source["input_ids"])
-        torch.testing.assert_close(encoded["text_states"], states, rtol=1e-5, atol=1e-6)
+        assert_same_output(encoded["text_states"], states)
 
 
 def test_the_next_image_of_the_same_label_stands_in_for_an_unreadable_one(tmp_path, settings):
@@ -134,3 +135,19 @@ def test_the_next_image_of_the_same_label_stands_in_for_an_unreadable_one(tmp_pa
     assert set(batch["unreadable"]) == {0}
     assert set(batch["rows"][batch["desirable"]].tolist()) == {1}
     assert set(batch["rows"][~batch["desirable"]].tolist()) == {0, 1}
+
+
+def test_a_batch_looks_at_its_own_images_and_not_at_all_labels(settings, monkeypatch):
+    dataset = paired(settings)
+    expected = UnpairedDataset(dataset, 0.5).batch([0, 1])
+    unpaired = UnpairedDataset(dataset, 0.5)
+    monkeypatch.setattr(LabelledImages, "places", None)
+    monkeypatch.setattr(np, "flatnonzero", None)
+    assert torch.equal(unpaired.batch([0, 1])["rows"], expected["rows"])
+
+
+def test_stand_ins_are_all_images_of_a_label_once_from_the_first_on():
+    images = label_images(["a", "b", "c"], ["x", "y", "z"])
+    assert images.desirable.tolist() == [True, False] * 3
+    order = UnpairedOrder(0, images, 0.5)
+    assert list(order.stand_ins(2)) == [2, 4, 0] and list(order.stand_ins(3)) == [3, 5, 1]

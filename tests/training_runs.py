@@ -41,14 +41,6 @@ def rows_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def relative_distance(one, other):
-    """Norm of the difference of two runs' weights over the norm of the weights."""
-    first, second = policy_of(one), policy_of(other)
-    assert first.keys() == second.keys()
-    flat = [torch.cat([weights[name].flatten().double() for name in first]) for weights in (first, second)]
-    return ((flat[0] - flat[1]).norm() / flat[0].norm()).item()
-
-
 def policy_of(folder):
     return load_file(checkpoint.checkpoints(folder)[-1] / "policy.safetensors")
 
@@ -75,7 +67,7 @@ def launch(launcher, arguments, **environment):
     return subprocess.run(
         [sys.executable, *launcher, *arguments],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=300,

@@ -12,6 +12,7 @@ A checkpoint is written aside, flushed, renamed, and only then are old ones remo
 of (seed, position), so the step number is the only progress there is to keep.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -36,7 +37,18 @@ from torch import Tensor, nn
 
 from xdpo import optimizer_state, processes
 from xdpo.config import Config, changed_keys, dump_config, load_config
-from xdpo.files import PART, STALE_SECONDS, aside_of, flush, storage_fault, sweep, write_text
+from xdpo.files import (
+    PART,
+    STALE_SECONDS,
+    aside_of,
+    check_writable,
+    flush,
+    is_untouched,
+    storage_fault,
+    sweep,
+    write_text,
+    writing,
+)
 
 LISTING_SECONDS = 30.0  # how long network storage may keep an old listing of a folder
 
@@ -53,12 +65,8 @@ def check_run_folder(folder: Path, config: Config, allow_config_change: bool) ->
 
     Raises ValueError naming the keys in which an earlier run's config differs.
     """
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise ValueError(f"output_dir: {existing} is a file; choose another folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"output_dir: no permission to write in {existing}; choose another folder")
-    if not folder.exists() or all(path.suffix == PART for path in folder.iterdir()):  # what a failed start left aside
+    check_writable(folder, "output_dir")
+    if is_untouched(folder):
         return
     saved = folder / "config.yaml"
     if not saved.is_file():
@@ -73,15 +81,30 @@ def check_run_folder(folder: Path, config: Config, allow_config_change: bool) ->
         )
 
 
+def check_pairs(folder: Path, fingerprint: str, allow_change: bool, say: Callable[[str], None]) -> None:
+    """Refuse to go on with other pairs than a run's. Raises ValueError; where a change is allowed, says so instead.
+
+    fingerprint: of the training pairs. A run from before it was kept passes.
+    """
+    before = json.loads((folder / "run.json").read_text()).get("pairs_fingerprint")
+    if before in (None, fingerprint):
+        return
+    change = f"output_dir: the training pairs are not those that the run in {folder} began with"
+    if not allow_change:
+        raise ValueError(
+            f"{change}: at each position of its order there would be another pair. Put the data back, choose another "
+            "output_dir, or go on all the same with --allow-config-change"
+        )
+    say(f"{change}; going on in the order of the new ones")
+
+
 def describe_run(folder: Path, config: Config, **facts: object) -> str:
     """Write config.yaml and run.json: what ran here, with what, started when; facts are added as given.
 
     Returns the run's identifier, the same at every start.
     """
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"could not make {folder}: {storage_fault(error, folder)}") from error
     write_text(folder / "config.yaml", dump_config(config))
     path = folder / "run.json"
     before = json.loads(path.read_text()) if path.is_file() else {}
@@ -297,7 +320,7 @@ def writing_aside(final: Path) -> Iterator[Path]:
     """A folder to write into that becomes `final` once all of it is on the disk; removed again if writing fails."""
     aside = aside_of(final)
     try:
-        sweep(final.parent, f"{final.name}.*{PART}", older_than=STALE_SECONDS)
+        sweep(final.parent, f"{glob.escape(final.name)}.*{PART}", older_than=STALE_SECONDS)
         aside.mkdir(parents=True)
         yield aside
         for path in [*aside.rglob("*"), aside]:

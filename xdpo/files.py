@@ -6,6 +6,7 @@ is written aside ends in `.part`, has a name of its own on any number of machine
 
 import errno
 import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -13,16 +14,37 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 PART = ".part"
+LOCK = "lock"
 STALE_SECONDS = 24 * 3600  # a file written aside that is older belongs to a process that is gone
 
 
 class StorageError(ValueError):
     """Storage failed, not the data: the message names the path, what happened, and what to do."""
+
+
+@contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Turn an OSError of whatever reads `path` into a StorageError; a missing file stays a FileNotFoundError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(f"could not read {path}: {storage_fault(error, Path(path))}") from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError of whatever writes `path` into a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"could not write {path}: {storage_fault(error, path)}") from error
 
 
 @contextmanager
@@ -33,15 +55,14 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
     """
     aside = aside_of(path)
     try:
-        sweep(path.parent, f"{path.name}.*{PART}", older_than=STALE_SECONDS)
-        with aside.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        flush(path.parent)
-    except OSError as error:
-        raise StorageError(f"could not write {path}: {storage_fault(error, path)}") from error
+        with writing(path):
+            sweep(path.parent, f"{glob.escape(path.name)}.*{PART}", older_than=STALE_SECONDS)
+            with aside.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+            flush(path.parent)
     finally:
         _discard(aside)
 
@@ -60,12 +81,10 @@ def only_writer(folder: Path, work: str) -> Iterator[None]:
     file systems hand on to other machines if they support locks; where they don't, nothing is refused.
     Raises StorageError naming the process that has it.
     """
-    path = folder / "lock"
-    try:
+    path = folder / LOCK
+    with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"could not write in {folder}: {storage_fault(error, folder)}") from error
     with file:
         if _is_locked_by_another(file):
             file.seek(0)
@@ -87,6 +106,11 @@ def _is_locked_by_another(file: IO) -> bool:
     return False
 
 
+def is_untouched(folder: Path) -> bool:
+    """Whether a folder is absent, or holds nothing but what a start that failed leaves: its lock and files aside."""
+    return not folder.exists() or all(path.suffix == PART or path.name == LOCK for path in folder.iterdir())
+
+
 def aside_of(path: Path) -> Path:
     """A name beside `path` that no other process has, on this machine or another."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{PART}")
@@ -95,11 +119,9 @@ def aside_of(path: Path) -> Path:
 def sweep(folder: Path, pattern: str, *, older_than: float = 0.0) -> None:
     """Remove what killed processes left aside: files and folders that match and are older than so many seconds."""
     for path in folder.glob(pattern):
-        try:
+        with suppress(OSError):  # another process swept it, or it is another user's
             if time.time() - path.stat().st_mtime >= older_than:
                 _discard(path)
-        except FileNotFoundError:  # another process swept it
-            continue
 
 
 def flush(path: Path) -> None:
@@ -109,6 +131,17 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """Raise StorageError where `folder`, the value of `setting`, can't be made or written to. Writes nothing."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise StorageError(f"{setting}: {existing} is a file; choose another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise StorageError(
+            f"{setting}: no permission to write in {existing}, or its storage is read-only; choose another folder"
+        )
 
 
 def file_sha256(path: Path) -> str:
@@ -142,11 +175,13 @@ def storage_fault(error: OSError, path: Path) -> str:
             return "there is no permission; change it, or name another folder"
         case errno.ENOENT:
             return "the folder does not exist (any more)"
-    return f"{error}; check that the folder is there and writable"
+    return f"{error}; check that the folder is there and open to this user"
 
 
 def _discard(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    """Remove a file or folder where that can be done: what stays is swept later."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -15,8 +15,11 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+
+from xdpo.files import replacing
 
 TEXT_COLUMNS = ("prompt", "caption", "text")
 CATEGORY_COLUMNS = ("category", "style", "figure")
@@ -231,7 +234,7 @@ def _rows_of_set(name: str, source: _Source, path: str | Path | None) -> _Rows:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
             raise OSError("HF_HUB_OFFLINE is set")
         return _read([_download(url, folder / file) for file, url in source.files.items()])
-    except OSError as error:  # urllib's errors are OSErrors
+    except (OSError, HTTPException) as error:  # urllib's errors are OSErrors; what was cut short is the other
         urls = "\n  ".join(url for url in source.files.values() if url)
         raise ValueError(
             f"prompt set {name!r} is not in the cache and could not be fetched: {error}\n"
@@ -261,9 +264,8 @@ def _download(url: str, target: Path) -> Path:
     with urllib.request.urlopen(url, timeout=_DOWNLOAD_TIMEOUT_SECONDS) as answer:
         content = answer.read()
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f"{target.name}.{os.getpid()}.part")
-    aside.write_bytes(content)
-    os.replace(aside, target)
+    with replacing(target, "wb") as file:
+        file.write(content)
     return target
 
 

@@ -1,7 +1,6 @@
 """What a run says: metrics.jsonl, trackers, a progress bar. Silent on every process but the first."""
 
 import json
-import os
 import resource
 import sys
 from pathlib import Path
@@ -10,13 +9,15 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from xdpo.files import reading, write_text, writing
+
 
 class RunLog:
     """Logs one row of numbers per optimizer step.
 
     Rows go to `folder`/metrics.jsonl (flushed at once, so that a kill loses none), to the trackers that the
     accelerator was built with, and the most telling of them to a progress bar. A resumed run drops the rows after
-    its checkpoint and writes them anew.
+    its checkpoint and writes them anew. Raises StorageError where a row can't be written.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class RunLog:
     def row(self, step: int, numbers: dict[str, float], advance: bool = False) -> None:
         """Log `numbers` at `step`; `advance` moves the bar by one optimizer step."""
         if self.is_main:
-            with self.path.open("a", encoding="utf-8") as file:
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **numbers}) + "\n")
             if advance:
                 shown = {"loss": "loss", "acc": "implicit_accuracy", "lr": "learning_rate"}
@@ -78,22 +79,21 @@ class RunLog:
 
 def read_rows(path: Path) -> list[dict]:
     """The rows of a metrics.jsonl, oldest first; a last line that a kill cut short is left out."""
+    with reading(path):
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
     return rows
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
     if path.is_file():
         kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
-        aside = path.with_name(path.name + ".part")
-        aside.write_text("".join(kept), encoding="utf-8")
-        os.replace(aside, path)
+        write_text(path, "".join(kept))
 
 
 def peak_memory_gb(device: torch.device) -> float:

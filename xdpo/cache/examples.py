@@ -12,7 +12,6 @@ Latents are the moments of the autoencoder's posterior, before its scaling facto
 image, moment 1 the standard deviation. Caption 0 is the empty one.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,7 +23,8 @@ import numpy as np
 import torch
 
 from xdpo import noise
-from xdpo.cache.shards import CacheError, Shards, replacing
+from xdpo.cache.shards import CacheError, Shards, read_json
+from xdpo.files import file_sha256, reading, write_text
 
 SHARD_BYTES = 128 * 2**20
 TABLES = ("pairs.parquet", "images.parquet", "prompts.parquet")
@@ -64,19 +64,19 @@ class ExamplePlan:
         return Shards(folder, name, count=count, shape=tuple(shape), dtype=self.dtype, per_shard=per_shard)
 
     def save(self, folder: Path) -> None:
-        with replacing(folder / "plan.json") as file:
-            json.dump(asdict(self), file, indent=2)
+        write_text(folder / "plan.json", json.dumps(asdict(self), indent=2))
 
     @classmethod
     def load(cls, folder: Path) -> "ExamplePlan | None":
         """The plan in a folder, or None where there is none. Raises CacheError for a damaged one."""
-        path = folder / "plan.json"
-        if not path.is_file():
-            return None
+        path, remedy = folder / "plan.json", f"remove {folder} and build the cache again"
+        with reading(path):
+            if not path.is_file():
+                return None
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise CacheError(f"{path} is damaged ({error}); remove {folder} and build the cache again") from None
+            return cls(**read_json(path, remedy))
+        except TypeError as error:
+            raise CacheError(f"{path} is damaged ({error}); {remedy}") from None
 
     def refuse_another(self, folder: Path, key: Mapping[str, Any]) -> None:
         """Raise CacheError, naming each difference, where a run's key isn't the cache's."""
@@ -92,30 +92,31 @@ class ExamplePlan:
 class ExampleCache:
     """A finished cache, opened for reading: a table of pairs, as data.PairTable is one, and their encodings.
 
-    Raises CacheError for one that is unfinished, damaged or of another key, naming file or difference.
+    Raises CacheError for one that is unfinished, damaged or of another key, naming file or difference; StorageError
+    where it can't be read. Nothing is written, so that it may lie on read-only storage.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]):
-        import pyarrow.parquet as pq
-
         plan = ExamplePlan.load(folder)
         if plan is None or not is_finished(folder):
             raise CacheError(f"cache.examples: {folder} holds no finished cache; run scripts/cache_examples.py")
         plan.refuse_another(folder, key)
         for name, checksum in _manifest(folder).items():
-            if file_sha256(folder / name) != checksum:
+            with reading(folder / name):
+                found = file_sha256(folder / name)
+            if found != checksum:
                 damaged = folder if name in (*TABLES, "plan.json") else folder / name
                 raise CacheError(f"{folder / name} is damaged; remove {damaged} and build the cache again")
         self.folder, self.plan = folder, plan
         self.latents, self.text = plan.latents(folder), plan.text(folder)
         for shards in (self.latents, self.text):
             shards.check_files()
-        pairs = pq.read_table(folder / "pairs.parquet")
+        pairs = _read_table(folder / "pairs.parquet")
         self.rows, self._chosen, self._rejected, self._prompt = (
             pairs[name].to_numpy() for name in ("row", "chosen_image", "rejected_image", "prompt")
         )
         self._pair_ids = pairs["pair_id"].combine_chunks()
-        self._truncated = pq.read_table(folder / "prompts.parquet")["truncated"].to_numpy()
+        self._truncated = _read_table(folder / "prompts.parquet")["truncated"].to_numpy()
         readable = np.ones(plan.num_images, dtype=bool)
         readable[self.latents.unreadable()] = False
         self._readable_images = readable
@@ -138,11 +139,9 @@ class ExampleCache:
     @property
     def scores(self) -> np.ndarray | None:
         """(2, N) float64, of each pair's chosen and rejected image, NaN where missing; None where the data had none."""
-        import pyarrow.parquet as pq
-
         if not self.plan.has_scores:
             return None
-        pairs = pq.read_table(self.folder / "pairs.parquet", columns=["chosen_score", "rejected_score"])
+        pairs = _read_table(self.folder / "pairs.parquet", columns=["chosen_score", "rejected_score"])
         return np.stack([column.to_numpy() for column in pairs.columns])
 
     def pair_id(self, row: int) -> str:
@@ -204,8 +203,8 @@ class CachedPairDataset:
                 index = (index + 1) % len(cache)
             flip, prompt = self._draw(index, position)
             for side, image in enumerate(cache.images_of(index)):
-                latent_rows[side, place] = cache.latents.read(image, int(flip))
-            text_rows[place] = cache.text.read(prompt)
+                cache.latents.read(image, int(flip), out=latent_rows[side, place])
+            cache.text.read(prompt, out=text_rows[place])
             rows.append(int(cache.rows[index]))
             truncated += cache.is_truncated(prompt)
         latents = latents.flatten(0, 1)
@@ -232,7 +231,7 @@ class CachedPairDataset:
         if not cache.is_readable(image):
             return None
         flip, prompt = self._draw(index, place)
-        moments = torch.from_numpy(np.array(cache.latents.read(image, int(flip))))
+        moments = torch.from_numpy(cache.latents.read(image, int(flip)))
         return {
             "latent_means": moments[0],
             "latent_stds": moments[1] if len(moments) == 2 else None,
@@ -246,7 +245,7 @@ class CachedPairDataset:
         return {"text_states": self._text_states(0 if index is None else self.table.prompt_of(index))}
 
     def _text_states(self, prompt: int) -> torch.Tensor:
-        return torch.from_numpy(np.array(self.table.text.read(prompt)))
+        return torch.from_numpy(self.table.text.read(prompt))
 
     def _draw(self, index: int, place: int) -> tuple[bool, int]:
         """Whether the images are mirrored, and the record of the caption."""
@@ -263,23 +262,22 @@ def finish(folder: Path, plan: ExamplePlan) -> None:
     shards = (plan.latents(folder), plan.text(folder))
     names = [*plan.tables, "plan.json"]
     names += [kind.checksum_path(shard).name for kind in shards for shard in range(len(kind))]
-    with replacing(folder / "manifest.json") as file:
-        json.dump({name: file_sha256(folder / name) for name in names}, file, indent=2)
+    content = {name: file_sha256(folder / name) for name in names}
+    write_text(folder / "manifest.json", json.dumps(content, indent=2))
 
 
 def is_finished(folder: Path) -> bool:
     """Whether a cache is finished, with every shard's checksums in place."""
-    return (folder / "manifest.json").is_file() and all((folder / name).is_file() for name in _manifest(folder))
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with reading(folder):
+        return (folder / "manifest.json").is_file() and all((folder / name).is_file() for name in _manifest(folder))
 
 
 def _manifest(folder: Path) -> dict[str, str]:
-    path = folder / "manifest.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CacheError(f"{path} is damaged ({error}); remove it and build the cache again") from None
+    return read_json(folder / "manifest.json", "remove it and build the cache again")
+
+
+def _read_table(path: Path, columns: Sequence[str] | None = None) -> Any:
+    import pyarrow.parquet as pq
+
+    with reading(path):
+        return pq.read_table(path, columns=columns)

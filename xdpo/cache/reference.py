@@ -9,10 +9,9 @@ killed may be cut and then counts as absent.
 import hashlib
 import json
 import os
-import struct
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,30 +19,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xdpo.cache.shards import CacheError, replacing
+from xdpo.cache.shards import CacheError
+from xdpo.files import check_writable, reading, write_text, writing
 
 RECORD = np.dtype([("position", "<i8"), ("chosen", "<f4"), ("rejected", "<f4")])
-_HEADER = struct.Struct("<4sII")  # magic, number of records, CRC-32 of the records
+_HEADER = np.dtype([("magic", "S4"), ("count", "<u4"), ("crc32", "<u4")])  # of a block; the sum is of its records
 _MAGIC = b"xref"
 
 
 class ReferenceCache:
-    """Errors under one key, in `FOLDER/{hash of the key}/`; made where it doesn't exist."""
+    """Errors under one key, in `FOLDER/{hash of the key}/`; made where it doesn't exist.
+
+    Storage that can't be read or written raises StorageError. A folder that is there may be read-only: only recording
+    writes.
+    """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]):
         """Read all that is recorded. Raises CacheError for a damaged file, naming it."""
         text = json.dumps(key, indent=2, sort_keys=True, default=str)
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CacheError(f"cache.reference: can't make {self.folder} ({error}); choose another folder") from error
-        with replacing(self.folder / "key.json") as file:
-            file.write(text + "\n")
+        self._write_key(text + "\n")
         self._errors = np.empty((0, 2), dtype=np.float32)  # by position; NaN: not known
         self._file: IO[bytes] | None = None
-        for path in sorted(self.folder.glob("errors-*.bin")):
-            self._remember(_read_records(path))
+        with reading(self.folder):
+            paths = sorted(self.folder.glob("errors-*.bin"))
+        for path in paths:
+            for records in _read_records(path):
+                self._remember(records)
 
     def __len__(self) -> int:
         """How many samples are known."""
@@ -64,30 +66,46 @@ class ReferenceCache:
         found = self._errors[wanted]
         return None if np.isnan(found).any() else torch.from_numpy(found.T.copy()).to(device, non_blocking=True)
 
+    def check_writable(self) -> None:
+        """Raise StorageError where nothing can be recorded."""
+        check_writable(self.folder, "cache.reference")
+
     def record(self, positions: Sequence[int] | Tensor, errors: Tensor) -> None:
         """Append a batch's errors, (2, B), and hand them to the system: a killed process loses none of them.
 
-        Errors that are not finite are left out. Raises CacheError when they can't be written.
+        Errors that are not finite are left out.
         """
         records = np.empty(len(positions), dtype=RECORD)
         records["position"] = np.asarray(positions)
         records["chosen"], records["rejected"] = errors.detach().float().cpu().numpy()
         records = records[np.isfinite(records["chosen"]) & np.isfinite(records["rejected"])]
+        if not len(records):
+            return
         content = records.tobytes()
-        try:
+        with writing(self.folder):
             if self._file is None:
                 self._file = (self.folder / f"errors-{uuid.uuid4().hex}.bin").open("ab")
-            self._file.write(_HEADER.pack(_MAGIC, len(records), zlib.crc32(content)) + content)
+            self._file.write(np.array((_MAGIC, len(records), zlib.crc32(content)), _HEADER).tobytes() + content)
             self._file.flush()
-        except OSError as error:
-            raise CacheError(f"cache.reference: could not write in {self.folder}: {error}") from error
         self._remember(records)
 
     def close(self) -> None:
+        """Have what was recorded on the disk; network storage may say no sooner than here that it is full."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
-            self._file.close()
+            with writing(self.folder):
+                os.fsync(self._file.fileno())
+                self._file.close()
             self._file = None
+
+    def _write_key(self, text: str) -> None:
+        """Write what the folder is of, for people, unless it stands there."""
+        path = self.folder / "key.json"
+        with reading(path):
+            if path.is_file() and path.read_bytes() == text.encode():
+                return
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
 
     def _remember(self, records: np.ndarray) -> None:
         if not len(records):
@@ -100,19 +118,56 @@ class ReferenceCache:
         self._errors[records["position"], 1] = records["rejected"]
 
 
-def _read_records(path: Path) -> np.ndarray:
-    """All whole blocks of a file."""
-    content, start, blocks = path.read_bytes(), 0, [np.empty(0, dtype=RECORD)]
-    while start + _HEADER.size <= len(content):
-        magic, count, checksum = _HEADER.unpack_from(content, start)
-        body = content[start + _HEADER.size : start + _HEADER.size + count * RECORD.itemsize]
-        is_cut = magic == _MAGIC and len(body) < count * RECORD.itemsize
-        if is_cut:
-            break
-        if magic != _MAGIC or zlib.crc32(body) != checksum:
-            raise CacheError(
-                f"{path} is damaged at byte {start}; remove the file: what it held is computed again when needed"
-            )
-        blocks.append(np.frombuffer(body, dtype=RECORD))
-        start += _HEADER.size + len(body)
-    return np.concatenate(blocks)
+def _read_records(path: Path) -> Iterator[np.ndarray]:
+    """The records of all whole blocks of a file, many blocks at once.
+
+    A block is a micro-batch's, so a long run leaves a million, nearly all of one size. Blocks as large as the next
+    one are looked at together: twice as many each time, and one alone where another size begins.
+    """
+    with reading(path):
+        content = path.read_bytes()
+    start, at_once = 0, 1
+    while start + _HEADER.itemsize <= len(content):
+        magic, count, _ = np.frombuffer(content, _HEADER, 1, start)[0].tolist()
+        size = _HEADER.itemsize + count * RECORD.itemsize
+        whole = (len(content) - start) // size
+        if magic == _MAGIC and not whole and _MAGIC not in content[start + len(magic) :]:
+            return  # cut by a kill
+        if magic != _MAGIC or not whole:
+            raise _damaged(path, start)
+        headers = np.ndarray(min(at_once, whole), _HEADER, content, start, (size,))
+        is_alike = (headers["magic"] == _MAGIC) & (headers["count"] == count)
+        blocks = len(headers) if is_alike.all() else int(is_alike.argmin())
+        body = start + _HEADER.itemsize
+        found = _crc32(np.ndarray((blocks, count * RECORD.itemsize), np.uint8, content, body, (size, 1)))
+        is_sound = found == headers["crc32"][:blocks]
+        if not is_sound.all():
+            raise _damaged(path, start + int(is_sound.argmin()) * size)
+        yield np.ndarray((blocks, count), RECORD, content, body, (size, RECORD.itemsize)).flatten()
+        at_once = 2 * at_once if blocks == at_once else 1
+        start += blocks * size
+
+
+def _damaged(path: Path, start: int) -> CacheError:
+    return CacheError(f"{path} is damaged at byte {start}; remove the file: what it held is computed again when needed")
+
+
+def _crc32(rows: np.ndarray) -> np.ndarray:
+    """CRC-32 of each row: (rows, bytes) uint8 → (rows,) uint32. Of many short ones all at once, byte by byte."""
+    if len(rows) < 32 * rows.shape[1]:
+        return np.array([zlib.crc32(row) for row in rows], dtype=np.uint32)
+    sums = np.full(len(rows), 0xFFFFFFFF, dtype=np.uint32)
+    for column in rows.T:
+        sums = _OF_A_BYTE[(sums ^ column) & 0xFF] ^ (sums >> 8)
+    return ~sums
+
+
+def _crc32_table() -> np.ndarray:
+    """What each value of a byte does to the sum, (256,) uint32: CRC-32's polynomial, eight bits on."""
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = np.where(table & 1, 0xEDB88320 ^ (table >> 1), table >> 1).astype(np.uint32)
+    return table
+
+
+_OF_A_BYTE = _crc32_table()

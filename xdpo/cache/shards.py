@@ -1,37 +1,39 @@
-"""Equal records in numbered, memory-mapped .npy files, with a checksum for every part of a record.
+"""Equal records in numbered .npy files, with a checksum for every part of a record.
 
 A shard is written aside, flushed and renamed; its checksums, written after it, say that it is finished. So a kill
 loses the shard in work and no other, and a flipped byte is met by whoever reads its record, not by the model.
 """
 
-import errno
 import json
 import os
-import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
+from xdpo.files import StorageError, reading, replacing
+
 
 class CacheError(ValueError):
-    """A cache can't be used or written; the message names the file and says what to do."""
+    """A cache can't be used: another's, unfinished or damaged. The message names the file and says what to do."""
 
 
 class Shards:
     """`count` records of `shape` in the files `{name}_00000.npy`, `{name}_00001.npy`, … of a folder.
 
     shape: (parts, …). A part is what is read at once and has a checksum of its own, as the two orientations of an
-    image. `per_shard` records make a file. Opening touches no file, and each process maps files as it meets them.
+    image. `per_shard` records make a file. Constructing one touches no file, and none stays open: a cache may have
+    more files than a process may open. Storage that fails raises StorageError and is never taken for damage.
     """
 
     def __init__(self, folder: Path, name: str, *, count: int, shape: tuple[int, ...], dtype: str, per_shard: int):
         self.folder, self.name = folder, name
         self.count, self.shape, self.dtype, self.per_shard = count, tuple(shape), np.dtype(dtype), per_shard
-        self._maps: dict[int, np.ndarray] = {}
+        self._prefix = str(folder / f"{name}_")
+        self._part_bytes = int(np.prod(shape[1:])) * self.dtype.itemsize
+        self._starts: dict[int, int] = {}  # shard → where its records start, after the header; known once checked
         self._checksums: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -43,18 +45,19 @@ class Shards:
         return range(shard * self.per_shard, min((shard + 1) * self.per_shard, self.count))
 
     def path(self, shard: int) -> Path:
-        return self.folder / f"{self.name}_{shard:05d}.npy"
+        return Path(self._path(shard))
 
     def checksum_path(self, shard: int) -> Path:
         return self.path(shard).with_suffix(".json")
 
     def is_finished(self, shard: int) -> bool:
-        return self.checksum_path(shard).is_file()
+        with reading(self.checksum_path(shard)):
+            return self.checksum_path(shard).is_file()
 
     @property
     def num_bytes(self) -> int:
         """Size of all records."""
-        return self.count * int(np.prod(self.shape)) * self.dtype.itemsize
+        return self.count * self.shape[0] * self._part_bytes
 
     def write(self, shard: int, records: np.ndarray, unreadable: Iterable[int] = ()) -> None:
         """Write a whole shard, then its checksums. `unreadable` are the records whose source could not be read."""
@@ -63,25 +66,32 @@ class Shards:
         records = np.ascontiguousarray(records, dtype=self.dtype)
         checksums = [[zlib.crc32(part) for part in record] for record in records]
         with replacing(self.path(shard), "wb") as file:
-            np.save(file, records)
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(records))
+            file.write(records.data)  # np.save would say of a full disk how much it wrote, and nothing of the disk
         with replacing(self.checksum_path(shard)) as file:
             json.dump({"crc32": checksums, "unreadable": sorted(unreadable)}, file)
 
     def unreadable(self) -> list[int]:
         """The records, in all shards, whose source could not be read; they hold zeros."""
-        return [record for shard in range(len(self)) for record in _read_json(self.checksum_path(shard))["unreadable"]]
+        return [record for shard in range(len(self)) for record in self._sums(shard)["unreadable"]]
 
     def check_files(self) -> None:
         """Raise CacheError, naming the file, for a shard that is missing or has the wrong size. Reads headers only."""
         for shard in range(len(self)):
-            self._map(shard)
+            self._starts[shard] = self._checked_start(shard)
 
-    def read(self, record: int, part: int = 0) -> np.ndarray:
-        """A part of a record, of `shape[1:]`, checked against its checksum. Raises CacheError for damage."""
+    def read(self, record: int, part: int = 0, out: np.ndarray | None = None) -> np.ndarray:
+        """A part of a record, of `shape[1:]`, checked against its checksum; in `out` where that is given.
+
+        out: contiguous, of the same shape and dtype. Raises CacheError for damage.
+        """
+        values = np.empty(self.shape[1:], self.dtype) if out is None else out
         shard, place = divmod(record, self.per_shard)
-        values = self._map(shard)[place, part]
+        if shard not in self._starts:
+            self._starts[shard] = self._checked_start(shard)
         if shard not in self._checksums:
-            self._checksums[shard] = np.array(_read_json(self.checksum_path(shard))["crc32"], dtype=np.uint32)
+            self._checksums[shard] = np.array(self._sums(shard)["crc32"], dtype=np.uint32)
+        self._fill(values, shard, place * self.shape[0] + part)
         if zlib.crc32(values) != self._checksums[shard][place, part]:
             raise CacheError(
                 f"{self.path(shard)} is damaged: record {record} differs from its checksum; {self._remedy(shard)}"
@@ -95,58 +105,76 @@ class Shards:
                 for part in range(self.shape[0]):
                     self.read(record, part)
 
-    def _map(self, shard: int) -> np.ndarray:
-        if shard not in self._maps:
-            path, expected = self.path(shard), (len(self.records_of(shard)), *self.shape)
-            remedy = self._remedy(shard)
-            try:
-                found = np.load(path, mmap_mode="r", allow_pickle=False)
-            except FileNotFoundError:
-                raise CacheError(f"{path} is missing; {remedy}") from None
-            except (OSError, ValueError) as error:
-                raise CacheError(f"{path} is cut or damaged ({error}); {remedy}") from None
-            if found.shape != expected or found.dtype != self.dtype:
-                raise CacheError(
-                    f"{path} holds {found.shape} {found.dtype}, expected {expected} {self.dtype}; {remedy}"
-                )
-            self._maps[shard] = found
-        return self._maps[shard]
+    def _fill(self, values: np.ndarray, shard: int, number: int) -> None:
+        """Read the part with this number in a shard.
+
+        Read, not mapped: a mapping would hold a descriptor, and where storage fails under it the process dies of
+        SIGBUS without a word. Opening the file each time costs microseconds.
+        """
+        path = self._path(shard)
+        try:
+            with reading(path), open(path, "rb", buffering=0) as file:
+                file.seek(self._starts[shard] + number * self._part_bytes)
+                size = file.readinto(values)
+        except FileNotFoundError:
+            raise self._missing(shard) from None
+        if size < self._part_bytes:
+            raise CacheError(f"{path} is cut or damaged (shorter than before); {self._remedy(shard)}")
+
+    def _path(self, shard: int) -> str:
+        """As text, for whoever opens it for every record: joining a Path takes as long as opening the file."""
+        return f"{self._prefix}{shard:05d}.npy"
+
+    def _checked_start(self, shard: int) -> int:
+        """Where the records of a shard start in its file, whose header and size are looked at."""
+        path, expected = self.path(shard), (len(self.records_of(shard)), *self.shape)
+        try:
+            with reading(path), path.open("rb") as file:
+                shape, dtype = _read_header(file)
+                start, size = file.tell(), os.fstat(file.fileno()).st_size
+        except FileNotFoundError:
+            raise self._missing(shard) from None
+        except StorageError:
+            raise
+        except ValueError as error:
+            raise CacheError(f"{path} is cut or damaged ({error}); {self._remedy(shard)}") from None
+        if shape != expected or dtype != self.dtype:
+            raise CacheError(f"{path} holds {shape} {dtype}, expected {expected} {self.dtype}; {self._remedy(shard)}")
+        needed = start + expected[0] * self.shape[0] * self._part_bytes
+        if size != needed:
+            raise CacheError(f"{path} is cut or damaged ({size} bytes, not {needed}); {self._remedy(shard)}")
+        return start
+
+    def _sums(self, shard: int) -> dict[str, list]:
+        return read_json(self.checksum_path(shard), "remove it and build the cache again")
+
+    def _missing(self, shard: int) -> CacheError:
+        return CacheError(f"{self.path(shard)} is missing; {self._remedy(shard)}")
 
     def _remedy(self, shard: int) -> str:
         return f"remove {self.checksum_path(shard).name} beside it and build again: only this shard is made anew"
 
     def __getstate__(self) -> dict:
-        """Without the maps: pickling one (a worker that is spawned) would copy the file."""
-        return self.__dict__ | {"_maps": {}, "_checksums": {}}
+        """Without the checksums: a worker that is spawned needs few of them, and reads those itself."""
+        return self.__dict__ | {"_checksums": {}}
 
 
-@contextmanager
-def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
-    """Open a file to write aside; when all of it is on the disk it takes the place of `path`.
-
-    Raises CacheError when it can't be written, with what is free on the disk where that is the reason.
-    """
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+def read_json(path: Path, remedy: str) -> Any:
+    """What a small file of a cache holds. Raises CacheError, ending in `remedy`, for one that is missing or damaged."""
     try:
-        with aside.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        full = error.errno == errno.ENOSPC
-        free = f"The disk is full ({shutil.disk_usage(path.parent).free / 1e9:.2f} GB free); make room" if full else ""
-        raise CacheError(
-            f"could not write {path}: {error}. {free or 'Check that the folder is writable'}"
-            " and run the same command again; finished shards are kept"
-        ) from error
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with reading(path):
+            content = path.read_bytes()
     except FileNotFoundError:
         raise CacheError(f"{path} is missing: the cache isn't finished; build it again") from None
-    except (OSError, ValueError) as error:
-        raise CacheError(f"{path} is damaged ({error}); remove it and build the cache again") from None
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise CacheError(f"{path} is damaged ({error}); {remedy}") from None
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of a .npy file, read up to where the numbers start. Raises ValueError for another file."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    return shape, dtype

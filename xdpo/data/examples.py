@@ -100,10 +100,7 @@ class PairDataset(Dataset):
 
     def caption(self, index: int | None) -> dict[str, Any]:
         """input_ids (L,) of a pair's caption, never dropped; None is the empty caption."""
-        caption = ""
-        if index is not None:
-            caption = self.table.dataset.select_columns("caption")[int(self.table.rows[index])]["caption"]
-        return {"input_ids": self._tokenize(caption)[0]}
+        return {"input_ids": self._tokenize("" if index is None else self.table.caption(index))[0]}
 
     def batch(self, positions: Sequence[int]) -> dict[str, Any]:
         """The examples at some positions as one batch (collate_pairs)."""

@@ -16,7 +16,8 @@ import numpy as np
 if TYPE_CHECKING:
     from datasets import Dataset
 
-REQUIRED_COLUMNS = ("jpg_0", "jpg_1", "label_0", "caption")
+IMAGE_COLUMNS = ("jpg_0", "jpg_1")
+REQUIRED_COLUMNS = (*IMAGE_COLUMNS, "label_0", "caption")
 SCORE_COLUMNS = ("score_0", "score_1")
 OPTIONAL_COLUMNS = (
     *("label_1", "has_label", "are_different", "ranking_id", "image_0_uid", "image_1_uid", "__key__"),
@@ -63,8 +64,11 @@ class PairTable:
 
     def pair_id(self, row: int) -> str:
         """Name of the pair at a row of the source, without reading its images."""
-        columns = self._named(ID_COLUMNS)
-        return pair_id(self.dataset.select_columns(columns)[row] if columns else {}, row)
+        return pair_id(self._without_images[row], row)
+
+    def caption(self, index: int) -> str:
+        """A pair's caption, without reading its images."""
+        return self._without_images[int(self.rows[index])]["caption"]
 
     def columns(self, *names: str) -> dict[str, list]:
         """Light columns of the usable pairs, in their order; those that the source has."""
@@ -100,6 +104,15 @@ class PairTable:
             digest.update("\0".join([name, *map(str, values)]).encode())
         return digest.hexdigest()[:16]
 
+    @cached_property
+    def _without_images(self) -> "Dataset":
+        """The source's rows without images; kept, as choosing columns of a large source takes as long as a step."""
+        return self.dataset.select_columns([name for name in self.dataset.column_names if name not in IMAGE_COLUMNS])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what a worker that is spawned makes itself: of a source in memory it would travel a second time."""
+        return {name: value for name, value in self.__dict__.items() if name != "_without_images"}
+
     def _oriented(self, sides: np.ndarray) -> np.ndarray:
         """(2, N) by image 0 and 1 → (2, N), chosen first."""
         pairs = np.arange(len(self))
@@ -129,7 +142,7 @@ def with_house_columns(dataset: "Dataset", where: str) -> "Dataset":
     require_columns(dataset.column_names, where)
     names = _house_names(dataset.column_names)
     dataset = dataset.select_columns(list(names)).rename_columns(names)
-    for column in ("jpg_0", "jpg_1"):
+    for column in IMAGE_COLUMNS:
         if isinstance(dataset.features[column], Image):
             dataset = dataset.cast_column(column, Image(decode=False))
     return dataset
@@ -154,7 +167,7 @@ def require_columns(found: list[str], where: str) -> None:
 
 def usable_pairs(dataset: "Dataset", max_pairs: int | None, where: str) -> PairTable:
     """Filter and orient by the label columns alone: a million rows take about a second and no image is touched."""
-    light = [name for name in dataset.column_names if name not in ("jpg_0", "jpg_1")]
+    light = [name for name in dataset.column_names if name not in IMAGE_COLUMNS]
     table = dataset.select_columns(light).with_format("arrow")[:]
     label_0 = _numbers(table, "label_0", where)
     label_1 = _numbers(table, "label_1", where) if "label_1" in light else 1 - label_0

@@ -4,8 +4,9 @@ The label is Diffusion-KTO's: an image that was preferred at least once is desir
 image that stands in several pairs is one image. Ties are no part of the pairs; an image that only tied is left out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,7 @@ class UnpairedOrder:
 
     def __init__(self, seed: int, images: LabelledImages, desirable_share: float):
         self.seed, self.desirable_share = seed, desirable_share
+        self._images = images
         self._places = {label: images.places(desirable=label) for label in (True, False)}
 
     def __getitem__(self, place: int) -> int:
@@ -74,6 +76,13 @@ class UnpairedOrder:
         coin, choice = torch.rand(2, generator=source, dtype=torch.float64).tolist()
         candidates = self._places[coin < self.desirable_share]
         return int(candidates[int(choice * len(candidates))])
+
+    def stand_ins(self, image: int) -> Iterator[int]:
+        """An image, then those of its label that follow it, round and round: each of them once."""
+        candidates = self._places[bool(self._images.desirable[image])]
+        start = int(np.searchsorted(candidates, image))
+        for step in range(len(candidates)):
+            yield int(candidates[(start + step) % len(candidates)])
 
 
 def places_of(positions: Sequence[int]) -> list[int]:
@@ -130,11 +139,7 @@ class UnpairedDataset(Dataset):
 
     def _readable(self, place: int, unreadable: list[int]) -> tuple[int, dict[str, Any]]:
         """The image at a place, or the next one of its label that can be read."""
-        image = self.order[place]
-        candidates = self.images.places(desirable=bool(self.images.desirable[image]))
-        start = int(np.searchsorted(candidates, image))
-        for step in range(min(len(candidates), MAX_SUBSTITUTIONS)):
-            image = int(candidates[(start + step) % len(candidates)])
+        for image in islice(self.order.stand_ins(self.order[place]), MAX_SUBSTITUTIONS):
             index = int(self.images.index[image])
             item = self.pairs.image(index, int(self.images.side[image]), place)
             if item is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from xdpo.checkpoint import write_text
+from xdpo.files import write_text
 
 POLL_SECONDS = 0.1
 

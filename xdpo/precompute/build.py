@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from xdpo import processes
 from xdpo.cache import CacheError, ExampleCache, ExamplePlan, Shards
-from xdpo.cache.examples import TABLES, file_sha256, finish, is_finished
-from xdpo.cache.shards import replacing
+from xdpo.cache.examples import TABLES, finish, is_finished
 from xdpo.config import Config
 from xdpo.data import PairTable, finite_scores, no_scores
 from xdpo.data.images import UnreadableImageError, decode_rgb, square_pixels
 from xdpo.data.table import pair_id
+from xdpo.files import file_sha256, replacing
 from xdpo.models import PipelineParts, encode_captions, encode_images, load_parts
 from xdpo.precompute.keys import example_key, examples_folder
 from xdpo.precompute.opening import load_table

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from xdpo import processes
 from xdpo.cache import CachedPairDataset, ExampleCache, ReferenceCache
 from xdpo.cache.examples import is_finished
-from xdpo.cache.shards import replacing
 from xdpo.config import Config
 from xdpo.data import PairDataset, PairTable, UnpairedDataset, load_pairs
+from xdpo.files import replacing
 from xdpo.models import PipelineParts
 from xdpo.noise import HELD_OUT_SEED
 from xdpo.precompute.keys import desirable_share, example_key, examples_folder, reference_key

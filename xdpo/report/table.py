@@ -6,12 +6,13 @@ Each file is written aside and renamed, so a kill at any moment loses only the s
 """
 
 import fcntl
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, NamedTuple
 from uuid import uuid4
+
+from xdpo.files import reading, replacing, writing
 
 TABLE, PARTS, LOCK = "scores.parquet", "scores.parts", ".writing"
 
@@ -109,19 +110,11 @@ class ScoreTable:
             self._lock.close()
 
 
-def check_writable(folder: Path) -> None:
-    """Raise ValueError where `folder` cannot be made or written to; writes nothing."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise ValueError(f"--output {folder}: {existing} is a file; choose another folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"--output {folder}: no permission to write in {existing}; choose another folder")
-
-
 def _locked(folder: Path) -> IO[str]:
     """An open file that holds the folder's lock; the system releases it with the process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / LOCK).open("w")
+    with writing(folder / LOCK):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -152,8 +145,10 @@ def _read(path: Path) -> list[Score]:
     import pyarrow.parquet as pq
 
     remedy = "move it away and run again: its images are then scored anew"
+    with reading(path):
+        content = path.read_bytes()
     try:
-        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
+        table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a score table that can be read ({error}); {remedy}") from None
     if table.schema.names != _schema().names:
@@ -165,11 +160,9 @@ def _write(path: Path, rows: list[Score]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     schema = _schema()
     table = pa.Table.from_pydict({name: [getattr(row, name) for row in rows] for name in schema.names}, schema=schema)
-    pq.write_table(table, aside, compression="zstd", write_page_checksum=True)
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    with replacing(path, "wb") as file:
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)

@@ -21,7 +21,8 @@ from typing import Any
 
 from PIL import Image
 
-from xdpo.checkpoint import library_versions, write_text
+from xdpo.checkpoint import library_versions
+from xdpo.files import PART, check_writable, reading, replacing, write_text, writing
 
 SETTINGS, MANIFEST, PARTS = "settings.json", "manifest.jsonl", "manifest.part-*.jsonl"
 
@@ -34,18 +35,15 @@ def check_image_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     """Refuse a folder that holds something else, images of other settings, or that can't be written to. Writes nothing.
 
     settings: flat, everything that decides a pixel; values as JSON has them. Raises ImageFolderError naming the keys
-    that differ.
+    that differ; StorageError where it can't be written to.
     """
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise ImageFolderError(f"output: {existing} is a file; choose another folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ImageFolderError(f"output: no permission to write in {existing}; choose another folder")
-    if not folder.exists() or not any(folder.iterdir()):
+    check_writable(folder, "output")
+    names = sorted(path.name for path in folder.iterdir() if path.suffix != PART) if folder.exists() else []
+    if not names:
         return
     saved = _read_settings(folder)
     if saved is None:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:5])
+        found = ", ".join(names[:5])
         raise ImageFolderError(f"output: {folder} holds something else than generated images ({found}); choose another")
     before = saved["settings"]
     changes = [
@@ -67,7 +65,8 @@ def open_image_folder(folder: Path, settings: Mapping[str, Any], made_with: Mapp
     made_with: what may differ between starts, and may then differ in the last bit of a pixel; returns a line for each
     thing that did since the last start.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     facts = {**made_with, **library_versions()}
     saved = _read_settings(folder) or {"settings": dict(settings), "starts": []}
     last = saved["starts"][-1] if saved["starts"] else facts
@@ -79,25 +78,26 @@ def open_image_folder(folder: Path, settings: Mapping[str, Any], made_with: Mapp
 
 
 def save_image(path: Path, image: Image.Image, quality: int) -> str:
-    """Write a PNG, or by its suffix a JPEG of that quality, and return the file's sha256; never half an image."""
+    """Write a PNG, or by its suffix a JPEG of that quality, and return the file's sha256; never half an image.
+
+    Raises StorageError.
+    """
     buffer = io.BytesIO()
     if path.suffix == ".jpg":
         image.save(buffer, "JPEG", quality=quality)
     else:
         image.save(buffer, "PNG")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
-    with aside.open("wb") as file:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, "wb") as file:
         file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
     return hashlib.sha256(buffer.getbuffer()).hexdigest()
 
 
 def record(folder: Path, rank: int, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append the rows of finished images to this process's part of the manifest."""
-    with (folder / PARTS.replace("*", f"{rank:05d}")).open("a", encoding="utf-8") as file:
+    """Append the rows of finished images to this process's part of the manifest. Raises StorageError."""
+    path = folder / PARTS.replace("*", f"{rank:05d}")
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)  # ASCII: no separator that a reader might split at
         file.flush()
         os.fsync(file.fileno())
@@ -130,7 +130,9 @@ def collect_manifest(folder: Path) -> list[dict[str, Any]]:
 
 
 def _rows(path: Path, may_be_torn: bool) -> Iterable[dict[str, Any]]:
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    with reading(path):
+        content = path.read_bytes()
+    for number, line in enumerate(content.split(b"\n"), start=1):
         try:
             if line:
                 yield json.loads(line)
@@ -143,8 +145,10 @@ def _rows(path: Path, may_be_torn: bool) -> Iterable[dict[str, Any]]:
 def _read_settings(folder: Path) -> dict[str, Any] | None:
     if not (folder / SETTINGS).is_file():
         return None
+    with reading(folder / SETTINGS):
+        content = (folder / SETTINGS).read_bytes()
     try:
-        saved = json.loads((folder / SETTINGS).read_text("utf-8"))
+        saved = json.loads(content)
         return {"settings": dict(saved["settings"]), "starts": list(saved["starts"])}
     except (ValueError, KeyError, TypeError) as error:
         raise ImageFolderError(f"output: {folder / SETTINGS} is damaged; choose another --output") from error

@@ -1,21 +1,21 @@
 """The files behind the metrics: which ones at which revision, found in a folder or fetched, and checked."""
 
 import functools
-import hashlib
 import json
-import os
 import pickle
-import shutil
 import urllib.request
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from xdpo.files import file_sha256, reading, replacing
 
 SIZES_FILE = "sizes.json"
 
@@ -94,8 +94,9 @@ def _from_hub(file: WeightFile) -> tuple[Path | None, str]:
         from huggingface_hub import hf_hub_download
 
         return Path(hf_hub_download(file.repository, file.name, revision=file.revision)), ""
-    except (OSError, ValueError) as error:
-        return None, f"could not be downloaded: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
+    except (OSError, ValueError, HTTPException) as error:
+        reason = str(error).strip() or repr(error)
+        return None, f"could not be downloaded: {reason.splitlines()[0]}"
 
 
 def _from_url(file: WeightFile) -> Path:
@@ -106,14 +107,11 @@ def _from_url(file: WeightFile) -> Path:
     if not path.is_file():
         if constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
+        with urllib.request.urlopen(file.url, timeout=30) as response:
+            content = response.read()  # before anything is written: the network's errors are not the disk's
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            with urllib.request.urlopen(file.url, timeout=30) as response, part.open("wb") as output:
-                shutil.copyfileobj(response, output)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(path, "wb") as output:
+            output.write(content)
     return path
 
 
@@ -138,8 +136,8 @@ def digest(path: Path) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _digest(path: Path, size: int, modified_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with reading(path):
+        return file_sha256(path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

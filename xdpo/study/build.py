@@ -46,7 +46,7 @@ def build_study(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple
     prompts = _draw(_common_prompts(model[0], shown), plan.sample, rng)
     items, sources = _items(model[0], [name for name, _ in baselines], shown, prompts, plan.obvious)
     tasks, repeats = _deal(items, plan, rng)
-    with _nothing_left_of_a_refused(folder), writing_aside(folder) as aside:
+    with writing_aside(folder) as aside, _nothing_left_of_a_refused(aside):
         study = Study(
             folder=aside,
             id=secrets.token_hex(8),
@@ -67,12 +67,12 @@ def build_study(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple
 
 
 @contextmanager
-def _nothing_left_of_a_refused(folder: Path) -> Iterator[None]:
+def _nothing_left_of_a_refused(aside: Path) -> Iterator[None]:
     """Take what was written aside away again where an image turns out to be of no use."""
     try:
         yield
     except StudyError:
-        shutil.rmtree(folder.with_name(folder.name + ".part"), ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
         raise
 
 

@@ -1,0 +1,108 @@
+"""Files are written whole or not at all, beside any number of other writers; what storage does is said in words."""
+
+import errno
+import os
+import threading
+import time
+
+import pytest
+from conftest import failing
+
+from xdpo import files
+from xdpo.files import StorageError, check_writable, reading, replacing, sweep, write_text, writing
+
+WORDS = {
+    errno.ENOSPC: "the disk is full .* make room",
+    errno.EDQUOT: "the disk is full .* make room",
+    errno.EMFILE: "too many files are open .* the file itself is fine. Raise the limit",
+    errno.EIO: r".*input/output error \(EIO\)",
+    errno.ESTALE: "the network storage does not answer",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "there is no permission",
+}
+
+
+@pytest.mark.parametrize("number", WORDS)
+def test_what_storage_does_is_called_by_its_name(tmp_path, number):
+    for meet, did in ((reading, "read"), (writing, "write")):
+        words = f"could not {did} {tmp_path}/file: {WORDS[number]}"
+        with pytest.raises(StorageError, match=words), meet(tmp_path / "file"):
+            failing(number)()
+
+
+def test_a_missing_file_is_for_the_reader_to_judge(tmp_path):
+    with pytest.raises(FileNotFoundError), reading(tmp_path / "file"):
+        (tmp_path / "file").read_text()
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "file"
+    with replacing(path) as one, replacing(path) as other:
+        one.write("one")
+        other.write("other")
+    assert path.read_text() == "one" and os.listdir(tmp_path) == ["file"]
+
+
+def test_many_writers_at_once_leave_one_whole_file(tmp_path):
+    failed, at_once = [], threading.Barrier(4)
+
+    def write(number):
+        try:
+            for _ in range(20):
+                at_once.wait()
+                write_text(tmp_path / "file", str(number) * 1000)
+        except Exception as error:
+            failed.append(error)
+            at_once.abort()
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert (tmp_path / "file").read_text() in {str(number) * 1000 for number in range(4)}
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("function", ["os.fsync", "os.replace"])
+def test_what_was_there_stays_when_writing_fails(tmp_path, monkeypatch, function):
+    write_text(tmp_path / "file", "before")
+    monkeypatch.setattr(function, failing(errno.EIO))
+    with pytest.raises(StorageError, match="could not write"):
+        write_text(tmp_path / "file", "after")
+    assert (tmp_path / "file").read_text() == "before" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_full_disk_leaves_nothing_aside(tmp_path, full_disk):
+    with pytest.raises(StorageError, match=f"could not write {tmp_path}/file: the disk is full"):
+        write_text(tmp_path / "file", "text")
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_killed_writers_left_is_swept_and_what_others_write_now_is_not(tmp_path):
+    old, new, foreign = (tmp_path / name for name in ("a[1].txt.0.part", "a[1].txt.1.part", "a1.txt.2.part"))
+    for path in (old, new, foreign):
+        path.write_text("half")
+    for path in (old, foreign):
+        os.utime(path, (time.time() - 2 * files.STALE_SECONDS,) * 2)
+    write_text(tmp_path / "a[1].txt", "whole")
+    assert sorted(os.listdir(tmp_path)) == sorted(["a[1].txt", new.name, foreign.name])
+
+
+def test_what_cannot_be_swept_stays_and_hinders_nobody(tmp_path, monkeypatch):
+    (tmp_path / "file.0.part").write_text("another user's")
+    monkeypatch.setattr("os.unlink", failing(errno.EPERM))
+    sweep(tmp_path, "*.part")
+    assert os.listdir(tmp_path) == ["file.0.part"]
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    check_writable(tmp_path / "new" / "results", "--output")
+    assert os.listdir(tmp_path) == ["file"]
+    with pytest.raises(StorageError, match=r"--output: .*file is a file"):
+        check_writable(tmp_path / "file" / "results", "--output")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(StorageError, match="--output: no permission to write"):
+        check_writable(tmp_path / "results", "--output")
