@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     replacing = model.add_mutually_exclusive_group()
     replacing.add_argument("--unet", help="hub id or folder of a UNet that takes the place of the pipeline's")
-    replacing.add_argument("--lora", help="hub id or folder of LoRA weights on the pipeline")
+    replacing.add_argument("--lora", help="file, folder or hub id of LoRA weights on the pipeline")
     what = parser.add_argument_group("prompts and images")
     what.add_argument("--prompts", required=True, nargs="+", help=f"{', '.join(PROMPT_SETS)}, or files of your own")
     what.add_argument("--prompts-path", help="file or folder of the one set in --prompts, in place of the cache")
@@ -265,7 +265,10 @@ def make_images(
     )
     with progress, ThreadPoolExecutor(SAVING_THREADS) as savers:
         for chunk in mine:
-            images, batch_size = sample_fitting(pipeline, chunk, settings, batch_size, options.allow_oom_halving)
+            try:
+                images, batch_size = sample_fitting(pipeline, chunk, settings, batch_size, options.allow_oom_halving)
+            except sampling.NotFiniteError as error:
+                raise ValueError(f"model {model.name!r}: {error}. Nothing of these is recorded as finished") from error
             new = [(task, image) for task, image in zip(chunk, images, strict=True) if task.file not in done]
             paths = [job.folder / task.file for task, _ in new]
             checksums = savers.map(partial(sampling.save_image, quality=options.quality), paths, [i for _, i in new])

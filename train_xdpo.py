@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         checkpoint.check_run_folder(folder, settings, options.allow_config_change)
         if settings.loss.name == "seppo":
             selfplay.check_snapshots(settings, folder, finished_steps(folder))
-        models.check_pipeline_folder(settings.model.pipeline)
+        models.check_pipeline_folder(settings.model.pipeline, settings.model.revision)
         if settings.cache.examples and settings.cache.build:
             precompute.build_missing_examples(settings, accelerator, accelerator.print)
         train_pairs = open_pairs(settings, accelerator, held_out=False)
