@@ -178,9 +178,9 @@ def generate(options: argparse.Namespace) -> int:
 
     # The model, and the images.
     if any(missing):
+        quieten_diffusers()
         with state.main_process_first():
             pipeline = models.load_model(model)
-        quieten_diffusers()
         sampling.prepare_pipeline(pipeline, settings, state.device)
         for job, chunks, done in zip(jobs, missing, finished, strict=True):
             if state.is_main_process:
@@ -328,7 +328,7 @@ def sample_fitting(
 
 
 def quieten_diffusers() -> None:
-    """No line per chunk on prompts that are too long: they are counted instead."""
+    """No line per chunk on prompts that are too long (they are counted), nor on a LoRA for the UNet alone."""
     from diffusers.utils import logging
 
     logging.set_verbosity_error()

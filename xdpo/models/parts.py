@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,8 @@ def load_parts(config: ModelConfig, *, encoders: bool = True) -> PipelineParts:
     encoding, denoising = ("vae", "text_encoder"), ("unet", "scheduler", "tokenizer")
     folder = fetch(config.pipeline, config.revision, (*denoising, *encoding * encoders), weights=True)
     loaded = ("unet", *encoding * encoders)
-    if problems := weight_problems(folder, loaded):
+    is_local = folder == Path(config.pipeline)  # then its weights have just been checked
+    if problems := [] if is_local else weight_problems(folder, loaded):
         raise ValueError(f"model.pipeline: could not load {config.pipeline!r}:\n  " + "\n  ".join(problems))
     options = {"dtype": torch.float32, "use_safetensors": True}
     variants = {part: variant for part in loaded if (variant := weight_paths(folder / part)[0]) is not None}
