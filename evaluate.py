@@ -197,7 +197,8 @@ def read_images(folders: Mapping[str, Path], sets: Sequence[str] | None) -> tupl
         problems = [problem for problem in problems if problem.prompt_set in sets]
     pictures, without_prompt = images.with_prompts(pictures, known_prompts)
     pictures, changed = images.with_checksums(pictures)
-    return pictures, [*problems, *without_prompt, *changed, *images.missing_against_others(pictures)]
+    plain, missing = images.of_one_colour(pictures), images.missing_against_others(pictures)
+    return pictures, [*problems, *without_prompt, *changed, *plain, *missing]
 
 
 def known_prompts(prompt_set: str) -> dict[str, tuple[str, str]]:

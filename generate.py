@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     replacing = model.add_mutually_exclusive_group()
     replacing.add_argument("--unet", help="hub id or folder of a UNet that takes the place of the pipeline's")
-    replacing.add_argument("--lora", help="hub id or folder of LoRA weights on the pipeline")
+    replacing.add_argument("--lora", help="file, folder or hub id of LoRA weights on the pipeline")
     what = parser.add_argument_group("prompts and images")
     what.add_argument("--prompts", required=True, nargs="+", help=f"{', '.join(PROMPT_SETS)}, or files of your own")
     what.add_argument("--prompts-path", help="file or folder of the one set in --prompts, in place of the cache")
@@ -184,9 +184,9 @@ def make_missing(options: argparse.Namespace, settings: SamplingSettings, state:
 
     # The model, and the images.
     if any(missing):
+        quieten_diffusers()
         with processes.one_first(state.is_main_process):
             pipeline = models.load_model(model)
-        quieten_diffusers()
         sampling.prepare_pipeline(pipeline, settings, state.device)
         for job, chunks, done in zip(jobs, missing, finished, strict=True):
             if state.is_main_process:
@@ -268,7 +268,10 @@ def make_images(
         for number in processes.deal(f"images/{job.folder}", range(len(missing))):
             progress.update(before[number] - progress.n)  # those before are done, or in work on another process
             chunk = missing[number]
-            images, batch_size = sample_fitting(pipeline, chunk, settings, batch_size, options.allow_oom_halving)
+            try:
+                images, batch_size = sample_fitting(pipeline, chunk, settings, batch_size, options.allow_oom_halving)
+            except sampling.NotFiniteError as error:
+                raise ValueError(f"model {model.name!r}: {error}. Nothing of these is recorded as finished") from error
             new = [(task, image) for task, image in zip(chunk, images, strict=True) if task.file not in done]
             paths = [job.folder / task.file for task, _ in new]
             checksums = savers.map(partial(sampling.save_image, quality=options.quality), paths, [i for _, i in new])
@@ -329,7 +332,7 @@ def sample_fitting(
 
 
 def quieten_diffusers() -> None:
-    """No line per chunk on prompts that are too long: they are counted instead."""
+    """No line per chunk on prompts that are too long (they are counted), nor on a LoRA for the UNet alone."""
     from diffusers.utils import logging
 
     logging.set_verbosity_error()

@@ -85,7 +85,7 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
     resume_from = checkpoint.agree_on_checkpoint(folder)
     if settings.loss.name == "seppo":
         selfplay.check_snapshots(settings, folder, checkpoint.step_of(resume_from) if resume_from else 0)
-    models.check_pipeline_folder(settings.model.pipeline)
+    models.check_pipeline_folder(settings.model.pipeline, settings.model.revision)
     if settings.cache.examples and settings.cache.build:
         precompute.build_missing_examples(settings, accelerator, accelerator.print)
     train_pairs = open_pairs(settings, accelerator, held_out=False)

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings = load_config(options.config, options.overrides)
         if not settings.cache.examples:
             raise ValueError("cache.examples is null; name the cache's folder: cache.examples=FOLDER")
-        models.check_pipeline_folder(settings.model.pipeline)
+        models.check_pipeline_folder(settings.model.pipeline, settings.model.revision)
         accelerator = build_accelerator(settings)
         with ending.together():
             if options.verify:

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings = load_config(options.config, options.overrides)
         if not settings.cache.reference:
             raise ValueError("cache.reference is null; name the cache's folder: cache.reference=FOLDER")
-        models.check_pipeline_folder(settings.model.pipeline)
+        models.check_pipeline_folder(settings.model.pipeline, settings.model.revision)
         accelerator = build_accelerator(settings)
         with ending.together():
             fill(settings, accelerator)

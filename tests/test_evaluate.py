@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import evaluate
-from xdpo.report.images import file_sha256
+from xdpo.report.images import Picture, file_sha256, of_one_colour
 from xdpo.report.table import ScoreTable
 
 # A scorer of one's own: the mean of the red channel. It writes down how many images each call had.
@@ -34,13 +34,15 @@ MODELS = {"sd15": 100, "xdpo": 150}
 
 
 def make_model(folder, red, count=6, prompt_set="mine", suffix="png"):
-    """Images of one colour in two categories, redder with their number, and their manifest."""
+    """Images in two categories, redder with their number and blue in one corner, and their manifest."""
     rows = []
     for number in range(count):
         category = "cats" if number < count // 2 else "dogs"
         path = folder / prompt_set / category / f"{number:05d}.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (red + number, number, 0)).save(path)
+        image = Image.new("RGB", (8, 8), (red + number, number, 0))
+        image.putpixel((0, 0), (red + number, number, 255))
+        image.save(path)
         rows.append(
             {
                 "file": f"{category}/{path.name}",
@@ -95,6 +97,29 @@ def test_two_folders_become_scores_tables_figures_and_a_page(world, capsys):
     assert "| Red | xdpo | sd15 | 100.0 % | [100.0, 100.0] | 6 | 0 | 0 | 0.031 |" in report
     assert "Nothing is missing, broken or left out." in report
     assert "102.5000 [101.1667, 103.8333]" in capsys.readouterr().out
+
+
+def test_images_of_one_colour_are_named_in_the_report_and_on_the_console(world, capsys):
+    cats = world.folder / "images" / "xdpo" / "mine" / "cats"
+    Image.new("RGB", (512, 512)).save(cats / "00001.png")  # black, as images of NaN are
+    Image.new("RGB", (64, 64), "white").save(cats / "00002.png", compress_level=1)
+    Image.radial_gradient("L").convert("RGB").save(cats / "00000.png")
+    assert world.run() == 0
+    said = "xdpo, mine: 2 of one colour throughout; scored as they are (cats/00001.png, cats/00002.png)"
+    assert said in capsys.readouterr().err
+    assert said in (world.output / "report.md").read_text()
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("side", [16, 512])
+def test_one_colour_is_seen_in_every_format_and_size(tmp_path, format, side):
+    plain, busy = tmp_path / "plain", tmp_path / "busy"
+    Image.new("RGB", (side, side), (0, 40, 0)).save(plain, format, quality=100)
+    image = Image.new("RGB", (side, side), (0, 40, 0))
+    image.paste((200, 0, 0), (0, 0, side // 2, side // 2))
+    image.save(busy, format, quality=100)
+    pictures = [Picture("m", "s", "", path.name, 0, path, path.name) for path in (plain, busy)]
+    assert [problem.names for problem in of_one_colour(pictures)] == [("plain",)]
 
 
 def test_nothing_is_scored_twice_and_a_new_model_costs_only_its_own(world):

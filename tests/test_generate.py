@@ -240,6 +240,56 @@ def test_bad_input_is_refused_in_a_few_lines_before_weights_are_loaded(
     assert not (tmp_path / "images").exists()
 
 
+def test_a_start_that_failed_binds_its_folder_to_nothing(make, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        patched.setattr(models, "load_model", lambda model: (_ for _ in ()).throw(ValueError("can't load")))
+        assert make("images", "--limit", "2", "--seed", "1")[0] == 1
+    status, folder = make("images", "--limit", "2", "--seed", "2")
+
+    assert status == 0 and len(checksums(folder / "tinyprompts")) == 2
+    saved = json.loads((folder / "tinyprompts" / "settings.json").read_text())
+    assert saved["settings"]["sampling.seed"] == 2 and len(saved["starts"]) == 1
+    assert make("images", "--limit", "2", "--seed", "1")[0] == 1
+    assert "sampling.seed: 2 there, 1 asked for" in capsys.readouterr().err
+
+
+# --- images that are none ----------------------------------------------------------------------------------
+
+
+def test_weights_that_are_not_finite_end_the_run_with_nothing_recorded(make, small_pipeline, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    broken = Path(shutil.copytree(small_pipeline, tmp_path / "broken"))
+    file = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["conv_in.weight"].fill_(float("nan"))
+    save_file(tensors, file, metadata={"format": "pt"})
+    status, folder = make("images", "--limit", "2", model=broken)
+
+    error = capsys.readouterr().err
+    assert status == 1 and "Traceback" not in error
+    assert "model 'broken': 2 of 2 images" in error and "in fp32" in error and "'a white background with" in error
+    assert sampling.read_manifest(folder / "tinyprompts") == [] and not list(folder.rglob("*.png"))
+    assert make("images", "--limit", "2")[0] == 0, "the folder is still free"
+
+
+def test_images_that_were_none_are_made_by_the_next_run(make, monkeypatch):
+    whole, original, calls = make("whole", "--limit", "10")[1], sampling.sample_chunk, []
+
+    def sample_chunk(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise sampling.NotFiniteError("no images")
+        return original(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sampling, "sample_chunk", sample_chunk)
+        status, folder = make("images", "--limit", "10")
+    assert status == 1 and len(list(folder.rglob("*.png"))) == 4
+    assert make("images", "--limit", "10")[0] == 0
+    assert checksums(folder / "tinyprompts") == checksums(whole / "tinyprompts")
+
+
 # --- memory ------------------------------------------------------------------------------------------------
 
 

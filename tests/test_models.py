@@ -136,7 +136,7 @@ def test_a_damaged_weight_file_is_named(small_pipeline, tmp_path):
     folder = Path(shutil.copytree(small_pipeline, tmp_path / "damaged"))
     weights = next((folder / "unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="could not load"):
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors \(1,000 bytes\): .* cut short"):
         load_parts(ModelConfig(pipeline=str(folder)))
 
 
@@ -145,5 +145,5 @@ def test_a_pipeline_of_another_kind_is_refused(small_pipeline, tmp_path):
     index = json.loads((folder / "model_index.json").read_text())
     index["text_encoder"] = ["transformers", "NoSuchModel"]
     (folder / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="could not load"):
+    with pytest.raises(ValueError, match="text encoder NoSuchModel"):
         load_parts(ModelConfig(pipeline=str(folder)))

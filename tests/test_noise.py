@@ -179,8 +179,29 @@ def test_an_untrainable_scheduler_is_refused():
         NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler())
 
 
+CONTRADICTIONS = {
+    "no signal at the last step, and noise predicted": ({"rescale_betas_zero_snr": True}, "holds no signal"),
+    "betas above 1": ({"trained_betas": [0.5, 1.5, 0.5, 1.5]}, "between 1 and 0"),
+    "betas below 0": ({"trained_betas": [0.1, -0.5, 0.1]}, "between 1 and 0"),
+    "betas that are no numbers": ({"trained_betas": [0.1, float("nan")]}, "between 1 and 0"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_a_scheduler_whose_settings_contradict_each_other_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        NoiseSchedule.from_scheduler(scheduler_of(**options))
+
+
+def test_a_last_step_without_signal_is_trained_where_v_is_predicted():
+    schedule = NoiseSchedule.from_scheduler(scheduler_of(prediction_type="v_prediction", rescale_betas_zero_snr=True))
+    assert schedule.alphas_cumprod[-1] < 1e-6
+
+
 def test_a_schedule_keeps_float32_and_moves_between_devices():
-    half = SimpleNamespace(alphas_cumprod=torch.rand(10).half(), config=SimpleNamespace(prediction_type="epsilon"))
+    half = SimpleNamespace(
+        alphas_cumprod=torch.linspace(0.9, 0.1, 10).half(), config=SimpleNamespace(prediction_type="epsilon")
+    )
     schedule = NoiseSchedule.from_scheduler(half)
     assert schedule.alphas_cumprod.dtype == torch.float32 and len(schedule) == 10
     moved = schedule.to("meta")

@@ -68,6 +68,33 @@ def test_an_image_does_not_depend_on_what_fills_the_rest_of_its_chunk(pipeline):
     assert len(set(pixels(whole) + pixels(other))) == 7
 
 
+def test_a_chunk_is_what_the_pipeline_itself_makes(pipeline):
+    seeds = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    theirs = pipeline(["a", "b"], num_inference_steps=2, guidance_scale=7.5, generator=seeds).images
+    settings = SamplingSettings(num_inference_steps=2, batch_size=2)
+    assert pixels(sampling.sample_chunk(pipeline, ["a", "b"], [3, 4], settings)) == pixels(theirs)
+
+
+@pytest.mark.parametrize(
+    ("part", "layer", "value", "fault"),
+    [
+        ("unet", "conv_in", float("nan"), "latents"),
+        ("unet", "conv_out", float("inf"), "latents"),
+        ("vae", "decoder.conv_out", float("inf"), "pixels"),  # which the pipeline itself would clamp to white
+        ("text_encoder", "final_layer_norm", float("nan"), "latents"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_no_image(small_pipeline, capsys, part, layer, value, fault):
+    parts = models.load_parts(ModelConfig(pipeline=small_pipeline))
+    getattr(parts, part).get_submodule(layer).bias.data[0] = value
+    pipeline = models.pipeline_with(parts, parts.unet)
+
+    with pytest.raises(sampling.NotFiniteError, match=rf"2 of 2 .* the {fault} of 'a prompt' .* in fp32"):
+        sampling.sample_chunk(pipeline, ["a prompt", "b"], [3, 4], QUICK)
+    assert len(sampling.sample_images(pipeline, ["a prompt"] * 5, seed=3, num_inference_steps=2)) == 5
+    assert f"5 of 5 sample images are not finite: {fault} of 'a prompt'" in capsys.readouterr().err
+
+
 def test_sampling_a_list_uses_one_seed_per_prompt_in_order(pipeline):
     images = sampling.sample_images(pipeline, ["a"] * 5, seed=3, num_inference_steps=2)
 
@@ -164,7 +191,7 @@ def test_a_kill_between_manifest_and_parts_counts_nothing_twice(tmp_path):
 
 
 def test_a_folder_of_other_settings_is_refused_with_the_keys_that_differ(tmp_path):
-    folder = opened(tmp_path / "set")
+    folder = opened(tmp_path / "set", [0])
     sampling.check_image_folder(folder, SETTINGS_A)
 
     with pytest.raises(sampling.ImageFolderError) as refused:
@@ -172,6 +199,24 @@ def test_a_folder_of_other_settings_is_refused_with_the_keys_that_differ(tmp_pat
     message = str(refused.value)
     assert "sampling.seed: 0 there, 1 asked for" in message and "sampling.new: None there, True" in message
     assert "model.base" not in message
+
+
+def test_a_folder_without_an_image_takes_other_settings(tmp_path):
+    folder = opened(tmp_path / "set")
+    (folder / "x").mkdir()
+    (folder / "x" / "00000.png.1f.part").write_bytes(b"half an image")
+    other = SETTINGS_A | {"sampling.seed": 1}
+
+    sampling.check_image_folder(folder, other)
+    assert sampling.open_image_folder(folder, other, {"device": "gpu"}) == []
+    saved = json.loads((folder / SETTINGS).read_text())
+    assert saved["settings"] == other and [start["device"] for start in saved["starts"]] == ["gpu"]
+
+
+def test_an_image_that_is_not_yet_recorded_binds_its_folder(tmp_path):
+    folder = opened(tmp_path / "set", [0])
+    with pytest.raises(sampling.ImageFolderError, match=r"sampling\.seed"):
+        sampling.check_image_folder(folder, SETTINGS_A | {"sampling.seed": 1})
 
 
 def test_a_folder_that_is_something_else_is_refused_and_left_alone(tmp_path):

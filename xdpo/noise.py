@@ -14,6 +14,7 @@ import torch
 
 HELD_OUT_SEED = 0  # held-out pairs meet the same (t, ε) in every run, so that runs can be compared
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+NO_SIGNAL = 1e-6  # a last ᾱ below it comes of betas rescaled to no signal; Stable Diffusion's is 0.0047
 
 
 def generator(seed: int, position: int, stream: str) -> torch.Generator:
@@ -108,7 +109,8 @@ class NoiseSchedule:
     def from_scheduler(cls, scheduler: Any) -> Self:
         """Read a diffusers scheduler's ᾱ and prediction type.
 
-        Raises ValueError for a scheduler without ᾱ (flow matching) or with another prediction type.
+        Raises ValueError for a scheduler without ᾱ (flow matching), with another prediction type, or with settings that
+        contradict each other: ᾱ beyond 0 … 1 or growing, or a step without signal where the noise is predicted.
         """
         alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
         if alphas_cumprod is None:
@@ -116,7 +118,21 @@ class NoiseSchedule:
                 f"{type(scheduler).__name__} has no alphas_cumprod; "
                 "use a model with a diffusion scheduler such as DDPM, DDIM or PNDM"
             )
-        return cls(alphas_cumprod.float(), scheduler.config.prediction_type)
+        alphas_cumprod = alphas_cumprod.float()
+        if not (((alphas_cumprod >= 0) & (alphas_cumprod <= 1)).all() and (alphas_cumprod.diff() <= 0).all()):
+            raise ValueError(
+                "its betas leave no falling share of signal between 1 and 0 (alphas_cumprod goes from "
+                f"{alphas_cumprod[0]:.3g} to {alphas_cumprod[-1]:.3g}); Stable Diffusion has beta_schedule "
+                "scaled_linear, beta_start 0.00085, beta_end 0.012"
+            )
+        schedule = cls(alphas_cumprod, scheduler.config.prediction_type)
+        if schedule.prediction_type == "epsilon" and alphas_cumprod[-1] < NO_SIGNAL:
+            raise ValueError(
+                f"the last of its {len(schedule)} steps holds no signal (ᾱ = {alphas_cumprod[-1]:.2g}) and its "
+                "prediction_type is epsilon: no image follows from noise that is predicted from noise. Set "
+                "rescale_betas_zero_snr to false, or prediction_type to v_prediction if the model was trained so"
+            )
+        return schedule
 
     def __len__(self) -> int:
         return len(self.alphas_cumprod)

@@ -5,7 +5,6 @@ from xdpo.models.parts import (
     LatentMoments,
     PipelineParts,
     adapter_off,
-    check_pipeline_folder,
     encode_captions,
     encode_images,
     follow,
@@ -17,6 +16,7 @@ from xdpo.models.parts import (
     sample_latents,
     trainable_parameters,
 )
+from xdpo.models.stable_diffusion import check_pipeline_folder
 
 __all__ = [
     "LatentMoments",

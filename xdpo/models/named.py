@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from xdpo.config import ComputeConfig, ModelConfig, Section, Text, load_config
-from xdpo.models.parts import check_pipeline_folder, load_parts, make_policy, pipeline_with
+from xdpo.files import file_sha256
+from xdpo.models.lora import LORA_FILE, check_lora, layers_adapted
+from xdpo.models.parts import load_parts, make_policy, pipeline_with
+from xdpo.models.pipeline_files import PARTS, Unreachable, describe_file, fetch, weight_paths
+from xdpo.models.stable_diffusion import check_pipeline_folder, check_unet
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 MODEL_CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "models"
 
 
@@ -29,7 +32,7 @@ class ModelSpec(Section):
     base: Text | None = None  # hub id or folder of a pipeline
     base_revision: Text | None = None
     unet: Text | None = None  # hub id or folder of a UNet in diffusers format, itself or under unet/
-    lora: Text | None = None  # hub id or folder with pytorch_lora_weights.safetensors
+    lora: Text | None = None  # a safetensors file, or hub id or folder with pytorch_lora_weights.safetensors
     run: Text | None = None  # run folder (its export), or a checkpoint folder of a run
     revision: Text | None = None
 
@@ -50,7 +53,8 @@ class ModelSpec(Section):
 class ResolvedModel:
     """A model whose files have been found. Revisions are hub commits, or "sha256:…" of local weights.
 
-    `kind` says what `weights` is: "unet" or "lora" (hub id or folder), "checkpoint" (folder), or "base" and None.
+    `kind` says what `weights` is: "unet" (hub id or folder), "lora" (hub id, folder or file), "checkpoint" (folder), or
+    "base" and None.
     """
 
     name: str
@@ -79,6 +83,8 @@ def read_model_spec(name: str, *, unet: str | None = None, lora: str | None = No
         path = MODEL_CONFIGS / f"{name}.yaml"
     if path.suffix in (".yaml", ".yml"):
         return path.stem, _spec_from_yaml(path, unet, lora)
+    if path.is_file():
+        raise ValueError(f"model: {name!r} {describe_file(path)}")
     folder = path.resolve()
     if (folder / "model_index.json").is_file():
         return folder.name, _spec(name, base=name, unet=unet, lora=lora)
@@ -113,15 +119,24 @@ def resolve_model(name: str, spec: ModelSpec) -> ResolvedModel:
     source, kind = (spec.unet, "unet") if spec.unet else (spec.lora, "lora")
     if source is None:
         return ResolvedModel(name, base, base_revision, "base")
+    label, path = f"model.{kind}: {source!r}", Path(source)
+    if path.is_file():
+        if kind == "unet" or path.suffix != ".safetensors":
+            raise ValueError(f"{label} {describe_file(path)}")
+        _check_fit(kind, path, base, label)
+        return ResolvedModel(name, base, base_revision, kind, source, None, f"sha256:{file_sha256(path)}")
     files = ("unet/config.json", "config.json") if kind == "unet" else (LORA_FILE,)
-    if Path(source).is_dir():
-        file = next((file for file in files if (Path(source) / file).is_file()), None)
+    if path.is_dir():
+        file = next((path / file for file in files if (path / file).is_file()), None)
         if file is None:
-            raise ValueError(f"model.{kind}: {source!r} has no {' or '.join(files)}")
-        folder = (Path(source) / file).parent
-        return ResolvedModel(name, base, base_revision, kind, str(folder), None, _local_revision(folder))
-    commit, file = _hub_commit(source, files, spec.revision, f"model.{kind}")
-    subfolder = file.rpartition("/")[0] or None
+            others = ", ".join(sorted(other.name for other in path.glob("*.safetensors"))) if kind == "lora" else ""
+            hint = f", but {others}: name that file itself, as --lora {path}/FILE" if others else ""
+            raise ValueError(f"{label} has no {' or '.join(files)}{hint}")
+        _check_fit(kind, file, base, label)
+        return ResolvedModel(name, base, base_revision, kind, str(file.parent), None, _local_revision(file.parent))
+    commit, file = _hub_file(source, files, spec.revision, f"model.{kind}")
+    _check_fit(kind, file, base, label)
+    subfolder = "unet" if kind == "unet" and file.parent.name == "unet" else None
     return ResolvedModel(name, base, base_revision, kind, source, subfolder, commit)
 
 
@@ -131,20 +146,16 @@ def load_model(model: ResolvedModel):
     Raises ValueError where weights can't be loaded or don't fit the base.
     """
     parts = load_parts(model.base)
-    on_hub = {} if Path(model.weights or "").is_dir() else {"revision": model.revision}
     try:
         if model.kind == "unet":
-            unet = type(parts.unet).from_pretrained(
-                model.weights, subfolder=model.subfolder, dtype=torch.float32, **on_hub
-            )
-            return pipeline_with(parts, unet.eval().requires_grad_(False))
+            return pipeline_with(parts, _load_unet(type(parts.unet), model))
         if model.kind == "checkpoint":
             return pipeline_with(parts, _load_checkpoint(parts.unet, Path(model.weights), model.base))
         pipeline = pipeline_with(parts, parts.unet)
         if model.kind == "lora":
-            pipeline.load_lora_weights(model.weights, weight_name=LORA_FILE, **on_hub)
+            _load_lora(pipeline, model)
         return pipeline
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
         problem = f"can't load {model.kind} weights of {model.weights}: {error}"
         raise ValueError(f"model {model.name!r}: {problem}") from error
 
@@ -172,10 +183,10 @@ def _spec_from_yaml(path: Path, unet: str | None, lora: str | None) -> ModelSpec
 
 
 def _resolve_base(base: ModelConfig) -> tuple[ModelConfig, str]:
-    check_pipeline_folder(base.pipeline)
+    check_pipeline_folder(base.pipeline, base.revision)
     if Path(base.pipeline).is_dir():
         return base, _local_revision(Path(base.pipeline), "*/")
-    commit, _ = _hub_commit(base.pipeline, ("model_index.json",), base.revision, "model.base")
+    commit, _ = _hub_file(base.pipeline, ("model_index.json",), base.revision, "model.base")
     return base.model_copy(update={"revision": commit}), commit
 
 
@@ -197,7 +208,20 @@ def _resolve_run(name: str, path: Path) -> ResolvedModel:
         raise ValueError(
             f"model.run: {run} has no export, as it isn't finished; name one of its checkpoints: {saved or 'none yet'}"
         )
+    _check_fit(kind, weights / ("config.json" if kind == "unet" else LORA_FILE), base, f"model.run: {run}")
     return ResolvedModel(name, base, base_revision, kind, str(weights), None, _local_revision(weights))
+
+
+def _check_fit(kind: str, file: Path, base: ModelConfig, label: str) -> None:
+    """Refuse a UNet's config or a LoRA file that doesn't fit the base, where the base's configs can be had."""
+    try:
+        folder = fetch(base.pipeline, base.revision, PARTS, weights=False)
+    except Unreachable:  # told on loading
+        return
+    if kind == "unet":
+        check_unet(file.parent, folder, label)
+    else:
+        check_lora(file, folder, label)
 
 
 def _local_revision(folder: Path, depth: str = "") -> str:
@@ -212,8 +236,8 @@ def _local_revision(folder: Path, depth: str = "") -> str:
     return f"sha256:{total.hexdigest()}"
 
 
-def _hub_commit(repository: str, files: tuple[str, ...], revision: str | None, key: str) -> tuple[str, str]:
-    """The commit that a hub revision stands for, and the first of `files` that it has."""
+def _hub_file(repository: str, files: tuple[str, ...], revision: str | None, key: str) -> tuple[str, Path]:
+    """The commit that a hub revision stands for, and where the first of `files` that it has lies in the cache."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
@@ -221,7 +245,7 @@ def _hub_commit(repository: str, files: tuple[str, ...], revision: str | None, k
     for file in files:
         try:
             path = Path(hf_hub_download(repository, file, revision=revision))
-            return path.parents[file.count("/")].name, file  # …/snapshots/COMMIT/file
+            return path.parents[file.count("/")].name, path  # …/snapshots/COMMIT/file
         except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
             problem = error
     raise ValueError(
@@ -229,6 +253,41 @@ def _hub_commit(repository: str, files: tuple[str, ...], revision: str | None, k
         f"{str(problem).strip().splitlines()[0].rstrip('.')}. "
         "Check the name and the network, or download it once and give its folder"
     ) from problem
+
+
+def _load_unet(kind: type[nn.Module], model: ResolvedModel) -> nn.Module:
+    """The UNet that takes the place of the base's, float32; a folder's variant (fp16, …) where that is all there is."""
+    folder = Path(model.weights)
+    where = {"variant": weight_paths(folder)[0]} if folder.is_dir() else {"revision": model.revision}
+    unet, found = kind.from_pretrained(
+        model.weights, subfolder=model.subfolder, dtype=torch.float32, output_loading_info=True, **where
+    )
+    if missing := found["missing_keys"]:
+        raise ValueError(f"{len(missing)} weights are missing, {min(missing)} for one; it is another model's UNet")
+    return unet.eval().requires_grad_(False)
+
+
+def _load_lora(pipeline, model: ResolvedModel) -> None:
+    """Adapt a pipeline's UNet and text encoder, and see that every layer of the file took effect."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    path = Path(model.weights)
+    if path.is_file():
+        file, where = path, {"weight_name": path.name}
+    elif path.is_dir():
+        file, where = path / LORA_FILE, {"weight_name": LORA_FILE}
+    else:
+        _, file = _hub_file(model.weights, (LORA_FILE,), model.revision, "model.lora")
+        where = {"weight_name": LORA_FILE, "revision": model.revision}
+    pipeline.load_lora_weights(str(path.parent if path.is_file() else path), use_safetensors=True, **where)
+    adapted = [
+        module
+        for part in (pipeline.unet, pipeline.text_encoder)
+        for module in part.modules()
+        if isinstance(module, BaseTunerLayer)
+    ]
+    if len(adapted) != (wanted := layers_adapted(file)):
+        raise ValueError(f"{file.name} adapts {wanted} layers, and {len(adapted)} took effect; its names are ambiguous")
 
 
 def _load_checkpoint(unet: nn.Module, folder: Path, model: ModelConfig) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from xdpo import processes
 from xdpo.config import ComputeConfig, ModelConfig
+from xdpo.models.pipeline_files import fetch, weight_paths
+from xdpo.models.stable_diffusion import check_pipeline_folder, part_class, weight_problems
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # all attention projections of the UNet
-PIPELINE_FOLDERS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 
 
 class LatentMoments(NamedTuple):
@@ -40,60 +43,46 @@ class PipelineParts:
         return self.vae.config.latent_channels, side, side
 
 
-def check_pipeline_folder(pipeline: str) -> None:
-    """Refuse a local folder that isn't a Stable Diffusion pipeline, before any weight is read.
-
-    A name that is no folder here is taken for a hub id and passes. Raises ValueError.
-    """
-    folder = Path(pipeline)
-    if not folder.is_dir():
-        if folder.is_absolute() or pipeline.startswith(".") or pipeline.count("/") != 1:
-            raise ValueError(
-                f"model.pipeline: no folder {pipeline!r} here, and it isn't a hub id of the form owner/name; "
-                "give a folder in Stable Diffusion format (paths are relative to where the command is run) or a hub id"
-            )
-        return
-    missing = [name for name in PIPELINE_FOLDERS if not (folder / name).is_dir()]
-    if not (folder / "model_index.json").is_file():
-        missing.insert(0, "model_index.json")
-    if (folder / "unet").is_dir() and not list((folder / "unet").glob("*.safetensors")):
-        missing.append("unet/*.safetensors")
-    if missing:
-        raise ValueError(
-            f"model.pipeline: {pipeline!r} is not a Stable Diffusion pipeline folder; it lacks {', '.join(missing)}. "
-            "Save one with StableDiffusionPipeline.save_pretrained(folder, safe_serialization=True)"
-        )
-
-
 def load_parts(config: ModelConfig, *, encoders: bool = True) -> PipelineParts:
     """Load a pipeline from a hub id or a folder; safetensors only, float32.
 
-    encoders: load the autoencoder and the text encoder too; examples from a cache need neither.
-    Raises ValueError where it can't be loaded or has no UNet in Stable Diffusion format.
+    encoders: load the autoencoder and the text encoder too; examples from a cache need neither. A part that is there
+    as a variant alone (fp16, …) is loaded from that, and a line says so. Raises ValueError where the pipeline can't be
+    loaded or isn't one of Stable Diffusion 1.x or 2.x.
     """
     import diffusers
     import transformers
     from diffusers import StableDiffusionPipeline
 
-    check_pipeline_folder(config.pipeline)
+    check_pipeline_folder(config.pipeline, config.revision)
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
+    encoding, denoising = ("vae", "text_encoder"), ("unet", "scheduler", "tokenizer")
+    folder = fetch(config.pipeline, config.revision, (*denoising, *encoding * encoders), weights=True)
+    loaded = ("unet", *encoding * encoders)
+    is_local = folder == Path(config.pipeline)  # then its weights have just been checked
+    if problems := [] if is_local else weight_problems(folder, loaded):
+        raise ValueError(f"model.pipeline: could not load {config.pipeline!r}:\n  " + "\n  ".join(problems))
+    options = {"dtype": torch.float32, "use_safetensors": True}
+    variants = {part: variant for part in loaded if (variant := weight_paths(folder / part)[0]) is not None}
     try:
+        given = {part: None for part in encoding if not encoders}
+        for part, variant in variants.items():
+            given[part] = part_class(folder, part).from_pretrained(folder, subfolder=part, variant=variant, **options)
         pipeline = StableDiffusionPipeline.from_pretrained(
-            config.pipeline,
-            revision=config.revision,
-            dtype=torch.float32,
-            use_safetensors=True,
+            folder,
             safety_checker=None,
             feature_extractor=None,
+            image_encoder=None,
             requires_safety_checker=False,
-            **({} if encoders else {"vae": None, "text_encoder": None}),
+            **options,
+            **given,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(
-            f"model.pipeline: could not load {config.pipeline!r}: {error}\n"
-            "Check the name and the network, or download it once and give its folder"
-        ) from error
+        raise ValueError(f"model.pipeline: could not load {config.pipeline!r}: {error}") from error
+    if variants and processes.rank() == 0:
+        those = ", ".join(f"{part} as {variant}" for part, variant in variants.items())
+        print(f"note: {config.pipeline} holds {those} alone; loaded from that, as float32", file=sys.stderr)
     for module in filter(None, (pipeline.text_encoder, pipeline.vae, pipeline.unet)):
         module.eval().requires_grad_(False)
     return PipelineParts(pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, pipeline.unet, pipeline.scheduler)
@@ -105,21 +94,11 @@ def part_checksum(config: ModelConfig, *names: str) -> str:
     Configs, vocabularies and the weights that `load_parts` reads, no other variants. Files of a hub model are fetched
     where they aren't in its cache; nothing is loaded. Raises ValueError where there are none.
     """
-    folder = Path(config.pipeline)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        patterns = [f"{name}/*{ending}" for name in names for ending in (".json", ".txt", "model.safetensors")]
-        try:
-            folder = Path(snapshot_download(config.pipeline, revision=config.revision, allow_patterns=patterns))
-        except OSError as error:
-            raise ValueError(f"model.pipeline: could not fetch {config.pipeline!r}: {error}") from error
+    folder = fetch(config.pipeline, config.revision, names, weights=True)
     digest = hashlib.sha256()
     for name in names:
         files = [path for path in sorted((folder / name).iterdir()) if path.suffix in (".json", ".txt")]
-        # `model.fp16.safetensors` and the like are variants; the parts of a sharded model have one dot.
-        files += [path for path in sorted((folder / name).glob("*.safetensors")) if path.name.count(".") == 1]
-        for path in files:
+        for path in [*files, *weight_paths(folder / name)[1]]:
             with path.open("rb") as file:
                 digest.update(f"{name}/{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()[:16]

@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from PIL import Image
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MANIFEST = "manifest.jsonl"
 _NUMBERED = re.compile(r"(\d+)(?:[-_](\d+))?")
@@ -198,6 +200,31 @@ def with_checksums(pictures: Sequence[Picture]) -> tuple[list[Picture], list[Pro
         for owner, names in changed.items()
     ]
     return [replace(p, sha256=checksum) for p, checksum in zip(pictures, actual, strict=True)], problems
+
+
+def of_one_colour(pictures: Sequence[Picture]) -> list[Problem]:
+    """For each model and set: the images whose pixels are all the same, black ones above all, which show no scene.
+
+    They are scored as they are. Only files that are small for their number of pixels are decoded, as nothing of one
+    colour takes more.
+    """
+    with ThreadPoolExecutor() as pool:
+        plain = list(pool.map(lambda picture: _is_of_one_colour(picture.path), pictures))
+    found = defaultdict(list)
+    for picture, is_plain in zip(pictures, plain, strict=True):
+        if is_plain:
+            found[picture.model, picture.prompt_set].append(picture.name)
+    return [Problem(*owner, "of one colour throughout; scored as they are", tuple(n)) for owner, n in found.items()]
+
+
+def _is_of_one_colour(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            if path.stat().st_size > 2048 + image.width * image.height / 8:  # bytes: a bit per pixel, and the header
+                return False
+            return all(low == high for low, high in image.convert("RGB").getextrema())
+    except Exception:  # what Pillow raises on a damaged file depends on the damage; told where the image is scored
+        return False
 
 
 def file_sha256(path: Path) -> str:

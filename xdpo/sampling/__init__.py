@@ -12,6 +12,7 @@ from xdpo.sampling.folder import (
 from xdpo.sampling.images import (
     SCHEDULERS,
     ImageTask,
+    NotFiniteError,
     SamplingSettings,
     is_truncated,
     plan_chunks,
@@ -25,6 +26,7 @@ __all__ = [
     "SCHEDULERS",
     "ImageFolderError",
     "ImageTask",
+    "NotFiniteError",
     "SamplingSettings",
     "check_image_folder",
     "collect_manifest",

@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class ImageFolderError(ValueError):
 def check_image_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     """Refuse a folder that holds something else, images of other settings, or that can't be written to. Writes nothing.
 
+    A folder that a failed start left, without any image, takes new settings.
     settings: flat, everything that decides a pixel; values as JSON has them. Raises ImageFolderError naming the keys
     that differ; StorageError where it can't be written to.
     """
@@ -45,6 +47,8 @@ def check_image_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     if saved is None:
         found = ", ".join(names[:5])
         raise ImageFolderError(f"output: {folder} holds something else than generated images ({found}); choose another")
+    if not _holds_images(folder):
+        return
     before = saved["settings"]
     changes = [
         f"{key}: {before.get(key)!r} there, {settings.get(key)!r} asked for"
@@ -68,7 +72,9 @@ def open_image_folder(folder: Path, settings: Mapping[str, Any], made_with: Mapp
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     facts = {**made_with, **library_versions()}
-    saved = _read_settings(folder) or {"settings": dict(settings), "starts": []}
+    saved = _read_settings(folder)
+    if saved is None or (saved["settings"] != settings and not _holds_images(folder)):
+        saved = {"settings": dict(settings), "starts": []}
     last = saved["starts"][-1] if saved["starts"] else facts
     differences = [f"{key}: {last.get(key)}, now {value}" for key, value in facts.items() if last.get(key) != value]
     saved["starts"].append({"time": datetime.now(UTC).isoformat(timespec="seconds"), **facts})
@@ -127,6 +133,13 @@ def collect_manifest(folder: Path) -> list[dict[str, Any]]:
     for part in parts:
         part.unlink()
     return finished
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether anything was made there: any file below but settings, manifests and what was written aside."""
+    ours = (SETTINGS, MANIFEST, PARTS, "*.part")
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return any(not any(fnmatch(path.name, pattern) for pattern in ours) for path in files)
 
 
 def _rows(path: Path, may_be_torn: bool) -> Iterable[dict[str, Any]]:

@@ -5,6 +5,7 @@ into chunks before it is known who makes which; the last one is padded. Chunks a
 an interrupted run repeats.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -107,24 +108,53 @@ def is_truncated(tokenizer, text: str) -> bool:
     return len(tokenizer(text, verbose=False).input_ids) > tokenizer.model_max_length
 
 
-@torch.no_grad()
+class NotFiniteError(ValueError):
+    """Sampled latents or pixels are not finite numbers: there is no image. The message names prompts and precision."""
+
+
 def sample_chunk(
     pipeline, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings, batch_size: int | None = None
 ) -> list[Image.Image]:
-    """Sample one image per prompt in one batch of `batch_size`, padded with the last one where prompts are fewer."""
-    size = batch_size or settings.batch_size
+    """Sample one image per prompt in one batch of `batch_size`, padded with the last one where prompts are fewer.
+
+    Raises NotFiniteError where latents or pixels are not finite.
+    """
+    images, faults = _sample(pipeline, prompts, seeds, settings, batch_size or settings.batch_size)
+    if bad := [(prompt, fault) for prompt, fault in zip(prompts, faults, strict=True) if fault]:
+        prompt, fault = bad[0]
+        advice = (
+            "the model's weights hold numbers that are not finite, or are too large"
+            if settings.precision == "fp32"
+            else f"{settings.precision} may be too narrow for this model: try --precision fp32"
+        )
+        raise NotFiniteError(
+            f"{len(bad)} of {len(prompts)} images sampled at once are none: the {fault} of {prompt!r} are not finite "
+            f"numbers, in {settings.precision}; {advice}"
+        )
+    return images
+
+
+@torch.no_grad()
+def _sample(
+    pipeline, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings, size: int
+) -> tuple[list[Image.Image], list[str]]:
+    """One image per prompt, and what of it is not finite: "latents", "pixels" or "". One wait for the device."""
     assert 0 < len(prompts) == len(seeds) <= size, "a chunk has one seed per prompt and no more than fit a batch"
     padding = size - len(prompts)
-    output = pipeline(
+    latents = pipeline(
         [*prompts, *[prompts[-1]] * padding],
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in [*seeds, *[seeds[-1]] * padding]],
         height=settings.image_size,
         width=settings.image_size,
-        output_type="pil",
-    )
-    return output.images[: len(prompts)]
+        output_type="latent",  # decoded here as the pipeline does it, which clamps what is infinite to white
+    ).images
+    pixels = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
+    finite = torch.stack([tensors.isfinite().flatten(1).all(1) for tensors in (latents, pixels)]).tolist()
+    faults = [("" if pixel else "pixels") if latent else "latents" for latent, pixel in zip(*finite, strict=True)]
+    images = pipeline.image_processor.postprocess(pixels.nan_to_num(), "pil", [True] * size)
+    return images[: len(prompts)], faults[: len(prompts)]
 
 
 def sample_images(
@@ -137,7 +167,10 @@ def sample_images(
     image_size: int | None = None,
     chunk_size: int = 4,
 ) -> list[Image.Image]:
-    """Sample one image per prompt with a StableDiffusionPipeline as it is; image i uses seed `seed + i`."""
+    """Sample one image per prompt with a StableDiffusionPipeline as it is; image i uses seed `seed + i`.
+
+    For a look while training, which a bad image must not end: those that aren't finite are told on the console.
+    """
     settings = SamplingSettings(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
@@ -145,7 +178,12 @@ def sample_images(
         batch_size=chunk_size,
     )
     images: list[Image.Image] = []
+    faults: list[str] = []
     for start in range(0, len(prompts), chunk_size):
         chunk = list(prompts[start : start + chunk_size])
-        images += sample_chunk(pipeline, chunk, range(seed + start, seed + start + len(chunk)), settings)
+        seeds = range(seed + start, seed + start + len(chunk))
+        for all_of, new in zip((images, faults), _sample(pipeline, chunk, seeds, settings, chunk_size), strict=True):
+            all_of += new
+    if bad := [f"{fault} of {prompt!r}" for prompt, fault in zip(prompts, faults, strict=True) if fault]:
+        print(f"note: {len(bad)} of {len(prompts)} sample images are not finite: {', '.join(bad)}", file=sys.stderr)
     return images

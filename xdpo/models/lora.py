@@ -1,0 +1,143 @@
+"""LoRA files checked against the model that they are to adapt: every weight must have its place there, in its size."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import nn
+
+from xdpo.models.pipeline_files import read_header
+from xdpo.models.stable_diffusion import build_empty
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+_PARTS = ("unet", "text_encoder")
+_KOHYA = re.compile(r"lora_(?P<part>unet|te1?)_(?P<layer>[^.]+)\.(?P<half>lora_down\.weight|lora_up\.weight|alpha)")
+_DIFFUSERS = re.compile(
+    r"(?P<part>unet|text_encoder)\.(?P<layer>.+?)(?:\.|_)lora(?:_linear_layer)?(?P<half>_A|_B|\.down|\.up)\.weight"
+)
+_LAYERS_OF_OLD = {".to_q": ".q_proj", ".to_k": ".k_proj", ".to_v": ".v_proj", ".to_out": ".out_proj"}
+
+
+@dataclass
+class _Pair:
+    """The two halves that adapt one layer: name → shape in the file, and the factor α where the file has one."""
+
+    down: tuple[int, ...] = ()  # (rank, inputs, …)
+    up: tuple[int, ...] = ()  # (outputs, rank, …)
+    alpha: str | None = None
+    names: list[str] = field(default_factory=list)
+
+
+def check_lora(file: Path, base: Path, label: str) -> None:
+    """Refuse a LoRA file that would change another model, or only a part of this one.
+
+    base: a folder with the configs of the pipeline to adapt. The file's header is read, not its weights. Names are
+    those of diffusers, of PEFT below `unet.` and `text_encoder.`, or of kohya's scripts. Raises ValueError with counts
+    and examples.
+    """
+    header = read_header(file)
+    layers = {part: dict(build_empty(base, part).named_modules()) for part in _PARTS}
+    pairs, strange = _pairs(header, layers)
+    matched = sum(len(pair.names) for pair in pairs.values())
+    if strange or not pairs:
+        raise ValueError(
+            f"{label}: {len(strange):,} of {len(header):,} weights in {file.name} have no place in the pipeline's UNet "
+            f"or text encoder, {matched:,} have one: without a place are {', '.join(strange[:3])}"
+            + (", …" if len(strange) > 3 else "")
+            + f". {_guess(strange, layers)}"
+        )
+    if problems := [problem for key, pair in pairs.items() for problem in _problems(key, pair, layers)]:
+        raise ValueError(
+            f"{label}: {len(problems):,} of {len(pairs):,} layers in {file.name} don't fit the pipeline: "
+            f"{problems[0]}. It is a LoRA of another model, or damaged; take the pipeline that it was trained on"
+        )
+    with safe_open(file, "pt") as opened:
+        factors = {pair.alpha: float(opened.get_tensor(pair.alpha)) for pair in pairs.values() if pair.alpha}
+    if idle := [name for name, alpha in factors.items() if not (math.isfinite(alpha) and alpha > 0)]:
+        raise ValueError(
+            f"{label}: {len(idle):,} of {len(factors):,} factors in {file.name} are no positive numbers: {idle[0]} is "
+            f"{factors[idle[0]]}. Those layers would change nothing; the file is damaged, save it again"
+        )
+
+
+def layers_adapted(file: Path) -> int:
+    """How many layers a checked LoRA file adapts."""
+    return sum(name.endswith(("lora_A.weight", "down.weight")) for name in read_header(file))
+
+
+def _pairs(
+    header: Mapping[str, tuple[int, ...]], layers: Mapping[str, Mapping[str, nn.Module]]
+) -> tuple[dict[tuple[str, str], _Pair], list[str]]:
+    """A file's weights by (part, layer), and the names of those that belong to no layer."""
+    flat = {part: {_flat(name): name for name in of_part} for part, of_part in layers.items()}
+    pairs: dict[tuple[str, str], _Pair] = {}
+    strange = []
+    for name, shape in sorted(header.items()):
+        match = _KOHYA.fullmatch(name) or _DIFFUSERS.fullmatch(name)
+        part = {"te": "text_encoder", "te1": "text_encoder"}.get(match["part"], match["part"]) if match else ""
+        layer = flat[part].get(_flat(_modern(match["layer"], part))) if match else None
+        if layer is None:
+            strange.append(name)
+            continue
+        pair = pairs.setdefault((part, layer), _Pair())
+        pair.names.append(name)
+        if match["half"] == "alpha":
+            pair.alpha = name
+        elif match["half"] in ("_A", ".down", "lora_down.weight"):
+            pair.down = shape
+        else:
+            pair.up = shape
+    return pairs, strange
+
+
+def _modern(layer: str, part: str) -> str:
+    """A layer's name as the libraries have it now, from those of their older versions."""
+    layer = layer.replace(".processor.", ".")
+    if part == "unet":
+        return f"{layer}.0" if layer.endswith(".to_out") else layer
+    for old, new in _LAYERS_OF_OLD.items():
+        layer = layer.removesuffix(old) + new if layer.endswith(old) else layer
+    return layer
+
+
+def _flat(layer: str) -> str:
+    """A layer's name as kohya's scripts write it, by which names of both kinds are found."""
+    return layer.replace(".", "_").removeprefix("text_model_")
+
+
+def _problems(key: tuple[str, str], pair: _Pair, layers: Mapping[str, Mapping[str, nn.Module]]) -> list[str]:
+    """Halves that are missing, of two ranks, or of another width than the layer."""
+    part, layer = key
+    name = f"{part}.{layer}"
+    if not (pair.down and pair.up):
+        return [f"{name} has {'no second' if pair.down else 'no first'} half"]
+    if pair.down[0] != pair.up[1]:
+        return [f"{name} has rank {pair.down[0]} in one half and {pair.up[1]} in the other"]
+    weight = getattr(layers[part][layer], "weight", None)
+    if weight is None:
+        return [f"{name} is no layer with weights"]
+    fits = (pair.up[0], pair.down[1])
+    if fits != tuple(weight.shape[:2]):
+        outputs, inputs = weight.shape[:2]
+        return [f"{name} is for {fits[1]} inputs and {fits[0]} outputs, the layer has {inputs} and {outputs}"]
+    return []
+
+
+def _guess(strange: list[str], layers: Mapping[str, Mapping[str, nn.Module]]) -> str:
+    """What such names are likely to be, and what to do."""
+    first = strange[0] if strange else ""
+    save = "save it with StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=…)"
+    if not strange:
+        return "It holds no weights at all"
+    if first.startswith("base_model.model."):
+        return f"It is in PEFT's own format; {save}"
+    if first.startswith(("transformer.", "lora_te2_", "lora_transformer_", "lora_te3_", "text_encoder_2.")):
+        return "It is a LoRA of another family of models, such as Stable Diffusion XL, 3 or FLUX"
+    if any(mark in name for name in strange for mark in ("hada_", "lokr_", "oft_", "dora_scale", "magnitude_vector")):
+        return "It is a LyCORIS or DoRA file (LoHa, LoKr, OFT, DoRA), and only plain LoRA is used here"
+    if any(_DIFFUSERS.fullmatch(f"unet.{name}") for name in strange):
+        return f'Their names lack the part that they adapt ("unet." or "text_encoder."); {save}'
+    return "It is a LoRA of another model; take the pipeline that it was trained on"

@@ -1,0 +1,152 @@
+"""Files of a pipeline in diffusers' layout, in a folder or on the hub, and what they hold, no weight loaded."""
+
+import json
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
+CONFIGS = {
+    "unet": "unet/config.json",
+    "vae": "vae/config.json",
+    "text_encoder": "text_encoder/config.json",
+    "scheduler": "scheduler/scheduler_config.json",
+}
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>[^.-]+))?(?:-\d+-of-\d+)?(?:\.(?P<after>[^.-]+))?\.safetensors"
+)
+_LIKED = ("fp16", "bf16", "ema")  # of several variants, where the main weights are not there
+
+CONVERT = (
+    "Convert it once: python -c \"from diffusers import StableDiffusionPipeline as P; P.from_single_file('{path}')"
+    ".save_pretrained('FOLDER')\" and give that FOLDER"
+)
+_FAMILY_NAMES = {  # of weights in a single file that only another family has
+    "conditioner.embedders.1.": "Stable Diffusion XL",
+    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
+    "double_blocks.": "FLUX",
+    "model.diffusion_model.double_blocks.": "FLUX",
+}
+
+
+class Unreachable(ValueError):
+    """A hub model that is neither in the cache nor to be had now."""
+
+
+def weight_files(names: Iterable[str]) -> tuple[str | None, list[str]]:
+    """Which of a part's files hold its weights: (variant, names).
+
+    The variant is None where the main weights are there; variants beside them ("fp16", "non_ema") are left out. All
+    shards of sharded weights are named. No names where there are no safetensors of diffusers' naming.
+    """
+    by_variant: dict[str | None, list[str]] = {}
+    for name in sorted(names):
+        if match := _WEIGHTS.fullmatch(name):
+            by_variant.setdefault(match["variant"] or match["after"], []).append(name)
+    if not by_variant:
+        return None, []
+    order = {None: 0, **{variant: number for number, variant in enumerate(_LIKED, start=1)}}
+    variant = min(by_variant, key=lambda variant: (order.get(variant, len(order)), variant or ""))
+    return variant, by_variant[variant]
+
+
+def weight_paths(part: Path) -> tuple[str | None, list[Path]]:
+    """The variant and the weight files of a part's folder, as `weight_files` chooses them."""
+    variant, names = weight_files(path.name for path in part.glob("*.safetensors"))
+    return variant, [part / name for name in names]
+
+
+def fetch(pipeline: str, revision: str | None, parts: Collection[str], *, weights: bool) -> Path:
+    """A folder with these parts of a pipeline: the folder itself, or the cache's copy of a hub model.
+
+    weights: with the weights, else configs and vocabularies alone, which are small. Raises Unreachable where the hub
+    can't be asked and the cache lacks them, other ValueErrors for a model that isn't there.
+    """
+    if Path(pipeline).is_dir():
+        return Path(pipeline)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import DryRunError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["model_index.json", *(f"{part}/*{ending}" for part in parts for ending in (".json", ".txt"))]
+    try:
+        if weights:
+            try:
+                patterns = [f"{part}/*.safetensors" for part in parts]
+                known = snapshot_download(pipeline, revision=revision, allow_patterns=patterns, dry_run=True)
+                names = [info.filename for info in known]
+            except DryRunError:  # no network: what is in the cache has to do
+                names = []
+            for part in parts:
+                inside = [Path(name).name for name in names if Path(name).parent.as_posix() == part]
+                wanted += [f"{part}/{name}" for name in weight_files(inside)[1]]
+        return Path(snapshot_download(pipeline, revision=revision, allow_patterns=wanted))
+    except LocalEntryNotFoundError as error:
+        raise Unreachable(
+            f"model.pipeline: could not load {pipeline!r}: it is not in the hub's cache, or not all of it, and the hub "
+            f"can't be asked ({_first_line(error)}). Check the network, or download it once and give its folder"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ValueError(
+            f"model.pipeline: could not load {pipeline!r}: {_first_line(error)}. Check the name and the revision, and "
+            "log in (hf auth login) where the model asks for that"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A config. Raises ValueError for a file that is damaged or no mapping."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"can't read {path}: {_pointer(path) or error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__} where a mapping is meant; download it again")
+    return content
+
+
+def read_header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor of a safetensors file, from its header. Raises ValueError for a damaged one."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        problem = _pointer(path) or f"{_first_line(error)}; it is damaged or was cut short"
+        raise ValueError(f"can't read {path} ({path.stat().st_size:,} bytes): {problem}. Download it again") from error
+
+
+def describe_file(path: Path) -> str:
+    """What a single file in place of a folder is, and how it is used: the end of a sentence about it."""
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        return (
+            "is a single file of pickled weights, which may run any code when it is opened, so it is not. Take the "
+            f".safetensors file of the same model. {CONVERT.format(path=path.with_suffix('.safetensors'))}"
+        )
+    if path.suffix != ".safetensors":
+        return "is a file, and a folder is meant"
+    names = read_header(path)
+    if any("lora" in name for name in names):
+        return "is a single file of LoRA weights; give it with --lora, and its pipeline with --model"
+    for prefix, family in _FAMILY_NAMES.items():
+        if any(name.startswith(prefix) for name in names):
+            return f"is a single file of {family}; only Stable Diffusion 1.x and 2.x can be used here"
+    if any(name.startswith("model.diffusion_model.") for name in names):
+        return f"is a single file, and a folder in diffusers' layout is meant. {CONVERT.format(path=path)}"
+    if any(name.startswith("down_blocks.") for name in names):
+        return (
+            "is a single file with a UNet's weights; put it into a folder as diffusion_pytorch_model.safetensors, "
+            "beside the UNet's config.json, and give that folder: with --unet, or as unet/ of a whole pipeline"
+        )
+    return f"is a single file of {len(names)} weights ({', '.join(sorted(names)[:2])}, …), and a folder is meant"
+
+
+def _pointer(path: Path) -> str | None:
+    with path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            return "it is Git LFS's pointer to the file and not the file; run git lfs pull in that folder"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
