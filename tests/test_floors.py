@@ -8,14 +8,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: {"files", "processes"},
+    0: {"files", "paths", "processes", "tables"},
     1: {"__init__", "config", "noise", "loss", "prompts", "runlog", "report"},
     2: {"data", "models", "checkpoint", "compute", "ending", "scorers", "cache", "tiny"},
     3: {"precompute", "step", "sampling", "selfplay", "study"},
     4: {"train_xdpo", "generate", "evaluate", "experiments"},
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
-SIDEWAYS = {("scorers", "tiny")}  # the embedded judges' one way in
+SIDEWAYS = {
+    ("scorers", "tiny"),  # the embedded judges' one way in
+    ("tables", "files"),  # what a failing disk means
+}
 TENSORS_ONLY = {"noise", "loss"}
 
 PACKAGE = sorted((ROOT / "xdpo").rglob("*.py"))
