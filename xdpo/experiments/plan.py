@@ -7,6 +7,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from xdpo.config import Section
+from xdpo.paths import user_path
 
 BASE = "base"
 """The model before training; methods are measured against it, and questions may name it."""
@@ -112,6 +113,7 @@ def load_plan(path: Path) -> Plan:
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from None
     methods = {
-        name: method.model_copy(update={"config": path.parent / method.config}) for name, method in plan.methods.items()
+        name: method.model_copy(update={"config": path.parent / user_path(method.config)})
+        for name, method in plan.methods.items()
     }
     return plan.model_copy(update={"methods": methods})
