@@ -164,6 +164,8 @@ def _lines(path: Path) -> Iterator[str]:
                 yield line
     except UnicodeDecodeError:
         raise _not_text(path, encoding) from None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise TableError(f"could not read {path}: {error.strerror}") from error
     except OSError as error:
         raise StorageError(f"could not read {path}: {storage_fault(error, path)}") from error
 
