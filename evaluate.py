@@ -22,7 +22,9 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from xdpo.data.images import UnreadableImageError, decode_rgb
 from xdpo.files import check_writable, write_text
+from xdpo.paths import expanded, user_path
 from xdpo.prompts import load_prompts
 from xdpo.report import curves, grids, images, published, results, sections
 from xdpo.report.images import Picture, Problem
@@ -75,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--runs",
         nargs="+",
-        type=Path,
+        type=user_path,
         default=(),
         help="run folders of train_xdpo.py, to draw quality against training: their models are recognised by name "
         "(xdpo, xdpo_step_00000200 or xdpo@200 for a run folder called xdpo)",
@@ -84,9 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--device", help="default: the accelerator where there is one, else the CPU")
     how.add_argument("--batch-size", type=_positive, default=16, help="images at once (default: 16)")
     how.add_argument("--workers", type=int, help="processes that decode (default: 0 on a CPU, up to 8 beside a GPU)")
-    how.add_argument("--weights", type=Path, help="folder of the scorers' weights, for machines without a hub")
+    how.add_argument("--weights", type=user_path, help="folder of the scorers' weights, for machines without a hub")
     where = parser.add_argument_group("output")
-    where.add_argument("--output", type=Path, required=True, help="folder of the score table and the report")
+    where.add_argument("--output", type=user_path, required=True, help="folder of the score table and the report")
     where.add_argument("--title", default="Evaluation", help="of the report")
     where.add_argument(
         "--embed-mb", type=float, default=40, help="images that the page holds itself; the rest it links (default: 40)"
@@ -109,7 +111,7 @@ def evaluate(options: argparse.Namespace) -> int:
     """Check what is cheap to check, score what is new, write the report."""
     check_writable(options.output, "--output")
     folders = name_folders(options.images)
-    scorers = list(dict.fromkeys(name.strip() for name in options.scorers.split(",") if name.strip()))
+    scorers = list(dict.fromkeys(expanded(name.strip()) for name in options.scorers.split(",") if name.strip()))
     baselines = options.baseline or [next(iter(folders))]
     for baseline in baselines:
         if baseline not in folders:
@@ -167,9 +169,9 @@ def name_folders(words: Sequence[str]) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for word in words:
         name, equals, path = word.partition("=")
-        if not equals or Path(word).is_dir():
+        if not equals or user_path(word).is_dir():
             name, path = "", word
-        folder = Path(path)
+        folder = user_path(path)
         if not name:
             own = (folder / images.MANIFEST).is_file()  # a prompt set's own folder: its parent is the model
             name = folder.resolve().parent.name if own else folder.resolve().name
@@ -273,15 +275,11 @@ class _Prepared(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int):
-        from PIL import Image
-
         try:
-            image = Image.open(self.paths[index])
-            image.load()
-        except Exception:  # what Pillow raises on a damaged file depends on where the damage is
+            image = decode_rgb(str(self.paths[index]))
+        except UnreadableImageError:
             return _Undecodable()
-        with image:
-            return self.preprocess(image)
+        return self.preprocess(image)
 
 
 def prepared_batches(

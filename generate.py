@@ -25,6 +25,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from xdpo import ending, models, processes, sampling
+from xdpo.data.images import UnreadableImageError, decode_rgb
+from xdpo.paths import expanded, user_path
 from xdpo.prompts import PROMPT_SETS, PromptSet, load_prompts
 from xdpo.sampling import ImageTask, SamplingSettings
 
@@ -64,12 +66,15 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--model",
         required=True,
+        type=expanded,
         help="a name or file of configs/models, a hub id, a pipeline folder, or a run of train_xdpo.py: its folder or "
         "one of its checkpoints",
     )
     replacing = model.add_mutually_exclusive_group()
-    replacing.add_argument("--unet", help="hub id or folder of a UNet that takes the place of the pipeline's")
-    replacing.add_argument("--lora", help="file, folder or hub id of LoRA weights on the pipeline")
+    replacing.add_argument(
+        "--unet", type=expanded, help="hub id or folder of a UNet that takes the place of the pipeline's"
+    )
+    replacing.add_argument("--lora", type=expanded, help="file, folder or hub id of LoRA weights on the pipeline")
     what = parser.add_argument_group("prompts and images")
     what.add_argument("--prompts", required=True, nargs="+", help=f"{', '.join(PROMPT_SETS)}, or files of your own")
     what.add_argument("--prompts-path", help="file or folder of the one set in --prompts, in place of the cache")
@@ -78,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--sample", type=_positive, help="so many prompts at random")
     what.add_argument("--sample-seed", type=int, default=0, help="which ones (default: 0)")
     what.add_argument("--images-per-prompt", type=_positive, default=1, help="default: 1")
-    what.add_argument("--output", required=True, type=Path, help="images go to OUTPUT/SET/CATEGORY/00000.png")
+    what.add_argument("--output", required=True, type=user_path, help="images go to OUTPUT/SET/CATEGORY/00000.png")
     what.add_argument("--format", choices=("png", "jpg"), default="png", help="default: png")
     what.add_argument("--quality", type=int, default=75, help="of JPEGs; 75, Pillow's default, if not given")
     how = parser.add_argument_group("sampling")
@@ -110,10 +115,12 @@ def build_grid_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="generate.py grid", description="Sheets side by side: models as columns, prompts as rows."
     )
-    parser.add_argument("--images", required=True, nargs="+", type=Path, help="outputs of generate.py, one per model")
+    parser.add_argument(
+        "--images", required=True, nargs="+", type=user_path, help="outputs of generate.py, one per model"
+    )
     parser.add_argument("--titles", nargs="+", help="of the columns; default: the names of the folders")
     parser.add_argument("--prompts", required=True, help="name of the prompt set")
-    parser.add_argument("--output", required=True, type=Path, help="PNG or JPEG; further sheets get _2, _3, …")
+    parser.add_argument("--output", required=True, type=user_path, help="PNG or JPEG; further sheets get _2, _3, …")
     parser.add_argument("--categories", nargs="+", default=(), help="only these")
     parser.add_argument("--indices", nargs="+", type=int, help="only images of these numbers")
     parser.add_argument("--limit", type=_positive, help="the first so many prompts")
@@ -386,8 +393,10 @@ def _is_wanted(row: dict, options: argparse.Namespace) -> bool:
 
 
 def _open(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    try:
+        return decode_rgb(str(path))
+    except UnreadableImageError as error:
+        raise ValueError(f"an image can't be read: {error}; remove it and make it again") from None
 
 
 if __name__ == "__main__":

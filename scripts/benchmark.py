@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import flops, loading, memory, results, sampling, scoring, steps
 
+from xdpo.paths import user_path
+
 BENCHMARKS = {
     "flops": flops,
     "step": steps,
@@ -49,7 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     for name, module in BENCHMARKS.items():
         command = commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
         module.add_arguments(command)
-        command.add_argument("--json", type=Path, metavar="FILE", help="write table, all rounds, machine and versions")
+        command.add_argument(
+            "--json", type=user_path, metavar="FILE", help="write table, all rounds, machine and versions"
+        )
     return parser
 
 

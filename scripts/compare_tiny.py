@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from xdpo.config import Config, load_config
 from xdpo.models import load_model, read_model_spec, resolve_model
+from xdpo.paths import user_path
 from xdpo.report import compare
 from xdpo.runlog import read_rows
 from xdpo.sampling import contact_sheet, sample_images
@@ -76,7 +77,7 @@ def draw_curve(run: Path, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder of train_xdpo.py")
+    parser.add_argument("run", type=user_path, help="run folder of train_xdpo.py")
     parser.add_argument("--prompts", type=int, default=50, help="prompts of each of the four categories")
     parser.add_argument("--seed", type=int, default=1000, help="image i starts from noise of seed + i")
     parser.add_argument("--guidance", type=float, help="guidance scale; default: the config's samples.guidance_scale")

@@ -19,6 +19,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from xdpo.paths import user_path
 from xdpo.tiny import world
 from xdpo.tiny.annotator import choose, random_flaws, render
 
@@ -101,7 +102,7 @@ def draw_pairs(count: int, seed: int, draw_scene) -> tuple[list[dict], float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("assets/tiny/pairs"))
+    parser.add_argument("--out", type=user_path, default=Path("assets/tiny/pairs"))
     parser.add_argument("--train", type=int, default=4_000, help="rows of the train split")
     parser.add_argument("--test", type=int, default=300, help="rows of the test split")
     parser.add_argument("--seed", type=int, default=7)

@@ -11,7 +11,6 @@ file is whole or absent.
 """
 
 import argparse
-import glob
 import os
 import sys
 from collections import Counter
@@ -28,8 +27,11 @@ import torch
 from tqdm import tqdm
 
 from xdpo.data.images import UnreadableImageError, decode_rgb
+from xdpo.data.table import kind_of
 from xdpo.files import reading, replacing
+from xdpo.paths import expanded, matching, user_path
 from xdpo.scorers import Scorer, load_scorer, scorer_version
+from xdpo.tables import parquet_schema
 
 NEEDED = ("jpg_0", "jpg_1", "caption")
 ROWS_AT_ONCE = 64
@@ -39,12 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Relabel every file that isn't there yet. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="parquet files or globs")
-    parser.add_argument("--scorer", required=True, help="as for evaluate.py: pickscore, hpsv2, …, or file.py:Class")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the new files, under the same names")
+    parser.add_argument(
+        "--scorer", type=expanded, required=True, help="as for evaluate.py: pickscore, hpsv2, …, or file.py:Class"
+    )
+    parser.add_argument("--output", type=user_path, required=True, help="folder of the new files, under the same names")
     parser.add_argument("--tie-threshold", type=float, default=0.0, help="scores this close are a tie (default: 0)")
     parser.add_argument("--batch-size", type=int, default=16, help="images scored at once (default: 16)")
     parser.add_argument("--device", help="default: the GPU where there is one")
-    parser.add_argument("--weights", type=Path, help="folder of the scorer's weights, for machines without a hub")
+    parser.add_argument("--weights", type=user_path, help="folder of the scorer's weights, for machines without a hub")
     options = parser.parse_args(arguments)
     try:
         files = input_files(options.data, options.output)
@@ -56,7 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
             device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
             scorer = load_scorer(options.scorer, device, options.weights)
             for file in tqdm(todo, desc="relabel", unit="file"):
-                counts += relabel(file, options.output / file.name, scorer, made_by, options.batch_size)
+                try:
+                    counts += relabel(file, options.output / file.name, scorer, made_by, options.batch_size)
+                except (pa.ArrowException, UnicodeDecodeError) as error:
+                    raise ValueError(f"{file} can't be read: {error}") from error
         print(f"{len(files)} files in {options.output}, {len(todo)} of them made now")
         for name in ("chosen by score", "tie", "unreadable", "agrees with the label", "contradicts the label"):
             if todo:
@@ -69,9 +76,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def input_files(patterns: list[str], output: Path) -> list[Path]:
     """The files meant, checked by their footers. Raises ValueError naming what is wrong, before any is read."""
-    files = [Path(name) for pattern in patterns for name in sorted(glob.glob(os.path.expanduser(pattern)))]
-    if not files:
-        raise ValueError(f"--data: no file matches {', '.join(patterns)}")
+    found = {pattern: matching(pattern) for pattern in patterns}
+    if empty := [pattern for pattern in patterns if not found[pattern]]:
+        raise ValueError(f"--data: no file matches {', '.join(empty)}")
+    files = list(dict.fromkeys(file for pattern in patterns for file in found[pattern]))
     if twice := [name for name, count in Counter(file.name for file in files).items() if count > 1]:
         raise ValueError(
             f"--data: several files are called {twice[0]}; relabel each folder into an --output of its own"
@@ -81,15 +89,16 @@ def input_files(patterns: list[str], output: Path) -> list[Path]:
             raise ValueError(
                 f"--output {output} is the folder of {file.name}; choose another, labels are not overwritten"
             )
-        try:
-            columns = pq.read_schema(file).names
-        except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"{file} is not a readable parquet file: {error}") from error
-        if missing := [name for name in NEEDED if name not in columns]:
+        schema = parquet_schema(file)
+        if missing := [name for name in NEEDED if name not in schema.names]:
             raise ValueError(
                 f"{file} lacks the columns {', '.join(missing)}: relabelling needs {', '.join(NEEDED)}; "
-                f"it has {', '.join(columns)}"
+                f"it has {', '.join(schema.names)}"
             )
+        if repeated := [name for name, count in Counter(schema.names).items() if count > 1]:
+            raise ValueError(f"{file} has several columns called {repeated[0]!r}; remove all but one")
+        if kind_of(schema.field("caption").type) not in ("text", "nothing"):
+            raise ValueError(f"{file}: column caption must hold text, it holds {schema.field('caption').type}")
     return files
 
 
@@ -113,16 +122,8 @@ def relabel(source: Path, target: Path, scorer: Scorer, made_by: dict, batch_siz
             scores = score_pairs(table, scorer, batch_size)
             labels = new_labels(scores, made_by["tie_threshold"])
             counts += count(table, scores, labels)
-            for side in (0, 1):
-                if f"label_{side}" in table.column_names:
-                    place = table.column_names.index(f"label_{side}")
-                    table = table.append_column(f"human_label_{side}", table.column(place)).remove_column(place)
-                table = table.append_column(f"label_{side}", pa.array(labels[:, side]))
-                table = table.append_column(f"score_{side}", pa.array(scores[:, side]))
-            if "has_label" in table.column_names:  # what had none has one now
-                place = table.column_names.index("has_label")
-                table = table.set_column(place, "has_label", pa.array(np.ones(len(table), dtype=bool)))
-            metadata = {name: str(value) for name, value in made_by.items()}
+            table = with_new_labels(table, scores, labels)
+            metadata = {name.encode(): str(value).encode() for name, value in made_by.items()}
             table = table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata})
             writer = writer or pq.ParquetWriter(file, table.schema)
             writer.write_table(table)
@@ -137,6 +138,21 @@ def _tables(source: Path) -> Iterator[pa.Table]:
     with reading(source):
         for batch in pq.ParquetFile(source).iter_batches(batch_size=ROWS_AT_ONCE):
             yield pa.Table.from_batches([batch])
+
+
+def with_new_labels(table: pa.Table, scores: np.ndarray, labels: np.ndarray) -> pa.Table:
+    """The pairs with these labels and scores in the place of those they have; the first labels stay as human_label."""
+    for side in (0, 1):
+        if f"label_{side}" in table.column_names and f"human_label_{side}" not in table.column_names:
+            table = table.append_column(f"human_label_{side}", table.column(f"label_{side}"))
+        for name, values in ((f"label_{side}", labels), (f"score_{side}", scores)):
+            if name in table.column_names:
+                table = table.remove_column(table.column_names.index(name))
+            table = table.append_column(name, pa.array(values[:, side]))
+    if "has_label" in table.column_names:  # what had none has one now
+        place = table.column_names.index("has_label")
+        table = table.set_column(place, "has_label", pa.array(np.ones(len(table), dtype=bool)))
+    return table
 
 
 def score_pairs(table: pa.Table, scorer: Scorer, batch_size: int) -> np.ndarray:
@@ -173,11 +189,20 @@ def new_labels(scores: np.ndarray, tie_threshold: float) -> np.ndarray:
 def count(table: pa.Table, scores: np.ndarray, labels: np.ndarray) -> Counter:
     unreadable, decided = np.isnan(scores).any(axis=1), labels[:, 0] != 0.5
     counts = {"unreadable": unreadable, "tie": ~decided & ~unreadable, "chosen by score": decided}
-    if "label_0" in table.column_names:
-        human = table.column("label_0").to_numpy().astype(float)
+    before = next((name for name in ("human_label_0", "label_0") if name in table.column_names), None)
+    if before is not None:
+        human = np.array([as_number(value) for value in table.column(before).to_pylist()])
         counts["agrees with the label"] = decided & (human == labels[:, 0])
         counts["contradicts the label"] = decided & (human == 1 - labels[:, 0])
     return Counter({name: int(rows.sum()) for name, rows in counts.items()})
+
+
+def as_number(value: object) -> float:
+    """A label as a number; NaN where it is missing or none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return np.nan
 
 
 if __name__ == "__main__":

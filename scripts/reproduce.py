@@ -21,6 +21,7 @@ from xdpo.experiments.findings import Findings
 from xdpo.experiments.plan import BASE, load_plan
 from xdpo.experiments.stages import Reproduction, choose, model_name
 from xdpo.experiments.tasks import Interrupted, Task, run_all, tell
+from xdpo.paths import user_path
 
 PLANS = ROOT / "configs" / "experiments"
 STARTED_AT_ONCE = "tiny"  # the scale that needs no --go
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a plan, or say what it would run. Returns the exit status, 130 if it was asked to stop."""
     options = build_parser().parse_args(arguments)
     try:
-        path = Path(options.scale)
+        path = user_path(options.scale)
         plan = load_plan(path if path.suffix in (".yaml", ".yml") else PLANS / f"{options.scale}.yaml")
         output = options.output or Path("runs") / f"reproduce_{path.stem}"
         reproduction = Reproduction(plan, output, options.processes)
@@ -60,8 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--scale", required=True, help=f"{plans}, or a plan's file")
     parser.add_argument("--go", action="store_true", help=f"run it; {STARTED_AT_ONCE} needs no --go")
     parser.add_argument("--dry-run", action="store_true", help="say what would run")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: runs/reproduce_SCALE")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="default: OUTPUT/results.md")
+    parser.add_argument("--output", type=user_path, metavar="DIR", help="default: runs/reproduce_SCALE")
+    parser.add_argument("--page", type=user_path, metavar="FILE", help="default: OUTPUT/results.md")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at once (default: 1)")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="GPUs for each (default: 1)")
     return parser

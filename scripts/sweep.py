@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from xdpo.config import ConfigError
 from xdpo.experiments.cells import make_cells, progress, train_all
 from xdpo.experiments.tasks import Interrupted
+from xdpo.paths import user_path
 from xdpo.report.grids import to_text
 
 
@@ -53,11 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configs", type=Path, nargs="+", required=True, metavar="FILE")
+    parser.add_argument("--configs", type=user_path, nargs="+", required=True, metavar="FILE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
     parser.add_argument("--grid", type=_values, nargs="+", default=[], metavar="KEY=V,V,…", help="each with each")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all cells")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a folder per cell, and the caches")
+    parser.add_argument(
+        "--output", type=user_path, required=True, metavar="DIR", help="a folder per cell, and the caches"
+    )
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="GPUs for each cell (default: 1)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells trained at once (default: 1)")
     parser.add_argument("--array", type=int, metavar="I", help="only cell I, counted from 0")

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from xdpo.files import replacing
 from xdpo.noise import NoiseSchedule, timestep_weights
+from xdpo.paths import user_path
 from xdpo.tiny import world
 from xdpo.tiny.annotator import random_flaws, render
 
@@ -298,8 +299,8 @@ def train_text_to_latent(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/tiny_base"), help="checkpoints and logs")
-    parser.add_argument("--out", type=Path, default=Path("assets/tiny/pipeline"), help="the finished pipeline")
+    parser.add_argument("--work", type=user_path, default=Path("runs/tiny_base"), help="checkpoints and logs")
+    parser.add_argument("--out", type=user_path, default=Path("assets/tiny/pipeline"), help="the finished pipeline")
     parser.add_argument("--images", type=int, default=60_000, help="size of the drawn training set")
     parser.add_argument("--vae-steps", type=int, default=3_500)
     parser.add_argument("--text-steps", type=int, default=600)

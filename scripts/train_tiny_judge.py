@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from xdpo.paths import user_path
 from xdpo.tiny.annotator import Rendering, random_flaws, render
 from xdpo.tiny.judges import HEADS, JUDGE_WEIGHTS, AttributeReader, Judge, alignment, labels_of
 from xdpo.tiny.world import Scene, random_scene
@@ -98,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", default="assets/tiny/pipeline", help="whose autoencoder images pass through")
     parser.add_argument(
-        "--out", type=Path, default=JUDGE_WEIGHTS, help="where the weights go; the measures beside them"
+        "--out", type=user_path, default=JUDGE_WEIGHTS, help="where the weights go; the measures beside them"
     )
     parser.add_argument("--steps", type=int, default=2_500)
     parser.add_argument("--batch", type=int, default=96)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from xdpo.paths import user_path
 from xdpo.report.grids import Cell, Grid, percent, to_text
 from xdpo.study.folder import DEFAULT_TITLE, Key, Links, Study, StudyError
 from xdpo.study.votes import VoteStore
@@ -51,7 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
         build.add_argument(
             f"--{letter}", nargs="+", required=letter == "b", default=[], metavar="[NAME=]FOLDER", help=about
         )
-    build.add_argument("--output", "--out", type=Path, required=True, metavar="STUDY", help="a folder that isn't there")
+    build.add_argument(
+        "--output", "--out", type=user_path, required=True, metavar="STUDY", help="a folder that isn't there"
+    )
     build.add_argument(
         "--sample", nargs="+", metavar="N|SET=N", help="prompts drawn of each set, or of the named ones (default: all)"
     )
@@ -73,18 +76,18 @@ def build_parser() -> argparse.ArgumentParser:
 
     out = commands.add_parser("export", help="one folder per annotator, for use without a server")
     add_study(out)
-    out.add_argument("--static", type=Path, required=True, metavar="DIR", help="where the folders go")
+    out.add_argument("--static", type=user_path, required=True, metavar="DIR", help="where the folders go")
     out.add_argument("--annotator", type=_positive, nargs="+", metavar="N", help="only these (default: all)")
     out.set_defaults(run=run_export)
 
     back = commands.add_parser("import", help="take in the votes that exported pages saved")
     add_study(back)
-    back.add_argument("files", type=Path, nargs="+", metavar="FILE", help="votes-….json")
+    back.add_argument("files", type=user_path, nargs="+", metavar="FILE", help="votes-….json")
     back.set_defaults(run=run_import)
 
     analyze = commands.add_parser("analyze", help="count the votes: report.md, a figure, votes.parquet")
     add_study(analyze)
-    analyze.add_argument("--output", type=Path, metavar="DIR", help="default: STUDY/report")
+    analyze.add_argument("--output", type=user_path, metavar="DIR", help="default: STUDY/report")
     analyze.add_argument(
         "--allow-failed",
         type=_share,
@@ -108,8 +111,8 @@ def build_parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=run_plan)
 
     demo = commands.add_parser("demo", help=f"a study of {DEMO_IMAGES}, built where it isn't there, and served")
-    demo.add_argument("--images", type=Path, default=DEMO_IMAGES, help="what scripts/tiny_chain.sh leaves")
-    demo.add_argument("--output", type=Path, default=DEMO_STUDY, metavar="STUDY")
+    demo.add_argument("--images", type=user_path, default=DEMO_IMAGES, help="what scripts/tiny_chain.sh leaves")
+    demo.add_argument("--output", type=user_path, default=DEMO_STUDY, metavar="STUDY")
     demo.add_argument("--no-browser", action="store_true", help="print the links only")
     add_address(demo)
     demo.set_defaults(run=run_demo)
@@ -117,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_study(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", type=Path, metavar="STUDY")
+    parser.add_argument("study", type=user_path, metavar="STUDY")
 
 
 def add_address(parser: argparse.ArgumentParser) -> None:
@@ -244,7 +247,9 @@ def run_demo(options: argparse.Namespace) -> None:
 def _named(word: str) -> tuple[str, Path]:
     """[NAME=]FOLDER; the model is called after the folder unless named."""
     name, equals, folder = word.partition("=")
-    return (name, Path(folder)) if equals else (Path(word).name, Path(word))
+    if not equals or user_path(word).is_dir():
+        return user_path(word).name, user_path(word)
+    return name, user_path(folder)
 
 
 def _sample(words: Sequence[str] | None, folder: str) -> dict[str, int] | None:

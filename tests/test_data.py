@@ -235,6 +235,85 @@ def test_a_folder_lists_labels(tmp_path, tiny_tokenizer, listing):
     assert colours(PairDataset(table, tiny_tokenizer, 0, data_config())[0]) == [LIME, RED]
 
 
+def listed_folder(tmp_path, name, content):
+    tmp_path.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return load_pairs(data_config(str(tmp_path), source="folder"))
+
+
+CHOICE = "chosen,rejected,caption\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("pairs.csv", CHOICE + "a.png,b.png,a cat, 8k\n", r"pairs\.csv line 2 has 4 columns, the header 3"),
+        ("pairs.csv", CHOICE + 'a.png,b.png,"a cat\nc.png,d.png,5"\n', r"pairs\.csv lines 2 to 3"),
+        ("pairs.csv", CHOICE.replace(",", ";") + "a.png;b.png;a cat\n", r"pairs\.csv: .*semicolons"),
+        ("pairs.csv", (CHOICE + "a.png,b.png,café\n").encode("cp1252"), r"pairs\.csv line 2: byte 39 .*UTF-8"),
+        ("pairs.csv", "chosen,chosen,rejected,caption\na,b,c,d\n", r"several columns called 'chosen'"),
+        (
+            "pairs.jsonl",
+            '\n{"chosen": "a", "rejected": "b", "caption": ["x"]}',
+            r"line 2: column caption must hold text",
+        ),
+        ("pairs.jsonl", '{"chosen": "a", "rejected": "b", "caption": 3}', r"line 1: column caption must hold text"),
+        ("pairs.jsonl", '{"chosen": 1, "rejected": "b", "caption": "x"}', r"line 1: column chosen must hold text"),
+        ("pairs.jsonl", '{"chosen": "a", "rejected": "b", "caption": "\\ud83d"}', r"line 1: .* half a character"),
+        (
+            "pairs.jsonl",
+            '{"chosen": "a", "rejected": "b", "caption": "x", "ranking_id": [1]}',
+            r"line 1: column ranking_id must hold text",
+        ),
+        (
+            "pairs.jsonl",
+            '{"image_0": "a", "image_1": "b", "caption": "x", "label_0": [1]}',
+            r"line 1: column label_0 must hold numbers, got \[1\]",
+        ),
+    ],
+)
+def test_a_list_of_pairs_that_is_no_text_is_refused_with_file_and_line(tmp_path, name, content, message):
+    with pytest.raises(DataError, match=message):
+        listed_folder(tmp_path, name, content)
+
+
+def test_null_and_nan_are_no_caption_and_no_image(tmp_path):
+    rows = [
+        '{"chosen": "a.png", "rejected": "b.png", "caption": "x"}',
+        '{"chosen": "a.png", "rejected": "b.png", "caption": NaN}',
+        '{"chosen": "a.png", "rejected": "b.png", "caption": null}',
+        '{"chosen": "a.png", "rejected": "b.png"}',
+        '{"chosen": null, "rejected": NaN, "caption": "nan"}',
+    ]
+    table = listed_folder(tmp_path, "pairs.jsonl", "\n".join(rows))
+    assert (table.counts.without_caption, table.counts.kept) == (3, 2)
+    assert table.columns("caption") == {"caption": ["x", "nan"]}
+    assert (table.dataset[4]["jpg_0"], table.dataset[4]["jpg_1"]) == (None, None)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_what_excel_saves_as_unicode_is_read(tmp_path, encoding, line_end):
+    text = (CHOICE + 'a.png,b.png,"café, 8k"\n').replace("\n", line_end)
+    table = listed_folder(tmp_path, "pairs.csv", text.encode(encoding))
+    assert table.columns("caption") == {"caption": ["café, 8k"]}
+
+
+def test_labels_and_flags_may_be_booleans(tmp_path):
+    rows = [
+        f'{{"image_0": "a", "image_1": "b", "caption": "x", "label_0": {label}, "has_label": {flag}}}'
+        for label, flag in (("true", "true"), ("false", "true"), ("true", "false"))
+    ]
+    table = listed_folder(tmp_path, "pairs.jsonl", "\n".join(rows))
+    assert (table.chosen_side.tolist(), table.counts.unlabelled) == ([0, 1], 1)
+
+
+def test_a_column_that_only_later_lines_have_counts(tmp_path):
+    rows = ['{"chosen": "a", "rejected": "b", "caption": "x"', '"ranking_id": 7}']
+    table = listed_folder(tmp_path, "pairs.jsonl", f"{rows[0]}}}\n{', '.join(rows)}\n")
+    assert [table.pair_id(row) for row in range(2)] == ["0", "7"]
+
+
 # Scores
 
 

@@ -154,6 +154,25 @@ def test_killed_and_restarted_it_goes_on_where_it_was(world, monkeypatch, capsys
     assert len(ScoreTable(world.output).placed) == 12
 
 
+def test_images_are_scored_as_training_sees_them(world):
+    """Turned upright, transparency over white: the same pixels as everywhere."""
+    path = world.folder / "images" / "sd15" / "mine" / "cats" / "00000.png"
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(path)
+    assert world.run() == 0
+    assert {row.key: row.score for row in ScoreTable(world.output).placed if row.model == "sd15"}["cats/0"] == 255.0
+
+
+def test_two_files_for_one_image_are_told(world, capsys):
+    folder = world.folder / "images" / "sd15" / "mine"
+    (folder / "cats" / "1.png").write_bytes((folder / "cats" / "00002.png").read_bytes())
+    row = {"file": "cats/1.png", "category": "cats", "prompt": "<i>prompt</i> 1"}
+    with (folder / "manifest.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    assert world.run() == 0
+    told = "1 clashes, left out: files for one image (cats/00001.png and cats/1.png)"
+    assert told in capsys.readouterr().err and told in (world.output / "report.md").read_text()
+
+
 def test_identical_images_are_scored_once(world):
     make_model(world.folder / "images" / "copy", MODELS["sd15"])
     world.run(models=("sd15", "copy"))

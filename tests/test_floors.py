@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: {"files", "processes"},
+    0: {"files", "paths", "processes", "tables"},
     1: {
         "__init__",
         "config",
@@ -26,7 +26,10 @@ FLOORS = {
     4: {"train_xdpo", "generate", "evaluate", "experiments"},
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
-SIDEWAYS = {("scorers", "tiny")}  # the embedded judges' one way in
+SIDEWAYS = {
+    ("scorers", "tiny"),  # the embedded judges' one way in
+    ("tables", "files"),  # what a failing disk means
+}
 TENSORS_ONLY = {"noise", "loss"}
 
 PACKAGE = sorted((ROOT / "xdpo").rglob("*.py"))

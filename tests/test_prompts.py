@@ -163,6 +163,28 @@ def test_every_kind_of_file_gives_its_prompts_in_order(tmp_path, name):
     assert [prompt.position for prompt in loaded.prompts] == [0, 1]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", FILES)
+def test_unicode_with_a_byte_order_mark_gives_the_same_prompts(tmp_path, name, encoding):
+    (tmp_path / name).write_bytes(FILES[name].encode(encoding))
+    assert texts(load_prompts(str(tmp_path / name))) == ["one", "two, “three”"]
+
+
+def test_a_parquet_column_of_numbers_is_no_prompt(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"prompt": [1.0, float("nan")]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet row 0: column prompt must hold text, got 1\.0"):
+        load_prompts(str(tmp_path / "a.parquet"))
+
+
+def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.txt").write_text("one\n")
+    assert texts(load_prompts("~/mine.txt")) == ["one"]
+
+
 def test_a_parquet_file_gives_its_captions(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -194,9 +216,32 @@ def test_categories_become_folder_names_that_differ(tmp_path):
 
 BAD_FILES = {
     "no such column": ("a.csv", "image,label\n1,2\n", "one must be prompt or caption or text"),
-    "a row too short": ("a.tsv", "prompt\tcategory\nonly\n", "row 2 has 1 columns, the header 2"),
-    "not JSON": ("a.json", "{", "not readable as .json"),
-    "not UTF-8": ("a.txt", b"\xff\xfe\x00", "not readable as .txt in UTF-8"),
+    "a row too short": ("a.tsv", "prompt\tcategory\nonly\n", "line 2 has 1 columns, the header 2"),
+    "not JSON": ("a.json", "{", "line 1 is not JSON"),
+    "not UTF-8": ("a.txt", b"one\ncaf\xe9\n", "line 2: byte 7 \\(0xe9\\) is no UTF-8 text"),
+    "half of UTF-16": ("a.txt", b"\xff\xfe\x00", "line 1: byte 2 \\(0x00\\) is no UTF-16 text"),
+    "a comma without quotation marks": (
+        "a.csv",
+        "prompt,style\na cat, 8k,photo\n",
+        "line 2 has 3 columns, the header 2",
+    ),
+    "rows merged by a quotation mark": (
+        "a.csv",
+        'prompt,style\none,x\n"two,x\nthree",x\nfour,x\n',
+        "lines 3 to 4: a cell begins with a quotation mark",
+    ),
+    "Excel's semicolons": ("a.csv", "prompt;style\na cat;photo\n", "parted by semicolons"),
+    "two columns of prompts": ("a.csv", "prompt,Prompt\na,b\n", "several columns called 'prompt'"),
+    "a category twice": ("a.json", '{"x": ["a"], "x": ["b"]}', "the key 'x' more than once"),
+    "NaN": ("a.jsonl", '{"prompt": "a"}\n{"prompt": NaN}\n', "line 2: every prompt must be a string.*got"),
+    "a list of prompts in one": ("a.jsonl", '{"prompt": ["a", "b"]}\n', "line 1: every prompt must be a string"),
+    "half a surrogate pair": ("a.json", '["a", "\\ud83d"]', "prompt 1 holds half a character"),
+    "a category that is a list": (
+        "a.json",
+        '[{"prompt": "a", "category": ["b"]}]',
+        "prompt 0: its category must hold text",
+    ),
+    "NUL": ("a.txt", "one\ntwo\0\n", "line 2 holds a NUL byte"),
     "numbers": ("a.json", "[1, 2]", "every prompt must be a string"),
     "a string": ("a.json", '"a"', "must be a list of prompts"),
     "empty": ("a.txt", "", "is empty"),

@@ -123,3 +123,73 @@ def test_a_full_disk_is_said_and_leaves_no_file(call, full_disk, capsys):
     assert call() == 1
     assert "could not write" in (said := capsys.readouterr().err) and "the disk is full" in said
     assert not any(call.output.iterdir())
+
+
+def test_its_own_output_gets_new_labels_and_keeps_those_of_people(call, tmp_path, capsys):
+    """Also a third time: columns are replaced, never doubled."""
+    (tmp_path / "dark.py").write_text(SCORER.replace(".mean())", ".mean() * -1)"))
+    first = call.output
+    assert call() == 0
+    before = pq.read_table(first / "train-0.parquet").to_pydict()
+    source = first
+    for target in (tmp_path / "two", tmp_path / "three"):
+        given = ["--data", str(source / "*.parquet"), "--output", str(target)]
+        assert call(*given, scorer=f"{tmp_path / 'dark.py'}:Red") == 0
+        table = pq.read_table(target / "train-0.parquet")
+        assert len(set(table.column_names)) == len(table.column_names)
+        after = table.to_pydict()
+        assert after["human_label_0"] == before["human_label_0"] and after["human_label_1"] == before["human_label_1"]
+        assert after["label_0"] == [0, 1, 0.5, 0.5, 0, 1]
+        assert after["score_0"][:3] == [-200, -100, -100]
+        assert "agrees with the label: 4\n  contradicts the label: 2" in capsys.readouterr().out
+        source = target
+    settings = {"source": "parquet", "path": str(target), "split": "train", "revision": None, "max_pairs": None}
+    assert load_pairs(type("data", (), settings)).counts.kept == 8
+    assert call("--data", str(first / "*.parquet"), "--output", str(target)) == 1, "made by another scorer"
+
+
+def test_labels_as_text_and_missing_ones_are_compared_where_they_are_numbers(call, tmp_path, capsys):
+    import pyarrow as pa
+
+    table = pq.read_table(call.data / "train-0.parquet")
+    for name, values in (("label_0", ["1", None, "", "left", "0", "1.0"]), ("label_1", ["0", None, "", "", "1", "0"])):
+        table = table.set_column(table.column_names.index(name), name, pa.array(values))
+    pq.write_table(table, tmp_path / "text.parquet")
+    assert call("--data", str(tmp_path / "text.parquet")) == 0
+    assert "agrees with the label: 1\n  contradicts the label: 2" in capsys.readouterr().out
+    assert pq.read_table(call.output / "text.parquet").to_pydict()["human_label_0"] == [
+        "1",
+        None,
+        "",
+        "left",
+        "0",
+        "1.0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("caption", [["a"]] * 6, "column caption must hold text, it holds list"),
+        ("caption", [1.0] * 6, "column caption must hold text, it holds double"),
+    ],
+)
+def test_columns_of_another_type_are_refused_before_anything_is_scored(call, tmp_path, name, values, message, capsys):
+    import pyarrow as pa
+
+    table = pq.read_table(call.data / "train-0.parquet")
+    table = table.set_column(table.column_names.index(name), name, pa.array(values))
+    pq.write_table(table, tmp_path / "other.parquet")
+    assert call("--data", str(tmp_path / "other.parquet")) == 1
+    assert f"other.parquet: {message}" in capsys.readouterr().err
+
+
+def test_a_pattern_that_matches_nothing_beside_one_that_does_is_named(call, capsys):
+    assert call("--data", str(call.data / "train-*.parquet"), str(call.data / "test-*.parquet")) == 1
+    assert "no file matches" in (said := capsys.readouterr().err) and "test-*" in said and "train-*" not in said
+
+
+def test_a_folder_in_brackets_is_that_folder(call, tmp_path):
+    call.data.rename(tmp_path / "data[1]")
+    assert call("--data", str(tmp_path / "data[1]" / "train-*.parquet")) == 0
+    assert len(list(call.output.glob("*.parquet"))) == 2

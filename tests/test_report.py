@@ -204,6 +204,42 @@ def test_without_any_manifest_prompts_come_from_the_set_and_gaps_are_named(tmp_p
     assert problems[("kto", "left out: no prompt is known")] == ("b/00000.png",)
 
 
+@pytest.mark.parametrize("other", ["anime/00001.jpg", "anime/1.png", "anime/00001_0.png", "anime/00001.PNG"])
+@pytest.mark.parametrize("manifest", [True, False])
+def test_two_files_for_one_image_are_a_clash_and_neither_is_taken(tmp_path, manifest, other):
+    folder = tmp_path / "sd15" / "hpsv2"
+    write_images(folder, PROMPTS, manifest=manifest)
+    (folder / other).write_bytes(b"another image of the same prompt")
+    if manifest:
+        with (folder / "manifest.jsonl").open("a") as file:
+            file.write(json.dumps({"file": other, "prompt": "a dog", "category": "anime"}) + "\n")
+    known = {"anime/0": ("anime", "a cat"), "photo/0": ("photo", "a tree")}
+    pictures, problems = read(tmp_path / "sd15", known=known)
+    assert [picture.name for picture in pictures] == ["anime/00000.png", "photo/00000.png"]
+    both = " and ".join(sorted([other, "anime/00001.png"]))
+    assert problems["sd15", "clashes, left out: files for one image"] == (both,)
+
+
+def test_a_folder_of_clashes_alone_says_so(tmp_path):
+    write_images(tmp_path / "sd15" / "hpsv2", {"anime/0": "", "anime/00": ""}, manifest=False)
+    with pytest.raises(ValueError, match=r"holds no images: .*1 clashes, left out: .*anime/0\.png and anime/00\.png"):
+        images.read_model_folder(tmp_path / "sd15", "sd15")
+
+
+def test_lines_of_a_manifest_that_hold_no_text_are_named_and_texts_of_unicode_are_whole(tmp_path):
+    folder = tmp_path / "sd15" / "hpsv2"
+    write_images(folder, {f"anime/{number}": "" for number in range(6)}, manifest=False)
+    prompts = ["a\u2028b\x85c", 42, ["a"], "half \ud83d", None]
+    rows = [json.dumps({"file": f"anime/{place}.png", "prompt": prompt}) for place, prompt in enumerate(prompts)]
+    rows[0] = rows[0].replace("\\u2028", "\u2028").replace("\\u0085", "\x85")
+    content = "\n".join(rows).encode() + b'\n{"file": "anime/5.png", "prompt": "caf\xe9"}\n'
+    (folder / "manifest.jsonl").write_bytes(content)
+    pictures, problems = images.read_model_folder(tmp_path / "sd15", "sd15")
+    assert [picture.prompt for picture in pictures] == ["a\u2028b\x85c", None]
+    [names] = [problem.names for problem in problems if problem.kind == "unreadable lines of the manifest"]
+    assert names == ("line 2", "line 3", "line 4", "line 6")
+
+
 def test_a_folder_without_images_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no image folder"):
         images.read_model_folder(tmp_path / "nothing", "x")

@@ -207,10 +207,19 @@ def test_folders_that_do_not_match_are_refused_naming_the_prompts(tmp_path, fold
     assert not (tmp_path / "study").exists()
 
 
+def add_a_second_file(folder):
+    """1.png beside 00001.png, both in the manifest."""
+    manifest = folder / "set_b" / "manifest.jsonl"
+    rows = manifest.read_text()
+    manifest.write_text(rows + rows.replace("00001.png", "1.png"))
+    (folder / "set_b" / "1.png").write_bytes((folder / "set_b" / "00001.png").read_bytes())
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "set_b" / "00001.png").write_bytes(b"\x89PNG\r\n"), "00001.png can't be read"),
+        (lambda folder: (folder / "set_b" / "00001.png").write_bytes(b"\x89PNG\r\n"), "can't be read: .*00001.png"),
+        (add_a_second_file, "1 clashes, left out: files for one image .00001.png and 1.png"),
         (lambda folder: (folder / "set_b" / "00001.png").unlink(), "listed in the manifest but missing"),
         (lambda folder: (folder / "set_a" / "manifest.jsonl").unlink(), "has no manifest"),
     ],

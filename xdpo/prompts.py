@@ -4,7 +4,6 @@ A published set is looked for at an explicit path, then in the cache ($XDPO_CACH
 then at its source, and is checked against a checksum of its content: categories and texts, in order.
 """
 
-import csv
 import difflib
 import hashlib
 import json
@@ -13,13 +12,15 @@ import re
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from xdpo.files import replacing
+from xdpo.paths import user_path
+from xdpo.tables import TableError, as_text, read_json, read_json_lines, read_table, read_text, scalar
 
 TEXT_COLUMNS = ("prompt", "caption", "text")
 CATEGORY_COLUMNS = ("category", "style", "figure")
@@ -130,9 +131,9 @@ def load_prompts(
                 f"{_checksum(prompts)[:12]}…, the published one {source.sha256[:12]}…. Remove it from the cache to "
                 "fetch it again, or use it under a name of its own, by its path"
             )
-    elif Path(name_or_path).suffix.lower() in SUFFIXES or Path(name_or_path).exists():
-        name = Path(name_or_path).stem
-        prompts = _numbered(_read([_existing_file(Path(name_or_path))]))
+    elif (own := user_path(name_or_path)).suffix.lower() in SUFFIXES or own.exists():
+        name = own.stem
+        prompts = _numbered(_read([_existing_file(own)]))
         if name in PROMPT_SETS:
             raise ValueError(
                 f"{name_or_path}: a set of your own can't be called {name!r}; rename the file, or give the name as the "
@@ -219,7 +220,7 @@ def _checksum(prompts: Sequence[Prompt]) -> str:
 
 def _rows_of_set(name: str, source: _Source, path: str | Path | None) -> _Rows:
     if path is not None:
-        path = Path(path).expanduser()
+        path = user_path(path)
         if path.is_dir():
             if found := _files_in(path, source):
                 return _read(found)
@@ -282,13 +283,8 @@ def _existing_file(path: Path) -> Path:
 
 def _read(paths: list[Path]) -> _Rows:
     """Rows of one file, or of several that are called after their categories."""
-    readers = {".txt": _text, ".csv": _table, ".tsv": _table, ".json": _json, ".jsonl": _json_lines}
-    reads = []
-    for path in paths:
-        try:
-            reads.append(readers.get(path.suffix.lower(), _parquet)(path))
-        except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-            raise ValueError(f"{path}: not readable as {path.suffix.lower()} in UTF-8: {error}") from error
+    readers = {".txt": _text, ".json": _json, ".jsonl": _json_lines}
+    reads = [readers.get(path.suffix.lower(), _table)(path) for path in paths]
     if len(reads) == 1:
         return reads[0]
     rows = [(path.stem, text) for path, read in zip(paths, reads, strict=True) for _, text in read.rows]
@@ -296,70 +292,62 @@ def _read(paths: list[Path]) -> _Rows:
 
 
 def _text(path: Path) -> _Rows:
-    lines = path.read_text("utf-8-sig").rstrip("\r\n").split("\n")  # str.splitlines would cut at exotic separators
-    return _Rows([(NO_CATEGORY, line.rstrip("\r")) for line in lines] if lines != [""] else [], is_grouped=False)
+    lines = read_text(path).rstrip("\n").split("\n")  # str.splitlines would cut at exotic separators
+    return _Rows([(NO_CATEGORY, line) for line in lines] if lines != [""] else [], is_grouped=False)
 
 
 def _table(path: Path) -> _Rows:
-    is_tsv = path.suffix.lower() == ".tsv"
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        # PartiPrompts is a tsv whose quotation marks are text: quoting would change one of its prompts.
-        reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else csv.reader(file)
-        header, *lines = list(reader) or [[]]
-    return _Rows(list(_by_header(path, header, [line for line in lines if line])), is_grouped=False)
-
-
-def _by_header(path: Path, header: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[tuple[str, str]]:
-    names = [name.strip().lower() for name in header]
-    text = next((names.index(name) for name in TEXT_COLUMNS if name in names), None)
-    category = next((names.index(name) for name in CATEGORY_COLUMNS if name in names), None)
+    """Rows of a csv, tsv or parquet file by the names in its header; a missing cell of a parquet file is empty."""
+    table = read_table(path, wanted=lambda name: name.strip().lower() in TEXT_COLUMNS + CATEGORY_COLUMNS)
+    names = [name.strip().lower() for name in table.names]
+    text = next((name for name in TEXT_COLUMNS if name in names), None)
+    category = next((name for name in CATEGORY_COLUMNS if name in names), None)
+    if twice := [name for name in (text, category) if names.count(name) > 1]:
+        raise TableError(f"{path} has several columns called {twice[0]!r}; rename or remove all but one")
     if text is None:
-        raise ValueError(f"{path}: has the columns {', '.join(header)}; one must be {' or '.join(TEXT_COLUMNS)}")
-    for number, line in enumerate(lines, start=2):
-        if len(line) != len(names):
-            raise ValueError(f"{path}: row {number} has {len(line)} columns, the header {len(names)}")
-        yield (line[category] if category is not None else NO_CATEGORY), line[text]
+        if not table.names:
+            return _Rows([], is_grouped=False)
+        raise TableError(f"{path}: has the columns {', '.join(table.names)}; one must be {' or '.join(TEXT_COLUMNS)}")
+    texts = table.texts(table.names[names.index(text)])
+    categories = [NO_CATEGORY] * len(texts)
+    if category is not None:
+        categories = table.scalars(table.names[names.index(category)])
+    return _Rows([(group or "", cell or "") for group, cell in zip(categories, texts, strict=True)], is_grouped=False)
 
 
 def _json(path: Path) -> _Rows:
-    content = json.loads(path.read_text("utf-8-sig"))
+    content = read_json(path)
     if isinstance(content, dict):
         if content and all(isinstance(value, list) for value in content.values()):
-            entries = [(category, _entry(path, item)[1]) for category, items in content.items() for item in items]
+            entries = [
+                (
+                    as_text(category, f"{path}: a category"),
+                    _entry(item, f"{path}: {category!r:.40}, prompt {number}")[1],
+                )
+                for category, items in content.items()
+                for number, item in enumerate(items)
+            ]
             return _Rows(entries, is_grouped=True)
         content = list(content.values())
     if not isinstance(content, list):
-        raise ValueError(f"{path}: must be a list of prompts, or an object from category to a list of prompts")
-    return _Rows([_entry(path, item) for item in content], is_grouped=False)
+        raise TableError(f"{path}: must be a list of prompts, or an object from category to a list of prompts")
+    return _Rows([_entry(item, f"{path}: prompt {number}") for number, item in enumerate(content)], is_grouped=False)
 
 
 def _json_lines(path: Path) -> _Rows:
-    lines = path.read_text("utf-8-sig").split("\n")
-    return _Rows([_entry(path, json.loads(line)) for line in lines if line.strip()], is_grouped=False)
+    return _Rows([_entry(item, f"{path} line {number}") for number, item in read_json_lines(path)], is_grouped=False)
 
 
-def _entry(path: Path, item: Any) -> tuple[str, str]:
+def _entry(item: Any, where: str) -> tuple[str, str]:
     """(category, text) of a string, or of an object with a prompt and perhaps a category."""
     if isinstance(item, str):
-        return NO_CATEGORY, item
+        return NO_CATEGORY, as_text(item, where)
     fields = {key.lower(): value for key, value in item.items()} if isinstance(item, dict) else {}
     text = next((fields[name] for name in TEXT_COLUMNS if name in fields), None)
     if not isinstance(text, str):
-        raise ValueError(
-            f"{path}: every prompt must be a string or an object with {' or '.join(TEXT_COLUMNS)}, got {item!r:.80}"
+        raise TableError(
+            f"{where}: every prompt must be a string or an object with {' or '.join(TEXT_COLUMNS)}, got {item!r:.80}"
         )
-    return str(next((fields[name] for name in CATEGORY_COLUMNS if name in fields), NO_CATEGORY)), text
-
-
-def _parquet(path: Path) -> _Rows:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        columns = pyarrow.parquet.read_schema(path).names
-        wanted = [name for name in columns if name.lower() in TEXT_COLUMNS + CATEGORY_COLUMNS]
-        table = pyarrow.parquet.read_table(path, columns=wanted)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path}: not a readable parquet file: {error}") from error
-    lines = [["" if cell is None else str(cell) for cell in row.values()] for row in table.to_pylist()]
-    return _Rows(list(_by_header(path, wanted or columns, lines)), is_grouped=False)
+    category = next((fields[name] for name in CATEGORY_COLUMNS if name in fields), None)
+    category = as_text(scalar(category), f"{where}: its category")
+    return NO_CATEGORY if category is None else category, as_text(text, where)

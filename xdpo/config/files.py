@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from xdpo.config.sections import KEYS, SECTIONS, Config
+from xdpo.paths import expanded, user_path
 
 
 class ConfigError(ValueError):
@@ -141,7 +142,7 @@ def _lineage(path: Path) -> list[_File]:
             return files[::-1]
         if not isinstance(parent, str) or not parent:
             raise ConfigError(f"{file.label}: inherits: must be one path, relative to this file (got {shown(parent)})")
-        path, asked_by = Path(os.path.normpath(path.parent / parent)), file.label
+        path, asked_by = Path(os.path.normpath(path.parent / expanded(parent))), file.label
 
 
 def _settings_of(file: _File) -> tuple[dict[str, _Setting], list[str]]:
@@ -277,7 +278,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             types, values out of range, keys that contradict each other. Alone, when a file cannot be read or
             parsed, or `inherits:` goes in a circle.
     """
-    files = _lineage(Path(path))
+    files = _lineage(user_path(path))
     layers = [(file.label, *_settings_of(file)) for file in files]
     layers.append((_COMMAND_LINE, *_settings_of_overrides(overrides)))
     settings: dict[str, _Setting] = {}

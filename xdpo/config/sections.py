@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -16,6 +17,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
+
+from xdpo.paths import expanded
 
 _FRACTION = re.compile(r"\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))\s*/\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*")
 
@@ -36,11 +39,11 @@ def _number(value: Any) -> float:
 
 
 def _paths(value: Any) -> str | tuple[str, ...]:
-    """One path, or several as a tuple."""
+    """One path, or several as a tuple; `~` expanded."""
     if isinstance(value, str) and value:
-        return value
+        return expanded(value)
     if isinstance(value, list | tuple) and value and all(isinstance(path, str) and path for path in value):
-        return tuple(value)
+        return tuple(expanded(path) for path in value)
     raise ValueError("must be a path or a list of paths, none of them empty")
 
 
@@ -53,6 +56,7 @@ Count = Annotated[StrictInt, Field(gt=0)]
 CountOrZero = Annotated[StrictInt, Field(ge=0)]
 Seed = Annotated[StrictInt, Field(ge=0, le=2**32 - 1)]
 Text = Annotated[StrictStr, Field(min_length=1)]
+FilePath = Annotated[Text, AfterValidator(expanded)]
 Paths = Annotated[str | tuple[str, ...], BeforeValidator(_paths)]
 
 
@@ -65,7 +69,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which pipeline is trained, and which of its weights."""
 
-    pipeline: Text = Field(
+    pipeline: FilePath = Field(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         description="hub id or folder of a pipeline in Stable Diffusion format",
     )
@@ -126,16 +130,16 @@ class DataConfig(Section):
 class CacheConfig(Section):
     """What is computed once and kept on disk: encoded examples, and the reference's errors."""
 
-    examples: Text | None = Field(
+    examples: FilePath | None = Field(
         None,
         description="folder of encoded images and captions; training then needs no encoders and no data; null: none",
     )
     build: StrictBool = Field(True, description="encode what is missing in cache.examples before training")
     dtype: Literal["fp16", "fp32"] = Field("fp16", description="number format of cache.examples")
-    local_copy: Text | None = Field(
+    local_copy: FilePath | None = Field(
         None, description="folder on a local disk to which cache.examples is copied first; null: read it where it is"
     )
-    reference: Text | None = Field(
+    reference: FilePath | None = Field(
         None, description="folder of the reference's errors, kept per seed, data and model; null: compute them"
     )
 
@@ -379,7 +383,7 @@ class Config(Section):
     """Everything that defines a run. Immutable; equal configs describe the same run."""
 
     seed: Seed = Field(0, description="the root of all randomness of the training")
-    output_dir: Text = Field(description="run folder: checkpoints, metrics, samples, the resolved config")
+    output_dir: FilePath = Field(description="run folder: checkpoints, metrics, samples, the resolved config")
     model: ModelConfig = ModelConfig()
     compute: ComputeConfig = ComputeConfig()
     data: DataConfig = DataConfig()

@@ -1,52 +1,105 @@
-"""Encoded image → square RGB tensor."""
+"""Encoded image → square RGB tensor. The one decoder of training, caches, relabelling, evaluation and studies."""
 
+import errno
 import io
-import struct
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-# What Pillow is known to raise on files that are cut, damaged, huge or not images at all.
-DECODING_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    TypeError,
-    IndexError,
-    OverflowError,
-    struct.error,
-    Image.DecompressionBombError,
+from xdpo.files import StorageError, storage_fault
+
+_UPRIGHT = {  # EXIF orientation → what turns the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_STORAGE_ERRORS = frozenset(  # they tell nothing about the file
+    {
+        *(errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ETIMEDOUT),
+        *(errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    }
 )
+_SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # whose 32-bit mode holds the file's 16 bits
 
 
 class UnreadableImageError(Exception):
-    """The image cannot be decoded; the message says why."""
+    """The image cannot be decoded; the message names its file where it has one, and says why."""
 
 
 def decode_rgb(cell: bytes | str | dict[str, Any] | None) -> Image.Image:
     """Decode image bytes, the file at a path, or {"bytes", "path"} to mode RGB.
 
     EXIF orientation is applied, transparency is laid over white, 16-bit grey is scaled to 8, and of an animation the
-    first frame is taken. Raises UnreadableImageError, also for a missing file.
+    first frame is taken. 32-bit values are scaled by the least of these whites that they all fit: 1 and 255 for
+    floats, 255 and 65,535 for integers. Where they fit none, or stay below a tenth of a greater one, nobody knows.
+
+    Raises UnreadableImageError for whatever a decoder raises and for a missing file, StorageError where the storage is
+    at fault and not the image.
     """
+    path, content = (cell, None) if isinstance(cell, str) else (None, cell)
     if isinstance(cell, dict):
-        cell = cell["path"] if cell.get("bytes") is None else cell["bytes"]
-    if cell is None:
+        path, content = cell.get("path"), cell.get("bytes")
+    if path is None and content is None:
         raise UnreadableImageError("there is no image")
     try:
-        with Image.open(cell if isinstance(cell, str) else io.BytesIO(cell)) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # Pillow would clip these at 255
-                return Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-            return image.convert("RGB")
-    except DECODING_ERRORS as error:
-        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
+            image.load()
+            if 0 in image.size:
+                raise UnreadableImageError(f"its size is {image.width} × {image.height}")
+            turn = _UPRIGHT.get(_orientation(image))
+            rgb = _as_rgb(image)
+            return rgb if turn is None else rgb.transpose(turn)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders are many, and what they raise on damage has nothing in common
+        if content is None and isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
+            raise StorageError(f"could not read {path}: {storage_fault(error, Path(path))}") from error
+        reason = str(error) if isinstance(error, UnreadableImageError) else f"{type(error).__name__}: {error}"
+        raise UnreadableImageError(reason if path is None else f"{path}: {reason}") from error
+
+
+def _orientation(image: Image.Image) -> Any:
+    """The EXIF tag of a loaded image; None where there is none, or its metadata are damaged and its pixels are not."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # as in decode_rgb
+        return None
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip these at 255
+        values = np.asarray(image)
+        white = 65_535.0 if image.mode != "F" and _has_sixteen_bits(image) else _white_of(values, image.mode)
+        scaled = np.rint(values * 255.0) if white == 1 else values / (white / 255)
+        return Image.fromarray(scaled.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _has_sixteen_bits(image: Image.Image) -> bool:
+    return image.mode.startswith("I;16") or image.format in _SIXTEEN_BIT_FORMATS
+
+
+def _white_of(values: np.ndarray, mode: str) -> float:
+    """Which value is white, by the rule in decode_rgb; floats may pass black and white by a tenth, as resizing does."""
+    whites, margin = ((1.0, 255.0), 0.1) if mode == "F" else ((255.0, 65_535.0), 0.0)
+    low, high = float(values.min()), float(values.max())
+    for white in whites:
+        if -margin * white <= low and high <= (1 + margin) * white:  # never so with NaN
+            if white == whites[-1] and high < 0.1 * white:
+                break
+            return white
+    kind = "floats from 0 to 1 or to 255" if mode == "F" else "integers from 0 to 255 or to 65,535"
+    raise UnreadableImageError(f"its 32-bit values go from {low:g} to {high:g}; save it in 8 bits, or as {kind}")
 
 
 def square_pixels(

@@ -4,13 +4,14 @@ Rows are memory-mapped Arrow (the `datasets` library), so a table larger than me
 and tars are converted on first use into the `datasets` cache (HF_DATASETS_CACHE), about as large again as the files.
 """
 
-import csv
 import glob
-import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xdpo.data.shards import alike, check_members, file_at_fault, first_line, read_parquet, read_tar
 from xdpo.data.table import (
     SCORE_COLUMNS,
     DataError,
@@ -20,6 +21,8 @@ from xdpo.data.table import (
     usable_pairs,
     with_house_columns,
 )
+from xdpo.paths import expanded, matching, user_path
+from xdpo.tables import TableError, read_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,7 +60,10 @@ def load_pairs(
         raise DataError(f"unknown data.source {config.source!r}; choose from {', '.join(loaders)}")
     paths = _paths(config, path)
     where = f"{config.source} data at {', '.join(paths)}"
-    dataset = loaders[config.source](paths, split or config.split, config.revision, num_proc)
+    try:
+        dataset = loaders[config.source](paths, split or config.split, config.revision, num_proc)
+    except TableError as error:
+        raise DataError(str(error)) from error
     dataset = with_house_columns(dataset, where)
     return usable_pairs(dataset, config.max_pairs if max_pairs is None else max_pairs, where)
 
@@ -106,7 +112,7 @@ def _load_hub(paths: list[str], split: str, revision: str | None, num_proc: int 
         )
     except Exception as error:
         raise DataError(
-            f"cannot load split {split!r} of the hub data set {name!r}: {_first_line(error)}\n{HUB_HELP}"
+            f"cannot load split {split!r} of the hub data set {name!r}: {first_line(error)}\n{HUB_HELP}"
         ) from error
 
 
@@ -117,7 +123,7 @@ def _hub_files(name: str, split: str, revision: str | None) -> list[str]:
     try:
         builder = load_dataset_builder(name, revision=revision)
     except Exception as error:  # offline, 404, gated, no such revision: whatever the libraries below raise
-        raise DataError(f"cannot load the hub data set {name!r}: {_first_line(error)}\n{HUB_HELP}") from error
+        raise DataError(f"cannot load the hub data set {name!r}: {first_line(error)}\n{HUB_HELP}") from error
     files = builder.config.data_files or {}
     if split not in files:
         raise DataError(f"the hub data set {name!r} has no split {split!r}; choose from {', '.join(files) or 'none'}")
@@ -127,68 +133,75 @@ def _hub_files(name: str, split: str, revision: str | None) -> list[str]:
 
 
 def _load_parquet(paths: list[str], split: str, revision: str | None, num_proc: int | None) -> "Dataset":
-    import pyarrow.parquet
+    from datasets import concatenate_datasets
 
-    files = _matching_files(paths, ".parquet", split)
-    for file in files:  # footers only: a wrong file is named before any conversion
-        try:
-            columns = pyarrow.parquet.read_schema(file).names
-        except (OSError, ValueError) as error:
-            raise DataError(f"{file} is not a readable parquet file: {_first_line(error)}") from error
-        require_columns(columns, file)
-    return _load_files("parquet", files, split, num_proc)
+    parts = []
+    for group in alike(_matching_files(paths, ".parquet", split)):
+        columns = list(group.features)
+        read = partial(read_parquet, columns=columns)
+        dataset = _load_files(
+            "parquet", group.files, split, read, columns=columns, features=group.features, num_proc=num_proc
+        )
+        parts.append(with_house_columns(dataset, group.files[0]))
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
 def _load_webdataset(paths: list[str], split: str, revision: str | None, num_proc: int | None) -> "Dataset":
-    return _load_files("webdataset", _matching_files(paths, ".tar", split), split, num_proc)
+    files = _matching_files(paths, ".tar", split)
+    check_members(files)
+    return _load_files("webdataset", files, split, read_tar, num_proc=num_proc)
 
 
-def _load_files(builder: str, files: list[str], split: str, num_proc: int | None) -> "Dataset":
+def _load_files(builder: str, files: list[str], split: str, read: Callable[[str], None], **settings: Any) -> "Dataset":
+    """A packaged builder's data set of some files; `read` reads one of them, to find the one at fault."""
     from datasets import load_dataset
 
+    names = [glob.escape(file) for file in files]  # `datasets` takes them for globs
     try:
-        return load_dataset(builder, data_files={split: files}, split=split, num_proc=num_proc)
+        return load_dataset(builder, data_files={split: names}, split=split, **settings)
     except Exception as error:  # pyarrow, tarfile and datasets have no error in common
         cause = error.__cause__ or error
+        is_storage = isinstance(cause, OSError) and cause.errno is not None
+        at_fault = None if is_storage else file_at_fault(files, read)
         raise DataError(
-            f"cannot read {builder} data from {len(files)} files, first {files[0]}: {_first_line(cause)}"
+            f"cannot read {builder} data from {len(files)} files, "
+            + (at_fault or f"first {files[0]}: {first_line(cause)}")
         ) from error
 
 
 def _load_folder(paths: list[str], split: str, revision: str | None, num_proc: int | None) -> "Dataset":
     """Pairs of FOLDER/SPLIT/pairs.* if there is one, else of FOLDER/pairs.*, in the columns of Pick-a-Pic."""
-    from datasets import Dataset
+    from datasets import Dataset, Features, Value
 
-    folder = Path(_only(paths, "folder")).expanduser()
+    folder = user_path(_only(paths, "folder"))
     candidates = [parent / name for parent in (folder / split, folder) for name in ("pairs.csv", "pairs.jsonl")]
     listing = next((file for file in candidates if file.is_file()), None)
     if listing is None:
         raise DataError(f"{folder} holds no pairs.csv or pairs.jsonl (nor does its sub-folder {split!r})")
-    rows = _read_jsonl(listing) if listing.suffix == ".jsonl" else _read_csv(listing)
-    if not rows:
+    table = read_table(listing)
+    if not table.rows:
         raise DataError(f"{listing} lists no pairs")
     by_choice, by_label = ("chosen", "rejected", "caption"), ("image_0", "image_1", "label_0", "caption")
-    columns = by_choice if set(by_choice) <= set(rows[0]) else by_label
-    if not set(columns) <= set(rows[0]):
+    columns = by_choice if set(by_choice) <= set(table.names) else by_label
+    if not set(columns) <= set(table.names):
         raise DataError(
-            f"{listing} has the columns {listed(rows[0])}; it needs {listed(by_choice)} or {listed(by_label)}"
+            f"{listing} has the columns {listed(table.names)}; it needs {listed(by_choice)} or {listed(by_label)}"
         )
 
-    def cells(name: str) -> list[str | None]:
-        return [None if row.get(name) is None else str(row[name]) for row in rows]
+    def files(name: str) -> list[str | None]:
+        return [str(listing.parent / expanded(cell)) if cell else None for cell in table.texts(name)]
 
-    def files(name: str) -> list[str]:
-        return [str(listing.parent / (cell or "")) for cell in cells(name)]
-
-    table = {"jpg_0": files(columns[0]), "jpg_1": files(columns[1]), "caption": cells("caption")}
+    text, number = Value("string"), Value("float64")
+    found = {"jpg_0": files(columns[0]), "jpg_1": files(columns[1]), "caption": table.texts("caption")}
     optional = {"has_label": "has_label", "ranking_id": "ranking_id"}
     if columns is by_choice:
-        table["label_0"] = ["1"] * len(rows)
+        found["label_0"] = [1.0] * len(table.rows)
         optional |= {"score_0": "score_chosen", "score_1": "score_rejected"}
     else:
-        optional |= {name: name for name in ("label_0", "label_1", *SCORE_COLUMNS)}
-    table |= {name: cells(column) for name, column in optional.items() if column in rows[0]}
-    return Dataset.from_dict(table)
+        found |= {name: table.floats(name) for name in ("label_0", "label_1") if name in table.names}
+        optional |= {name: name for name in SCORE_COLUMNS}
+    found |= {name: table.scalars(column) for name, column in optional.items() if column in table.names}
+    return Dataset.from_dict(found, Features({name: number if name.startswith("label") else text for name in found}))
 
 
 def _only(paths: list[str], source: str) -> str:
@@ -197,36 +210,13 @@ def _only(paths: list[str], source: str) -> str:
     return paths[0]
 
 
-def _read_csv(file: Path) -> list[dict[str, Any]]:
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        return list(csv.DictReader(lines))
-
-
-def _read_jsonl(file: Path) -> list[dict[str, Any]]:
-    rows = []
-    with file.open(encoding="utf-8-sig") as lines:  # not str.splitlines(): a caption may hold U+2028
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{file} line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{file} line {number} must be an object, got {line.strip():.60}")
-            rows.append(row)
-    return rows
-
-
 def _matching_files(paths: list[str], suffix: str, split: str) -> list[str]:
     """Files that paths, globs and folders stand for, in order, each once; every one of `paths` must match some."""
     files: list[str] = []
     for path in paths:
-        expanded = Path(path).expanduser()
-        if expanded.is_file():
-            found = [str(expanded)]
-        elif expanded.is_dir():
-            inside = sorted(expanded.rglob(f"*{suffix}"))
+        folder = user_path(path)
+        if folder.is_dir():
+            inside = sorted(folder.rglob(f"*{suffix}"))
             found = [str(file) for file in inside if split in (file.parent.name, _split_of(file))]
             if inside and not found:
                 named = sorted({_split_of(file) for file in inside})[:10]
@@ -235,7 +225,7 @@ def _matching_files(paths: list[str], suffix: str, split: str) -> list[str]:
                     f"set the split, or name the files: '{path}/*{suffix}'"
                 )
         else:
-            found = [file for file in sorted(glob.glob(str(expanded), recursive=True)) if Path(file).is_file()]
+            found = [str(file) for file in matching(path) if file.is_file()]
         if not found:
             raise DataError(f"no {suffix} file matches {path!r} (seen from {Path.cwd()}); check data.path")
         files += found
@@ -245,7 +235,3 @@ def _matching_files(paths: list[str], suffix: str, split: str) -> list[str]:
 def _split_of(file: Path) -> str:
     """`train` of `train.parquet` and of `train-00003-of-00645.parquet`."""
     return re.split(r"[-.]", file.name)[0]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

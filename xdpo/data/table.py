@@ -24,6 +24,8 @@ OPTIONAL_COLUMNS = (
     *SCORE_COLUMNS,
 )
 ID_COLUMNS = ("ranking_id", "image_0_uid", "image_1_uid", "__key__")
+FLAG_COLUMNS = ("has_label", "are_different")
+NUMBER_COLUMNS = ("label_0", "label_1", *SCORE_COLUMNS)
 
 
 class DataError(ValueError):
@@ -140,7 +142,7 @@ def with_house_columns(dataset: "Dataset", where: str) -> "Dataset":
     from datasets import Image
 
     require_columns(dataset.column_names, where)
-    names = _house_names(dataset.column_names)
+    names = house_names(dataset.column_names)
     dataset = dataset.select_columns(list(names)).rename_columns(names)
     for column in IMAGE_COLUMNS:
         if isinstance(dataset.features[column], Image):
@@ -148,7 +150,7 @@ def with_house_columns(dataset: "Dataset", where: str) -> "Dataset":
     return dataset
 
 
-def _house_names(columns: Iterable[str]) -> dict[str, str]:
+def house_names(columns: Iterable[str]) -> dict[str, str]:
     """Source column → house column. Members of a tar have endings (`jpg_0.jpg`); exact names come first."""
     names: dict[str, str] = {}
     for column in sorted(columns, key=lambda column: "." in column):
@@ -160,15 +162,32 @@ def _house_names(columns: Iterable[str]) -> dict[str, str]:
 
 
 def require_columns(found: list[str], where: str) -> None:
-    missing = set(REQUIRED_COLUMNS) - set(_house_names(found).values())
+    missing = set(REQUIRED_COLUMNS) - set(house_names(found).values())
     if missing:
         raise DataError(f"{where} lacks the columns {listed(sorted(missing))}; it has {listed(found)}")
+
+
+def kind_of(type: Any) -> str:
+    """What a column of a pyarrow type holds: text, number, flag, bytes, nothing, or the type's own name."""
+    import pyarrow.types as t
+
+    kinds = {
+        "text": (t.is_string, t.is_large_string, t.is_string_view),
+        "number": (t.is_integer, t.is_floating, t.is_decimal),
+        "flag": (t.is_boolean,),
+        "bytes": (t.is_binary, t.is_large_binary, t.is_binary_view),
+        "nothing": (t.is_null,),
+    }
+    if t.is_dictionary(type):
+        type = type.value_type
+    return next((kind for kind, tests in kinds.items() if any(test(type) for test in tests)), str(type))
 
 
 def usable_pairs(dataset: "Dataset", max_pairs: int | None, where: str) -> PairTable:
     """Filter and orient by the label columns alone: a million rows take about a second and no image is touched."""
     light = [name for name in dataset.column_names if name not in IMAGE_COLUMNS]
     table = dataset.select_columns(light).with_format("arrow")[:]
+    _check_texts(table, where)
     label_0 = _numbers(table, "label_0", where)
     label_1 = _numbers(table, "label_1", where) if "label_1" in light else 1 - label_0
 
@@ -200,12 +219,46 @@ def usable_pairs(dataset: "Dataset", max_pairs: int | None, where: str) -> PairT
 
 def _numbers(table: Any, name: str, where: str) -> np.ndarray:
     """A column as float64, missing values as NaN. WebDataset and CSV carry labels and scores as text."""
-    column = table.column(name)
+    values = ["nan" if value is None or value == "" else value for value in table.column(name).to_pylist()]
     try:
-        values = ["nan" if value is None or value == "" else value for value in column.to_pylist()]
         return np.array(values, dtype=object).astype(np.float64)
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{where}: column {name} must hold numbers: {error}") from error
+    except (ValueError, TypeError):
+        row, value = next((row, value) for row, value in enumerate(values) if not _is_number(value))
+        raise DataError(f"{where}: column {name} must hold numbers, got {value!r:.80} in row {row}") from None
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+        return True
+    except (ValueError, TypeError):
+        return False
+
+
+def _check_texts(table: Any, where: str) -> None:
+    """Raise DataError for captions that are no text, and for text that isn't UTF-8, which Arrow doesn't look at."""
+    import pyarrow as pa
+
+    caption = table.column("caption").type
+    if kind_of(caption) not in ("text", "nothing"):
+        raise DataError(f"{where}: column caption must hold text, it holds {caption}")
+    for name in table.column_names:
+        if kind_of(table.column(name).type) == "text":
+            try:
+                table.column(name).validate(full=True)
+            except pa.ArrowInvalid:
+                raise DataError(
+                    f"{where}: column {name} holds text that isn't UTF-8 {_first_bad(table, name)}"
+                ) from None
+
+
+def _first_bad(table: Any, name: str) -> str:
+    for row, cell in enumerate(table.column(name)):
+        try:
+            cell.as_py()
+        except UnicodeDecodeError as error:
+            return f"in row {row}: {error.object[:40]!r}"
+    return ""
 
 
 def _flags(table: Any, name: str) -> np.ndarray:

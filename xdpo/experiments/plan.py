@@ -7,6 +7,8 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from xdpo.config import Section
+from xdpo.paths import user_path
+from xdpo.tables import read_text
 
 BASE = "base"
 """The model before training; methods are measured against it, and questions may name it."""
@@ -66,7 +68,7 @@ class Plan(Section):
     @field_validator("generate", mode="before")
     @classmethod
     def _as_words(cls, words):
-        return [str(word) for word in words]
+        return [str(word) for word in words] if isinstance(words, list | tuple) else words
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -104,14 +106,18 @@ class Plan(Section):
 
 def load_plan(path: Path) -> Plan:
     """Read a plan, its configs' paths made relative to where one stands. Raises ValueError naming what is wrong."""
+    text = read_text(path)
     try:
-        plan = Plan.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:  # all PyYAML's
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    try:
+        plan = Plan.model_validate(content)
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, each['loc'])) or 'plan'}: {each['msg']}" for each in error.errors()]
         raise ValueError("\n  ".join([f"{path}:", *lines])) from None
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}") from None
     methods = {
-        name: method.model_copy(update={"config": path.parent / method.config}) for name, method in plan.methods.items()
+        name: method.model_copy(update={"config": path.parent / user_path(method.config)})
+        for name, method in plan.methods.items()
     }
     return plan.model_copy(update={"methods": methods})

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from xdpo.config import ComputeConfig, ModelConfig, Section, Text, load_config
+from xdpo.config import ComputeConfig, FilePath, ModelConfig, Section, Text, load_config
 from xdpo.files import file_sha256
 from xdpo.models.lora import LORA_FILE, check_lora, layers_adapted
 from xdpo.models.parts import load_parts, make_policy, pipeline_with
@@ -29,11 +29,11 @@ class ModelSpec(Section):
     of `base`.
     """
 
-    base: Text | None = None  # hub id or folder of a pipeline
+    base: FilePath | None = None  # hub id or folder of a pipeline
     base_revision: Text | None = None
-    unet: Text | None = None  # hub id or folder of a UNet in diffusers format, itself or under unet/
-    lora: Text | None = None  # a safetensors file, or hub id or folder with pytorch_lora_weights.safetensors
-    run: Text | None = None  # run folder (its export), or a checkpoint folder of a run
+    unet: FilePath | None = None  # hub id or folder of a UNet in diffusers format, itself or under unet/
+    lora: FilePath | None = None  # a safetensors file, or hub id or folder with pytorch_lora_weights.safetensors
+    run: FilePath | None = None  # run folder (its export), or a checkpoint folder of a run
     revision: Text | None = None
 
     @model_validator(mode="after")

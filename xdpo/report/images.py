@@ -18,8 +18,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from xdpo.tables import as_text
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MANIFEST = "manifest.jsonl"
+_TEXTS = ("file", "category", "style", "prompt", "sha256", "checksum", "model")  # of a row of the manifest
 _NUMBERED = re.compile(r"(\d+)(?:[-_](\d+))?")
 
 
@@ -71,7 +74,10 @@ def read_model_folder(folder: Path, model: str) -> tuple[list[Picture], list[Pro
         pictures += found
         problems += wrong
     if not pictures:
-        raise ValueError(f"{folder} holds no images: expected {{prompt set}}/{{category}}/{{index}}.png or .jpg there")
+        found = "".join(f"; {problem.describe()}" for problem in problems if problem.names)
+        raise ValueError(
+            f"{folder} holds no images: expected {{prompt set}}/{{category}}/{{index}}.png or .jpg there{found}"
+        )
     return pictures, problems
 
 
@@ -94,10 +100,13 @@ def _read_set(folder: Path, model: str) -> tuple[list[Picture], list[Problem]]:
     on_disk = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if _is_image(path)}
     if not (folder / MANIFEST).is_file():
         pictures = [_picture(model, prompt_set, folder, name) for name in sorted(on_disk)]
-        problems = [Problem(model, prompt_set, "no manifest; read by layout, prompts taken from elsewhere")]
+        problems = [
+            Problem(model, prompt_set, "no manifest; read by layout, prompts taken from elsewhere"),
+            *_clashes(pictures),
+        ]
         if gaps := _gaps(pictures):
             problems.append(Problem(model, prompt_set, "missing in the numbering", tuple(gaps)))
-        return pictures if on_disk else [], problems if on_disk else []
+        return _without_clashes(pictures), problems if on_disk else []
 
     rows, unreadable = _manifest_rows(folder / MANIFEST)
     pictures = []
@@ -110,8 +119,9 @@ def _read_set(folder: Path, model: str) -> tuple[list[Picture], list[Problem]]:
         Problem(model, prompt_set, "listed in the manifest but missing", tuple(sorted(set(rows) - on_disk))),
         Problem(model, prompt_set, "left out: not in the manifest", tuple(sorted(on_disk - set(rows)))),
         Problem(model, prompt_set, "unreadable lines of the manifest", tuple(unreadable)),
+        *_clashes(pictures),
     ]
-    return pictures, [problem for problem in problems if problem.names]
+    return _without_clashes(pictures), [problem for problem in problems if problem.names]
 
 
 def _picture(model: str, prompt_set: str, folder: Path, name: str, category: str | None = None) -> Picture:
@@ -123,17 +133,38 @@ def _picture(model: str, prompt_set: str, folder: Path, name: str, category: str
     return Picture(model, prompt_set, category or ("" if parent == "." else parent), key, repeat, path, name)
 
 
+def _by_place(pictures: Sequence[Picture]) -> list[list[Picture]]:
+    """Pictures by what they are an image of: one for each prompt and repeat, if nothing clashes."""
+    places = defaultdict(list)
+    for picture in pictures:
+        places[picture.key, picture.repeat].append(picture)
+    return list(places.values())
+
+
+def _clashes(pictures: Sequence[Picture]) -> list[Problem]:
+    """Files of a set that would be the same image, such as 00012.png and 00012.jpg, or 12.png: nobody knows which."""
+    names = [" and ".join(picture.name for picture in same) for same in _by_place(pictures) if len(same) > 1]
+    if not names:
+        return []
+    return [Problem(pictures[0].model, pictures[0].prompt_set, "clashes, left out: files for one image", tuple(names))]
+
+
+def _without_clashes(pictures: Sequence[Picture]) -> list[Picture]:
+    return [same[0] for same in _by_place(pictures) if len(same) == 1]
+
+
 def _manifest_rows(path: Path) -> tuple[dict[str, dict], list[str]]:
     """Rows by file name, later ones replacing earlier ones, and the numbers of lines that say nothing."""
     rows: dict[str, dict] = {}
     unreadable = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):  # str.splitlines would cut within a text
         if not line.strip():
             continue
         try:
             row = json.loads(line)
+            row |= {name: as_text(row[name], name) for name in _TEXTS if name in row}
             rows[Path(row["file"]).as_posix()] = row
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             unreadable.append(f"line {number}")
     return rows, unreadable
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from xdpo.paths import user_path
 from xdpo.scorers.interface import Scorer, as_rgb
 from xdpo.scorers.weights import digest
 
@@ -26,7 +27,7 @@ def is_custom(name: str) -> bool:
 def custom_class(name: str) -> tuple[type, Path]:
     """The class that path/to/file.py:ClassName names, and the file. Raises ValueError where there is none."""
     file, _, class_name = name.rpartition(":")
-    path = Path(file)
+    path = user_path(file)
     if not path.is_file():
         raise ValueError(f"scorer {name!r}: no file {str(path)!r} here; give it as path/to/file.py:ClassName")
     module_name = f"xdpo_custom_scorer_{digest(path)[:16]}"

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from xdpo.checkpoint import writing_aside
+from xdpo.data.images import UnreadableImageError, decode_rgb
 from xdpo.report.images import Picture, natural_order, read_model_folder
 from xdpo.study.folder import DEFAULT_TITLE, QUESTIONS, Item, Key, Links, Study, StudyError, Task
 
@@ -91,8 +92,9 @@ def _check(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple[str,
 def _pictures(model: str, folder: Path) -> dict[Prompt, Picture]:
     """The first image of every prompt. Raises StudyError for a folder without prompts or with images missing."""
     pictures, problems = read_model_folder(folder, model)
-    if missing := [problem for problem in problems if "missing" in problem.kind or "unreadable" in problem.kind]:
-        raise StudyError(f"{folder}: {missing[0].describe()}; make them again with generate.py")
+    fatal = ("missing", "unreadable", "clashes")
+    if wrong := [problem for problem in problems if any(word in problem.kind for word in fatal)]:
+        raise StudyError(f"{folder}: {wrong[0].describe()}; make them again with generate.py")
     if without := [picture.name for picture in pictures if picture.prompt is None]:
         raise StudyError(
             f"{folder} has no manifest, so the prompt of {without[0]} is unknown; use generate.py's folders"
@@ -251,8 +253,7 @@ def _write_images(folder: Path, sources: Mapping[str, Picture], side: int | None
 def _pixels(picture: Picture) -> Image.Image:
     """An image rebuilt from its pixels: no EXIF, no text chunk, no profile comes along."""
     try:
-        with Image.open(picture.path) as image:
-            rgb = image.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise StudyError(f"{picture.path} can't be read: {error}; make it again with generate.py") from None
+        rgb = decode_rgb(str(picture.path))
+    except UnreadableImageError as error:
+        raise StudyError(f"an image can't be read: {error}; make it again with generate.py") from None
     return Image.frombytes("RGB", rgb.size, rgb.tobytes())

@@ -4,12 +4,12 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from xdpo.checkpoint import writing_aside
 from xdpo.study.folder import SIDES, Study, StudyError
 from xdpo.study.server import PAGES
 from xdpo.study.votes import ConflictError, Vote, VoteStore, as_seconds, now
+from xdpo.tables import TableError, read_json
 
 PAGE_FILES = ("page.css", "page.js", "backends.js", "icon.svg")
 _FIRST_SCRIPT = '<script src="backends.js"'
@@ -66,11 +66,12 @@ def import_votes(study: Study, file: Path) -> tuple[int, int]:
 
 def _read_votes(study: Study, file: Path) -> list[Vote]:
     try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         found, number, rows = content["study"], content["annotator"], content["votes"]
         rows = [(row["task"], row["answers"], row.get("seconds"), row.get("at")) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StudyError(f"{file} holds no votes: {error!r}; it must be what the page's “Save votes” wrote") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = error if isinstance(error, TableError) else repr(error)
+        raise StudyError(f"{file} holds no votes: {reason}; it must be what the page's “Save votes” wrote") from None
     if found != study.id:
         raise StudyError(f"{file} holds votes of another study ({found}, not {study.id}); nothing was taken in")
     votes = []

@@ -1,0 +1,181 @@
+"""Files of one data set need not be alike: which columns of each are read, under which one schema; which file is wrong.
+
+Only the columns that somebody reads count. Others may come, go and change their type; optional ones may be missing.
+"""
+
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xdpo.data.table import (
+    FLAG_COLUMNS,
+    ID_COLUMNS,
+    NUMBER_COLUMNS,
+    REQUIRED_COLUMNS,
+    DataError,
+    house_names,
+    kind_of,
+    require_columns,
+)
+from xdpo.tables import parquet_schema
+
+if TYPE_CHECKING:
+    from datasets import Features
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Parquet files one after another whose columns have the same names, and the types to read them as."""
+
+    files: list[str]
+    features: "Features"  # by the files' own names
+
+
+def alike(files: Sequence[str]) -> list[Alike]:
+    """Parquet files in groups that can be read together; every house column has one type in all of them.
+
+    Raises DataError for a file that can't be read, lacks a required column, or has one of a type that doesn't go with
+    the others'.
+    """
+    schemas = {file: parquet_schema(Path(file)) for file in files}  # footers only: no row is read
+    columns = {file: _columns(schema.names, file) for file, schema in schemas.items()}
+    features = {}
+    for house in dict.fromkeys(house for found in columns.values() for house in found):
+        types = {file: schemas[file].field(found[house]).type for file, found in columns.items() if house in found}
+        features[house] = _feature(house, _common_type(house, types), schemas, columns)
+    groups = []
+    for _, group in groupby(files, key=columns.get):
+        group = list(group)
+        groups.append(Alike(group, _features({name: features[house] for house, name in columns[group[0]].items()})))
+    return groups
+
+
+def _columns(names: list[str], file: str) -> dict[str, str]:
+    """House column → the file's. Raises DataError for a required one that is missing or there twice."""
+    require_columns(names, file)
+    found = house_names(names)
+    if twice := [name for name in found if names.count(name) > 1]:
+        raise DataError(f"{file} has several columns called {twice[0]!r}; remove all but one")
+    return {house: name for name, house in found.items()}
+
+
+def _common_type(house: str, types: Mapping[str, Any]) -> Any:
+    """The pyarrow type that a column is read as. Raises DataError naming the first file whose type doesn't fit."""
+    import pyarrow as pa
+
+    kinds = {file: kind_of(type) for file, type in types.items()}
+    known = {file: kind for file, kind in kinds.items() if kind != "nothing"}
+    if house == "caption":
+        for file, kind in known.items():
+            if kind != "text":
+                raise DataError(f"{file}: column {house} must hold text, it holds {types[file]}")
+    distinct, holds = {types[file] for file in known or kinds}, set(known.values())
+    if holds == {"text"}:  # also dictionaries and views, which `datasets` does not take
+        return pa.large_string() if pa.large_string() in distinct else pa.string()
+    if holds == {"bytes"}:
+        return pa.large_binary() if pa.large_binary() in distinct else pa.binary()
+    if len(distinct) == 1:
+        return distinct.pop()
+    if house in (*ID_COLUMNS, *FLAG_COLUMNS) and holds <= {"text", "number", "flag"}:
+        return pa.string()
+    if house in NUMBER_COLUMNS and holds <= {"number", "flag"}:
+        return pa.float64()
+    if house in NUMBER_COLUMNS and holds <= {"text", "number"}:  # numbers may be written as text
+        return pa.string()
+    first, *rest = known
+    other = next(file for file in rest if known[file] != known[first])
+    raise DataError(
+        f"{other}: column {house} holds {types[other]}, but {types[first]} in {first}; write both with the same type"
+    )
+
+
+def _feature(house: str, type: Any, schemas: Mapping[str, Any], columns: Mapping[str, Mapping[str, str]]) -> Any:
+    """A type as `datasets` calls it; as an image column where the file of that type says that it is one."""
+    import pyarrow as pa
+    from datasets import Features
+
+    name, metadata = house, None
+    for file, found in columns.items():
+        if house in found and schemas[file].field(found[house]).type == type:
+            name, metadata = found[house], schemas[file].metadata
+            break
+    return Features.from_arrow_schema(pa.schema([(name, type)], metadata=metadata))[name]
+
+
+def _features(features: Mapping[str, Any]) -> "Features":
+    from datasets import Features
+
+    return Features(features)
+
+
+def check_members(files: Sequence[str]) -> None:
+    """Tars must call the members of a required column alike, since the first tar decides what is read.
+
+    Raises DataError naming the tar that doesn't, or that is none.
+    """
+    first: dict[str, str] = {}
+    for file in files:
+        try:
+            found = {house: name for name, house in house_names(_first_sample(file)).items()}
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise DataError(f"{file} is not a readable tar: {first_line(error)}") from error
+        for house in set(REQUIRED_COLUMNS) & set(found):
+            wanted = first.setdefault(house, found[house])
+            if found[house] != wanted:
+                raise DataError(
+                    f"{file}: its samples hold {found[house]}, but {wanted} in {files[0]}; pack all tars with the same "
+                    "member names"
+                )
+
+
+def _first_sample(file: str) -> list[str]:
+    """What follows the key in the member names of a tar's first sample: `jpg_0.jpg`, `caption.txt`, …"""
+    key, names = None, []
+    with tarfile.open(file) as tar:
+        for folder, base, name in _members(tar):
+            key = key or (folder, base)
+            if (folder, base) != key:
+                break
+            names.append(name)
+    return names
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, str]]:
+    """(folder, key, rest of the name) of the files whose names begin with a key; a Mac's `._…` don't."""
+    for member in tar:
+        folder, _, name = member.name.rpartition("/")
+        base, dot, rest = name.partition(".")
+        if member.isfile() and base and dot:
+            yield folder, base, rest
+
+
+def file_at_fault(files: Iterable[str], read: Callable[[str], None]) -> str | None:
+    """The first file that `read` fails on and how; None where it fails on none. Reads all files before that one."""
+    for file in files:
+        try:
+            read(file)
+        except Exception as error:  # pyarrow, tarfile and codecs have no error in common
+            return f"{file}: {first_line(error)}"
+    return None
+
+
+def read_parquet(file: str, columns: Sequence[str]) -> None:
+    import pyarrow.parquet as pq
+
+    for _ in pq.ParquetFile(file).iter_batches(columns=list(columns)):
+        pass
+
+
+def read_tar(file: str) -> None:
+    with tarfile.open(file) as tar:
+        for member in tar:
+            content = tar.extractfile(member)
+            if content is not None and member.name.endswith(".txt") and not Path(member.name).name.startswith("."):
+                content.read().decode()
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

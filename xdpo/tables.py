@@ -1,0 +1,346 @@
+"""Tables and texts that users bring: CSV, TSV, JSONL, JSON, parquet columns. Every message names the file and the line.
+
+Text is UTF-8, with or without a byte order mark, or UTF-16 or UTF-32 with one; lines end as on Linux, Windows or a Mac.
+Nothing is guessed: a row that isn't as wide as the header, or a quotation mark that swallows rows, is an error.
+"""
+
+import codecs
+import csv
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xdpo.files import StorageError, storage_fault
+
+_MARKS = {  # UTF-32's begins with UTF-16's
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
+
+
+class TableError(ValueError):
+    """A file that isn't the table or text it should be; the message names file and line, and says what to do."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a file. `numbers[i]` is where row i begins: its line in a text, from 1, or its row in a parquet file.
+
+    A row lacks the columns that its line of a JSONL file lacks. Names that a header repeats are refused on use.
+    """
+
+    path: Path
+    names: Sequence[str]
+    numbers: Sequence[int]
+    rows: Sequence[Mapping[str, Any]]
+    unit: str = "line"
+
+    def texts(self, name: str) -> list[str | None]:
+        """A column of text; None where it is missing. Raises TableError for anything else, as `as_text` does."""
+        self._check(name)
+        return [as_text(row.get(name), self.where(place, name)) for place, row in enumerate(self.rows)]
+
+    def scalars(self, name: str) -> list[str | None]:
+        """A column of texts, numbers and booleans, all as text; None where it is missing. Raises TableError."""
+        self._check(name)
+        return [as_text(scalar(row.get(name)), self.where(place, name)) for place, row in enumerate(self.rows)]
+
+    def floats(self, name: str) -> list[float | None]:
+        """A column of numbers, also those written as text; None where it is missing or empty. Raises TableError."""
+        self._check(name)
+        numbers: list[float | None] = []
+        for place, row in enumerate(self.rows):
+            cell = row.get(name)
+            try:
+                numbers.append(None if cell is None or cell == "" else float(cell))
+            except (ValueError, TypeError, OverflowError):
+                raise TableError(f"{self.where(place, name)} must hold numbers, got {_shown(cell)}") from None
+        return numbers
+
+    def where(self, place: int, name: str) -> str:
+        """A cell as messages call it: `pairs.csv line 3: column caption`."""
+        return f"{self.path} {self.unit} {self.numbers[place]}: column {name}"
+
+    def _check(self, name: str) -> None:
+        if list(self.names).count(name) > 1:
+            raise TableError(f"{self.path} has several columns called {name!r}; rename or remove all but one")
+
+
+def as_text(value: Any, where: str) -> str | None:
+    """A value as text; None where it is missing, which null and NaN mean.
+
+    Raises TableError for other types, NUL and halves of surrogate pairs, which neither files nor tokenizers take.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if not isinstance(value, str):
+        quoting = "; a number that is meant as text needs quotation marks" if isinstance(value, int | float) else ""
+        raise TableError(f"{where} must hold text, got {_shown(value)}{quoting}")
+    if "\0" in value:
+        raise TableError(f"{where} holds the character NUL ({_shown(value)}); remove it")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise TableError(
+            f"{where} holds half a character, {value[error.start]!r} at place {error.start} ({_shown(value)}): "
+            "what wrote the file cut a surrogate pair; write the text anew, as UTF-8"
+        ) from None
+    return value
+
+
+def scalar(value: Any) -> Any:
+    """A number or boolean as text; anything else, and NaN, as it is."""
+    is_missing = isinstance(value, float) and math.isnan(value)
+    return str(value) if isinstance(value, int | float) and not is_missing else value
+
+
+# --- texts ---------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path) -> str:
+    """The whole of a text, its lines ended by "\\n". Raises TableError where it is no text, StorageError."""
+    return re.sub(r"\r\n?", "\n", "".join(_lines(path)))
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises TableError, also for a key that an object has twice."""
+    return _parsed(read_text(path), lambda error: f"{path}{_line_of(error)}")
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of every line that isn't empty. Raises TableError."""
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            hint = "; a .jsonl file has one whole object on each line" if line.strip() in ("[", "{") else ""
+            yield number, _parsed(line, lambda error, number=number: f"{path} line {number}", hint)
+
+
+def _parsed(text: str, where: Callable[[Exception], str], hint: str = "") -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except TableError as error:
+        raise TableError(f"{where(error)}: {error}") from None
+    except json.JSONDecodeError as error:
+        raise TableError(f"{where(error)} is not JSON: {error.msg} at column {error.colno}{hint}") from None
+    except (ValueError, RecursionError) as error:  # digits beyond Python's limit; nested beyond its stack
+        raise TableError(f"{where(error)} is not JSON that can be read: {error}") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise TableError(f"an object has the key {twice!r} more than once; remove all but one")
+    return found
+
+
+def _line_of(error: Exception) -> str:
+    return f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines with their ends; U+2028 and its like end none."""
+    encoding = "utf-8"
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+        encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
+        with path.open(encoding=encoding, newline="") as file:
+            for number, line in enumerate(file, start=1):
+                if "\0" in line:
+                    raise TableError(
+                        f"{path} line {number} holds a NUL byte, as UTF-16 without its byte order mark has many, and a "
+                        "damaged file has some; save it as UTF-8"
+                    )
+                yield line
+    except UnicodeDecodeError:
+        raise _not_text(path, encoding) from None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise TableError(f"could not read {path}: {error.strerror}") from error
+    except OSError as error:
+        raise StorageError(f"could not read {path}: {storage_fault(error, path)}") from error
+
+
+def _not_text(path: Path, encoding: str) -> TableError:
+    content = path.read_bytes()
+    try:
+        content.decode("utf-8" if encoding == "utf-8-sig" else encoding)  # the other one counts without the mark
+    except UnicodeDecodeError as error:
+        line = len(re.findall(r"\r\n?|\n", content[: error.start].decode(encoding, "ignore"))) + 1
+        name = encoding.removesuffix("-sig").upper()
+        fault = f"{path} line {line}: byte {error.start} (0x{content[error.start]:02x}) is no {name} text"
+    else:
+        fault = f"{path} changed while it was read"
+    return TableError(
+        f"{fault}. Save the file as UTF-8 (in Excel “CSV UTF-8”), or convert it; if it comes from Windows: "
+        f"iconv -f WINDOWS-1252 -t UTF-8 {path.name}"
+    )
+
+
+# --- tables --------------------------------------------------------------------------------------------
+
+
+def read_table(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Table:
+    """A table by its suffix: .csv with quoting, .tsv without, .jsonl of objects, or the wanted columns of .parquet.
+
+    Raises TableError where it is none.
+    """
+    match path.suffix.lower():
+        case ".csv":
+            return _read_delimited(path, delimiter=",", quoting=csv.QUOTE_MINIMAL)
+        case ".tsv":  # its quotation marks are text, as in PartiPrompts
+            return _read_delimited(path, delimiter="\t", quoting=csv.QUOTE_NONE)
+        case ".jsonl":
+            return _read_objects(path)
+    return _read_parquet(path, wanted)
+
+
+def _read_objects(path: Path) -> Table:
+    numbers, rows = [], []
+    for number, row in read_json_lines(path):
+        if not isinstance(row, dict):
+            raise TableError(f"{path} line {number} must be an object with its columns' names, got {_shown(row)}")
+        numbers.append(number)
+        rows.append(row)
+    return Table(path, list(dict.fromkeys(name for row in rows for name in row)), numbers, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """A row of cells and the lines of the file that it takes up."""
+
+    number: int
+    cells: list[str]
+    lines: list[str]
+
+
+def _read_delimited(path: Path, delimiter: str, quoting: int) -> Table:
+    records = [record for record in _records(path, delimiter, quoting) if record.cells]
+    if not records:
+        return Table(path, [], [], [])
+    header, *records = records
+    width, names = len(header.cells), ", ".join(header.cells)
+    if names.lower().startswith("sep="):
+        raise TableError(f"{path}: its first line is Excel's {header.cells[0]!r}; remove that line")
+    other = next((sign for sign in _DELIMITERS if sign in names and sign != delimiter), None)
+    if width == 1 and other is not None:
+        raise TableError(
+            f"{path}: its columns are parted by {_DELIMITERS[other]} ({names:.80}), as Excel writes CSV in many "
+            f"languages; save it with {_DELIMITERS[delimiter]}"
+        )
+    for record in records:
+        if len(record.cells) != width:
+            place, signs = _span(record.number, len(record.lines)), _DELIMITERS[delimiter]
+            raise TableError(
+                f"{path} {place} has {len(record.cells)} columns, the header {width} ({names:.200}); a cell with "
+                f"{signs} or line breaks in it needs quotation marks around it"
+            )
+    _refuse_merged(path, records, width, delimiter)
+    rows = [dict(zip(header.cells, record.cells, strict=True)) for record in records]
+    return Table(path, header.cells, [record.number for record in records], rows)
+
+
+def _records(path: Path, delimiter: str, quoting: int) -> Iterator[_Record]:
+    lines: list[str] = []
+
+    def remembered() -> Iterator[str]:
+        for line in _lines(path):
+            lines.append(line)
+            yield line
+
+    reader = csv.reader(remembered(), delimiter=delimiter, quoting=quoting, strict=True)
+    while True:
+        number = reader.line_num + 1
+        lines.clear()
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            place = _span(number, reader.line_num - number + 1)
+            raise TableError(
+                f"{path} {place}: a cell begins with a quotation mark that does not close it ({error}); write the "
+                'marks inside a cell twice: "a ""small"" cat"'
+            ) from None
+        yield _Record(number, cells, list(lines) if len(lines) > 1 else [])
+
+
+def _refuse_merged(path: Path, records: Sequence[_Record], width: int, delimiter: str) -> None:
+    """Raise TableError for a quotation mark that makes one row of several: each line of such a cell is a row itself.
+
+    That is: without regard to quotation marks it has all the columns, and where none stand, cells like other rows'.
+    """
+    several = [record for record in records if record.lines]
+    if not several or width == 1:
+        return
+    usual = [{_likeness(record.cells[place]) for record in records if not record.lines} for place in range(width)]
+    for record in several:
+        split = list(csv.reader((line.rstrip("\r\n") for line in record.lines), delimiter=delimiter, quoting=3))
+        if any(len(cells) != width for cells in split):
+            continue
+        others = [place for place in range(width) if not any('"' in cells[place] for cells in split)]
+        first, *rest = split
+        alike = [
+            _likeness(cells[place]) in usual[place] | {_likeness(first[place])} for cells in rest for place in others
+        ]
+        if alike and all(alike):
+            raise TableError(
+                f"{path} {_span(record.number, len(split))}: a cell begins with a quotation mark that closes in a "
+                'later row, which makes one row of all; write the marks inside a cell twice: "a ""small"" cat"'
+            )
+
+
+def _likeness(cell: str) -> str:
+    """What cells of a column have in common: their suffix where they name files, being numbers, else the text."""
+    try:
+        float(cell)
+        return "a number"
+    except ValueError:
+        return Path(cell).suffix.lower() or cell
+
+
+def _span(first: int, count: int) -> str:
+    return f"line {first}" if count <= 1 else f"lines {first} to {first + count - 1}"
+
+
+# --- parquet -------------------------------------------------------------------------------------------
+
+
+def parquet_schema(path: Path) -> Any:
+    """The pyarrow schema in a parquet file's footer. Raises TableError where it is none."""
+    import pyarrow.parquet as pq
+
+    return _from_parquet(path, lambda: pq.read_schema(path))
+
+
+def _read_parquet(path: Path, wanted: Callable[[str], bool]) -> Table:
+    import pyarrow.parquet as pq
+
+    names = parquet_schema(path).names
+    chosen = [name for name in names if wanted(name)]
+    rows = _from_parquet(path, lambda: pq.ParquetFile(path).read(columns=list(dict.fromkeys(chosen))).to_pylist())
+    return Table(path, names, range(len(rows)), rows, unit="row")
+
+
+def _from_parquet(path: Path, read: Callable[[], Any]) -> Any:
+    import pyarrow as pa
+
+    try:
+        return read()
+    except (OSError, pa.ArrowException, ValueError, OverflowError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TableError(f"{path} is not a readable parquet file: {first}") from error
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
