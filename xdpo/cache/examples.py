@@ -50,6 +50,7 @@ class ExamplePlan:
     dtype: str
     has_scores: bool = False  # of the pairs, in their table; caches from before there were any have none
     shard_bytes: int = SHARD_BYTES
+    sources: Mapping[str, Sequence[int]] | None = None  # local file → size and time of change; None: not known
     tables: Mapping[str, str] = field(default_factory=dict)  # file → SHA-256
 
     def latents(self, folder: Path) -> Shards:

@@ -9,7 +9,7 @@ from xdpo.data.examples import (
     make_loader,
 )
 from xdpo.data.scores import MarginWeights, PairWeights, finite_scores, no_scores, weigh_pairs
-from xdpo.data.sources import files_to_convert, load_pairs
+from xdpo.data.sources import files_to_convert, load_pairs, local_files
 from xdpo.data.table import DataError, PairCounts, PairTable
 from xdpo.data.unpaired import LabelledImages, UnpairedDataset, UnpairedOrder, label_images, places_of
 
@@ -31,6 +31,7 @@ __all__ = [
     "held_out_batches",
     "label_images",
     "load_pairs",
+    "local_files",
     "make_loader",
     "no_scores",
     "places_of",

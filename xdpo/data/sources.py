@@ -5,6 +5,7 @@ and tars are converted on first use into the `datasets` cache (HF_DATASETS_CACHE
 """
 
 import glob
+import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -82,6 +83,15 @@ def files_to_convert(config: Any, *, path: str | list[str] | None = None, split:
         case "webdataset":
             return _matching_files(paths, ".tar", split)
     return []
+
+
+def local_files(config: Any, *, path: str | list[str] | None = None, split: str | None = None) -> list[str]:
+    """The files of this machine behind `load_pairs`, of a folder its listing; none of a hub data set."""
+    paths, split = _paths(config, path), split or config.split
+    if config.source == "folder":
+        return [str(_listing(paths, split).absolute())]
+    files = [] if config.source == "hub" else files_to_convert(config, path=path, split=split)
+    return [os.path.abspath(file) for file in files]
 
 
 def _paths(config: Any, path: str | list[str] | None) -> list[str]:
@@ -169,15 +179,21 @@ def _load_files(builder: str, files: list[str], split: str, read: Callable[[str]
         ) from error
 
 
-def _load_folder(paths: list[str], split: str, revision: str | None, num_proc: int | None) -> "Dataset":
-    """Pairs of FOLDER/SPLIT/pairs.* if there is one, else of FOLDER/pairs.*, in the columns of Pick-a-Pic."""
-    from datasets import Dataset, Features, Value
-
+def _listing(paths: list[str], split: str) -> Path:
+    """The file that lists a folder's pairs."""
     folder = user_path(_only(paths, "folder"))
     candidates = [parent / name for parent in (folder / split, folder) for name in ("pairs.csv", "pairs.jsonl")]
     listing = next((file for file in candidates if file.is_file()), None)
     if listing is None:
         raise DataError(f"{folder} holds no pairs.csv or pairs.jsonl (nor does its sub-folder {split!r})")
+    return listing
+
+
+def _load_folder(paths: list[str], split: str, revision: str | None, num_proc: int | None) -> "Dataset":
+    """Pairs of FOLDER/SPLIT/pairs.* if there is one, else of FOLDER/pairs.*, in the columns of Pick-a-Pic."""
+    from datasets import Dataset, Features, Value
+
+    listing = _listing(paths, split)
     table = read_table(listing)
     if not table.rows:
         raise DataError(f"{listing} lists no pairs")

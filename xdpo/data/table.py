@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xdpo.data.identity import image_digest
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -100,8 +102,9 @@ class PairTable:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits of a SHA-256 of the pairs in their order: names, captions, which image is chosen."""
+        """16 hexadecimal digits of a SHA-256 of the pairs in their order: names, captions, images, which is chosen."""
         digest = hashlib.sha256(self.rows.astype("<i8").tobytes() + self.chosen_side.tobytes())
+        digest.update(image_digest(self.dataset, IMAGE_COLUMNS).encode())
         for name, values in self.columns("caption", *ID_COLUMNS).items():
             digest.update("\0".join([name, *map(str, values)]).encode())
         return digest.hexdigest()[:16]

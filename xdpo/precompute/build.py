@@ -17,7 +17,8 @@ from xdpo import processes
 from xdpo.cache import CacheError, ExampleCache, ExamplePlan, Shards
 from xdpo.cache.examples import TABLES, finish, is_finished
 from xdpo.config import Config
-from xdpo.data import PairTable, finite_scores, no_scores
+from xdpo.data import PairTable, finite_scores, local_files, no_scores
+from xdpo.data.identity import file_states
 from xdpo.data.images import UnreadableImageError, decode_rgb, square_pixels
 from xdpo.data.table import pair_id
 from xdpo.files import file_sha256, replacing
@@ -48,6 +49,13 @@ def build_missing_examples(settings: Config, accelerator: Accelerator, say: Say 
             if needs_scores and not plan.has_scores:
                 raise no_scores(held_out=held_out)
         if is_there:
+            if processes.agree(is_main and _may_have_changed(plan)):
+                table = load_table(settings, accelerator, held_out=held_out)
+                if table.fingerprint != plan.fingerprint:
+                    raise CacheError(
+                        f"cache.examples: {folder} was encoded from other images or captions than {settings.data.path} "
+                        "has now. Remove it, and it is made again, or put the data back"
+                    )
             continue
         missing[held_out] = load_table(settings, accelerator, held_out=held_out)
         if needs_scores:
@@ -56,6 +64,15 @@ def build_missing_examples(settings: Config, accelerator: Accelerator, say: Say 
     for held_out, table in missing.items():
         folder = examples_folder(settings, held_out=held_out)
         build_examples(folder, table, parts, settings, accelerator, held_out=held_out, say=say)
+
+
+def _may_have_changed(plan: ExamplePlan) -> bool:
+    """Whether local files that a cache was made from are there, and not as they were; a folder's images always may."""
+    if not plan.sources:
+        return False
+    now = file_states(list(plan.sources))
+    is_folder = plan.key["data.source"] == "folder"
+    return bool(now) and (is_folder or any(list(plan.sources[path]) != state for path, state in now.items()))
 
 
 def build_examples(
@@ -184,6 +201,7 @@ def _write_plan(
     }
     if (scores := table.scores) is not None:
         pairs |= {"chosen_score": scores[0], "rejected_score": scores[1]}
+    eval_split = {"path": settings.eval.path, "split": settings.eval.split} if held_out else {}
     plan = ExamplePlan(
         key=example_key(settings, held_out=held_out),
         fingerprint=table.fingerprint,
@@ -200,6 +218,7 @@ def _write_plan(
         scaling_factor=parts.vae.config.scaling_factor,
         dtype={"fp16": "float16", "fp32": "float32"}[settings.cache.dtype],
         has_scores=scores is not None,
+        sources=file_states(local_files(settings.data, **eval_split)),
     )
     if shard_bytes is not None:
         plan = replace(plan, shard_bytes=shard_bytes)
