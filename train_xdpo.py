@@ -102,6 +102,14 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
     accelerator.print(f"training pairs: {data.PairCounts(**vars(train_pairs.counts))}")
     if weights.train is not None:
         accelerator.print(f"margin weights: {weights.train}")
+    shared = (
+        precompute.count_shared(train_pairs, held_out_pairs) if held_out_pairs and accelerator.is_main_process else 0
+    )
+    if shared:
+        print(
+            f"note: {shared} of the {len(held_out_pairs)} held-out pairs are training pairs too, and eval/ says little of "
+            "others; name others with eval.path or eval.split"
+        )
     parts = models.load_parts(settings.model, encoders=not settings.cache.examples or settings.samples.every > 0)
     processes.wait()  # for whoever downloads more slowly
     if options.find_batch:

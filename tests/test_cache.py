@@ -430,7 +430,7 @@ def test_every_distinct_image_and_caption_is_encoded_once_in_both_orientations(w
     assert cache.plan.latent_shape == [2, 2, 4, 8, 8]
     assert cache.latents.unreadable() == [4]
     assert vars(cache.counts) == vars(world.table.counts)
-    mean, std = cache.latents.read(cache.images_of(0)[0], 0)
+    mean, std = cache.latents.read(cache.records_of(0)[0], 0)
     batch = PairDataset(world.table, world.parts.tokenizer, 0, world.settings.data, shuffle=False, augment=False).batch(
         [0]
     )

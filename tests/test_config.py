@@ -477,8 +477,6 @@ def test_the_description_says_what_a_reader_might_miss():
     assert "margin weights" not in describe(config_with(), 1)
     assert "longer than the run" in describe(config_with("train.max_steps=499"), 1)
     assert "longer than the run" not in describe(config_with("train.max_steps=500"), 1)
-    assert "on the training pairs themselves" in describe(config_with("data.source=parquet"), 1)
-    assert "on the training pairs themselves" not in describe(config_with("data.source=parquet", "eval.path=x"), 1)
     with pytest.raises(ValueError, match="cannot be split"):
         describe(config_with(), 3)
 

@@ -64,13 +64,26 @@ def test_images_in_parquet_files_count_too_however_they_are_kept(tmp_path):
 def test_a_large_source_is_sampled_and_its_sizes_are_all_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(identity, "SAMPLED", 2)  # the first and the last
     reads = []
-    original = identity._bytes_of
-    monkeypatch.setattr(identity, "_bytes_of", lambda cell: reads.append(cell) or original(cell))
+    original = identity.bytes_of
+    monkeypatch.setattr(identity, "bytes_of", lambda cell: reads.append(cell) or original(cell))
     rows = [pick_a_pic_row(number) for number in range(5)]
     first = fingerprint("parquet", write_pick_a_pic(tmp_path / "one" / "train.parquet", rows))
     assert len(reads) == 4
     rows[2]["jpg_0"] += b" "
     assert fingerprint("parquet", write_pick_a_pic(tmp_path / "two" / "train.parquet", rows)) != first
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_held_out_pairs_that_are_trained_on_are_counted(run, small_pairs, tmp_path, capsys, cached):
+    rows = pq.read_table(small_pairs)
+    pq.write_table(rows.slice(0, 9), tmp_path / "most.parquet")
+    pq.write_table(rows.slice(9), tmp_path / "rest.parquet")
+    caches = {name: [f"cache.examples={tmp_path / name}"] if cached else [] for name in ("all", "rest")}
+    common = (f"data.path={tmp_path / 'most.parquet'}", "train.max_steps=1", "eval.every=1", "eval.draws=1")
+    run("all", f"eval.path={small_pairs}", *common, *caches["all"])
+    assert "note: 9 of the 12 held-out pairs are training pairs too" in capsys.readouterr().out
+    run("rest", f"eval.path={tmp_path / 'rest.parquet'}", *common, *caches["rest"])
+    assert "training pairs too" not in capsys.readouterr().out
 
 
 def test_errors_recorded_on_other_images_are_not_taken(run, folder, tmp_path):

@@ -149,7 +149,19 @@ class ExampleCache:
         """Name of the pair at a row of the source."""
         return self._pair_ids[int(np.searchsorted(self.rows, row))].as_py()
 
-    def images_of(self, index: int) -> tuple[int, int]:
+    def captions(self) -> list[str]:
+        """The captions of all pairs."""
+        import pyarrow.parquet as pq
+
+        captions = pq.read_table(self.folder / "prompts.parquet", columns=["caption"])["caption"]
+        return captions.take(self._prompt).to_pylist()
+
+    def images_of(self, index: int) -> tuple[bytes, bytes]:
+        """The encodings of a pair's images, not mirrored, chosen first."""
+        chosen, rejected = (self.latents.read(image)[0].tobytes() for image in self.records_of(index))
+        return chosen, rejected
+
+    def records_of(self, index: int) -> tuple[int, int]:
         """Records of a pair's chosen and rejected image."""
         return int(self._chosen[index]), int(self._rejected[index])
 
@@ -203,7 +215,7 @@ class CachedPairDataset:
                 unreadable.append(int(cache.rows[index]))
                 index = (index + 1) % len(cache)
             flip, prompt = self._draw(index, position)
-            for side, image in enumerate(cache.images_of(index)):
+            for side, image in enumerate(cache.records_of(index)):
                 cache.latents.read(image, int(flip), out=latent_rows[side, place])
             cache.text.read(prompt, out=text_rows[place])
             rows.append(int(cache.rows[index]))
@@ -228,7 +240,7 @@ class CachedPairDataset:
 
         latent_means (C, h, w), latent_stds the same or None, text_states (L, D), scaling_factor, truncated.
         """
-        cache, image = self.table, self.table.images_of(index)[side]
+        cache, image = self.table, self.table.records_of(index)[side]
         if not cache.is_readable(image):
             return None
         flip, prompt = self._draw(index, place)

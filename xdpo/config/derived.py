@@ -111,8 +111,6 @@ def describe(config: Config, num_processes: int, num_pairs: int | None = None) -
     pairs_seen = train.max_steps * train.total_batch_pairs
     lines["steps"] = f"{train.max_steps:,} optimizer steps, {pairs_seen:,} pairs seen"
     lines["epochs"] = _epochs(config, pairs_seen, num_pairs)
-    if config.eval.every and config.eval.path is None and config.data.source != "hub":
-        lines["evaluation"] = "on the training pairs themselves; set eval.path for held-out ones"
     width = max(map(len, lines))
     return "\n".join(f"{label:<{width}}  {text}" for label, text in lines.items())
 

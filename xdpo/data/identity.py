@@ -26,7 +26,7 @@ def image_digest(dataset: "Dataset", columns: tuple[str, ...]) -> str:
         column = dataset.data.column(name)
         digest.update(_sizes(column).astype("<i8").tobytes())
         for row in _evenly(len(column), SAMPLED):
-            digest.update(hashlib.sha256(_bytes_of(column[int(row)].as_py())).digest())
+            digest.update(hashlib.sha256(bytes_of(column[int(row)].as_py())).digest())
     return digest.hexdigest()[:16]
 
 
@@ -66,7 +66,8 @@ def _file_size(path: str | None) -> int:
     return os.path.getsize(path) if path and os.path.isfile(path) else -1
 
 
-def _bytes_of(cell: Any) -> bytes:
+def bytes_of(cell: Any) -> bytes:
+    """The file of an image as a source has it: bytes, a path, or both in a dictionary. Empty where there is none."""
     if isinstance(cell, dict) and cell["bytes"] is not None:
         return cell["bytes"]
     if isinstance(cell, bytes):

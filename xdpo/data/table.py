@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xdpo.data.identity import image_digest
+from xdpo.data.identity import bytes_of, image_digest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -73,6 +73,16 @@ class PairTable:
     def caption(self, index: int) -> str:
         """A pair's caption, without reading its images."""
         return self._without_images[int(self.rows[index])]["caption"]
+
+    def captions(self) -> list[str]:
+        """The captions of all pairs."""
+        return self.columns("caption")["caption"]
+
+    def images_of(self, index: int) -> tuple[bytes, bytes]:
+        """The encoded files of a pair's images, chosen first."""
+        record = self.dataset[int(self.rows[index])]
+        one, other = (bytes_of(record[name]) for name in IMAGE_COLUMNS)
+        return (other, one) if self.chosen_side[index] else (one, other)
 
     def columns(self, *names: str) -> dict[str, list]:
         """Light columns of the usable pairs, in their order; those that the source has."""

@@ -4,6 +4,7 @@ from xdpo.precompute.build import build_examples, build_missing_examples, verify
 from xdpo.precompute.keys import example_key, examples_folder, reference_key
 from xdpo.precompute.opening import (
     Pairs,
+    count_shared,
     latent_shape,
     load_table,
     make_dataset,
@@ -17,6 +18,7 @@ __all__ = [
     "Pairs",
     "build_examples",
     "build_missing_examples",
+    "count_shared",
     "example_key",
     "examples_folder",
     "latent_shape",

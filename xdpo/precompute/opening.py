@@ -17,6 +17,7 @@ from xdpo.noise import HELD_OUT_SEED
 from xdpo.precompute.keys import desirable_share, example_key, examples_folder, reference_key
 
 Pairs = PairTable | ExampleCache
+MOST_ALIKE = 20
 
 
 def open_pairs(settings: Config, accelerator: Accelerator, *, held_out: bool) -> Pairs:
@@ -27,6 +28,20 @@ def open_pairs(settings: Config, accelerator: Accelerator, *, held_out: bool) ->
     if settings.cache.examples:
         return open_examples(settings, accelerator, held_out=held_out)
     return load_table(settings, accelerator, held_out=held_out)
+
+
+def count_shared(train: Pairs, held_out: Pairs) -> int:
+    """How many held-out pairs are training pairs too, with the same caption and the same two images.
+
+    Of each caption MOST_ALIKE training pairs are looked at.
+    """
+    wanted = held_out.captions()
+    alike: dict[str, list[int]] = {caption: [] for caption in wanted}
+    for index, caption in enumerate(train.captions()):
+        if caption in alike and len(alike[caption]) < MOST_ALIKE:
+            alike[caption].append(index)
+    pairs = ((set(held_out.images_of(index)), alike[caption]) for index, caption in enumerate(wanted) if alike[caption])
+    return sum(any(set(train.images_of(other)) == images for other in others) for images, others in pairs)
 
 
 def make_dataset(
