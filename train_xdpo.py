@@ -102,14 +102,8 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
     accelerator.print(f"training pairs: {data.PairCounts(**vars(train_pairs.counts))}")
     if weights.train is not None:
         accelerator.print(f"margin weights: {weights.train}")
-    shared = (
-        precompute.count_shared(train_pairs, held_out_pairs) if held_out_pairs and accelerator.is_main_process else 0
-    )
-    if shared:
-        print(
-            f"note: {shared} of the {len(held_out_pairs)} held-out pairs are training pairs too, and eval/ says little of "
-            "others; name others with eval.path or eval.split"
-        )
+    if held_out_pairs and accelerator.is_main_process:
+        note_shared_pairs(train_pairs, held_out_pairs)
     parts = models.load_parts(settings.model, encoders=not settings.cache.examples or settings.samples.every > 0)
     processes.wait()  # for whoever downloads more slowly
     if options.find_batch:
@@ -127,6 +121,16 @@ def check_optional_packages(settings: Config) -> None:
     for key, package in wanted.items():
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"{key} needs {package}, which is not installed; pip install {package}")
+
+
+def note_shared_pairs(train_pairs: Pairs, held_out_pairs: Pairs) -> None:
+    """Say where held-out pairs are trained on."""
+    shared, count = precompute.count_shared(train_pairs, held_out_pairs), len(held_out_pairs)
+    if shared:
+        print(
+            f"note: {shared} of the {count} held-out pairs are training pairs too, and eval/ says little of others; "
+            "name others with eval.path or eval.split"
+        )
 
 
 class KnownReference(NamedTuple):
