@@ -24,7 +24,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from xdpo import ending, models, processes, sampling
+from xdpo import ending, files, models, processes, sampling
 from xdpo.data.images import UnreadableImageError, decode_rgb
 from xdpo.paths import expanded, user_path
 from xdpo.prompts import PROMPT_SETS, PromptSet, load_prompts
@@ -174,6 +174,19 @@ def make_missing(options: argparse.Namespace, settings: SamplingSettings, state:
         sampling.check_image_folder(job.folder, job.settings)
     processes.wait()
 
+    with files.only_run([job.folder for job in jobs], "generate.py", is_main=state.is_main_process):
+        make_images_of(jobs, model, settings, state, options)
+    return 0
+
+
+def make_images_of(
+    jobs: Sequence["Job"],
+    model: models.ResolvedModel,
+    settings: SamplingSettings,
+    state: PartialState,
+    options: argparse.Namespace,
+) -> None:
+    """Load the model and make what is missing of all jobs; every process calls it."""
     # What is missing. One process collects the manifests, and says what is in them.
     finished: list[set[str]] = []
     if state.is_main_process:
@@ -205,7 +218,6 @@ def make_missing(options: argparse.Namespace, settings: SamplingSettings, state:
             rows = sampling.collect_manifest(job.folder)
             print(f"{job.prompt_set.name}: {len(rows)} images in {job.folder}")
     processes.wait()
-    return 0
 
 
 def build_settings(options: argparse.Namespace) -> SamplingSettings:

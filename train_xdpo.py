@@ -108,8 +108,7 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
     processes.wait()  # for whoever downloads more slowly
     if options.find_batch:
         return find_batch(settings, accelerator, parts, train_pairs, weights.train)
-    lock = files.only_writer(folder, "a training") if accelerator.is_main_process else nullcontext()
-    with lock:
+    with files.only_run([folder], "a training", is_main=accelerator.is_main_process):
         return train(settings, accelerator, folder, resume_from, parts, train_pairs, held_out_pairs, weights)
 
 

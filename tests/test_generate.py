@@ -17,7 +17,7 @@ from tolerances import ELEMENT, assert_same_output
 
 import generate
 import train_xdpo
-from xdpo import models, sampling
+from xdpo import files, models, sampling
 from xdpo.models import ModelSpec, load_model, read_model_spec, resolve_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -494,3 +494,12 @@ def test_a_grid_of_nothing_is_refused_by_name(make, capsys):
     for arguments, message in GRIDS.values():
         assert generate.main(["grid", *arguments, "--output", "sheet.png"]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_a_second_generate_in_a_folder_is_refused_by_the_name_of_the_first(small_pipeline, tmp_path):
+    arguments = ["--model", small_pipeline, "--prompts", "tinyprompts", "--limit", "1", "--output", str(tmp_path)]
+    with files.only_writer(tmp_path / "tinyprompts", "generate.py"):
+        ended = launch([str(ROOT / "generate.py")], [*arguments, *QUICK], ROOT)
+    assert ended.returncode == 1
+    assert f"is in use: generate.py, process {os.getpid()} on " in ended.stderr
+    assert launch([str(ROOT / "generate.py")], [*arguments, *QUICK], ROOT).returncode == 0

@@ -13,8 +13,8 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -74,6 +74,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
+def only_run(folders: Iterable[Path], work: str, *, is_main: bool) -> Iterator[None]:
+    """Hold the locks of all folders that a run writes into; its first process does, for all of them."""
+    with ExitStack() as locks:
+        for folder in folders if is_main else ():
+            locks.enter_context(only_writer(folder, work))
+        yield
+
+
+@contextmanager
 def only_writer(folder: Path, work: str) -> Iterator[None]:
     """Hold a folder's lock while writing into it. The lock goes with its process, however that ends.
 
@@ -108,7 +117,12 @@ def _is_locked_by_another(file: IO) -> bool:
 
 def is_untouched(folder: Path) -> bool:
     """Whether a folder is absent, or holds nothing but what a start that failed leaves: its lock and files aside."""
-    return not folder.exists() or all(path.suffix == PART or path.name == LOCK for path in folder.iterdir())
+    return not folder.exists() or all(is_own(path) for path in folder.iterdir())
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file is one that this module leaves beside others' content."""
+    return path.suffix == PART or path.name == LOCK
 
 
 def aside_of(path: Path) -> Path:

@@ -21,7 +21,7 @@ from xdpo.data import PairTable, finite_scores, local_files, no_scores
 from xdpo.data.identity import file_states
 from xdpo.data.images import UnreadableImageError, decode_rgb, square_pixels
 from xdpo.data.table import pair_id
-from xdpo.files import file_sha256, replacing
+from xdpo.files import file_sha256, is_own, only_run, replacing
 from xdpo.models import PipelineParts, encode_captions, encode_images, load_parts
 from xdpo.precompute.keys import example_key, examples_folder
 from xdpo.precompute.opening import load_table
@@ -63,7 +63,8 @@ def build_missing_examples(settings: Config, accelerator: Accelerator, say: Say 
     parts = load_parts(settings.model) if missing else None
     for held_out, table in missing.items():
         folder = examples_folder(settings, held_out=held_out)
-        build_examples(folder, table, parts, settings, accelerator, held_out=held_out, say=say)
+        with only_run([folder], "encoding examples", is_main=is_main):
+            build_examples(folder, table, parts, settings, accelerator, held_out=held_out, say=say)
 
 
 def _may_have_changed(plan: ExamplePlan) -> bool:
@@ -171,7 +172,7 @@ def _write_plan(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if folder.is_dir() and any(path.suffix != ".part" and path.name not in TABLES for path in folder.iterdir()):
+    if folder.is_dir() and any(not is_own(path) and path.name not in TABLES for path in folder.iterdir()):
         raise CacheError(f"cache.examples: {folder} holds something that is no cache; name another folder")
     columns = table.columns("image_0_uid", "image_1_uid", "caption", "ranking_id", "__key__")
 

@@ -23,7 +23,7 @@ from typing import Any
 from PIL import Image
 
 from xdpo.checkpoint import library_versions
-from xdpo.files import PART, check_writable, reading, replacing, write_text, writing
+from xdpo.files import check_writable, is_own, reading, replacing, write_text, writing
 
 SETTINGS, MANIFEST, PARTS = "settings.json", "manifest.jsonl", "manifest.part-*.jsonl"
 
@@ -40,7 +40,7 @@ def check_image_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     that differ; StorageError where it can't be written to.
     """
     check_writable(folder, "output")
-    names = sorted(path.name for path in folder.iterdir() if path.suffix != PART) if folder.exists() else []
+    names = sorted(path.name for path in folder.iterdir() if not is_own(path)) if folder.exists() else []
     if not names:
         return
     saved = _read_settings(folder)
@@ -136,9 +136,9 @@ def collect_manifest(folder: Path) -> list[dict[str, Any]]:
 
 
 def _holds_images(folder: Path) -> bool:
-    """Whether anything was made there: any file below but settings, manifests and what was written aside."""
-    ours = (SETTINGS, MANIFEST, PARTS, "*.part")
-    files = (path for path in folder.rglob("*") if path.is_file())
+    """Whether anything was made there: any file below but settings, manifests, the lock and what was written aside."""
+    ours = (SETTINGS, MANIFEST, PARTS)
+    files = (path for path in folder.rglob("*") if path.is_file() and not is_own(path))
     return any(not any(fnmatch(path.name, pattern) for pattern in ours) for path in files)
 
 
