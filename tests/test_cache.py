@@ -435,8 +435,8 @@ def test_every_distinct_image_and_caption_is_encoded_once_in_both_orientations(w
         [0]
     )
     moments = models.encode_images(world.parts.vae, batch["pixel_values"])
-    assert_same_output(torch.from_numpy(mean), moments.means[0])
-    assert_same_output(torch.from_numpy(std), moments.stds[0])
+    assert_same_output(torch.tensor(mean), moments.means[0])
+    assert_same_output(torch.tensor(std), moments.stds[0])
 
 
 def test_batches_from_the_cache_are_those_of_the_source_encoded(world):
