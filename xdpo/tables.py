@@ -235,14 +235,19 @@ def _read_delimited(path: Path, delimiter: str, quoting: int) -> Table:
     if width == 1 and other is not None:
         raise TableError(
             f"{path}: its columns are parted by {_DELIMITERS[other]} ({names:.80}), as Excel writes CSV in many "
-            f"languages; save it with {_DELIMITERS[delimiter]}"
+            f"languages; save it as UTF-8 with {_DELIMITERS[delimiter]}"
         )
     for record in records:
         if len(record.cells) != width:
-            place, signs = _span(record.number, len(record.lines)), _DELIMITERS[delimiter]
+            hint = "no cell of a .tsv can hold tabs or line breaks"
+            if delimiter == ",":
+                hint = (
+                    "a cell with commas or line breaks in it needs quotation marks around it, as CSV libraries and "
+                    "Excel's “CSV UTF-8” write them"
+                )
             raise TableError(
-                f"{path} {place} has {len(record.cells)} columns, the header {width} ({names:.200}); a cell with "
-                f"{signs} or line breaks in it needs quotation marks around it"
+                f"{path} {_span(record.number, len(record.lines))} has {len(record.cells)} columns, the header "
+                f"{width} ({names:.200}); {hint}"
             )
     _refuse_merged(path, records, width, delimiter)
     rows = [dict(zip(header.cells, record.cells, strict=True)) for record in records]
