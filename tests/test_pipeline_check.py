@@ -339,10 +339,25 @@ def test_a_hub_model_from_the_cache_is_loaded_and_its_weights_checked(small_pipe
     local = ModelConfig(pipeline=small_pipeline)
     assert part_checksum(ModelConfig(pipeline="org/good"), "unet", "vae") == part_checksum(local, "unet", "vae")
 
+    cached(small_pipeline, "org/configs", ["*.json", "*.txt"])
+    check_pipeline_folder("org/configs")
+    for use in (load_parts, lambda config: part_checksum(config, "vae")):
+        with pytest.raises(ValueError, match=r"could not load 'org/configs': .* not all of it.*no weights of .*vae"):
+            use(ModelConfig(pipeline="org/configs"))
+
     rewrite(pipeline / UNET, lambda name: f"model.{name}")
     cached(pipeline, "org/prefixed")
     with pytest.raises(ValueError, match=r"could not load 'org/prefixed':\n  unet: \d+ of \d+ weights are missing"):
         load_parts(ModelConfig(pipeline="org/prefixed"))
+
+
+def test_a_hub_model_of_pickled_weights_is_told_from_one_out_of_reach(pipeline, monkeypatch):
+    (pipeline / UNET).rename(pipeline / "unet/diffusion_pytorch_model.bin")
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *_, dry_run=False, **__: [] if dry_run else pipeline
+    )
+    with pytest.raises(ValueError, match=r"'org/name' has no safetensors weights of unet"):
+        part_checksum(ModelConfig(pipeline="org/name"), "unet")
 
 
 @pytest.mark.parametrize("files", [("full", "fp16"), ("fp16",)])
@@ -358,5 +373,7 @@ def test_of_a_hub_model_the_weights_that_are_read_are_fetched_and_no_other(pipel
         return [SimpleNamespace(filename=name) for name in there] if dry_run else str(pipeline)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    if "full" not in files:
+        only_variant(pipeline, "unet")
     part_checksum(ModelConfig(pipeline="org/name", revision="main"), "unet")
     assert [pattern for pattern in asked[-1] if pattern.endswith(".safetensors")] == there[:1]

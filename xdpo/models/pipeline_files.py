@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
+WITH_WEIGHTS = ("text_encoder", "vae", "unet")
 CONFIGS = {
     "unet": "unet/config.json",
     "vae": "vae/config.json",
@@ -71,18 +72,25 @@ def fetch(pipeline: str, revision: str | None, parts: Collection[str], *, weight
     from huggingface_hub.errors import DryRunError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = ["model_index.json", *(f"{part}/*{ending}" for part in parts for ending in (".json", ".txt"))]
+    is_online = True
     try:
         if weights:
             try:
                 patterns = [f"{part}/*.safetensors" for part in parts]
                 known = snapshot_download(pipeline, revision=revision, allow_patterns=patterns, dry_run=True)
-                names = [info.filename for info in known]
-            except DryRunError:  # no network: what is in the cache has to do
-                names = []
-            for part in parts:
-                inside = [Path(name).name for name in names if Path(name).parent.as_posix() == part]
-                wanted += [f"{part}/{name}" for name in weight_files(inside)[1]]
-        return Path(snapshot_download(pipeline, revision=revision, allow_patterns=wanted))
+                wanted += _chosen([Path(file.filename) for file in known], parts)
+            except DryRunError:  # what is in the cache has to do
+                is_online = False
+        folder = Path(snapshot_download(pipeline, revision=revision, allow_patterns=wanted))
+        lacking = [part for part in parts if part in WITH_WEIGHTS and not weight_paths(folder / part)[1]]
+        if weights and lacking and is_online:
+            raise ValueError(
+                f"model.pipeline: {pipeline!r} has no safetensors weights of {', '.join(lacking)} by the names that "
+                "diffusers gives, and pickled ones are not opened; take a revision or a copy that has them"
+            )
+        if weights and lacking:
+            raise LocalEntryNotFoundError(f"no weights of {', '.join(lacking)}")
+        return folder
     except LocalEntryNotFoundError as error:
         raise Unreachable(
             f"model.pipeline: could not load {pipeline!r}: it is not in the hub's cache, or not all of it, and the hub "
@@ -93,6 +101,12 @@ def fetch(pipeline: str, revision: str | None, parts: Collection[str], *, weight
             f"model.pipeline: could not load {pipeline!r}: {_first_line(error)}. Check the name and the revision, and "
             "log in (hf auth login) where the model asks for that"
         ) from error
+
+
+def _chosen(files: Collection[Path], parts: Collection[str]) -> list[str]:
+    """Of a hub model's safetensors files those that are read."""
+    by_part = {part: [file.name for file in files if file.parent.as_posix() == part] for part in parts}
+    return [f"{part}/{name}" for part, names in by_part.items() for name in weight_files(names)[1]]
 
 
 def read_json(path: Path) -> dict[str, Any]:

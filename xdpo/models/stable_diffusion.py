@@ -15,6 +15,7 @@ from torch import nn
 from xdpo.models.pipeline_files import (
     CONFIGS,
     PARTS,
+    WITH_WEIGHTS,
     Unreachable,
     describe_file,
     fetch,
@@ -80,7 +81,7 @@ def check_unet(unet: Path, base: Path, label: str) -> None:
         raise ValueError(f"{label} doesn't fit its pipeline:\n  " + "\n  ".join(problems))
 
 
-def weight_problems(folder: Path, parts: tuple[str, ...] = ("unet", "vae", "text_encoder")) -> list[str]:
+def weight_problems(folder: Path, parts: tuple[str, ...] = WITH_WEIGHTS) -> list[str]:
     """A sentence for each part whose weight files have other names or shapes than its config says."""
     problems = []
     for part in parts:
