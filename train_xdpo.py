@@ -558,6 +558,8 @@ def find_batch(
     accelerator.print(f"{'micro batch':>11}  {'accumulation':>12}  {'pairs/s':>9}  {'peak memory':>11}")
     for size in (size for size in range(1, total // processes + 1) if total // processes % size == 0):
         try:
+            if settings.compute.compile:
+                torch.compiler.reset()  # one graph per size is more than it keeps
             batch = dataset.batch(list(range(size)))
             for _ in range(2):  # the first one compiles, chooses kernels and fills the optimizer's moments
                 micro_step(batch)

@@ -61,8 +61,13 @@ def fill(settings: Config, accelerator: Accelerator) -> None:
     parts = models.load_parts(settings.model, encoders=not settings.cache.examples)
     for module in filter(None, (parts.vae, parts.text_encoder)):
         module.to(device)
-    whole_unet = settings.model.model_copy(update={"trainable": "full"})  # LoRA's reference is the UNet itself as well
-    reference = models.make_reference(parts.unet, whole_unet, settings.compute).to(device)
+    model = settings.model
+    if not settings.compute.compile:
+        model = model.model_copy(update={"trainable": "full"})  # LoRA's reference is the UNet itself as well
+    reference = models.make_reference(parts.unet, model, settings.compute)
+    if reference is None:  # the graph that training compiles has the adapter in it, and a new one adds 0
+        reference = models.make_policy(parts.unet, model, settings.compute)
+    reference.to(device)
     schedule = NoiseSchedule.from_scheduler(parts.scheduler).to(device)
     make_example = step.ExampleMaker(parts, schedule, settings, device)
     for held_out in kinds:
@@ -80,8 +85,9 @@ def fill(settings: Config, accelerator: Accelerator) -> None:
         with tqdm(total=len(missing), desc=title, unit="batch", disable=not accelerator.is_main_process) as bar:
             batches = take_batches(f"reference/{title}", missing, bar)
             for batch in make_loader(dataset, batches, num_workers=settings.data.num_workers if missing else 0):
-                with accelerator.autocast():
-                    errors = step.denoising_errors(reference, make_example(batch, seed, batch["positions"]))
+                # What records gradients runs compiled, where the config has that: training does, evaluation does not.
+                with torch.set_grad_enabled(not held_out), accelerator.autocast():
+                    errors = step.denoising_errors(reference, make_example(batch, seed, batch["positions"])).detach()
                 known.record(batch["positions"], errors.view(2, -1))
         known.close()
         processes.wait()

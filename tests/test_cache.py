@@ -499,6 +499,79 @@ def test_the_references_errors_do_not_depend_on_the_weights_of_margins(world):
     assert keys[:2] == keys[2:]
 
 
+@pytest.mark.parametrize(
+    ("change", "trained", "held_out"),
+    [
+        ("compute.attention=eager", True, True),
+        ("compute.channels_last=true", True, True),
+        ("compute.tf32=false", True, True),
+        ("compute.deterministic=true", True, True),
+        ("compute.compile=true", True, False),  # evaluation runs as written
+        ("compute.gradient_checkpointing=true", False, False),  # the same forward
+        ("model.trainable=lora", False, False),  # whose reference is the same UNet
+    ],
+)
+def test_the_references_errors_are_those_of_its_kernels(world, change, trained, held_out):
+    for is_held_out, differs in ((False, trained), (True, held_out)):
+        one, other = (
+            precompute.reference_key(settings, world.table, held_out=is_held_out, precision="no")
+            for settings in (world.settings, world.changed(change))
+        )
+        assert (one != other) == differs
+
+
+def test_a_compiled_references_errors_are_those_of_the_policys_graph(world):
+    ways = ("model.lora_rank=4", "model.trainable=lora", "compute.gradient_checkpointing=true")
+    keys = [
+        precompute.reference_key(
+            world.changed("compute.compile=true", *ways[:count]), world.table, held_out=False, precision="no"
+        )
+        for count in range(4)
+    ]
+    assert keys[0] == keys[1] != keys[2] != keys[3]
+
+
+def test_the_references_errors_on_another_device_or_on_other_examples_are_others(world, monkeypatch):
+    world.build()
+
+    def key():
+        return precompute.reference_key(world.settings, world.open(), held_out=False, precision="no")
+
+    first = key()
+    assert key() == first
+    monkeypatch.setattr(precompute.keys, "device_kind", lambda: "cuda 8.9")
+    assert key() != first
+    monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
+    cache = world.open()
+    cache.latents.write(0, np.array(np.load(cache.latents.path(0)))[::-1].copy(), unreadable=[4])
+    finish(world.folder, cache.plan)
+    assert key() != first
+
+
+def test_a_finished_cache_of_another_precision_is_used_and_said_and_a_begun_one_is_not_mixed(world, capsys):
+    world.build()
+    bf16 = world.changed("compute.precision=bf16")
+
+    def note(settings):
+        cache = precompute.open_pairs(settings, world.accelerator, held_out=False)
+        assert len(cache) == 5
+        return capsys.readouterr().out
+
+    assert note(world.settings) == ""
+    assert "encoded in fp32, this run would in bf16" in note(bf16)
+    (world.folder / "manifest.json").unlink()
+    with pytest.raises(CacheError, match="encoders' precision: fp32 in the cache, bf16 in this run"):
+        world.build(bf16)
+
+    # One from before the precision was noted.
+    plan = json.loads((world.folder / "plan.json").read_text())
+    del plan["key"]["encoders' precision"]
+    (world.folder / "plan.json").write_text(json.dumps(plan))
+    world.build(bf16)
+    assert "encoded in a precision that was not noted, this run would in fp32" in note(world.settings)
+
+
 def test_half_precision_means_without_mirror_images_take_a_quarter_of_the_room(world):
     world.settings = world.changed("cache.dtype=fp16", "data.horizontal_flip=false", "data.sample_latents=false")
     world.build()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from xdpo import optimizer_state
 from xdpo.checkpoint import (
@@ -13,6 +14,7 @@ from xdpo.checkpoint import (
     check_run_folder,
     checkpoints,
     describe_run,
+    export_model,
     git_commit,
     load_checkpoint,
     model_card,
@@ -21,6 +23,7 @@ from xdpo.checkpoint import (
     writing_aside,
 )
 from xdpo.config import load_config
+from xdpo.models import load_parts, make_policy
 
 CONFIG = load_config("configs/xdpo_sd15.yaml")
 
@@ -255,3 +258,30 @@ def test_the_model_card_says_how_to_load_the_model_and_what_made_it(trainable, w
 
     assert words in card and "base_model: stable-diffusion-v1-5/stable-diffusion-v1-5" in card
     assert "η = 0.05" in card and "warmup_steps: 500" in card
+
+
+# --- the result ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_equal_models_are_exported_as_equal_files_that_others_may_read(small_pipeline, tmp_path, trainable):
+    """safetensors writes metadata in an order of its own each time, and files that only their owner may read."""
+    config = load_config("configs/base.yaml", [f"model.pipeline={small_pipeline}", f"model.trainable={trainable}"])
+    torch.manual_seed(0)
+    policy = make_policy(load_parts(config.model).unet, config.model, config.compute)
+    umask = os.umask(0o027)
+    try:
+        for number in range(8):
+            export_model(tmp_path / str(number), policy, config, is_main=True, unwrap=lambda module: module)
+    finally:
+        os.umask(umask)
+    exports = [sorted(path for path in (tmp_path / str(n)).rglob("*") if path.is_file()) for n in range(8)]
+    assert len({tuple(path.read_bytes() for path in files) for files in exports}) == 1
+    assert {path.stat().st_mode & 0o777 for files in exports for path in files} == {0o640}
+    weights = next(path for path in exports[0] if path.suffix == ".safetensors")
+    with safe_open(weights, "pt") as file:
+        metadata = file.metadata()
+        assert metadata["format"] == "pt" and set(file.keys())
+    if trainable == "lora":
+        targets = json.loads(metadata["lora_adapter_metadata"])["unet.target_modules"]
+        assert targets == sorted(targets), "a set's order changes from process to process"

@@ -177,8 +177,7 @@ def test_a_run_from_caches_loads_neither_encoders_nor_data_nor_the_reference(run
         (AutoencoderKL, "from_pretrained"),
         (precompute.opening, "load_pairs"),
         (models, "make_reference"),
-        (models.parts, "adapter_off"),
-        (step, "adapter_off"),
+        (step, "as_reference"),
     ):
         monkeypatch.setattr(owner, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
     status, second = run("second", *caches)

@@ -323,6 +323,7 @@ def writing_aside(final: Path) -> Iterator[Path]:
         sweep(final.parent, f"{glob.escape(final.name)}.*{PART}", older_than=STALE_SECONDS)
         aside.mkdir(parents=True)
         yield aside
+        _give_usual_modes(aside)
         for path in [*aside.rglob("*"), aside]:
             flush(path)
         if final.exists():
@@ -335,6 +336,12 @@ def writing_aside(final: Path) -> Iterator[Path]:
         raise CheckpointError(f"could not write {final}: {fault}; what was saved before is intact") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _give_usual_modes(folder: Path) -> None:
+    """Files as the umask has them: safetensors writes them for their owner alone."""
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(folder.stat().st_mode & 0o666)
 
 
 def _os_error(error: Exception) -> OSError | None:
@@ -371,6 +378,7 @@ def export_model(
 
             layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, state_dict=weights))
             adapter = unet.peft_config["default"].to_dict()  # without it a loader takes alpha for the rank
+            adapter["target_modules"] = sorted(adapter["target_modules"])  # it is a set
             StableDiffusionPipeline.save_lora_weights(
                 aside, unet_lora_layers=layers, unet_lora_adapter_metadata=adapter
             )
@@ -379,8 +387,25 @@ def export_model(
                 exported = type(unet).from_config(unet.config)
             exported.load_state_dict(weights, assign=True)
             exported.save_pretrained(aside / "unet")
+        for path in aside.rglob("*.safetensors"):
+            sort_metadata(path)
         (aside / "README.md").write_text(model_card(config), encoding="utf-8")
     return final
+
+
+def sort_metadata(path: Path) -> None:
+    """Put a safetensors file's metadata in order, in place: its writer leaves them in another one in each file.
+
+    Models are named by their files' checksums, so equal models are to be equal files.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(ordered) <= length, "safetensors writes compact JSON, filled up with spaces"
+        file.seek(8)
+        file.write(ordered.ljust(length))
 
 
 def model_card(config: Config) -> str:

@@ -8,7 +8,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration, check_cuda_p2p_ib_support
 
 from xdpo import processes
-from xdpo.config import Config, accumulation_steps
+from xdpo.config import ComputeConfig, Config, accumulation_steps
 
 
 def build_accelerator(settings: Config) -> Accelerator:
@@ -20,15 +20,10 @@ def build_accelerator(settings: Config) -> Accelerator:
     compute = settings.compute
     refuse_sharded_launch()
     has_device = torch.accelerator.is_available()
-    precision = compute.precision
-    if precision == "auto":
-        precision = "fp32"
-        if torch.cuda.is_available():
-            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    precision = precision_of(compute)
     if precision == "fp16" and not has_device:
         raise ValueError("compute.precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
-    if compute.tf32 and torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    choose_kernels(compute)
     if torch.cuda.is_available() and not check_cuda_p2p_ib_support():
         # GeForce cards without peer access. Of all launchers only `accelerate launch` says so to NCCL.
         os.environ.setdefault("NCCL_P2P_DISABLE", "1")
@@ -50,6 +45,35 @@ def build_accelerator(settings: Config) -> Accelerator:
     processes.connect()
     accelerator.gradient_accumulation_steps = accumulation_steps(settings, accelerator.num_processes)
     return accelerator
+
+
+def precision_of(compute: ComputeConfig) -> str:
+    """The autocast type that a config means on this machine: fp32, fp16 or bf16."""
+    if compute.precision != "auto":
+        return compute.precision
+    if not torch.cuda.is_available():
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def device_kind() -> str:
+    """What of this machine decides which kernels run: "cuda 8.9" by its compute capability, "cpu AVX2", "mps"."""
+    if torch.cuda.is_available():
+        return "cuda {}.{}".format(*torch.cuda.get_device_capability())
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator().type
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+
+
+def choose_kernels(compute: ComputeConfig) -> None:
+    """Which kernels PyTorch may take in this process; before the first one runs on a GPU."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = compute.tf32
+    # Convolutions timed against each other at the start are another choice in the next start, and round otherwise.
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = compute.deterministic
+    torch.use_deterministic_algorithms(compute.deterministic)
+    if compute.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first matrix product
 
 
 def refuse_sharded_launch() -> None:

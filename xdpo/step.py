@@ -1,7 +1,6 @@
 """The method: a batch of pairs → denoising errors of policy and reference → loss, and the numbers worth watching."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from xdpo.config import Config, LossConfig
 from xdpo.loss import OBJECTIVES, LossOutput, PairErrors, UnpairedErrors, safeguard
-from xdpo.models import LatentMoments, PipelineParts, adapter_off, encode_captions, encode_images, sample_latents
+from xdpo.models import LatentMoments, PipelineParts, as_reference, encode_captions, encode_images, sample_latents
 from xdpo.noise import NoiseSchedule, add_noise, draw_noise, draw_timesteps, target, timestep_weights
 
 STATISTICS = (
@@ -176,8 +175,8 @@ def measure(
     reference_chosen = reference_rejected = None
     if config.needs_reference:
         if reference_errors is None:
-            with torch.no_grad(), adapter_off(bare_policy) if reference is None else nullcontext():
-                reference_residuals = residuals(reference or bare_policy, example)
+            with as_reference(bare_policy, reference) as network:
+                reference_residuals = residuals(network, example).detach()
             reference_errors = _weighted_mean(reference_residuals.square(), example).view(2, -1)
         reference_chosen, reference_rejected = reference_errors
     policy_residuals = residuals(policy, example)

@@ -27,6 +27,7 @@ from xdpo.cache.shards import CacheError, Shards, read_json
 from xdpo.files import file_sha256, reading, write_text
 
 SHARD_BYTES = 128 * 2**20
+PRECISION = "encoders' precision"  # in a plan's key
 TABLES = ("pairs.parquet", "images.parquet", "prompts.parquet")
 
 
@@ -80,14 +81,26 @@ class ExamplePlan:
             raise CacheError(f"{path} is damaged ({error}); {remedy}") from None
 
     def refuse_another(self, folder: Path, key: Mapping[str, Any]) -> None:
-        """Raise CacheError, naming each difference, where a run's key isn't the cache's."""
+        """Raise CacheError, naming each difference, where a run's key isn't the cache's.
+
+        The precision counts while a cache is being made, so that it holds one; for a finished one see `precision_note`.
+        """
         names = [name for name in {**self.key, **key} if self.key.get(name) != key.get(name)]
+        if PRECISION in names and (PRECISION not in self.key or is_finished(folder)):
+            names.remove(PRECISION)
         if names:
             lines = [f"{name}: {self.key.get(name)} in the cache, {key.get(name)} in this run" for name in names]
             raise CacheError(
                 f"cache.examples: {folder} was made from something else:\n  " + "\n  ".join(lines) + "\n"
                 "Set these as they were, or name another folder"
             )
+
+    def precision_note(self, precision: str) -> str | None:
+        """A sentence where a run would encode in another precision than the examples were encoded in, or None."""
+        made = self.key.get(PRECISION, "a precision that was not noted")
+        if made == precision:
+            return None
+        return f"the examples were encoded in {made}, this run would in {precision}: the rounding differs"
 
 
 class ExampleCache:

@@ -22,7 +22,8 @@ KEYS_WITHOUT_EFFECT = frozenset(
 """The keys that may differ between two parts of one run: they change what is seen of it, not what it computes.
 
 `train.max_steps` is one too while the learning rate is constant; with a decaying one it sets the decay.
-Precision, compilation and checkpointed gradients are not: they leave the method alone but change bits.
+Precision, compilation, deterministic kernels and checkpointed gradients are not: they leave the method alone but
+change bits.
 """
 
 

@@ -100,6 +100,9 @@ class ComputeConfig(Section):
         False, description="recompute activations in the backward pass: less memory, more time"
     )
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="attention kernels of the UNet")
+    deterministic: StrictBool = Field(
+        False, description="kernels that give the same bits each time; slower on a GPU, no difference on a CPU"
+    )
 
 
 class DataConfig(Section):

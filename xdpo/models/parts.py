@@ -4,7 +4,7 @@ import copy
 import hashlib
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -123,20 +123,23 @@ def pipeline_with(parts: PipelineParts, unet: nn.Module):
 
 
 def make_reference(unet: nn.Module, model: ModelConfig, compute: ComputeConfig) -> nn.Module | None:
-    """The frozen reference: a copy of the UNet, or None for LoRA, whose reference is the policy with its adapter off.
+    """The frozen reference: a copy of the UNet, or None for LoRA, whose reference is the policy without its adapter.
 
     Its weights stay float32 and its forward runs under the policy's autocast: any other precision moves the first
-    margin away from 0 by rounding times β.
+    margin away from 0 by rounding times β. Compiled, they require gradients that nobody asks for (`as_reference`).
     """
     if model.trainable == "lora":
         return None
-    reference = copy.deepcopy(unet).eval().requires_grad_(False)
+    reference = copy.deepcopy(unet).eval().requires_grad_(compute.compile)
     _apply_compute(reference, compute)
     return reference
 
 
 def make_policy(unet: nn.Module, model: ModelConfig, compute: ComputeConfig) -> nn.Module:
-    """Make `unet` trainable, in place: all of it, or a LoRA adapter on every attention projection."""
+    """Make `unet` trainable, in place: all of it, or a LoRA adapter on every attention projection.
+
+    Like the reference it drops nothing out: a margin would be that noise times β.
+    """
     if model.trainable == "lora":
         from peft import LoraConfig
 
@@ -150,14 +153,14 @@ def make_policy(unet: nn.Module, model: ModelConfig, compute: ComputeConfig) -> 
         )
     else:
         unet.requires_grad_(True)
-    if compute.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
     _apply_compute(unet, compute)
-    return unet.train()
+    return unet.eval()
 
 
 def _apply_compute(unet: nn.Module, compute: ComputeConfig) -> None:
-    """Switches that policy and reference must share to stay comparable to the last bit."""
+    """Switches that policy and reference share, so that equal weights give equal bits (compiled: `as_reference`)."""
+    if compute.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     if compute.channels_last:
         unet.to(memory_format=torch.channels_last)
     if compute.attention == "eager":
@@ -165,7 +168,46 @@ def _apply_compute(unet: nn.Module, compute: ComputeConfig) -> None:
 
         unet.set_attn_processor(AttnProcessor())
     if compute.compile:
-        unet.compile(fullgraph=True)
+        _compile(unet)
+
+
+def _compile(unet: nn.Module) -> None:
+    """Compile the forward of training alone: what records no gradient, evaluation and sampling, runs as written.
+
+    Shapes are static, so each micro-batch size has one graph; autocast is around it, so modules of one make share it.
+    """
+    import torch._dynamo
+
+    # One graph within DDP as without it: split at DDP's buckets where the policy comes first, whole where the reference
+    # does, it would round in two ways. What splitting overlaps is an exchange that comes once in an optimizer step.
+    torch._dynamo.config.optimize_ddp = False
+    plain = unet.forward
+    compiled = torch.compile(plain, fullgraph=True, dynamic=False)
+
+    def forward(*args: object, **kwargs: object) -> object:
+        return (compiled if torch.is_grad_enabled() else plain)(*args, **kwargs)
+
+    unet.forward = forward
+    unet.is_compiled_for_training = True
+
+
+@contextmanager
+def as_reference(policy: nn.Module, reference: nn.Module | None) -> Iterator[nn.Module]:
+    """The module that is the reference in here: `reference`, or without one the policy without its adapter.
+
+    Its output is a constant: detach it. A compiler rounds a forward that saves activations differently from one that
+    doesn't, and one with an adapter differently from one without. So where the policy is compiled and trains, the
+    reference runs through the policy's own graph: it records gradients, which are dropped, and an adapter is in it
+    with B = 0, which adds an exact 0. Equal weights then give equal bits, at the price of the policy's activations for
+    the length of a forward.
+    """
+    module = policy if reference is None else reference
+    if getattr(policy, "is_compiled_for_training", False) and torch.is_grad_enabled():
+        with nullcontext() if reference is not None else _zero_adapter(policy):
+            yield module
+    else:
+        with torch.no_grad(), nullcontext() if reference is not None else adapter_off(policy):
+            yield module
 
 
 @contextmanager
@@ -176,6 +218,20 @@ def adapter_off(unet: nn.Module) -> Iterator[None]:
         yield
     finally:
         unet.enable_adapters()
+
+
+@contextmanager
+def _zero_adapter(unet: nn.Module) -> Iterator[None]:
+    """A LoRA adapter that adds 0, in the same graph as ever."""
+    outputs = [parameter for name, parameter in unet.named_parameters() if ".lora_B." in name]
+    kept = [parameter.detach().clone() for parameter in outputs]
+    with torch.no_grad():
+        torch._foreach_zero_(outputs)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(outputs, kept)
 
 
 @torch.no_grad()

@@ -4,8 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from xdpo.cache import ExampleCache
+from xdpo.cache.examples import PRECISION
+from xdpo.compute import device_kind, precision_of
 from xdpo.config import Config
 from xdpo.data import PairTable
+from xdpo.files import file_sha256
 from xdpo.models import part_checksum
 from xdpo.noise import HELD_OUT_SEED
 
@@ -22,7 +25,10 @@ def examples_folder(settings: Config, *, held_out: bool) -> Path:
 
 
 def example_key(settings: Config, *, held_out: bool) -> dict[str, Any]:
-    """Everything that decides what an example cache holds; `held_out` for the pairs of the `eval` section."""
+    """Everything that decides what an example cache holds; `held_out` for the pairs of the `eval` section.
+
+    But for rounding by the encoders' device and batch: a reference's key then names the examples by their bytes.
+    """
     data, model = settings.data, settings.model
     source = {"source": data.source, "path": data.path, "split": data.split, "max_pairs": data.max_pairs}
     if held_out:
@@ -38,16 +44,22 @@ def example_key(settings: Config, *, held_out: bool) -> dict[str, Any]:
         "cache.dtype": settings.cache.dtype,
         "autoencoder": part_checksum(model, "vae"),
         "text encoder": part_checksum(model, "text_encoder", "tokenizer"),
+        PRECISION: precision_of(settings.compute),
     }
 
 
 def reference_key(
     settings: Config, pairs: PairTable | ExampleCache, *, held_out: bool, precision: str
 ) -> dict[str, Any]:
-    """Everything that decides the reference's errors at a position, but for rounding by the batch's shape.
+    """Everything that decides the reference's errors at a position, but for rounding by the batch's shape and version.
 
-    precision: of autocast, as accelerate names it.
+    precision: of autocast, as accelerate names it. The version is that of PyTorch and of its kernels.
     """
+    compute, model = settings.compute, settings.model
+    graph = None  # evaluation runs as written, and so does training but for compute.compile
+    if compute.compile and not held_out:
+        adapter = model.lora_rank if model.trainable == "lora" else None
+        graph = {"adapter": adapter, "gradient_checkpointing": compute.gradient_checkpointing}
     data, augment = settings.data, not held_out
     is_unpaired = settings.loss.is_unpaired and not held_out
     return {
@@ -59,10 +71,13 @@ def reference_key(
         "horizontal_flip": data.horizontal_flip and augment,
         "caption_dropout": data.caption_dropout if augment else 0.0,
         "sample_latents": data.sample_latents,
-        "examples": f"cached as {settings.cache.dtype}"
+        "examples": f"cached, manifest {file_sha256(pairs.folder / 'manifest.json')}"
         if isinstance(pairs, ExampleCache)
         else "encoded while training",
         "noise": settings.noise.model_dump(),
         "pipeline": part_checksum(settings.model, "unet", "vae", "text_encoder", "tokenizer", "scheduler"),
         "precision": precision,
+        "device": device_kind(),
+        "kernels": compute.model_dump(include={"tf32", "attention", "channels_last", "deterministic"}),
+        "compiled": graph,
     }

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from xdpo import processes
 from xdpo.cache import CachedPairDataset, ExampleCache, ReferenceCache
 from xdpo.cache.examples import is_finished
+from xdpo.compute import precision_of
 from xdpo.config import Config
 from xdpo.data import PairDataset, PairTable, UnpairedDataset, load_pairs
 from xdpo.files import replacing
@@ -26,7 +27,10 @@ def open_pairs(settings: Config, accelerator: Accelerator, *, held_out: bool) ->
     Every process calls it. Raises CacheError or DataError.
     """
     if settings.cache.examples:
-        return open_examples(settings, accelerator, held_out=held_out)
+        cache = open_examples(settings, accelerator, held_out=held_out)
+        if note := cache.plan.precision_note(precision_of(settings.compute)):
+            accelerator.print(f"cache.examples: {cache.folder}: {note}")
+        return cache
     return load_table(settings, accelerator, held_out=held_out)
 
 

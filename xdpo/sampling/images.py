@@ -99,7 +99,7 @@ def prepare_pipeline(pipeline, settings: SamplingSettings, device: torch.device)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     if settings.compile:
-        pipeline.unet.compile(fullgraph=True)
+        pipeline.unet.compile(fullgraph=True, dynamic=False)  # a chunk has one size
     return pipeline
 
 
