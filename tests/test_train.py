@@ -20,6 +20,7 @@ import train_xdpo
 from xdpo import checkpoint, files, models, precompute, step
 from xdpo.cache import ReferenceCache
 from xdpo.config import dump_config, load_config
+from xdpo.data import PairDataset
 
 VARIANTS = {
     "full": [],
@@ -463,6 +464,22 @@ def test_held_out_pairs_and_samples_appear_at_their_intervals(run, small_pairs):
     sheets = sorted(path.name for path in (folder / "samples").iterdir())
     assert sheets == ["step_00000000.png", "step_00000006.png"]
     assert Image.open(folder / "samples" / sheets[0]).width > 2 * 16
+
+
+def test_a_held_out_pair_is_read_and_encoded_once_for_all_its_draws(run, small_pairs, monkeypatch):
+    read, encoded = [], []
+    original, encode = PairDataset.batch, step.encode_images
+
+    def batch(self, positions):
+        read.append((self.augment, positions))
+        return original(self, positions)
+
+    monkeypatch.setattr(PairDataset, "batch", batch)
+    monkeypatch.setattr(step, "encode_images", lambda *given: encoded.append(1) or encode(*given))
+    common = (f"eval.path={small_pairs}", "eval.draws=3", "eval.pairs=5", "train.max_steps=1")
+    assert run("run", "eval.every=1", *common)[0] == 0
+    assert [given for augment, given in read if not augment] == [[0, 1], [2, 3], [4]] * 2  # before and after the step
+    assert len(encoded) == 2 * 3 + 2
 
 
 def test_evaluation_does_not_depend_on_the_micro_batch_or_the_training_seed(run, small_pairs):
