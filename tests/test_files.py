@@ -106,3 +106,11 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(StorageError, match="--output: no permission to write"):
         check_writable(tmp_path / "results", "--output")
+
+
+def test_a_lock_on_a_full_disk_is_refused_in_words_and_binds_nothing(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / files.LOCK).symlink_to("/dev/full")
+    with pytest.raises(files.StorageError, match="the disk is full"), files.only_writer(tmp_path / "run", "a training"):
+        pytest.fail("went on without a lock")
+    assert files.is_untouched(tmp_path / "run")

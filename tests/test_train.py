@@ -397,7 +397,7 @@ def test_other_pairs_under_the_same_path_are_refused_unless_allowed(run, small_p
     status, folder = run("run", f"data.path={mine}")
 
     assert status == 1
-    assert "the training pairs are not those that the run in" in capsys.readouterr().err
+    assert "the data have changed: the training pairs are not those that the run in" in capsys.readouterr().err
     assert run("run", f"data.path={mine}", "--allow-config-change")[0] == 0
     assert "going on in the order of the new ones" in capsys.readouterr().out
     assert rows_of(folder)[-1]["step"] == 6

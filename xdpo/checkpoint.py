@@ -89,13 +89,13 @@ def check_pairs(folder: Path, fingerprint: str, allow_change: bool, say: Callabl
     before = json.loads((folder / "run.json").read_text()).get("pairs_fingerprint")
     if before in (None, fingerprint):
         return
-    change = f"output_dir: the training pairs are not those that the run in {folder} began with"
+    change = f"the data have changed: the training pairs are not those that the run in {folder} began with"
     if not allow_change:
         raise ValueError(
-            f"{change}: at each position of its order there would be another pair. Put the data back, choose another "
-            "output_dir, or go on all the same with --allow-config-change"
+            f"output_dir: {change}; at each position of its order there would be another pair. Put the data back, choose "
+            "another output_dir, or go on all the same with --allow-config-change"
         )
-    say(f"{change}; going on in the order of the new ones")
+    say(f"note: {change}; going on in the order of the new ones")
 
 
 def describe_run(folder: Path, config: Config, **facts: object) -> str:

@@ -2,7 +2,7 @@
 
 A signal asks the run to save and leave. Processes that lose their launcher (`accelerate launch` does not hand SIGTERM
 on to its one process) take that for SIGTERM. And when one process fails, all of them end within seconds, with its
-message, instead of waiting for it in a collective: each looks once a second whether another has failed or is gone.
+message, instead of waiting for it in a collective: each looks twice a second whether another has failed or is gone.
 """
 
 import os
@@ -17,7 +17,7 @@ from xdpo import processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAME_REQUEST_SECONDS = 2.0
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 0.5
 SILENT_SECONDS = 120.0  # a process that has not been heard of for so long is gone: killed, or its machine is
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # variables that torchrun and accelerate launch set
 GRACE_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds that torchrun's agent leaves between SIGTERM and SIGKILL
@@ -81,7 +81,7 @@ def together() -> Iterator[None]:
 
 
 class _Watch(threading.Thread):
-    """Looks once a second after the launcher and the other processes."""
+    """Looks after the launcher and the other processes, every LOOK_SECONDS."""
 
     current_stop: StopRequest | None = None
 

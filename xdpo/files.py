@@ -93,16 +93,16 @@ def only_writer(folder: Path, work: str) -> Iterator[None]:
     path = folder / LOCK
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
+        file = path.open("ab+", buffering=0)
     with file:
         if _is_locked_by_another(file):
             file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = file.read().decode(errors="replace").strip() or "another process"
             raise StorageError(f"{folder} is in use: {holder}. Wait for it, stop it, or name another folder")
-        file.truncate(0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(f"{work}, process {os.getpid()} on {socket.gethostname()} since {started}\n")
-        file.flush()
+        with writing(path):
+            file.truncate(0)
+            file.write(f"{work}, process {os.getpid()} on {socket.gethostname()} since {started}\n".encode())
         yield
 
 
