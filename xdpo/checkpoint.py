@@ -92,8 +92,8 @@ def check_pairs(folder: Path, fingerprint: str, allow_change: bool, say: Callabl
     change = f"the data have changed: the training pairs are not those that the run in {folder} began with"
     if not allow_change:
         raise ValueError(
-            f"output_dir: {change}; at each position of its order there would be another pair. Put the data back, choose "
-            "another output_dir, or go on all the same with --allow-config-change"
+            f"output_dir: {change}; at each position of its order there would be another pair. Put the data back, "
+            "choose another output_dir, or go on all the same with --allow-config-change"
         )
     say(f"note: {change}; going on in the order of the new ones")
 

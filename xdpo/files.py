@@ -101,7 +101,8 @@ def only_writer(folder: Path, work: str) -> Iterator[None]:
             raise StorageError(f"{folder} is in use: {holder}. Wait for it, stop it, or name another folder")
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         with writing(path):
-            file.truncate(0)
+            if path.stat().st_size:
+                file.truncate(0)
             file.write(f"{work}, process {os.getpid()} on {socket.gethostname()} since {started}\n".encode())
         yield
 
