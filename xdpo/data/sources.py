@@ -5,6 +5,7 @@ and tars are converted on first use into the `datasets` cache (HF_DATASETS_CACHE
 """
 
 import glob
+import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -133,7 +134,8 @@ def _load_files(builder: str, files: list[str], split: str, read: Callable[[str]
 
 def _load_folder(paths: list[str], split: str, revision: str | None) -> "Dataset":
     """Pairs of FOLDER/SPLIT/pairs.* if there is one, else of FOLDER/pairs.*, in the columns of Pick-a-Pic."""
-    from datasets import Dataset, Features, Value
+    import pyarrow as pa
+    from datasets import Dataset
 
     folder = user_path(_only(paths, "folder"))
     candidates = [parent / name for parent in (folder / split, folder) for name in ("pairs.csv", "pairs.jsonl")]
@@ -151,9 +153,8 @@ def _load_folder(paths: list[str], split: str, revision: str | None) -> "Dataset
         )
 
     def files(name: str) -> list[str | None]:
-        return [str(listing.parent / expanded(cell)) if cell else None for cell in table.texts(name)]
+        return [os.path.join(listing.parent, expanded(cell)) if cell else None for cell in table.texts(name)]
 
-    text, number = Value("string"), Value("float64")
     found = {"jpg_0": files(columns[0]), "jpg_1": files(columns[1]), "caption": table.texts("caption")}
     optional = {"has_label": "has_label", "ranking_id": "ranking_id"}
     if columns is by_choice:
@@ -163,7 +164,8 @@ def _load_folder(paths: list[str], split: str, revision: str | None) -> "Dataset
         found |= {name: table.floats(name) for name in ("label_0", "label_1") if name in table.names}
         optional |= {name: name for name in SCORE_COLUMNS}
     found |= {name: table.scalars(column) for name, column in optional.items() if column in table.names}
-    return Dataset.from_dict(found, Features({name: number if name.startswith("label") else text for name in found}))
+    types = {name: pa.float64() if name.startswith("label") else pa.string() for name in found}
+    return Dataset(pa.table(found, pa.schema(types.items())))
 
 
 def _only(paths: list[str], source: str) -> str:
