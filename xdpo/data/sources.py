@@ -134,8 +134,7 @@ def _load_files(builder: str, files: list[str], split: str, read: Callable[[str]
 
 def _load_folder(paths: list[str], split: str, revision: str | None) -> "Dataset":
     """Pairs of FOLDER/SPLIT/pairs.* if there is one, else of FOLDER/pairs.*, in the columns of Pick-a-Pic."""
-    import pyarrow as pa
-    from datasets import Dataset
+    from datasets import Dataset, Features, Value
 
     folder = user_path(_only(paths, "folder"))
     candidates = [parent / name for parent in (folder / split, folder) for name in ("pairs.csv", "pairs.jsonl")]
@@ -155,6 +154,7 @@ def _load_folder(paths: list[str], split: str, revision: str | None) -> "Dataset
     def files(name: str) -> list[str | None]:
         return [os.path.join(listing.parent, expanded(cell)) if cell else None for cell in table.texts(name)]
 
+    text, number = Value("string"), Value("float64")
     found = {"jpg_0": files(columns[0]), "jpg_1": files(columns[1]), "caption": table.texts("caption")}
     optional = {"has_label": "has_label", "ranking_id": "ranking_id"}
     if columns is by_choice:
@@ -163,9 +163,11 @@ def _load_folder(paths: list[str], split: str, revision: str | None) -> "Dataset
     else:
         found |= {name: table.floats(name) for name in ("label_0", "label_1") if name in table.names}
         optional |= {name: name for name in SCORE_COLUMNS}
+    import pyarrow as pa
+
     found |= {name: table.scalars(column) for name, column in optional.items() if column in table.names}
-    types = {name: pa.float64() if name.startswith("label") else pa.string() for name in found}
-    return Dataset(pa.table(found, pa.schema(types.items())))
+    features = Features({name: number if name.startswith("label") else text for name in found})
+    return Dataset(pa.table(found, features.arrow_schema))  # not from_dict, which looks at each cell once more
 
 
 def _only(paths: list[str], source: str) -> str:
