@@ -11,6 +11,7 @@ import io
 import json
 import os
 import random
+import struct
 import time
 from types import SimpleNamespace
 
@@ -159,6 +160,29 @@ def test_whole_images_keep_their_pixels(name):
     if mode == "I;16" or name == "PPM I":  # the file has 16 bits, of which these values are the darkest
         expected = Image.new("RGB", expected.size)
     assert np.array_equal(np.asarray(decode_rgb(FORMATS[name])), np.asarray(expected))
+
+
+ODD_TAGS = [0x010E, 0x0131, 0x011A, 0x0100, 0x8769, 0x8825, 0xA005, 0x9286, 0x927C, 0x02BC, 0x83BB, 0xEA1C]
+TURNS = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_270, 8: Image.Transpose.ROTATE_90}
+
+
+def test_odd_metadata_make_no_good_image_unreadable():
+    """Tags of types that they should not have, in counts and with places that make no sense; Pillow may stop there."""
+    for case, chance in cases("odd exif", 1000):
+        orientation = chance.choice(list(TURNS))
+        entries = [struct.pack("<HHII", 0x0112, 3, 1, orientation)]
+        for _ in range(chance.randrange(1, 4)):
+            tag, value = chance.choice([*ODD_TAGS, chance.randrange(0x1000)]), chance.choice([60, 2**32])
+            entries.append(
+                struct.pack("<HHII", tag, chance.randrange(14), chance.randrange(6), chance.randrange(value))
+            )
+        chance.shuffle(entries)
+        exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(40)
+        buffer = io.BytesIO()
+        picture().save(buffer, "PNG", exif=exif, compress_level=0)
+        expected = [picture(), picture().transpose(TURNS[orientation])]
+        found = np.asarray(decode_rgb(buffer.getvalue()))
+        assert any(np.array_equal(found, np.asarray(image)) for image in expected), case
 
 
 # --- tables --------------------------------------------------------------------------------------------

@@ -116,9 +116,9 @@ def test_odd_metadata_leave_a_good_image_as_it_is(exif):
 
 
 def test_metadata_that_cannot_be_written_again_do_not_matter():
-    """Orientation was applied by rewriting the EXIF block, which fails on values that its tags don't allow."""
-    entries = [b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0", b"\x69\x87\x02\0\x04\0\0\0abc\0"]  # turned; an IFD that is text
-    content = with_exif(b"Exif\0\0II*\0\x08\0\0\0\x02\0" + b"".join(entries) + b"\0\0\0\0")
+    """A description that is a fraction: to turn an image by rewriting its EXIF fails there."""
+    entries = [b"\x0e\x01\x0a\0\x01\0\0\0\x12\0\0\0", b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"]
+    content = with_exif(b"Exif\0\0II*\0\x08\0\0\0\x02\0" + b"".join(entries) + bytes(40))
     expected = picture().transpose(Image.Transpose.ROTATE_270)
     assert np.array_equal(np.asarray(decode_rgb(content)), np.asarray(expected))
 
@@ -178,6 +178,10 @@ def test_integers_of_unknown_range_are_unreadable(scale):
 def test_black_is_black_in_every_mode():
     for dtype in (np.uint8, np.uint16, np.int32, np.float32):
         assert grey(saved(Image.fromarray(np.zeros((2, 2), dtype)), "TIFF")).max() == 0
+
+
+def test_an_image_whose_format_forgets_its_palette_is_read():
+    decode_rgb(saved(picture().convert("P"), "ICNS"))
 
 
 def test_the_first_frame_of_an_animation_counts():

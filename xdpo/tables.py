@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from xdpo.files import StorageError, storage_fault
 
@@ -46,12 +46,12 @@ class Table:
     def texts(self, name: str) -> list[str | None]:
         """A column of text; None where it is missing. Raises TableError for anything else, as `as_text` does."""
         self._check(name)
-        return [as_text(row.get(name), self.where(place, name)) for place, row in enumerate(self.rows)]
+        return self._as_texts(name, [row.get(name) for row in self.rows])
 
     def scalars(self, name: str) -> list[str | None]:
         """A column of texts, numbers and booleans, all as text; None where it is missing. Raises TableError."""
         self._check(name)
-        return [as_text(scalar(row.get(name)), self.where(place, name)) for place, row in enumerate(self.rows)]
+        return self._as_texts(name, [scalar(row.get(name)) for row in self.rows])
 
     def floats(self, name: str) -> list[float | None]:
         """A column of numbers, also those written as text; None where it is missing or empty. Raises TableError."""
@@ -64,6 +64,11 @@ class Table:
             except (ValueError, TypeError, OverflowError):
                 raise TableError(f"{self.where(place, name)} must hold numbers, got {_shown(cell)}") from None
         return numbers
+
+    def _as_texts(self, name: str, values: list[Any]) -> list[str | None]:
+        return [
+            value if _is_plain(value) else as_text(value, self.where(place, name)) for place, value in enumerate(values)
+        ]
 
     def where(self, place: int, name: str) -> str:
         """A cell as messages call it: `pairs.csv line 3: column caption`."""
@@ -94,6 +99,11 @@ def as_text(value: Any, where: str) -> str | None:
             "what wrote the file cut a surrogate pair; write the text anew, as UTF-8"
         ) from None
     return value
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is text that needs no closer look: most cells of a million."""
+    return isinstance(value, str) and value.isascii() and "\0" not in value
 
 
 def scalar(value: Any) -> Any:
@@ -214,8 +224,7 @@ def _read_objects(path: Path) -> Table:
     return Table(path, list(dict.fromkeys(name for row in rows for name in row)), numbers, rows)
 
 
-@dataclass(frozen=True, slots=True)
-class _Record:
+class _Record(NamedTuple):
     """A row of cells and the lines of the file that it takes up."""
 
     number: int

@@ -54,7 +54,7 @@ def decode_rgb(cell: bytes | str | dict[str, Any] | None) -> Image.Image:
             if 0 in image.size:
                 raise UnreadableImageError(f"its size is {image.width} × {image.height}")
             turn = _UPRIGHT.get(_orientation(image))
-            rgb = _as_rgb(image)
+            rgb = _as_rgb(image.copy(), image.format)  # a copy has its palette where a format's own class forgets it
             return rgb if turn is None else rgb.transpose(turn)
     except MemoryError:
         raise
@@ -73,20 +73,17 @@ def _orientation(image: Image.Image) -> Any:
         return None
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def _as_rgb(image: Image.Image, format: str | None) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip these at 255
         values = np.asarray(image)
-        white = 65_535.0 if image.mode != "F" and _has_sixteen_bits(image) else _white_of(values, image.mode)
+        has_sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and format in _SIXTEEN_BIT_FORMATS)
+        white = 65_535.0 if has_sixteen_bits else _white_of(values, image.mode)
         scaled = np.rint(values * 255.0) if white == 1 else values / (white / 255)
         return Image.fromarray(scaled.clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-def _has_sixteen_bits(image: Image.Image) -> bool:
-    return image.mode.startswith("I;16") or image.format in _SIXTEEN_BIT_FORMATS
 
 
 def _white_of(values: np.ndarray, mode: str) -> float:

@@ -40,6 +40,8 @@ def alike(files: Sequence[str]) -> list[Alike]:
     Raises DataError for a file that can't be read, lacks a required column, or has one of a type that doesn't go with
     the others'.
     """
+    from datasets import Features
+
     schemas = {file: parquet_schema(Path(file)) for file in files}  # footers only: no row is read
     columns = {file: _columns(schema.names, file) for file, schema in schemas.items()}
     features = {}
@@ -49,7 +51,7 @@ def alike(files: Sequence[str]) -> list[Alike]:
     groups = []
     for _, group in groupby(files, key=columns.get):
         group = list(group)
-        groups.append(Alike(group, _features({name: features[house] for house, name in columns[group[0]].items()})))
+        groups.append(Alike(group, Features({name: features[house] for house, name in columns[group[0]].items()})))
     return groups
 
 
@@ -86,7 +88,7 @@ def _common_type(house: str, types: Mapping[str, Any]) -> Any:
     if house in NUMBER_COLUMNS and holds <= {"text", "number"}:  # numbers may be written as text
         return pa.string()
     first, *rest = known
-    other = next(file for file in rest if known[file] != known[first])
+    other = next(file for file in rest if types[file] != types[first])
     raise DataError(
         f"{other}: column {house} holds {types[other]}, but {types[first]} in {first}; write both with the same type"
     )
@@ -103,12 +105,6 @@ def _feature(house: str, type: Any, schemas: Mapping[str, Any], columns: Mapping
             name, metadata = found[house], schemas[file].metadata
             break
     return Features.from_arrow_schema(pa.schema([(name, type)], metadata=metadata))[name]
-
-
-def _features(features: Mapping[str, Any]) -> "Features":
-    from datasets import Features
-
-    return Features(features)
 
 
 def check_members(files: Sequence[str]) -> None:

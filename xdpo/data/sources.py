@@ -205,7 +205,7 @@ def _load_folder(paths: list[str], split: str, revision: str | None, num_proc: i
         )
 
     def files(name: str) -> list[str | None]:
-        return [str(listing.parent / expanded(cell)) if cell else None for cell in table.texts(name)]
+        return [os.path.join(listing.parent, expanded(cell)) if cell else None for cell in table.texts(name)]
 
     text, number = Value("string"), Value("float64")
     found = {"jpg_0": files(columns[0]), "jpg_1": files(columns[1]), "caption": table.texts("caption")}
@@ -216,8 +216,11 @@ def _load_folder(paths: list[str], split: str, revision: str | None, num_proc: i
     else:
         found |= {name: table.floats(name) for name in ("label_0", "label_1") if name in table.names}
         optional |= {name: name for name in SCORE_COLUMNS}
+    import pyarrow as pa
+
     found |= {name: table.scalars(column) for name, column in optional.items() if column in table.names}
-    return Dataset.from_dict(found, Features({name: number if name.startswith("label") else text for name in found}))
+    features = Features({name: number if name.startswith("label") else text for name in found})
+    return Dataset(pa.table(found, features.arrow_schema))  # not from_dict, which looks at each cell once more
 
 
 def _only(paths: list[str], source: str) -> str:
