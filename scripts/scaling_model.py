@@ -24,7 +24,7 @@ BYTES_PER_SECOND = 1.0e12  # of a GPU's memory: an RTX 4090's
 CACHE_BYTES_PER_PAIR = 2 * 4 * 64 * 64 * 2 + 77 * 768 * 2  # latents of two images, text states of a caption, fp16
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
-UNET_WEIGHTS, ENCODER_WEIGHTS, ADAPTER_WEIGHTS = 859.5e6, 157.3e6, 12.75e6  # the autoencoder's decoder left out
+UNET_WEIGHTS, ENCODER_WEIGHTS, ADAPTER_WEIGHTS = 859.5e6, 157.2e6, 12.75e6  # the autoencoder's decoder left out
 UNET_TFLOP, AUTOENCODER_TFLOP, TEXT_TFLOP = 0.803, 1.117, 0.013  # forward, of an image or a caption
 POLICY_TFLOP = {("full", False): 2.407, ("full", True): 3.002, ("lora", False): 1.765, ("lora", True): 2.371}
 CACHED = {"nothing": "recompute everything", "examples": "examples cached", "both": "from both caches"}
