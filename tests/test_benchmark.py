@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,13 +13,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import benchmark
-from benchmarks import flops, loading, steps
+from benchmarks import counting, flops, loading, memory, steps
 from benchmarks.folders import working_folder
 from benchmarks.modes import BASE_CONFIG, MODES, call, set_up
 from benchmarks.pairs import WRITERS, make_pairs
-from benchmarks.pipelines import DOWNSCALING, LATENT_CHANNELS, TOKENS, build_networks, thin_shapes
+from benchmarks.pipelines import DOWNSCALING, LATENT_CHANNELS, PIPELINES, TOKENS, build_networks, thin_shapes
 from benchmarks.results import Criterion, Spread, ratios, time_in_turn
 
+import train_xdpo
 from xdpo import step
 from xdpo.compute import build_accelerator
 from xdpo.config import load_config
@@ -213,6 +215,158 @@ def test_a_program_that_fails_is_named_with_what_it_said():
 def test_pairs_that_the_micro_batch_does_not_divide_are_refused_before_any_work(capsys):
     assert benchmark.main(["step", "--pairs", "3", "--micro-batches", "1", "2"]) == 1
     assert "--pairs 3 is no multiple of the micro-batch 2" in capsys.readouterr().err
+
+
+# --- memory, counted -----------------------------------------------------------------------------------
+
+CONFIGS = BASE_CONFIG.parent
+SMALL = {
+    "unet": thin_shapes()["unet"] | {"cross_attention_dim": 16},
+    "vae": thin_shapes()["vae"],
+    "text_encoder": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+}
+
+
+def count_small(*overrides, config="xdpo_sd15.yaml", processes=1, fake=False):
+    settings = load_config(CONFIGS / config, ["data.resolution=16", "train.total_batch_pairs=4", *overrides])
+    return counting.count(settings, SMALL, processes, fake=fake)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """The small networks' weights as lists of tensors: UNet, and both encoders."""
+    with torch.device("meta"):
+        unet, vae, text_encoder = build_networks(SMALL)
+    return list(unet.parameters()), [*vae.parameters(), *text_encoder.parameters(), *text_encoder.buffers()]
+
+
+def allocated(tensors):
+    """Bytes of tensors, each rounded up as CUDA's allocator does."""
+    return sum(-(-tensor.nbytes // 512) * 512 for tensor in tensors)
+
+
+def test_a_meter_adds_up_what_is_alive():
+    meter, placed = counting.Meter(), torch.zeros(1000)  # 4,000 bytes take 4,096
+    with meter, meter.phase("work"):
+        meter.place([placed])
+        held = placed + 1
+        del held
+        kept = placed.view(10, 100) * 2
+        kept[0].add_(1)  # a view and in place: nothing new
+    assert meter.phases["work"] == counting.Phase(2 * 4096, 2 * 4096, "aten.add.Tensor")
+    with meter, meter.phase("less"):
+        del kept
+        meter.remove([placed])
+    assert meter.phases["less"] == counting.Phase(0, 2 * 4096, "at rest")
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_tensors_without_contents_count_as_those_with(trainable):
+    overrides = [f"model.trainable={trainable}", "model.lora_rank=4"]
+    assert count_small(*overrides, fake=True) == count_small(*overrides)
+
+
+def test_what_lies_still_is_what_it_is_on_paper(weights):
+    unet, encoders = map(allocated, weights)
+    alone, of_two = count_small(), count_small(processes=2)
+    counters = 512 * len(weights[0])  # of AdamW's steps, one beside each weight
+    assert alone["start"].at_rest == 2 * unet + encoders
+    assert alone["save"].at_rest == 4 * unet + encoders + counters  # two moments, no gradients
+    assert of_two["save"].at_rest == 5 * unet + encoders + counters  # the gradients are DDP's buckets
+    assert of_two["resume"].peak - of_two["resume"].at_rest == max(allocated([weight]) for weight in weights[0])
+
+
+def test_what_the_config_adds_or_saves_is_counted(weights):
+    unet, encoders = map(allocated, weights)
+    plain = count_small()["save"].at_rest
+    assert count_small("model.ema_decay=0.99")["save"].at_rest == plain + unet
+    assert count_small("optim.name=adamw8bit")["save"].at_rest < plain
+    cached = count_small("cache.examples=cache", "cache.reference=cache")
+    assert plain - cached["save"].at_rest == unet + encoders
+    assert cached["samples"].peak - cached["save"].at_rest > encoders  # they visit the device
+
+
+@pytest.mark.parametrize("name", ["diffusion_kto", "seppo", "sft", "diffusion_sdpo"])
+def test_every_kind_of_objective_is_counted(name):
+    phases = count_small("samples.every=0", "eval.every=0", config=f"baselines/{name}.yaml")
+    expected = ["start", *memory.STEP, *(["self-play"] if name == "seppo" else []), "save", "resume"]
+    assert list(phases) == expected
+
+
+def test_autocast_is_cudas_only_while_counting():
+    values = torch.ones(2, 4, 4, 4)
+    with counting.without_a_device(fake=False), torch.autocast("cpu", torch.bfloat16):
+        assert torch.nn.functional.group_norm(values.bfloat16(), 2).dtype == torch.float32
+        assert values.bfloat16().softmax(-1).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.nn.functional.group_norm(values.bfloat16(), 2).dtype == torch.bfloat16
+
+
+def test_the_counter_knows_the_size_of_a_sample_sheet():
+    assert counting.IMAGES_OF_A_SHEET == train_xdpo.SAMPLE_CHUNK
+
+
+def test_eight_bit_moments_are_of_the_size_of_bitsandbytes_own():
+    optimizers = pytest.importorskip("bitsandbytes.optim")
+    for size in (100, 4096, 10_000):
+        parameter = torch.nn.Parameter(torch.ones(size))
+        parameter.grad = torch.ones(size)
+        theirs, ours = optimizers.AdamW8bit([parameter]), counting.EightBitStates([parameter], {})
+        theirs.step()
+        ours.step()
+        moments = [value for key, value in theirs.state[parameter].items() if key.startswith(("state", "absmax"))]
+        assert sorted(t.nbytes for t in ours.state[parameter]) == sorted(t.nbytes for t in moments)
+
+
+def test_configs_that_take_the_same_memory_share_a_row(tmp_path, capsys, monkeypatch):
+    configs = [str(CONFIGS / name) for name in ("xdpo_sd15.yaml", "diffusion_dpo_sd15.yaml")]
+    monkeypatch.setitem(PIPELINES, "small", SMALL)
+    monkeypatch.setattr(counting, "count", partial(counting.count, fake=False))  # the same, sooner
+    arguments = ["memory", "--pipeline", "small", "--count", *configs, "--grid", "train.micro_batch_pairs=1,2"]
+    path = tmp_path / "memory.json"
+    settings = ["--set", "data.resolution=16", "samples.every=0", "eval.every=0", "--json", str(path)]
+    assert benchmark.main([*arguments, *settings]) == 0
+
+    record = json.loads(path.read_text(encoding="utf-8"))
+    first, second = record["measurements"]["counted"]
+    assert first["configs"] == "xdpo_sd15 train.micro_batch_pairs=1, diffusion_dpo_sd15 train.micro_batch_pairs=1"
+    assert second["bytes"]["forward"]["peak"] > first["bytes"]["forward"]["peak"]
+    assert [criterion["holds"] for criterion in record["criteria"]] == [True, True]
+    assert "at most 20.5 GB at any moment" in capsys.readouterr().out
+
+
+def test_a_single_config_is_shown_phase_by_phase(monkeypatch, capsys):
+    phases = {name: counting.Phase(10**9, 2 * 10**9, "aten.add") for name in ("start", "encoding", "resume")}
+    phases["backward"] = counting.Phase(10**9, 21 * 10**9, "aten.mul")
+    monkeypatch.setattr(counting, "count", lambda settings, shapes, processes: phases)
+    assert benchmark.main(["memory", "--count", str(CONFIGS / "xdpo_sd15.yaml"), "--processes", "2"]) == 0
+
+    said = capsys.readouterr().out
+    assert "any moment" in said and "21.00   aten.mul" in said
+    assert "DOES NOT HOLD: xdpo_sd15 on each of 2 GPUs takes at most 20.5 GB" in said
+
+
+def test_only_known_shapes_are_counted(capsys):
+    arguments = ["memory", "--pipeline", "owner/name", "--count", str(CONFIGS / "base.yaml")]
+    assert benchmark.main(arguments) == 1
+    assert "--count knows the shapes of sd15, quarter, thin and not of 'owner/name'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_is_counted_is_what_the_training_takes(tmp_path):
+    arguments = ["memory", "--pipeline", "quarter", "--modes", "full", "lora", "--json", str(tmp_path / "memory.json")]
+    assert benchmark.main(arguments) == 0
+    criteria = json.loads((tmp_path / "memory.json").read_text(encoding="utf-8"))["criteria"]
+    assert len(criteria) == 2 and all(criterion["holds"] for criterion in criteria)
+
+
+@pytest.mark.slow
+def test_the_papers_run_leaves_room_on_24_gb(tmp_path):
+    path = tmp_path / "memory.json"
+    config = str(CONFIGS / "xdpo_sd15.yaml")
+    assert benchmark.main(["memory", "--count", config, "--processes", "2", "--json", str(path)]) == 0
+    (criterion,) = json.loads(path.read_text(encoding="utf-8"))["criteria"]
+    assert criterion["holds"] and criterion["value"] == pytest.approx(18.96, abs=0.05)
 
 
 # --- loader, sample, score -----------------------------------------------------------------------------

@@ -117,13 +117,29 @@ def model():
     return module
 
 
-def test_a_step_is_arithmetic_and_a_ring(model):
-    mode, link = model.Mode("m", 9.0, 1e9, 0.0), model.Link("l", 1e9)
-    # 256 pairs / 4 GPUs × 9 TFLOP / 90 TFLOP/s = 6.4 s; 2 · 3/4 · 1 GB / 1 GB/s = 1.5 s
-    assert model.step_seconds(mode, 4, link) == pytest.approx((6.4, 1.5))
-    assert model.efficiency(mode, 4, link) == pytest.approx(6.4 / 7.9)
-    assert model.pairs_per_second(mode, 4, link) == pytest.approx(256 / 7.9)
+def test_a_step_is_passes_and_a_ring(model):
+    mode, link = model.Mode("full", "both", False, 2, 0.0), model.Link("l", 1e9)
+    assert mode.tflop_per_pair == pytest.approx(4.814)
+    # A pass of 2 pairs: 9.628 TFLOP at 90 · 4 / 6 TFLOP/s, and 859.5 M weights · (6 + 18) bytes at 1 TB/s.
+    a_pass = 9.628 / 60 + 859.5e6 * 24 / 1e12
+    assert model.pass_seconds(mode, 2) == pytest.approx(a_pass)
+    # 256 pairs / 4 GPUs / 2 pairs = 32 passes; 2 · 3/4 · 3.438 GB / 1 GB/s = 5.157 s
+    assert model.step_seconds(mode, 4, link) == pytest.approx((32 * a_pass, 5.157))
+    assert model.pairs_per_second(mode, 4, link) == pytest.approx(256 / (32 * a_pass + 5.157))
+    assert model.efficiency(mode, 4, link) == pytest.approx(32 * a_pass / (32 * a_pass + 5.157))
     assert model.step_seconds(mode, 1, link)[1] == 0
+    # With one pair left for each GPU a pass is a smaller one, at half the rate.
+    assert model.step_seconds(mode, 256, link)[0] == pytest.approx(4.814 / 45 + 859.5e6 * 24 / 1e12)
+
+
+def test_what_a_mode_moves_and_computes(model):
+    plain, cached = model.Mode("full", "nothing", True, 1, 0.0), model.Mode("lora", "examples", False, 1, 0.0)
+    # 2 images: policy 3.002, reference 0.803, autoencoder 1.117; a caption: 0.013
+    assert plain.tflop_per_pair == pytest.approx(2 * (3.002 + 0.803 + 1.117) + 0.013)
+    # 3 forwards cast the UNet, one the encoders; gradients of all
+    assert plain.pass_bytes == pytest.approx(6 * (3 * 859.5e6 + 157.2e6) + 18 * 859.5e6)
+    assert cached.tflop_per_pair == pytest.approx(2 * (1.765 + 0.803))
+    assert cached.pass_bytes == pytest.approx(6 * 2 * 859.5e6 + 18 * 12.75e6)
 
 
 def test_the_page_shows_what_the_script_prints(model, capsys):

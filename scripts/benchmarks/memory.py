@@ -1,43 +1,189 @@
-"""Peak memory of train_xdpo.py in each mode, a process for each, by default at Stable Diffusion 1.5's true size.
+"""Peak memory of train_xdpo.py: measured in a process for each mode, or with --count counted for a GPU.
 
-Two optimizer steps of one micro-batch, on random weights that are built for it. On a CPU it is the process's resident
-memory, on a GPU what is allocated there. At the true size the working folder takes 18 GB of disk for a while: the
-pipeline, a checkpoint and the exported model.
+Measured: two optimizer steps of one micro-batch, on random weights that are built for it. On a CPU it is the process's
+resident memory, on a GPU what is allocated there. At the true size the working folder takes 18 GB of disk for a while:
+the pipeline, a checkpoint and the exported model.
+
+    python scripts/benchmark.py memory --count configs/xdpo_sd15.yaml --processes 2
+    python scripts/benchmark.py memory --count configs/*.yaml --grid train.micro_batch_pairs=1,2,4
+
+Counted: what lies on one GPU of a training under these configs, op by op on tensors without contents, in every phase of
+it. It takes half a minute for each config and no memory to speak of. Not counted are CUDA's context and libraries
+(about 0.5 GB), NCCL's buffers (0.1 to 0.3 GB), workspaces of kernels, and what the allocator loses to fragments.
 """
 
 import argparse
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
-from benchmarks.arguments import add_number, add_overrides, add_pipeline
+import torch
+
+from benchmarks.arguments import add_number, add_overrides, add_pipeline, positive
 from benchmarks.folders import working_folder
-from benchmarks.modes import MODES, set_up
-from benchmarks.results import Outcome
+from benchmarks.modes import BASE_CONFIG, MODES, Bench, Mode, set_up
+from benchmarks.pipelines import PIPELINES
+from benchmarks.results import Criterion, Outcome
+from xdpo.config import load_config
 from xdpo.report.grids import Cell, Grid
 
 PAIRS = 4
+THIN_RESOLUTION = 64  # pixels
+LIMIT_GB = 20.5  # of the 24.6 GB or so that can be allocated on a 24 GB card; the rest is for what is not counted
+STEP = ("encoding", "forward", "backward", "update")  # phases of an optimizer step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pipeline(parser, "sd15")
-    add_number(parser, "--resolution", 256, "side of the images in pixels")
-    add_number(parser, "--micro-batch", 1, "pairs in one pass")
+    add_number(parser, "--resolution", 256, "side of the images in pixels, where it is measured")
+    add_number(parser, "--micro-batch", 1, "pairs in one pass, where it is measured")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["full", "full-cached", "lora", "lora-cached"])
+    parser.add_argument("--count", nargs="+", type=Path, metavar="CONFIG", help="count for these configs")
+    parser.add_argument(
+        "--processes", nargs="+", type=positive, default=[1], help="GPUs of the run that is counted (default: 1)"
+    )
+    parser.add_argument(
+        "--grid", nargs="+", type=_values, default=[], metavar="KEY=V,V,…", help="count each with each of these"
+    )
     add_overrides(parser)
 
 
 def run(options: argparse.Namespace) -> Outcome:
+    return count(options) if options.count else measure(options)
+
+
+def measure(options: argparse.Namespace) -> Outcome:
+    """Every mode's peak, and beside it what is counted for it where the pipeline's shapes are known here.
+
+    The program alone is what a training with next to no weights takes, less what is counted for it.
+    """
+    peaks, counted = {}, {}
+    known = options.pipeline in PIPELINES
     with working_folder() as working:
         bench = set_up(
-            working,
-            options.pipeline,
-            resolution=options.resolution,
-            num_pairs=PAIRS,
-            extra=options.overrides,
+            working, options.pipeline, resolution=options.resolution, num_pairs=PAIRS, extra=options.overrides
         )
         if any(MODES[name].examples for name in options.modes):
             bench.fill_caches(options.micro_batch, 2 * options.micro_batch)
-        peaks = {name: bench.train_peak_memory_gb(MODES[name], options.micro_batch) for name in options.modes}
-    rows = tuple((Cell(str(MODES[name])), Cell(f"{peak:.2f}", peak)) for name, peak in peaks.items())
+        for name in options.modes:
+            peaks[name] = bench.train_peak_memory_gb(MODES[name], options.micro_batch)
+        if known:  # last: what this process holds would count as the peak of those that it starts
+            thin = set_up(working / "alone", "thin", resolution=THIN_RESOLUTION, num_pairs=PAIRS, extra=())
+            alone = thin.train_peak_memory_gb(MODES["full"], 1) - _counted_gb(thin, "thin", MODES["full"], 1)
+            counted = {
+                name: _counted_gb(bench, options.pipeline, MODES[name], options.micro_batch) for name in options.modes
+            }
+    rows, criteria = [], []
+    for name, peak in peaks.items():
+        cells = [Cell(str(MODES[name])), Cell(f"{peak:.2f}", peak)]
+        if known:
+            ratio = (peak - alone) / counted[name]
+            cells += [Cell(f"{value:.2f}", value) for value in (alone, counted[name], ratio)]
+            claim = f"measured, less the program alone, and counted differ by at most 10 % ({MODES[name]})"
+            criteria.append(Criterion(claim, ratio, abs(ratio - 1) <= 0.1))
+        rows.append(tuple(cells))
     title = (
         f"Peak memory of training, {options.pipeline} at {options.resolution} pixels, micro-batch {options.micro_batch}"
     )
-    return Outcome(Grid(title, ("mode", "GB"), rows), {"peak_memory_gb": peaks})
+    columns = ("mode", "GB", "the program alone", "counted", "(GB − program) / counted")
+    table = Grid(title, columns[: len(rows[0])], tuple(rows))
+    return Outcome(table, {"peak_memory_gb": peaks, "counted_gb": counted}, tuple(criteria))
+
+
+def _counted_gb(bench: Bench, pipeline: str, mode: Mode, micro_batch: int) -> float:
+    """The highest of the phases that `train_peak_memory_gb` has, in this machine's precision."""
+    from benchmarks import counting
+
+    overrides = bench.overrides(mode, micro_batch=micro_batch, total_batch=micro_batch, max_steps=2)
+    if not torch.accelerator.is_available():
+        overrides.append("compute.precision=fp32")
+    phases = counting.count(load_config(BASE_CONFIG, overrides), PIPELINES[pipeline])
+    return max(phases[name].peak for name in STEP) / 1e9
+
+
+def count(options: argparse.Namespace) -> Outcome:
+    """Every config on every number of processes with every choice of the grid, a row each; of a single one its phases.
+
+    Configs that differ in nothing that takes memory share a row. Raises ValueError for a pipeline whose shapes are not
+    known here.
+    """
+    from benchmarks import counting
+
+    if options.pipeline not in PIPELINES:
+        raise ValueError(f"--count knows the shapes of {', '.join(PIPELINES)} and not of {options.pipeline!r}")
+    grid = [[f"{key}={value}" for value in values] for key, values in options.grid]
+    names: dict[tuple, list[str]] = {}  # of the configs that count alike, by what the count depends on
+    jobs = {}
+    for config, processes, chosen in itertools.product(options.count, options.processes, itertools.product(*grid)):
+        settings = load_config(config, [*options.overrides, *chosen])
+        key = (counting.shape_of(settings, processes), processes)
+        names.setdefault(key, []).append(" ".join([config.stem, *chosen]))
+        jobs.setdefault(key, settings)
+    counted = {}
+    for key, settings in jobs.items():
+        label = ", ".join(names[key])
+        counted[label, key[1]] = counting.count(settings, PIPELINES[options.pipeline], key[1])
+    ((label, processes), phases), *others = counted.items()
+    table = _rows_table(options.pipeline, counted) if others else _phases_table(label, processes, phases)
+    criteria = []
+    for (label, processes), phases in counted.items():
+        peak = max(phase.peak for phase in phases.values()) / 1e9
+        claim = f"{label} on {_gpus(processes)} takes at most {LIMIT_GB} GB at any moment"
+        criteria.append(Criterion(claim, peak, peak <= LIMIT_GB))
+    measurements = [
+        {"configs": label, "processes": processes, "bytes": {name: asdict(phase) for name, phase in phases.items()}}
+        for (label, processes), phases in counted.items()
+    ]
+    return Outcome(table, {"counted": measurements}, tuple(criteria))
+
+
+def _phases_table(label: str, processes: int, phases: dict) -> Grid:
+    rows = [
+        (Cell(name), _gigabytes(phase.at_rest), _gigabytes(phase.peak), Cell(phase.op))
+        for name, phase in phases.items()
+    ]
+    highest = max(phases.values(), key=lambda phase: phase.peak)
+    rows.append((Cell("any moment"), Cell(""), _gigabytes(highest.peak), Cell(highest.op)))
+    title = f"Bytes on one GPU of {processes}, counted: {label}"
+    return Grid(title, ("phase", "GB left after it", "peak GB", "at the op"), tuple(rows))
+
+
+def _rows_table(pipeline: str, counted: dict) -> Grid:
+    others = ("start", "evaluation", "samples", "self-play", "save", "resume")
+    present = {name for phases in counted.values() for name in phases}
+    columns = tuple(name for name in others if name in present)
+    rows = []
+    for (label, processes), phases in counted.items():
+        step = max(phases[name].peak for name in STEP)
+        highest = max(phases, key=lambda name: phases[name].peak)
+        cells = [_gigabytes(phases[name].peak) if name in phases else Cell("") for name in columns]
+        rows.append(
+            (
+                Cell(label),
+                Cell(str(processes)),
+                cells[0],
+                _gigabytes(step),
+                *cells[1:],
+                _gigabytes(phases[highest].peak),
+                Cell(highest),
+            )
+        )
+    title = f"Peak GB on one GPU by phase, {pipeline}, counted"
+    return Grid(title, ("config", "GPUs", "start", "step", *columns[1:], "any moment", "in"), tuple(rows))
+
+
+def _gigabytes(size: int) -> Cell:
+    return Cell(f"{size / 1e9:.2f}", size / 1e9)
+
+
+def _gpus(processes: int) -> str:
+    return "1 GPU" if processes == 1 else f"each of {processes} GPUs"
+
+
+def _values(text: str) -> tuple[str, Sequence[str]]:
+    """`key=value,value,…`, for argparse."""
+    key, equals, values = text.partition("=")
+    if not equals or not values:
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE,VALUE,…, got {text!r}")
+    return key, values.split(",")

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -90,7 +91,7 @@ class Bench:
         return next(row["peak_memory_gb"] for row in rows if row["step"] == steps and "loss" in row)
 
 
-def set_up(working: Path, pipeline: str, *, resolution: int, num_pairs: int, extra: list[str]) -> Bench:
+def set_up(working: Path, pipeline: str, *, resolution: int, num_pairs: int, extra: Sequence[str]) -> Bench:
     """Build what a benchmark of the training needs; `pipeline` as pipelines.pipeline_folder takes it."""
     folder = pipeline_folder(pipeline, working)
     pairs_path = write_parquet(working / "pairs", make_pairs(num_pairs, resolution))

@@ -1,0 +1,366 @@
+"""Bytes on one GPU in every phase of a training, counted op by op, with neither GPU nor weights nor memory for them.
+
+The training's own steps run on fake tensors, which have shapes and no contents, and the storages alive are added up
+after each op. Autocast is the CPU's with CUDA's float32 ops. A GPU holds more than is counted: CUDA's context and
+libraries (about 0.5 GB), NCCL's buffers on several GPUs (0.1 to 0.3 GB), the workspaces of cuDNN and of attention's
+backward, and what the allocator loses to fragments.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from benchmarks.pipelines import TOKENS, build_networks
+from xdpo import models, step
+from xdpo.compute import build_accelerator
+from xdpo.config import Config, accumulation_steps
+from xdpo.noise import NoiseSchedule
+
+GPU_PRECISIONS = {"auto": "bf16", "fp16": "bf16"}  # what a GPU takes; of one size, and a CPU has no fp16
+IMAGES_OF_A_SHEET = 4  # train_xdpo.SAMPLE_CHUNK
+FLOAT32_ON_CUDA = (  # of the ops of these networks, those that CUDA's autocast runs in float32 and the CPU's doesn't
+    *((F, name) for name in ("group_norm", "layer_norm", "interpolate", "softmax")),
+    *((torch, name) for name in ("softmax", "exp")),
+    (Tensor, "softmax"),
+)
+ALLOCATION = 512  # bytes: CUDA's allocator rounds each storage up to a multiple
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes alive when a phase ended, the most alive within it, and the op that made the last of them."""
+
+    at_rest: int
+    peak: int
+    op: str
+
+
+class Meter(TorchDispatchMode):
+    """Adds up the storages alive, of what is placed and of all that ops make, phase by phase."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phases: dict[str, Phase] = {}
+        self._alive: dict[int, tuple[int, weakref.ref]] = {}  # by the storage's address
+        self._now, self._peak, self._op = 0, 0, ""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        self.place(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        if self._now > self._peak:
+            self._peak, self._op = self._now, str(function).removesuffix(".default")
+        return output
+
+    def place(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._alive:
+                size = -(-storage.nbytes() // ALLOCATION) * ALLOCATION
+                self._alive[key] = size, weakref.ref(storage, lambda _, key=key: self._forget(key))
+                self._now += size
+
+    def remove(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            self._forget(tensor.untyped_storage()._cdata)
+
+    def _forget(self, key: int) -> None:
+        size, _ = self._alive.pop(key, (0, None))
+        self._now -= size
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._peak, self._op = self._now, "at rest"
+        yield
+        peak, op = (self._now, "at rest") if self._now > self._peak else (self._peak, self._op)
+        self.phases.pop(name, None)  # once more: in the order of the last time
+        self.phases[name] = Phase(self._now, peak, op)
+
+
+def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function as CUDA's autocast has it, within autocast on a CPU."""
+
+    def on_cuda(*args: Any, **kwargs: Any) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            args = tree_map_only(Tensor, lambda tensor: tensor.float(), args)
+        return function(*args, **kwargs)
+
+    return on_cuda
+
+
+@contextmanager
+def without_a_device(fake: bool) -> Iterator[None]:
+    """The training's code as it is on a GPU, on tensors of the CPU, without contents where they are to be fake."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # another config may have another precision
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # of fake tensors that are copied, and of a GPU that isn't there
+        for owner in (torch.accelerator, torch.cuda):
+            stack.enter_context(patch.object(owner, "is_available", return_value=False))
+        if fake:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            # Fake parameters can't be moved; all are on one device.
+            stack.enter_context(patch.object(nn.Module, "to", lambda module, *_, **__: module))
+        for owner, name in FLOAT32_ON_CUDA:
+            stack.enter_context(patch.object(owner, name, in_float32(getattr(owner, name))))
+        stack.callback(AcceleratorState._reset_state, reset_partial_state=True)
+        yield
+
+
+def count(
+    settings: Config, shapes: Mapping[str, Mapping[str, Any]], processes: int = 1, *, fake: bool = True
+) -> dict[str, Phase]:
+    """The phases of a training on one of `processes` GPUs, in the order of the run; `shapes` one of PIPELINES.
+
+    A reference cache is taken to be complete. Raises ValueError for a batch that can't be split over the processes.
+    """
+    accumulation = accumulation_steps(settings, processes)
+    precision = GPU_PRECISIONS.get(settings.compute.precision, settings.compute.precision)
+    compute = settings.compute.model_copy(update={"precision": precision, "compile": False})
+    log = settings.log.model_copy(update={"trackers": []})
+    settings = settings.model_copy(update={"compute": compute, "log": log})
+    meter = Meter()
+    with without_a_device(fake):
+        training = Training(settings, shapes, processes, meter)
+        training.start()
+        training.update()  # makes the optimizer's moments
+        training.micro_step(is_first=accumulation == 1)
+        training.update()
+        training.evaluate()
+        training.draw_samples()
+        training.sample_opponents()
+        training.save()
+        training.resume()
+    return meter.phases
+
+
+def shape_of(settings: Config, processes: int) -> tuple:
+    """All of a config that its count depends on."""
+    loss, samples = settings.loss, settings.samples
+    return (
+        *settings.model.model_dump(exclude={"pipeline", "revision"}).items(),
+        *settings.compute.model_dump().items(),
+        (settings.data.resolution, settings.data.sample_latents),
+        (bool(settings.cache.examples), bool(settings.cache.reference)),
+        (loss.needs_reference, loss.is_unpaired, loss.name == "seppo", step.inputs_of(loss)),
+        (settings.optim.name, settings.train.micro_batch_pairs, accumulation_steps(settings, processes) == 1),
+        (settings.eval.every > 0, samples.every > 0, samples.guidance_scale > 1),
+        (settings.self_play.batch_size, settings.self_play.guidance_scale > 1) if loss.name == "seppo" else None,
+    )
+
+
+class Training:
+    """The networks of train_xdpo.py, and its phases, each measured."""
+
+    def __init__(self, settings: Config, shapes: Mapping[str, Mapping[str, Any]], processes: int, meter: Meter) -> None:
+        self.settings, self.processes, self.meter = settings, processes, meter
+        networks = build_networks(shapes)
+        for network in networks:
+            network.eval().requires_grad_(False)
+        self.accelerator = build_accelerator(settings)
+        self.reference = None
+        if settings.loss.needs_reference and not settings.cache.reference:
+            self.reference = models.make_reference(networks.unet, settings.model, settings.compute)
+        policy = models.make_policy(networks.unet, settings.model, settings.compute)
+        self.parameters = models.trainable_parameters(policy)
+        self.policy = self.accelerator.prepare(policy)
+        self.optimizer = build_optimizer(settings, self.parameters)
+        if self.reference is not None:
+            self.reference = self.accelerator.prepare_model(self.reference, evaluation_mode=True)
+        self.vae, self.text_encoder = networks.vae, networks.text_encoder
+        self.ema = None
+        schedule = NoiseSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon")
+        parts = models.PipelineParts(None, self.text_encoder, self.vae, self.policy, None)
+        self.make_example = step.ExampleMaker(parts, schedule, settings, torch.device("cpu"))
+        self.latent_shape = parts.latent_shape(settings.data.resolution)
+        self.batch = self._batch()
+
+    def start(self) -> None:
+        """Weights on the device, and with several processes DDP's buckets, in which the gradients are."""
+        with self.meter, self.meter.phase("start"):
+            self.meter.place(_tensors(self.policy, self.reference))
+            if not self.settings.cache.examples:
+                self.meter.place(_tensors(self.vae, self.text_encoder))
+            if self.processes > 1:
+                self._make_gradients()
+            if self.settings.model.ema_decay is not None:
+                from diffusers.training_utils import EMAModel
+
+                self.ema = EMAModel(self.parameters, decay=self.settings.model.ema_decay)
+
+    def micro_step(self, is_first: bool) -> None:
+        """One pass; its gradients are added to those that are there, of which a first one finds none."""
+        loss, accelerator = self.settings.loss, self.accelerator
+        inputs = {}
+        if loss.is_unpaired:
+            inputs |= {"z0": torch.zeros(()), "desirable": self.batch["desirable"]}
+        if loss.margin_weight is not None:
+            inputs["margin_weights"] = torch.ones(self.settings.train.micro_batch_pairs)
+        with self.meter:
+            if not is_first:
+                self._make_gradients()
+            with self.meter.phase("encoding"), accelerator.autocast():
+                example = self._example()
+            with self.meter.phase("forward"):
+                with accelerator.autocast():
+                    measured = step.measure(
+                        self.policy, self.policy, self.reference, example, loss, self._known_errors()
+                    )
+                output = step.preference_loss(measured.errors, loss, measured.inputs | inputs)
+            with self.meter.phase("backward"):
+                accelerator.backward(output.loss.mean())
+
+    def update(self) -> None:
+        model = self.settings.model
+        with self.meter, self.meter.phase("update"):
+            self._make_gradients()
+            self.accelerator.clip_grad_norm_(self.parameters, self.settings.optim.max_grad_norm or float("inf"))
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=self.processes == 1)
+            if self.ema is not None:
+                self.ema.step(self.parameters)
+            if model.reference_decay and self.reference is not None:
+                models.follow(self.reference, self.policy, model.reference_decay)
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        if self.settings.eval.every:
+            with self.meter, self.meter.phase("evaluation"), self.accelerator.autocast():
+                example = self._example()
+                step.measure(
+                    self.policy, self.policy, self.reference, example, self.settings.loss, self._known_errors()
+                )
+
+    @torch.no_grad()
+    def draw_samples(self) -> None:
+        """A sheet's two columns. The encoders visit the device for it where training itself doesn't need them."""
+        settings = self.settings
+        if not settings.samples.every:
+            return
+        encoders, wanted = _tensors(self.vae, self.text_encoder), settings.samples
+        has_adapter = settings.model.trainable == "lora"
+        columns = [(self.policy, nullcontext())]
+        if self.reference is not None or has_adapter:
+            off = models.adapter_off(self.policy) if has_adapter else nullcontext()
+            columns.insert(0, (self.reference or self.policy, off))
+        with self.meter, self.meter.phase("samples"):
+            self.meter.place(encoders)
+            self.vae.enable_slicing()
+            for unet, switched in columns:
+                with self.accelerator.autocast(), switched:
+                    captions = IMAGES_OF_A_SHEET * (2 if wanted.guidance_scale > 1 else 1)
+                    text_states = models.encode_captions(self.text_encoder, torch.zeros(captions, TOKENS).long())
+                    latents = self._sample(unet, text_states, wanted.guidance_scale)
+                    self.vae.decode(latents).sample.add(1).div(2).clamp(0, 1)
+            self.vae.disable_slicing()
+            if settings.cache.examples:
+                self.meter.remove(encoders)
+
+    @torch.no_grad()
+    def sample_opponents(self) -> None:
+        """A batch of a self-play round; its latents are kept on the CPU."""
+        if self.settings.loss.name == "seppo":
+            wanted = self.settings.self_play
+            captions = wanted.batch_size * (2 if wanted.guidance_scale > 1 else 1)
+            with self.meter, self.meter.phase("self-play"), self.accelerator.autocast():
+                text_states = torch.zeros(captions, TOKENS, self.text_encoder.config.hidden_size)
+                self._sample(self.reference, text_states, wanted.guidance_scale)
+
+    def save(self) -> None:
+        """What is saved is copied to the CPU, tensor by tensor: nothing on the device."""
+        with self.meter, self.meter.phase("save"):
+            pass
+
+    @torch.no_grad()
+    def resume(self) -> None:
+        """Weights and moments are read tensor by tensor into those that are there, each once more on its way."""
+        with self.meter, self.meter.phase("resume"):
+            for parameter in self.parameters:
+                parameter.copy_(torch.empty_like(parameter))
+
+    def _make_gradients(self) -> None:
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def _batch(self) -> dict[str, Any]:
+        """A batch as the loader gives it."""
+        settings, pairs = self.settings, self.settings.train.micro_batch_pairs
+        captions = 2 * pairs if settings.loss.is_unpaired else pairs
+        batch: dict[str, Any] = {}
+        if settings.cache.examples:
+            moments = torch.zeros(2 * pairs, *self.latent_shape)
+            batch |= {
+                "latent_means": moments,
+                "latent_stds": moments.clone() if settings.data.sample_latents else None,
+                "text_states": torch.zeros(captions, TOKENS, self.text_encoder.config.hidden_size),
+                "scaling_factor": self.vae.config.scaling_factor,
+            }
+        else:
+            batch["pixel_values"] = torch.zeros(2 * pairs, 3, settings.data.resolution, settings.data.resolution)
+            batch["input_ids"] = torch.zeros(captions, TOKENS, dtype=torch.long)
+        if settings.loss.is_unpaired:
+            batch |= {"places": list(range(2 * pairs)), "desirable": torch.zeros(2 * pairs, dtype=torch.bool)}
+        return batch
+
+    def _example(self) -> step.Example:
+        """What the networks take, made of a batch that is new on the device."""
+        pairs = self.settings.train.micro_batch_pairs
+        batch = {name: value.clone() if isinstance(value, Tensor) else value for name, value in self.batch.items()}
+        opponents = torch.zeros(pairs, *self.latent_shape) if self.settings.loss.name == "seppo" else None
+        return self.make_example(batch, self.settings.seed, range(pairs), opponents)
+
+    def _known_errors(self) -> Tensor | None:
+        return torch.zeros(2, self.settings.train.micro_batch_pairs) if self.settings.cache.reference else None
+
+    def _sample(self, unet: nn.Module, text_states: Tensor, guidance_scale: float) -> Tensor:
+        """Latents after one of a sampler's steps; `text_states` (N, L, D) of N images, twice as many with guidance."""
+        is_guided = guidance_scale > 1
+        latents = torch.zeros(len(text_states) // (2 if is_guided else 1), *self.latent_shape)
+        noisy = latents.repeat(2, 1, 1, 1) if is_guided else latents
+        prediction = unet(noisy, torch.zeros((), dtype=torch.long), text_states).sample
+        if is_guided:
+            unconditional, conditional = prediction.chunk(2)
+            prediction = unconditional + guidance_scale * (conditional - unconditional)
+        return latents - prediction
+
+
+class EightBitStates(torch.optim.Optimizer):
+    """What bitsandbytes' 8-bit AdamW keeps, without its arithmetic: two moments, a byte a value and a scale a block.
+
+    Parameters with fewer than 4,096 values have float32 moments.
+    """
+
+    SMALLEST, BLOCK = 4096, 256
+
+    def step(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            if parameter not in self.state:
+                size = parameter.numel()
+                kinds = [(size, torch.float32)]
+                if size >= self.SMALLEST:
+                    kinds = [(size, torch.uint8), (-(-size // self.BLOCK), torch.float32)]
+                self.state[parameter] = [torch.empty(n, dtype=dtype) for n, dtype in kinds for _moment in range(2)]
+
+
+def build_optimizer(settings: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The states of train_xdpo.build_optimizer's; bitsandbytes need not be installed to count them."""
+    if settings.optim.name == "adamw8bit":
+        return EightBitStates(parameters, {})
+    return torch.optim.AdamW(parameters, lr=0.0, fused=True)
+
+
+def _tensors(*modules: nn.Module | None) -> list[Tensor]:
+    return [tensor for module in modules if module is not None for tensor in (*module.parameters(), *module.buffers())]
