@@ -109,6 +109,8 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
     if options.find_batch:
         return find_batch(settings, accelerator, parts, train_pairs, weights.train)
     with files.only_run([folder], "a training", is_main=accelerator.is_main_process):
+        if checkpoint.agree_on_checkpoint(folder) != resume_from:
+            raise ValueError(f"output_dir: another process has just saved in {folder}; run the same command again")
         return train(settings, accelerator, folder, resume_from, parts, train_pairs, held_out_pairs, weights)
 
 
@@ -153,9 +155,11 @@ def open_known_reference(
     if held_out_pairs:
         held_out = open_reference(settings, held_out_pairs, held_out=True, precision=precision)
         is_complete = is_complete and held_out.has(range(len(held_out_pairs) * settings.eval.draws))
+    is_complete = all(processes.gather(is_complete))  # another run may be recording there
     if not is_complete:
-        for cache in filter(None, (train, held_out)):
-            cache.check_writable()
+        for cache in (train, held_out):
+            if cache is not None:
+                cache.check_writable()
     accelerator.print(
         f"reference cache: {train.folder}, {len(train):,} samples known"
         + ("; all that this run needs, so the reference is not loaded" if is_complete else "")
@@ -312,8 +316,12 @@ def train(
         processes.wait()
         return time.perf_counter() - started
 
+    longest_look = 0.0
+
     def look(step_number: int) -> None:
         """Held-out pairs and sample images."""
+        nonlocal longest_look
+        started = time.perf_counter()
         if held_out_pairs and (step_number % settings.eval.every == 0 or step_number == max_steps):
             networks = (policy, reference, make_example)
             numbers = evaluate(settings, accelerator, *networks, held_out_pairs, known.held_out, z0, weights.held_out)
@@ -327,10 +335,11 @@ def train(
                 path = draw_samples(settings, accelerator, parts, bare_policy, reference, folder, step_number)
                 log.say(f"step {step_number}: samples in {path}")
             processes.wait()
+        longest_look = max(longest_look, time.perf_counter() - started)
 
     if start_step == 0:
         look(0)
-    stop_seconds = None  # what a stop takes, once it is known
+    stop_is_described = False
     for step_number in range(start_step, max_steps):
         started = time.perf_counter()
         totals, counts, data_seconds = torch.zeros(len(step.STATISTICS), device=device), [0, 0], 0.0
@@ -416,14 +425,17 @@ def train(
             log.say(f"step {step_number + 1}: gradients overflowed in fp16; skipped, the loss scale is lowered")
             skipped_steps.refuse_too_many(step_number)
 
-        # Look at it, save it, or leave.
+        # Save it, look at it, or leave. Whoever is asked to stop saves first: the launcher may not wait for a look.
+        is_last = step_number + 1 == max_steps
+        if stopped:
+            save(step_number + 1)
         look(step_number + 1)
-        if stopped or (step_number + 1) % settings.checkpoint.every == 0 or step_number + 1 == max_steps:
+        if not stopped and (is_last or (step_number + 1) % settings.checkpoint.every == 0):
             saving = save(step_number + 1)
-            if stop_seconds is None and not stopped:
-                stop_seconds = seconds + saving
-                log.say(describe_stop(seconds, saving))
-        if stopped and step_number + 1 < max_steps:
+            if not stop_is_described:
+                log.say(describe_stop(seconds, saving, longest_look))
+                stop_is_described = True
+        if stopped and not is_last:
             log.say(f"stopped after step {step_number + 1} as asked and saved; the same command resumes")
             log.close()
             return 128 + (stop.received or signal.SIGTERM)
@@ -496,15 +508,14 @@ def refuse_other_weights(start_step: int, policy: nn.Module, reference: nn.Modul
     processes.refuse_differences(facts, "Give every machine the same model and the same run folder")
 
 
-def describe_stop(step_seconds: float, saving_seconds: float) -> str:
+def describe_stop(step_seconds: float, saving_seconds: float, looking_seconds: float) -> str:
     """How long a stop takes, and what to do where the launcher would not wait for it."""
-    needed = step_seconds + saving_seconds
+    needed = step_seconds + saving_seconds + looking_seconds
     text = f"a stop takes up to {needed:.0f} s: a step {step_seconds:.0f} s, saving {saving_seconds:.0f} s"
+    text += f", after an evaluation or samples that are in work, {looking_seconds:.0f} s"
     grace = ending.launcher_grace_seconds()
     if grace is not None and grace < 2 * needed:
-        text += (
-            f"; the launcher leaves {grace} s. Set {ending.GRACE_VARIABLE}={60 + 4 * round(needed)} when starting it"
-        )
+        text += f"; the launcher leaves {grace} s: start it with {ending.GRACE_VARIABLE}={60 + 4 * round(needed)}"
     return text
 
 

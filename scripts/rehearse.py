@@ -94,7 +94,8 @@ class Rehearsal:
         for held_out, pairs in ((False, self.options.pairs), (True, settings.eval.pairs)):
             make_cache(settings, pairs, held_out=held_out)
         for name in ("whole", "interrupted"):
-            shutil.rmtree(self.output / name, ignore_errors=True)
+            for folder in (name, f"{name}_reference"):
+                shutil.rmtree(self.output / folder, ignore_errors=True)
 
         self._title("an uninterrupted run")
         whole = Training(self.launch, self._arguments("whole"), self.output / "whole")
@@ -145,6 +146,7 @@ class Rehearsal:
             "output_dir": self.output / name,
             "cache.examples": self.output / "cache",
             "cache.reference": self.output / f"{name}_reference",
+            "compute.deterministic": "true",  # for GPUs, whose kernels else differ from run to run
             "data.sample_latents": "false",
             "data.num_workers": 2,
             "train.max_steps": self.options.steps,

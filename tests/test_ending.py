@@ -138,8 +138,8 @@ def test_an_error_in_one_process_ends_all_with_its_message(small_pipeline, small
 DISAGREE = """
 import os, sys
 import torch.distributed as dist
-from xdpo import checkpoint, processes
-checkpoint.LISTING_SECONDS = 1
+from xdpo import checkpoint, files, processes
+files.LISTING_SECONDS = 1
 dist.init_process_group("gloo")
 processes.connect()
 rank, case = dist.get_rank(), sys.argv[1]

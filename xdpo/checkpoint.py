@@ -22,7 +22,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +39,7 @@ from xdpo.config import Config, changed_keys, dump_config, load_config
 from xdpo.files import (
     PART,
     STALE_SECONDS,
+    appears,
     aside_of,
     check_writable,
     flush,
@@ -49,8 +49,6 @@ from xdpo.files import (
     write_text,
     writing,
 )
-
-LISTING_SECONDS = 30.0  # how long network storage may keep an old listing of a folder
 
 
 class CheckpointError(RuntimeError):
@@ -172,8 +170,8 @@ def agree_on_checkpoint(folder: Path) -> Path | None:
     finished = checkpoints(folder)
     newest = processes.agree(finished[-1].name if finished else None)
     chosen = folder / "checkpoints" / newest if newest else None
-    is_there = _appears(chosen) if chosen is not None else not finished
-    found = processes.gather((socket.gethostname(), str(folder.absolute()), is_there))
+    sees_it = not finished if chosen is None else processes.rank() == 0 or appears(chosen)
+    found = processes.gather((socket.gethostname(), str(folder.absolute()), sees_it))
     strangers = [f"process {rank} on {host}: {path}" for rank, (host, path, sees) in enumerate(found) if not sees]
     if strangers:
         raise CheckpointError(
@@ -188,17 +186,6 @@ def agree_on_checkpoint(folder: Path) -> Path | None:
             + "\nPut output_dir on storage that all machines share, under the same path, and run the same command again"
         )
     return chosen
-
-
-def _appears(path: Path) -> bool:
-    """Whether a checkpoint is there, or comes into sight where network storage lags behind."""
-    deadline = time.monotonic() + LISTING_SECONDS
-    while not (path / "progress.json").is_file():
-        if time.monotonic() > deadline:
-            return False
-        os.listdir(path.parent if path.parent.is_dir() else ".")  # has a network file system look again
-        time.sleep(0.5)
-    return True
 
 
 def weights_checksum(module: nn.Module) -> str:
@@ -249,7 +236,7 @@ def save_checkpoint(
         progress = {"step": step, "ema_step": getattr(ema, "optimization_step", None), "extra": extra or {}}
         (aside / "progress.json").write_text(json.dumps(progress) + "\n")
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)  # what storage holds on to goes at the next rotation
     return final
 
 

@@ -11,7 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+import torch.distributed as dist
 
 from xdpo import processes
 
@@ -34,6 +36,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.received, self._when = 0, 0.0
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:  # under nohup
+                continue
             signal.signal(number, self._receive)
         _Watch.current_stop = self
 
@@ -74,7 +78,9 @@ def together() -> Iterator[None]:
         yield
         processes.disconnect()
     except BaseException as error:
-        watch.tell(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+        first = watch.tell(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+        if first is not None and _lost_another(error):
+            raise SystemExit(f"error: {first}") from None
         raise
     finally:
         watch.end()
@@ -100,15 +106,26 @@ class _Watch(threading.Thread):
             if self._store is not None:
                 self._look_after_the_others()
 
-    def tell(self, message: str) -> None:
-        """Tell the other processes that this one failed."""
-        if self._store is not None:
-            self._store.set("failed", f"{self._rank} {message}")
+    def tell(self, message: str) -> str | None:
+        """Tell the other processes that this one failed, and give them time to hear it.
+
+        Returns why it ends, where another failed before: what this one met may be no more than that.
+        """
+        self._ended.set()  # it says its own error itself
+        if self._store is None:
+            return None
+        with suppress(RuntimeError):
+            first = self._store.compare_set("failed", "", f"{self._rank} {message}").decode()
+            if not first.startswith(f"{self._rank} "):
+                return self._failure_of(first)
+            time.sleep(2 * LOOK_SECONDS)  # where this process holds the store, it goes with it
+        return None
 
     def end(self) -> None:
         self._ended.set()
         if self._store is not None:
-            self._store.set(f"left/{self._rank}", "1")
+            with suppress(RuntimeError):
+                self._store.set(f"left/{self._rank}", "1")
 
     def _look_after_the_launcher(self) -> None:
         if self._launcher is None or os.getppid() == self._launcher:
@@ -123,20 +140,32 @@ class _Watch(threading.Thread):
         try:
             self._store.add(f"beats/{self._rank}", 1)
             if self._store.check(["failed"]):
-                number, _, message = self._store.get("failed").decode().partition(" ")
-                if int(number) != self._rank:
-                    self._end_here(f"process {number} failed: {message}")
+                self._end_here(self._failure_of(self._store.get("failed").decode()))
             now = time.monotonic()
             for other, (beats, when) in self._heard.items():
                 found = self._store.add(f"beats/{other}", 0)
                 if found != beats or self._store.check([f"left/{other}"]):
                     self._heard[other] = found, now
                 elif now - when > SILENT_SECONDS:
-                    self._end_here(f"process {other} has not been heard of for {SILENT_SECONDS:.0f} seconds")
-        except RuntimeError as error:  # dist.DistError: the store went with the first process, or with its machine
-            if not self._ended.is_set():
-                self._end_here(f"lost the connection to the first process ({error})")
+                    silence = f"process {other} has not been heard of for {SILENT_SECONDS:.0f} seconds"
+                    self._end_here(f"process {self._rank} ends: {silence}")
+        except RuntimeError as error:  # dist.DistError: the store went with the launcher, or with the first process
+            time.sleep(LOOK_SECONDS)
+            self._look_after_the_launcher()
+            if self.current_stop is not None and self.current_stop.received:
+                self._store = None  # the run saves and leaves; what it exchanges until then needs no store
+            elif not self._ended.is_set():
+                self._end_here(f"process {self._rank} ends: lost the launcher or the first process ({error})")
+
+    def _failure_of(self, told: str) -> str:
+        number, _, message = told.partition(" ")
+        return f"process {self._rank} ends: process {number} failed: {message}"
 
     def _end_here(self, reason: str) -> None:
-        print(f"error: process {self._rank} ends: {reason}", file=sys.stderr, flush=True)
+        print(f"error: {reason}", file=sys.stderr, flush=True)
         self._leave(1)
+
+
+def _lost_another(error: BaseException) -> bool:
+    """Whether an error is of a collective that another process left."""
+    return type(error) is RuntimeError or isinstance(error, dist.DistError)

@@ -20,6 +20,7 @@ from typing import IO
 
 PART = ".part"
 LOCK = "lock"
+LISTING_SECONDS = 30.0  # how long network storage may keep an old listing of a folder
 STALE_SECONDS = 24 * 3600  # a file written aside that is older belongs to a process that is gone
 
 
@@ -114,6 +115,17 @@ def _is_locked_by_another(file: IO) -> bool:
     except OSError as error:
         return error.errno in (errno.EACCES, errno.EAGAIN)  # others: a file system without locks
     return False
+
+
+def appears(path: Path) -> bool:
+    """Whether a file is there, or comes into sight within LISTING_SECONDS: network storage lags behind its writers."""
+    deadline = time.monotonic() + LISTING_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        os.listdir(path.parent if path.parent.is_dir() else ".")  # has a network file system look again
+        time.sleep(0.5)
+    return True
 
 
 def is_untouched(folder: Path) -> bool:

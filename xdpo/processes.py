@@ -89,9 +89,9 @@ def refuse_differences(facts: Mapping[str, Any], remedy: str) -> None:
     lines = []
     for name, value in found[0][1].items():
         lines += [
-            f"{name}: {value} in process 0 on {found[0][0]}, {others[name]} in process {number} on {host}"
+            f"{name}: {value} in process 0 on {found[0][0]}, {others.get(name)} in process {number} on {host}"
             for number, (host, others) in enumerate(found)
-            if others[name] != value
+            if others.get(name) != value
         ]
     if lines:
         raise ValueError("the processes of this run do not agree:\n  " + "\n  ".join(lines[:8]) + f"\n{remedy}")

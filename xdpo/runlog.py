@@ -74,7 +74,8 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()  # end_training() would also disconnect the processes, one by one
 
 
 def read_rows(path: Path) -> list[dict]:

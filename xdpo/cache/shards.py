@@ -115,7 +115,9 @@ class Shards:
         try:
             with reading(path), open(path, "rb", buffering=0) as file:
                 file.seek(self._starts[shard] + number * self._part_bytes)
-                size = file.readinto(values)
+                view, size = memoryview(values).cast("B"), 0
+                while size < len(view) and (got := file.readinto(view[size:])):  # some storage gives less at a time
+                    size += got
         except FileNotFoundError:
             raise self._missing(shard) from None
         if size < self._part_bytes:

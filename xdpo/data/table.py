@@ -107,8 +107,9 @@ class PairTable:
         """
         if len(self._named(SCORE_COLUMNS)) < 2:
             return None
-        table = self._light(SCORE_COLUMNS)
-        return self._oriented(np.stack([_numbers(table, name, "the pairs") for name in SCORE_COLUMNS]))
+        table = self.dataset.select_columns(list(SCORE_COLUMNS)).with_format("arrow")[:]
+        every = np.stack([_numbers(table, name, "the pairs") for name in SCORE_COLUMNS])  # an error names the row
+        return self._oriented(every[:, self.rows])
 
     @cached_property
     def fingerprint(self) -> str:

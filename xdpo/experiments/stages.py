@@ -55,7 +55,8 @@ class Reproduction:
         overrides = [f"train.max_steps={plan.steps}", "checkpoint.keep=1"]
         if len(steps) > 1:  # those that are measured stay
             every = math.gcd(*steps)
-            overrides = [overrides[0], f"checkpoint.every={every}", f"checkpoint.keep={plan.steps // every}"]
+            # All of them: a run that is asked to stop saves one more, and none that is measured may go for it.
+            overrides = [overrides[0], f"checkpoint.every={every}", f"checkpoint.keep={plan.steps}"]
         own = (*plan.methods[method].set, f"{plan.tuning.key}={value}", f"seed={seed}")
         return make_cell(name, plan.methods[method].config, (*overrides, *plan.common, *own), self.output / "runs")
 

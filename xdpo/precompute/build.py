@@ -21,7 +21,7 @@ from xdpo.data import PairTable, finite_scores, local_files, no_scores
 from xdpo.data.identity import file_states
 from xdpo.data.images import UnreadableImageError, decode_rgb, square_pixels
 from xdpo.data.table import pair_id
-from xdpo.files import file_sha256, is_own, only_run, replacing
+from xdpo.files import appears, file_sha256, is_own, only_run, replacing
 from xdpo.models import PipelineParts, encode_captions, encode_images, load_parts
 from xdpo.precompute.keys import example_key, examples_folder
 from xdpo.precompute.opening import load_table
@@ -118,6 +118,9 @@ def build_examples(
             bar.update(bar.total - bar.n)
     processes.wait()
     if is_main and not is_finished(folder):
+        for kind in kinds:  # others wrote them, on other machines perhaps
+            for shard in range(len(kind.shards)):
+                appears(kind.shards.checksum_path(shard))
         finish(folder, plan)
         say(f"{folder}: finished; {len(plan.latents(folder).unreadable())} unreadable images")
     processes.wait()

@@ -1,6 +1,6 @@
 """Where a run's examples come from: the source of its pairs, or caches; and what is known of the reference's errors."""
 
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ from xdpo.cache.examples import is_finished
 from xdpo.compute import precision_of
 from xdpo.config import Config
 from xdpo.data import PairDataset, PairTable, UnpairedDataset, load_pairs
-from xdpo.files import replacing
+from xdpo.files import is_own, reading, replacing
 from xdpo.models import PipelineParts
 from xdpo.noise import HELD_OUT_SEED
 from xdpo.precompute.keys import desirable_share, example_key, examples_folder, reference_key
 
 Pairs = PairTable | ExampleCache
 MOST_ALIKE = 20
+COPIED_AT_ONCE = 2**24
 
 
 def open_pairs(settings: Config, accelerator: Accelerator, *, held_out: bool) -> Pairs:
@@ -106,10 +107,18 @@ def copy_examples(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir(), key=lambda path: path.name == "manifest.json"):
         there = target / path.name
-        if path.suffix == ".part" or (there.is_file() and there.stat().st_size == path.stat().st_size):
+        if is_own(path) or (there.is_file() and there.stat().st_size == path.stat().st_size):
             continue
-        with replacing(there, "wb") as out, path.open("rb") as file:
-            shutil.copyfileobj(file, out)
+        with replacing(there, "wb") as out:
+            for piece in _pieces(path):
+                out.write(piece)
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    """A file piece by piece. Raises StorageError where it can't be read, which is not the copy's fault."""
+    with reading(path), path.open("rb") as file:
+        while piece := file.read(COPIED_AT_ONCE):
+            yield piece
 
 
 def open_reference(settings: Config, pairs: Pairs, *, held_out: bool, precision: str) -> ReferenceCache | None:
