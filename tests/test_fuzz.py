@@ -349,8 +349,8 @@ def test_damaged_yaml_is_read_or_refused_by_name(tmp_path, text, load):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     load(path)
-    tags = ["!!bool ", "!!timestamp ", "!!float ", "!!int ", "!!binary ", "&a ", "*a ", "<<: ", "? ", "- "]
-    signs = ["\t", "\0", "2001-99-99", "1e9999", "{", "0x", "0b", "~", "[["]
+    tags = ["!!bool ", "!!timestamp ", "!!float ", "!!int ", "!!binary ", "!!int '' ", "!!float '' "]
+    signs = ["&a ", "*a ", "<<: ", "? ", "- ", "\t", "\0", "2001-99-99", "1e9999", "{", "0x", "0b", "~", "[["]
     for case, chance in cases("yaml", 300):
         content = text
         for _ in range(chance.choice([1, 1, 3])):

@@ -90,7 +90,7 @@ def _parse(text: str) -> tuple[Any, list[str]]:
         raise ValueError("not valid YAML: nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:  # a character that YAML forbids, or digits beyond Python's limit
         raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
-    except (KeyError, AttributeError, TypeError):  # PyYAML's own words for `!!bool maybe` and the like
+    except (LookupError, AttributeError, TypeError):  # PyYAML's own words for `!!bool maybe` and the like
         raise ValueError("not valid YAML: a value does not fit its `!!` tag") from None
 
 

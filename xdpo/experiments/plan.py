@@ -109,7 +109,7 @@ def load_plan(path: Path) -> Plan:
     text = read_text(path)
     try:
         content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:  # all PyYAML's
+    except Exception as error:  # PyYAML's constructors raise what they happen to meet
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     try:
         plan = Plan.model_validate(content)
