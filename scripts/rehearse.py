@@ -37,6 +37,7 @@ from xdpo.cache import ExamplePlan
 from xdpo.cache.examples import TABLES, finish, is_finished
 from xdpo.config import Config, load_config
 from xdpo.files import file_sha256, replacing
+from xdpo.paths import user_path
 from xdpo.precompute import example_key, examples_folder
 from xdpo.runlog import read_rows
 
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--launch", type=shlex.split, metavar="COMMAND", help="what to put before train_xdpo.py")
     parser.add_argument("--pairs", type=int, default=PAIRS, help=f"pairs in the tables (default: {PAIRS:,})")
     parser.add_argument("--steps", type=int, default=50, help="optimizer steps (default: 50)")
-    parser.add_argument("--output", type=Path, default=Path("runs/rehearsal"), help="everything goes here")
+    parser.add_argument("--output", type=user_path, default=Path("runs/rehearsal"), help="everything goes here")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the config, such as compute.*")
     options = parser.parse_intermixed_args(arguments)
     if options.steps < 20:
