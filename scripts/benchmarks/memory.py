@@ -16,7 +16,6 @@ import argparse
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
@@ -26,6 +25,7 @@ from benchmarks.modes import BASE_CONFIG, MODES, Bench, Mode, set_up
 from benchmarks.pipelines import PIPELINES
 from benchmarks.results import Criterion, Outcome
 from xdpo.config import load_config
+from xdpo.paths import user_path
 from xdpo.report.grids import Cell, Grid
 
 PAIRS = 4
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--resolution", 256, "side of the images in pixels, where it is measured")
     add_number(parser, "--micro-batch", 1, "pairs in one pass, where it is measured")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["full", "full-cached", "lora", "lora-cached"])
-    parser.add_argument("--count", nargs="+", type=Path, metavar="CONFIG", help="count for these configs")
+    parser.add_argument("--count", nargs="+", type=user_path, metavar="CONFIG", help="count for these configs")
     parser.add_argument(
         "--processes", nargs="+", type=positive, default=[1], help="GPUs of the run that is counted (default: 1)"
     )
