@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs
 from training_runs import assert_same_run, command, rows_of
 
@@ -64,6 +65,7 @@ class Training:
         unet = build_unet()
         reference = make_reference(unet, model, compute)
         cache = AutocastKwargs(cache_enabled=False)  # as compute.build_accelerator
+        AcceleratorState._reset_state(reset_partial_state=True)
         self.accelerator = Accelerator(cpu=True, mixed_precision="bf16", kwargs_handlers=[cache])
         self.policy = self.accelerator.prepare_model(make_policy(unet, model, compute))
         self.reference = reference and self.accelerator.prepare_model(reference, evaluation_mode=True)

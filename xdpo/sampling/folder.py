@@ -23,7 +23,7 @@ from typing import Any
 from PIL import Image
 
 from xdpo.checkpoint import library_versions
-from xdpo.files import check_writable, is_own, reading, replacing, write_text, writing
+from xdpo.files import PART, check_writable, is_own, reading, replacing, sweep, write_text, writing
 
 SETTINGS, MANIFEST, PARTS = "settings.json", "manifest.jsonl", "manifest.part-*.jsonl"
 
@@ -71,6 +71,7 @@ def open_image_folder(folder: Path, settings: Mapping[str, Any], made_with: Mapp
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder, f"**/*{PART}")  # the folder has one writer: what an earlier one left aside is nobody's
     facts = {**made_with, **library_versions()}
     saved = _read_settings(folder)
     if saved is None or (saved["settings"] != settings and not _holds_images(folder)):
