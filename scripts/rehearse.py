@@ -125,9 +125,9 @@ class Rehearsal:
         self._check("it went on where it had stopped", killed_at > stopped_at, f"from step {stopped_at} to {killed_at}")
         common = [step for step in run.checkpoints() if step % self.every == 0 and step > stopped_at]
         equal = [same_bits(self._checkpoint("whole", step), self._checkpoint("interrupted", step)) for step in common]
-        self._check(
-            "its weights and moments are the uninterrupted run's, to the bit", bool(equal) and all(equal), str(common)
-        )
+        claim = "its weights and moments are the uninterrupted run's, to the bit"
+        steps = ", ".join(map(str, common))
+        self._check(claim, bool(equal) and all(equal), f"steps {steps}")
 
         self._title("resumed as one process")
         run = Training([sys.executable], self._arguments("interrupted"), self.output / "interrupted")
