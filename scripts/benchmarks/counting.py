@@ -6,9 +6,11 @@ libraries (about 0.5 GB), NCCL's buffers on several GPUs (0.1 to 0.3 GB), the wo
 backward, and what the allocator loses to fragments.
 """
 
+import multiprocessing
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +21,11 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from benchmarks.pipelines import TOKENS, build_networks
+from benchmarks.pipelines import PIPELINES, TOKENS, build_networks
 from xdpo import models, step
 from xdpo.compute import build_accelerator
 from xdpo.config import Config, accumulation_steps
@@ -53,40 +56,42 @@ class Meter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.phases: dict[str, Phase] = {}
-        self._alive: dict[int, tuple[int, weakref.ref]] = {}  # by the storage's address
-        self._now, self._peak, self._op = 0, 0, ""
+        self._sizes: dict[StorageWeakRef, int] = {}
+        self._now, self._peak, self._op = 0, 0, ""  # _now: with what has been freed since the last look
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         self.place(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-        if self._now > self._peak:
+        if self._now > self._peak and self._alive() > self._peak:
             self._peak, self._op = self._now, str(function).removesuffix(".default")
         return output
 
     def place(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key not in self._alive:
-                size = -(-storage.nbytes() // ALLOCATION) * ALLOCATION
-                self._alive[key] = size, weakref.ref(storage, lambda _, key=key: self._forget(key))
-                self._now += size
+            reference = StorageWeakRef(storage)
+            if reference not in self._sizes:
+                self._sizes[reference] = -(-storage.nbytes() // ALLOCATION) * ALLOCATION
+                self._now += self._sizes[reference]
 
     def remove(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
-            self._forget(tensor.untyped_storage()._cdata)
+            self._sizes.pop(StorageWeakRef(tensor.untyped_storage()), None)
+        self._alive()
 
-    def _forget(self, key: int) -> None:
-        size, _ = self._alive.pop(key, (0, None))
-        self._now -= size
+    def _alive(self) -> int:
+        self._sizes = {reference: size for reference, size in self._sizes.items() if not reference.expired()}
+        self._now = sum(self._sizes.values())
+        return self._now
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        self._peak, self._op = self._now, "at rest"
+        self._peak, self._op = self._alive(), "at rest"
         yield
-        peak, op = (self._now, "at rest") if self._now > self._peak else (self._peak, self._op)
         self.phases.pop(name, None)  # once more: in the order of the last time
-        self.phases[name] = Phase(self._now, peak, op)
+        at_rest = self._alive()
+        peak, op = max((self._peak, self._op), (at_rest, "at rest"))
+        self.phases[name] = Phase(at_rest, peak, op)
 
 
 def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -144,6 +149,18 @@ def count(
         training.save()
         training.resume()
     return meter.phases
+
+
+def count_apart(settings: Config, pipeline: str, processes: int = 1) -> dict[str, Phase]:
+    """`count` in a process of its own: now and then torch crashes after several counts in one process.
+
+    Raises ValueError where it crashes all the same.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(count, settings, PIPELINES[pipeline], processes).result()
+        except BrokenProcessPool as error:
+            raise ValueError("the process that counts ended abnormally; run the same command again") from error
 
 
 def shape_of(settings: Config, processes: int) -> tuple:

@@ -16,6 +16,7 @@ import argparse
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -29,7 +30,6 @@ from xdpo.paths import user_path
 from xdpo.report.grids import Cell, Grid
 
 PAIRS = 4
-THIN_RESOLUTION = 64  # pixels
 LIMIT_GB = 20.5  # of the 24.6 GB or so that can be allocated on a 24 GB card; the rest is for what is not counted
 STEP = ("encoding", "forward", "backward", "update")  # phases of an optimizer step
 
@@ -56,30 +56,28 @@ def run(options: argparse.Namespace) -> Outcome:
 def measure(options: argparse.Namespace) -> Outcome:
     """Every mode's peak, and beside it what is counted for it where the pipeline's shapes are known here.
 
-    The program alone is what a training with next to no weights takes, less what is counted for it.
+    The program alone is what the same training with next to no weights takes, less what is counted for that.
     """
-    peaks, counted = {}, {}
     known = options.pipeline in PIPELINES
+    pipelines = [options.pipeline, *(["thin"] if known else [])]
+    peaks, counted = {}, {}
     with working_folder() as working:
-        bench = set_up(
-            working, options.pipeline, resolution=options.resolution, num_pairs=PAIRS, extra=options.overrides
-        )
-        if any(MODES[name].examples for name in options.modes):
-            bench.fill_caches(options.micro_batch, 2 * options.micro_batch)
-        for name in options.modes:
-            peaks[name] = bench.train_peak_memory_gb(MODES[name], options.micro_batch)
+        benches = {pipeline: _set_up(working / pipeline.replace("/", "-"), pipeline, options) for pipeline in pipelines}
+        for pipeline, bench in benches.items():
+            for name in options.modes:
+                peaks[pipeline, name] = bench.train_peak_memory_gb(MODES[name], options.micro_batch)
         if known:  # last: what this process holds would count as the peak of those that it starts
-            thin = set_up(working / "alone", "thin", resolution=THIN_RESOLUTION, num_pairs=PAIRS, extra=())
-            alone = thin.train_peak_memory_gb(MODES["full"], 1) - _counted_gb(thin, "thin", MODES["full"], 1)
-            counted = {
-                name: _counted_gb(bench, options.pipeline, MODES[name], options.micro_batch) for name in options.modes
-            }
+            for pipeline, bench in benches.items():
+                for name in options.modes:
+                    counted[pipeline, name] = _counted_gb(bench, pipeline, MODES[name], options.micro_batch)
     rows, criteria = [], []
-    for name, peak in peaks.items():
-        cells = [Cell(str(MODES[name])), Cell(f"{peak:.2f}", peak)]
+    for name in options.modes:
+        key = options.pipeline, name
+        cells = [Cell(str(MODES[name])), Cell(f"{peaks[key]:.2f}", peaks[key])]
         if known:
-            ratio = (peak - alone) / counted[name]
-            cells += [Cell(f"{value:.2f}", value) for value in (alone, counted[name], ratio)]
+            alone = peaks["thin", name] - counted["thin", name]
+            ratio = (peaks[key] - alone) / counted[key]
+            cells += [Cell(f"{value:.2f}", value) for value in (alone, counted[key], ratio)]
             claim = f"measured, less the program alone, and counted differ by at most 10 % ({MODES[name]})"
             criteria.append(Criterion(claim, ratio, abs(ratio - 1) <= 0.1))
         rows.append(tuple(cells))
@@ -87,8 +85,20 @@ def measure(options: argparse.Namespace) -> Outcome:
         f"Peak memory of training, {options.pipeline} at {options.resolution} pixels, micro-batch {options.micro_batch}"
     )
     columns = ("mode", "GB", "the program alone", "counted", "(GB − program) / counted")
-    table = Grid(title, columns[: len(rows[0])], tuple(rows))
-    return Outcome(table, {"peak_memory_gb": peaks, "counted_gb": counted}, tuple(criteria))
+    measurements = {
+        "peak_memory_gb": {name: peaks[options.pipeline, name] for name in options.modes},
+        "counted_gb": {name: gigabytes for (pipeline, name), gigabytes in counted.items() if pipeline != "thin"},
+    }
+    return Outcome(Grid(title, columns[: len(rows[0])], tuple(rows)), measurements, tuple(criteria))
+
+
+def _set_up(working: Path, pipeline: str, options: argparse.Namespace) -> Bench:
+    """The pairs and the pipeline, and its caches where a mode reads them."""
+    working.mkdir()
+    bench = set_up(working, pipeline, resolution=options.resolution, num_pairs=PAIRS, extra=options.overrides)
+    if any(MODES[name].examples for name in options.modes):
+        bench.fill_caches(options.micro_batch, 2 * options.micro_batch)
+    return bench
 
 
 def _counted_gb(bench: Bench, pipeline: str, mode: Mode, micro_batch: int) -> float:
@@ -98,7 +108,7 @@ def _counted_gb(bench: Bench, pipeline: str, mode: Mode, micro_batch: int) -> fl
     overrides = bench.overrides(mode, micro_batch=micro_batch, total_batch=micro_batch, max_steps=2)
     if not torch.accelerator.is_available():
         overrides.append("compute.precision=fp32")
-    phases = counting.count(load_config(BASE_CONFIG, overrides), PIPELINES[pipeline])
+    phases = counting.count_apart(load_config(BASE_CONFIG, overrides), pipeline)
     return max(phases[name].peak for name in STEP) / 1e9
 
 
@@ -123,7 +133,7 @@ def count(options: argparse.Namespace) -> Outcome:
     counted = {}
     for key, settings in jobs.items():
         label = ", ".join(names[key])
-        counted[label, key[1]] = counting.count(settings, PIPELINES[options.pipeline], key[1])
+        counted[label, key[1]] = counting.count_apart(settings, options.pipeline, key[1])
     ((label, processes), phases), *others = counted.items()
     table = _rows_table(options.pipeline, counted) if others else _phases_table(label, processes, phases)
     criteria = []

@@ -1,10 +1,11 @@
 """The ways to train that are compared, as configs, on one set of pairs with its caches filled."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from benchmarks.pairs import make_pairs, write_parquet
 from benchmarks.pipelines import pipeline_folder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""Makes the C library give freed memory back at once, so that a process's peak is what it used at one time."""
 BASE_CONFIG = ROOT / "configs" / "base.yaml"
 
 
@@ -84,7 +87,7 @@ class Bench:
         """
         steps = 2
         overrides = self.overrides(mode, micro_batch=micro_batch, total_batch=micro_batch, max_steps=steps)
-        call("train_xdpo.py", "--config", str(BASE_CONFIG), *overrides)
+        call("train_xdpo.py", "--config", str(BASE_CONFIG), *overrides, environment=RETURN_MEMORY)
         run = self.working / "run"
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         shutil.rmtree(run)
@@ -98,9 +101,10 @@ def set_up(working: Path, pipeline: str, *, resolution: int, num_pairs: int, ext
     return Bench(working, folder, pairs_path, resolution, tuple(extra))
 
 
-def call(script: str, *arguments: str) -> None:
+def call(script: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
     """Run one of this repository's programs. Raises ValueError with the end of what it said where it fails."""
-    finished = subprocess.run([sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / script), *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, env=os.environ | (environment or {}))
     if finished.returncode:
         killed = "; it was killed, which a machine short of memory does" if finished.returncode == -9 else ""
         said = "\n".join((finished.stdout + finished.stderr).strip().splitlines()[-10:])
