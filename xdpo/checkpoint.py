@@ -6,6 +6,8 @@ output_dir/
   metrics.jsonl        one line per optimizer step  samples/        policy beside reference
   checkpoints/step_00000200/    policy, optimizer and EMA as safetensors, progress.json
   export/              the result: a UNet in diffusers format or LoRA weights, with a model card
+  snapshots/  self_play/          of SePPO alone: earlier policies, and what they sampled for the round
+  lock                 held by the process that writes here
 ```
 
 A checkpoint is written aside, flushed, renamed, and only then are old ones removed. All randomness is a function
