@@ -84,6 +84,7 @@ def together() -> Iterator[None]:
         raise
     finally:
         watch.end()
+        processes.let_go()
 
 
 class _Watch(threading.Thread):
@@ -123,6 +124,7 @@ class _Watch(threading.Thread):
 
     def end(self) -> None:
         self._ended.set()
+        self.join(5)  # a thread that is in a call of the store when the process ends aborts it
         if self._store is not None:
             with suppress(RuntimeError):
                 self._store.set(f"left/{self._rank}", "1")

@@ -41,7 +41,13 @@ def disconnect() -> None:
     """Leave together; a process that just ends takes the others' connections with it."""
     if dist.is_initialized():
         wait()
+        let_go()
         dist.destroy_process_group()
+
+
+def let_go() -> None:
+    """Give up the group for long waits: kept until the process ends, its threads would abort it."""
+    _patient_group.cache_clear()
 
 
 def wait() -> None:
