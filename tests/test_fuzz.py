@@ -84,8 +84,11 @@ def every_format():
                 (grey.convert(mode) if mode in ("LA", "I", "I;16", "F") else picture().convert(mode)).save(
                     buffer, format
                 )
+            except Exception:  # Pillow's writers raise anything for a mode that they don't have
+                continue
+            try:
                 decode_rgb(buffer.getvalue())
-            except Exception:
+            except UnreadableImageError:
                 continue
             found[f"{format} {mode}"] = buffer.getvalue()
     return found

@@ -7,7 +7,6 @@
 A folder without a manifest is read by this layout alone; its prompts then come from elsewhere (`with_prompts`).
 """
 
-import hashlib
 import json
 import re
 from collections import defaultdict
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from xdpo.files import file_sha256
 from xdpo.tables import as_text
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -256,11 +256,6 @@ def _is_of_one_colour(path: Path) -> bool:
             return all(low == high for low, high in image.convert("RGB").getextrema())
     except Exception:  # what Pillow raises on a damaged file depends on the damage; told where the image is scored
         return False
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def missing_against_others(pictures: Iterable[Picture]) -> list[Problem]:

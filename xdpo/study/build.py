@@ -2,10 +2,8 @@
 
 import io
 import secrets
-import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +45,7 @@ def build_study(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple
     prompts = _draw(_common_prompts(model[0], shown), plan.sample, rng)
     items, sources = _items(model[0], [name for name, _ in baselines], shown, prompts, plan.obvious)
     tasks, repeats = _deal(items, plan, rng)
-    with writing_aside(folder) as aside, _nothing_left_of_a_refused(aside):
+    with writing_aside(folder) as aside:
         study = Study(
             folder=aside,
             id=secrets.token_hex(8),
@@ -65,16 +63,6 @@ def build_study(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple
         for item in items.values():
             _write_images(aside / "images", {name: sources[name] for name in item.images}, plan.image_side)
     return Study.load(folder)
-
-
-@contextmanager
-def _nothing_left_of_a_refused(aside: Path) -> Iterator[None]:
-    """Take what was written aside away again where an image turns out to be of no use."""
-    try:
-        yield
-    except StudyError:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
 
 
 def _check(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple[str, Path]], plan: Plan) -> None:
