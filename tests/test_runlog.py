@@ -1,10 +1,13 @@
 """metrics.jsonl through kills and resumes."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from accelerate import Accelerator
+from training_runs import ROOT
 
 from xdpo.files import StorageError
 from xdpo.runlog import RunLog, peak_memory_gb, read_rows
@@ -41,6 +44,14 @@ def test_a_full_disk_is_said_of_a_row(tmp_path):
 
 def test_peak_memory_is_in_gigabytes():
     assert 0.05 < peak_memory_gb(torch.device("cpu")) < 1000
+
+
+def test_peak_memory_is_the_programs_own_and_not_its_parents():
+    measure = "import torch; from xdpo.runlog import peak_memory_gb; print(peak_memory_gb(torch.device('cpu')))"
+    command = [sys.executable, "-c", measure]
+    alone = float(subprocess.check_output(command, cwd=ROOT))
+    held = bytearray(b"x" * int(1.5e9))
+    assert float(subprocess.check_output(command, cwd=ROOT)) < alone + len(held) / 2e9
 
 
 def test_trackers_get_the_runs_name_so_that_they_go_on_with_it(tmp_path, monkeypatch):
