@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from accelerate import Accelerator
 
-from xdpo import ending, models, precompute
+from xdpo import ending, families, precompute
 from xdpo.compute import build_accelerator
 from xdpo.config import Config, load_config
+from xdpo.data import Split
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings = load_config(options.config, options.overrides)
         if not settings.cache.examples:
             raise ValueError("cache.examples is null; name the cache's folder: cache.examples=FOLDER")
-        models.check_pipeline_folder(settings.model.pipeline, settings.model.revision)
+        families.check_pipeline_folder(settings.model.pipeline, settings.model.revision)
         accelerator = build_accelerator(settings)
         with ending.together():
             if options.verify:
@@ -49,10 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def verify(settings: Config, accelerator: Accelerator) -> None:
     """Check every checksum and encode a sample again. Raises CacheError for damage."""
-    parts = models.load_parts(settings.model)
-    for held_out in (False, True) if settings.eval.every else (False,):
-        found = precompute.open_examples(settings, accelerator, held_out=held_out)
-        table = precompute.load_table(settings, accelerator, held_out=held_out)
+    parts = families.load_parts(settings.model)
+    for split in Split.of(settings):
+        found = precompute.open_examples(settings, accelerator, split)
+        table = precompute.load_table(settings, accelerator, split)
         latents, text = precompute.verify_examples(found, table, parts, settings, accelerator)
         accelerator.print(
             f"{found.folder}: every checksum holds; a sample encoded again differs by {latents:.2g} (latents) and "

@@ -21,11 +21,12 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from xdpo import ending, models, precompute, processes, step
+from xdpo import ending, families, models, precompute, processes
 from xdpo.compute import build_accelerator
 from xdpo.config import Config, load_config
-from xdpo.data import StepSampler, held_out_batches, make_loader
-from xdpo.noise import HELD_OUT_SEED, NoiseSchedule
+from xdpo.data import Split, StepSampler, held_out_batches, make_loader
+from xdpo.noisy import NoisyBatchMaker
+from xdpo.reference import AdapterOff, Frozen, Recorded, Reference
 
 CPU = torch.device("cpu")
 
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings = load_config(options.config, options.overrides)
         if not settings.cache.reference:
             raise ValueError("cache.reference is null; name the cache's folder: cache.reference=FOLDER")
-        models.check_pipeline_folder(settings.model.pipeline, settings.model.revision)
+        families.check_pipeline_folder(settings.model.pipeline, settings.model.revision)
         accelerator = build_accelerator(settings)
         with ending.together():
             fill(settings, accelerator)
@@ -53,51 +54,62 @@ def main(arguments: list[str] | None = None) -> int:
 @torch.no_grad()
 def fill(settings: Config, accelerator: Accelerator) -> None:
     """Compute what is missing for the training pairs, then for the held-out ones."""
-    device = accelerator.device
     if settings.cache.examples and settings.cache.build:
         precompute.build_missing_examples(settings, accelerator, accelerator.print)
-    kinds = (False, True) if settings.eval.every else (False,)
-    pairs = {held_out: precompute.open_pairs(settings, accelerator, held_out=held_out) for held_out in kinds}
-    parts = models.load_parts(settings.model, encoders=not settings.cache.examples)
-    for module in filter(None, (parts.vae, parts.text_encoder)):
-        module.to(device)
-    model = settings.model
-    if not settings.compute.compile:
-        model = model.model_copy(update={"trainable": "full"})  # LoRA's reference is the UNet itself as well
-    reference = models.make_reference(parts.unet, model, settings.compute)
-    if reference is None:  # the graph that training compiles has the adapter in it, and a new one adds 0
-        reference = models.make_policy(parts.unet, model, settings.compute)
-    reference.to(device)
-    schedule = NoiseSchedule.from_scheduler(parts.scheduler).to(device)
-    make_example = step.ExampleMaker(parts, schedule, settings, device)
-    for held_out in kinds:
-        known = precompute.open_reference(
-            settings, pairs[held_out], held_out=held_out, precision=accelerator.mixed_precision
-        )
-        wanted = training_batches(settings, accelerator.num_processes, len(pairs[held_out]), held_out=held_out)
-        # One process looks: what others record meanwhile would make the lists differ.
-        unknown = [number for number, positions in enumerate(wanted) if known.get(positions, CPU) is None]
-        missing = [wanted[number] for number in processes.agree(unknown)]
-        if missing:
-            known.check_writable()
-        dataset = precompute.make_dataset(pairs[held_out], parts.tokenizer, settings, held_out=held_out)
-        title, seed = ("held-out pairs", HELD_OUT_SEED) if held_out else ("training pairs", settings.seed)
-        with tqdm(total=len(missing), desc=title, unit="batch", disable=not accelerator.is_main_process) as bar:
-            batches = take_batches(f"reference/{title}", missing, bar)
-            for batch in make_loader(dataset, batches, num_workers=settings.data.num_workers if missing else 0):
-                # What records gradients runs compiled, where the config has that: training does, evaluation does not.
-                with torch.set_grad_enabled(not held_out), accelerator.autocast():
-                    errors = step.denoising_errors(reference, make_example(batch, seed, batch["positions"])).detach()
-                known.record(batch["positions"], errors.view(2, -1))
-        known.close()
-        processes.wait()
-        accelerator.print(f"{title}: {known.folder}; {len(wanted):,} batches, {len(missing):,} of them computed now")
+    pairs = {split: precompute.open_pairs(settings, accelerator, split) for split in Split.of(settings)}
+    parts = families.load_parts(settings.model, encoders=not settings.cache.examples)
+    for module in parts.encoders:
+        module.to(accelerator.device)
+    process = parts.process().to(accelerator.device)
+    make_noisy = NoisyBatchMaker(parts, process, settings, accelerator.device)
+    reference = base_model(settings, parts, accelerator.device)
+    for split in pairs:
+        fill_split(settings, accelerator, split, pairs[split], make_noisy, reference)
 
 
-def training_batches(settings: Config, world_size: int, num_pairs: int, *, held_out: bool) -> list[list[int]]:
+def base_model(settings: Config, parts: families.PipelineParts, device: torch.device) -> Reference:
+    """The base model, run as a training runs its reference."""
+    if settings.model.trainable == "lora" and settings.compute.compile:
+        # The graph that training compiles has the adapter in it, and a new one adds 0.
+        return AdapterOff(models.make_policy(parts, settings.model, settings.compute).to(device))
+    model = settings.model.model_copy(update={"trainable": "full"})  # LoRA's reference is the denoiser itself as well
+    return Frozen(models.make_reference(parts, model, settings.compute).to(device))
+
+
+def fill_split(
+    settings: Config,
+    accelerator: Accelerator,
+    split: Split,
+    pairs: precompute.Pairs,
+    make_noisy: NoisyBatchMaker,
+    reference: Reference,
+) -> None:
+    """Compute what is missing for one kind of pairs."""
+    known = precompute.open_reference(settings, pairs, split, accelerator.mixed_precision)
+    recorded = Recorded(reference, known, accelerator.device)
+    wanted = training_batches(settings, accelerator.num_processes, len(pairs), split)
+    # One process looks: what others record meanwhile would make the lists differ.
+    unknown = [number for number, positions in enumerate(wanted) if known.get(positions, CPU) is None]
+    missing = [wanted[number] for number in processes.agree(unknown)]
+    if missing:
+        known.check_writable()
+    dataset = precompute.make_dataset(pairs, make_noisy.parts.tokenize, settings, split)
+    with tqdm(total=len(missing), desc=split.title, unit="batch", disable=not accelerator.is_main_process) as bar:
+        batches = take_batches(f"reference/{split.title}", missing, bar)
+        for batch in make_loader(dataset, batches, num_workers=settings.data.num_workers if missing else 0):
+            # What records gradients runs compiled, where the config has that: training does, evaluation does not.
+            with torch.set_grad_enabled(not split.is_held_out), accelerator.autocast():
+                recorded.measure(make_noisy(batch, split.seed(settings)))
+            recorded.commit()
+    known.close()
+    processes.wait()
+    accelerator.print(f"{split.title}: {known.folder}; {len(wanted):,} batches, {len(missing):,} of them computed now")
+
+
+def training_batches(settings: Config, world_size: int, num_pairs: int, split: Split) -> list[list[int]]:
     """The micro-batches of a training on `world_size` processes: which pairs are together decides how they round."""
     size = settings.train.micro_batch_pairs
-    if held_out:
+    if split.is_held_out:
         ranks = (held_out_batches(num_pairs, settings.eval.draws, size, rank, world_size) for rank in range(world_size))
         return list(chain.from_iterable(ranks))
     total = settings.train.total_batch_pairs

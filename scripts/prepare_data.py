@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from xdpo import data, precompute
 from xdpo.config import Config, load_config
+from xdpo.data import Split
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,8 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         settings = load_config(options.config, options.overrides)
-        for held_out in (False, True) if settings.eval.every else (False,):
-            prepare(settings, held_out=held_out)
+        for split in Split.of(settings):
+            prepare(settings, split)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -35,12 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def prepare(settings: Config, *, held_out: bool) -> None:
+def prepare(settings: Config, split: Split) -> None:
     """Say what there is to do, do it, and say which pairs came of it. Raises DataError."""
-    title, source = (
-        "held-out pairs" if held_out else "training pairs",
-        precompute.source_of(settings, held_out=held_out),
-    )
+    title, source = split.title, precompute.source_of(settings, split)
     if files := data.files_to_convert(settings.data, **source):
         print(f"{title}: {describe(files)}", flush=True)
     # As many processes as there are cores, each with files of its own.

@@ -36,6 +36,7 @@ from xdpo import checkpoint
 from xdpo.cache import ExamplePlan
 from xdpo.cache.examples import TABLES, finish, is_finished
 from xdpo.config import Config, load_config
+from xdpo.data import Split
 from xdpo.files import file_sha256, replacing
 from xdpo.paths import user_path
 from xdpo.precompute import example_key, examples_folder
@@ -92,8 +93,8 @@ class Rehearsal:
     def go(self) -> None:
         started = time.monotonic()
         settings = load_config(CONFIG, self._overrides("whole"))
-        for held_out, pairs in ((False, self.options.pairs), (True, settings.eval.pairs)):
-            make_cache(settings, pairs, held_out=held_out)
+        for split, pairs in ((Split.TRAIN, self.options.pairs), (Split.HELD_OUT, settings.eval.pairs)):
+            make_cache(settings, pairs, split)
         for name in ("whole", "interrupted"):
             for folder in (name, f"{name}_reference"):
                 shutil.rmtree(self.output / folder, ignore_errors=True)
@@ -239,9 +240,9 @@ class Training:
         return max(self.checkpoints(), default=0)
 
 
-def make_cache(settings: Config, num_pairs: int, *, held_out: bool) -> None:
+def make_cache(settings: Config, num_pairs: int, split: Split) -> None:
     """A finished example cache of random records in as many shards as the true one has."""
-    folder = examples_folder(settings, held_out=held_out)
+    folder = examples_folder(settings, split)
     if is_finished(folder) and pq.read_metadata(folder / "pairs.parquet").num_rows == num_pairs:
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -266,7 +267,7 @@ def make_cache(settings: Config, num_pairs: int, *, held_out: bool) -> None:
             pq.write_table(pa.table(tables[name]), file)
     counts = dict.fromkeys(("unlabelled", "without_caption", "identical", "ties", "beyond_max_pairs"), 0)
     plan = ExamplePlan(
-        key=example_key(settings, held_out=held_out),
+        key=example_key(settings, split),
         fingerprint=f"rehearsal {num_pairs}",
         counts={"rows": num_pairs, **counts, "kept": num_pairs},
         num_pairs=num_pairs,

@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from xdpo.files import replacing
-from xdpo.noise import NoiseSchedule, timestep_weights
+from xdpo.noise import DiffusionProcess
 from xdpo.paths import user_path
 from xdpo.tiny import world
 from xdpo.tiny.annotator import random_flaws, render
@@ -271,7 +271,7 @@ def train_text_to_latent(
     modules = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": build_unet(latents.shape[1])})
     stage = Stage("unet", modules, work, steps, learning_rate=1.5e-3)
     scheduler = new_scheduler()
-    schedule = NoiseSchedule.from_scheduler(scheduler)
+    schedule = DiffusionProcess.from_scheduler(scheduler)
     token_ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids[0]
     smoothed = None
@@ -285,7 +285,7 @@ def train_text_to_latent(
         states = modules["text_encoder"](ids).last_hidden_state
         noisy = scheduler.add_noise(latents[rows], noise, timesteps)
         error = modules["unet"](noisy, timesteps, states).sample - noise
-        weights = timestep_weights(schedule, timesteps, "min_snr")
+        weights = schedule.weights(timesteps, "min_snr")
         loss = (weights * error.square().mean((1, 2, 3))).mean()
         stage.update(loss)
         smoothed = loss.item() if smoothed is None else 0.99 * smoothed + 0.01 * loss.item()

@@ -19,13 +19,16 @@ from benchmarks.pairs import WRITERS, make_pairs
 from benchmarks.pipelines import DOWNSCALING, LATENT_CHANNELS, PIPELINES, TOKENS, build_networks, thin_shapes
 from benchmarks.results import Criterion, Spread, ratios, time_in_turn
 
-import train_xdpo
 from xdpo import step
+from xdpo.batch import Batch, Conditioning, LatentMoments, Tokens
 from xdpo.compute import build_accelerator
 from xdpo.config import load_config
 from xdpo.data import load_pairs
-from xdpo.models import PipelineParts, make_policy, make_reference
-from xdpo.noise import NoiseSchedule
+from xdpo.learner import build_reference
+from xdpo.models import make_policy, make_reference
+from xdpo.noise import DiffusionProcess
+from xdpo.noisy import NoisyBatchMaker
+from xdpo.reference import Recorded
 
 RESOLUTION = 16
 
@@ -110,25 +113,26 @@ def test_a_record_says_how_to_repeat_it(flops_record):
 def test_the_training_step_itself_costs_the_sum_of_its_parts(trainable, caches):
     resolution = 64
     parts = flops.count_parts(build_networks(thin_shapes()), resolution, lora_rank=4)
-    unet, vae, text_encoder = (network.requires_grad_(False) for network in build_networks(thin_shapes()))
+    networks = build_networks(thin_shapes())
     settings = load_config(
         BASE_CONFIG, [f"model.trainable={trainable}", "model.lora_rank=4", f"data.resolution={resolution}"]
     )
-    reference = make_reference(unet, settings.model, settings.compute)
-    policy = make_policy(unet, settings.model, settings.compute)
-    pipeline = PipelineParts(None, text_encoder, vae, unet, None)
-    schedule = NoiseSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon")
-    make_example = step.ExampleMaker(pipeline, schedule, settings, torch.device("cpu"))
+    network = make_reference(networks, settings.model, settings.compute)
+    policy = make_policy(networks, settings.model, settings.compute)
+    reference = build_reference(settings, network, policy)
+    process = DiffusionProcess(torch.linspace(0.99, 0.01, 1000), "epsilon")
+    make_noisy = NoisyBatchMaker(networks, process, settings, torch.device("cpu"))
     has_examples, has_reference = flops.CACHES[caches]
-    batch = {"pixel_values": torch.zeros(2, 3, resolution, resolution), "input_ids": torch.ones(1, TOKENS).long()}
+    if has_reference:
+        reference = Recorded(reference, counting.KnownErrors(1), torch.device("cpu"))
+    images, captions = torch.zeros(2, 3, resolution, resolution), Tokens(input_ids=torch.ones(1, TOKENS).long())
     if has_examples:
         moments = torch.zeros(2, LATENT_CHANNELS, resolution // DOWNSCALING, resolution // DOWNSCALING)
-        batch = {"latent_means": moments, "latent_stds": moments, "text_states": torch.zeros(1, TOKENS, 768)}
-        batch["scaling_factor"] = 0.18215
+        images, captions = LatentMoments(moments, moments, 0.18215), Conditioning(text=torch.zeros(1, TOKENS, 768))
+    batch = Batch(torch.tensor([0]), torch.tensor([0]), ["0"], images, captions, 0, [])
 
     def train_on_a_pair():
-        known = torch.zeros(2, 1) if has_reference else None
-        measured = step.measure(policy, policy, reference, make_example(batch, 0, [0]), settings.loss, known)
+        measured = step.measure(policy, reference, make_noisy(batch, 0), settings.loss)
         step.preference_loss(measured.errors, settings.loss).loss.sum().backward()
 
     expected = flops.pair_costs(parts, trainable, caches, gradient_checkpointing=False)
@@ -235,8 +239,9 @@ def count_small(*overrides, config="xdpo_sd15.yaml", processes=1, fake=False):
 def weights():
     """The small networks' weights as lists of tensors: UNet, and both encoders."""
     with torch.device("meta"):
-        unet, vae, text_encoder = build_networks(SMALL)
-    return list(unet.parameters()), [*vae.parameters(), *text_encoder.parameters(), *text_encoder.buffers()]
+        parts = build_networks(SMALL)
+    encoders = [tensor for module in parts.encoders for tensor in (*module.parameters(), *module.buffers())]
+    return list(parts.denoiser.parameters()), encoders
 
 
 def allocated(tensors):
@@ -299,10 +304,6 @@ def test_autocast_is_cudas_only_while_counting():
         assert values.bfloat16().softmax(-1).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.nn.functional.group_norm(values.bfloat16(), 2).dtype == torch.bfloat16
-
-
-def test_the_counter_knows_the_size_of_a_sample_sheet():
-    assert counting.IMAGES_OF_A_SHEET == train_xdpo.SAMPLE_CHUNK
 
 
 def test_eight_bit_moments_are_of_the_size_of_bitsandbytes_own():

@@ -22,12 +22,14 @@ import torch
 from conftest import encoded_image, failing, pick_a_pic_row, write_pick_a_pic
 from tolerances import ELEMENT, assert_same_output
 
-from xdpo import models, precompute
+from xdpo import families, precompute
+from xdpo.batch import LatentMoments
 from xdpo.cache import CachedPairDataset, CacheError, ExampleCache, ExamplePlan, ReferenceCache, Shards
 from xdpo.cache.examples import finish
 from xdpo.compute import build_accelerator
 from xdpo.config import ConfigError, load_config
-from xdpo.data import DataError, PairDataset, load_pairs, weigh_pairs
+from xdpo.data import DataError, PairDataset, Split, load_pairs, weigh_pairs
+from xdpo.families import PipelineParts
 from xdpo.files import StorageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -400,9 +402,9 @@ class World:
         ]
         self.settings = load_config("configs/base.yaml", self.overrides)
         self.table = load_pairs(self.settings.data)
-        self.parts = models.load_parts(self.settings.model)
+        self.parts = families.load_parts(self.settings.model)
         self.accelerator = build_accelerator(self.settings)
-        self.folder = precompute.examples_folder(self.settings, held_out=False)
+        self.folder = precompute.examples_folder(self.settings, Split.TRAIN)
 
     def changed(self, *overrides):
         return load_config("configs/base.yaml", [*self.overrides, *overrides])
@@ -414,13 +416,13 @@ class World:
             self.parts,
             settings or self.settings,
             self.accelerator,
-            held_out=False,
+            Split.TRAIN,
             say=lambda text: None,
             **options,
         )
 
     def open(self, settings=None):
-        return precompute.open_examples(settings or self.settings, self.accelerator, held_out=False)
+        return precompute.open_examples(settings or self.settings, self.accelerator, Split.TRAIN)
 
 
 def test_every_distinct_image_and_caption_is_encoded_once_in_both_orientations(world):
@@ -431,45 +433,44 @@ def test_every_distinct_image_and_caption_is_encoded_once_in_both_orientations(w
     assert cache.latents.unreadable() == [4]
     assert vars(cache.counts) == vars(world.table.counts)
     mean, std = cache.latents.read(cache.records_of(0)[0], 0)
-    batch = PairDataset(world.table, world.parts.tokenizer, 0, world.settings.data, shuffle=False, augment=False).batch(
+    batch = PairDataset(world.table, world.parts.tokenize, 0, world.settings.data, shuffle=False, augment=False).batch(
         [0]
     )
-    moments = models.encode_images(world.parts.vae, batch["pixel_values"])
+    moments = world.parts.encode_images(batch.images)
     assert_same_output(torch.tensor(mean), moments.means[0])
     assert_same_output(torch.tensor(std), moments.stds[0])
 
 
 def test_batches_from_the_cache_are_those_of_the_source_encoded(world):
     world.build()
-    source = PairDataset(world.table, world.parts.tokenizer, 3, world.settings.data)
+    source = PairDataset(world.table, world.parts.tokenize, 3, world.settings.data)
     cached = CachedPairDataset(world.open(), 3, world.settings.data)
     for positions in ([0, 1, 2], [3, 4], [17, 23, 8]):
         expected, found = source.batch(positions), cached.batch(positions)
         for name in ("pair_ids", "truncated", "unreadable"):
-            assert found[name] == expected[name]
+            assert getattr(found, name) == getattr(expected, name)
         for name in ("positions", "rows"):
-            assert torch.equal(found[name], expected[name])
-        moments = models.encode_images(world.parts.vae, expected["pixel_values"])
-        assert_same_output(found["latent_means"], moments.means)
-        assert_same_output(found["latent_stds"], moments.stds)
-        states = models.encode_captions(world.parts.text_encoder, expected["input_ids"])
-        assert_same_output(found["text_states"], states)
+            assert torch.equal(getattr(found, name), getattr(expected, name))
+        moments = world.parts.encode_images(expected.images)
+        assert_same_output(found.images.means, moments.means)
+        assert_same_output(found.images.stds, moments.stds)
+        assert_same_output(found.captions["text"], world.parts.encode_captions(expected.captions)["text"])
 
 
 def test_a_cache_has_the_scores_of_its_pairs_and_every_batch_the_same_weights_from_it(world):
     """One pair is unreadable: the pair that stands in for it brings its own weight."""
     world.build()
     assert world.open().scores.tobytes() == world.table.scores.tobytes()
-    source = PairDataset(world.table, world.parts.tokenizer, 3, world.settings.data)
+    source = PairDataset(world.table, world.parts.tokenize, 3, world.settings.data)
     cached = CachedPairDataset(world.open(), 3, world.settings.data)
     from_source, from_cache = weigh_pairs(10.0, world.table).train, weigh_pairs(10.0, world.open()).train
     by_row = dict(zip(world.table.rows.tolist(), from_source.weights.tolist(), strict=True))
     assert len(set(by_row.values())) == 5
     batch, again = source.batch(range(5)), cached.batch(range(5))
-    assert batch["unreadable"] == [3]
-    weights = from_source.get(batch["rows"], CPU)
-    assert weights.tolist() == [by_row[row] for row in batch["rows"].tolist()]
-    assert torch.equal(weights, from_cache.get(again["rows"], CPU))
+    assert batch.unreadable == [3]
+    weights = from_source.get(batch.rows, CPU)
+    assert weights.tolist() == [by_row[row] for row in batch.rows.tolist()]
+    assert torch.equal(weights, from_cache.get(again.rows, CPU))
 
 
 def test_a_cache_from_before_scores_is_read_as_ever_and_refused_where_they_are_asked_for(world, monkeypatch):
@@ -480,7 +481,7 @@ def test_a_cache_from_before_scores_is_read_as_ever_and_refused_where_they_are_a
     (world.folder / "plan.json").write_text(json.dumps(plan))
     finish(world.folder, ExamplePlan.load(world.folder))
     assert world.open().scores is None
-    assert len(CachedPairDataset(world.open(), 3, world.settings.data).batch([0, 1])["rows"]) == 2
+    assert len(CachedPairDataset(world.open(), 3, world.settings.data).batch([0, 1]).rows) == 2
     monkeypatch.setattr(precompute.build, "load_parts", lambda *_: pytest.fail("weights were loaded"))
     precompute.build_missing_examples(world.settings, world.accelerator)
     weighted = world.changed("loss.margin_weight=10")
@@ -492,9 +493,9 @@ def test_a_cache_from_before_scores_is_read_as_ever_and_refused_where_they_are_a
 
 def test_the_references_errors_do_not_depend_on_the_weights_of_margins(world):
     keys = [
-        precompute.reference_key(settings, world.table, held_out=held_out, precision="no")
+        precompute.reference_key(settings, world.table, split, precision="no")
         for settings in (world.settings, world.changed("loss.margin_weight=10"))
-        for held_out in (False, True)
+        for split in Split
     ]
     assert keys[:2] == keys[2:]
 
@@ -512,9 +513,9 @@ def test_the_references_errors_do_not_depend_on_the_weights_of_margins(world):
     ],
 )
 def test_the_references_errors_are_those_of_its_kernels(world, change, trained, held_out):
-    for is_held_out, differs in ((False, trained), (True, held_out)):
+    for split, differs in ((Split.TRAIN, trained), (Split.HELD_OUT, held_out)):
         one, other = (
-            precompute.reference_key(settings, world.table, held_out=is_held_out, precision="no")
+            precompute.reference_key(settings, world.table, split, precision="no")
             for settings in (world.settings, world.changed(change))
         )
         assert (one != other) == differs
@@ -524,7 +525,7 @@ def test_a_compiled_references_errors_are_those_of_the_policys_graph(world):
     ways = ("model.lora_rank=4", "model.trainable=lora", "compute.gradient_checkpointing=true")
     keys = [
         precompute.reference_key(
-            world.changed("compute.compile=true", *ways[:count]), world.table, held_out=False, precision="no"
+            world.changed("compute.compile=true", *ways[:count]), world.table, Split.TRAIN, precision="no"
         )
         for count in range(4)
     ]
@@ -535,7 +536,7 @@ def test_the_references_errors_on_another_device_or_on_other_examples_are_others
     world.build()
 
     def key():
-        return precompute.reference_key(world.settings, world.open(), held_out=False, precision="no")
+        return precompute.reference_key(world.settings, world.open(), Split.TRAIN, precision="no")
 
     first = key()
     assert key() == first
@@ -554,7 +555,7 @@ def test_a_finished_cache_of_another_precision_is_used_and_said_and_a_begun_one_
     bf16 = world.changed("compute.precision=bf16")
 
     def note(settings):
-        cache = precompute.open_pairs(settings, world.accelerator, held_out=False)
+        cache = precompute.open_pairs(settings, world.accelerator, Split.TRAIN)
         assert len(cache) == 5
         return capsys.readouterr().out
 
@@ -578,7 +579,7 @@ def test_half_precision_means_without_mirror_images_take_a_quarter_of_the_room(w
     cache = world.open()
     assert cache.plan.latent_shape == [1, 1, 4, 8, 8]
     batch = CachedPairDataset(cache, 0, world.settings.data).batch([0, 1])
-    assert batch["latent_means"].dtype == torch.float16 and batch["latent_stds"] is None
+    assert batch.images.means.dtype == torch.float16 and batch.images.stds is None
 
 
 @pytest.mark.parametrize(
@@ -635,32 +636,32 @@ def test_a_damaged_small_file_is_named(world, name):
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_encoded(world, monkeypatch):
-    monkeypatch.setattr("xdpo.precompute.build.encode_images", lambda *_: pytest.fail("an image was encoded"))
+    monkeypatch.setattr(PipelineParts, "encode_images", lambda *_: pytest.fail("an image was encoded"))
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("usage", (), {"free": 100}))
     with pytest.raises(CacheError, match=r"make room, name another disk, or halve it by data\.horizontal_flip=false"):
         world.build()
 
 
 def test_latents_that_are_not_finite_are_refused(world, monkeypatch):
-    broken = models.LatentMoments(torch.full((2, 4, 8, 8), float("nan")), torch.zeros(2, 4, 8, 8))
-    monkeypatch.setattr("xdpo.precompute.build.encode_images", lambda vae, pixels: broken)
+    broken = LatentMoments(torch.full((2, 4, 8, 8), float("nan")), torch.zeros(2, 4, 8, 8), 1.0)
+    monkeypatch.setattr(PipelineParts, "encode_images", lambda parts, pixels: broken)
     with pytest.raises(CacheError, match=r"not finite .* set compute\.precision to bf16 or fp32"):
         world.build()
 
 
 def test_what_a_failure_interrupted_goes_on_and_only_the_shard_in_work_is_computed_twice(world, monkeypatch):
     shard_bytes = 2 * 2 * 2 * 4 * 8 * 8 * 4  # two images
-    encode, encoded = precompute.build.encode_images, []
+    encode, encoded = PipelineParts.encode_images, []
 
-    def counting(vae, pixels):
+    def counting(parts, pixels):
         if len(encoded) == 4:
             encoded.append("failed")
             raise KeyboardInterrupt
         encoded.append(len(pixels) // 2)
-        return encode(vae, pixels)
+        return encode(parts, pixels)
 
     monkeypatch.setattr("xdpo.precompute.build._estimate", lambda *_: "")
-    monkeypatch.setattr("xdpo.precompute.build.encode_images", counting)
+    monkeypatch.setattr(PipelineParts, "encode_images", counting)
     with pytest.raises(KeyboardInterrupt):
         world.build(shard_bytes=shard_bytes)
     world.build()

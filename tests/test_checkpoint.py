@@ -23,7 +23,8 @@ from xdpo.checkpoint import (
     writing_aside,
 )
 from xdpo.config import load_config
-from xdpo.models import load_parts, make_policy
+from xdpo.families import load_parts
+from xdpo.models import make_policy
 
 CONFIG = load_config("configs/xdpo_sd15.yaml")
 

@@ -2,6 +2,7 @@
 
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,14 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs
 from training_runs import assert_same_run, command, rows_of
 
+from xdpo.batch import Conditioning
 from xdpo.config import ComputeConfig, ModelConfig, load_config
-from xdpo.models import as_reference, make_policy, make_reference
-from xdpo.step import Example, measure, preference_loss
+from xdpo.families import PipelineParts
+from xdpo.families.stable_diffusion import STABLE_DIFFUSION
+from xdpo.models import make_policy, make_reference
+from xdpo.noisy import NoisyBatch
+from xdpo.reference import AdapterOff, Frozen, Recorded
+from xdpo.step import measure, preference_loss
 
 LOSS = load_config("configs/xdpo_sd15.yaml").loss
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor on a CPU compiles with g++")
@@ -62,22 +68,26 @@ class Training:
 
     def __init__(self, trainable, **compute):
         model, compute = ModelConfig(trainable=trainable, lora_rank=4), ComputeConfig(compile=True, **compute)
-        unet = build_unet()
-        reference = make_reference(unet, model, compute)
+        parts = PipelineParts(STABLE_DIFFUSION, {"unet": build_unet()}, {}, None)
+        network = make_reference(parts, model, compute)
         cache = AutocastKwargs(cache_enabled=False)  # as compute.build_accelerator
         AcceleratorState._reset_state(reset_partial_state=True)
         self.accelerator = Accelerator(cpu=True, mixed_precision="bf16", kwargs_handlers=[cache])
-        self.policy = self.accelerator.prepare_model(make_policy(unet, model, compute))
-        self.reference = reference and self.accelerator.prepare_model(reference, evaluation_mode=True)
+        self.policy = self.accelerator.prepare_model(make_policy(parts, model, compute))
+        self.reference = AdapterOff(self.policy)
+        if network is not None:
+            self.reference = Frozen(self.accelerator.prepare_model(network, evaluation_mode=True))
         generator = torch.Generator().manual_seed(0)
         shapes = (2, 4, 8, 8), (2, 8, 16), (2, 4, 8, 8)
         latents, states, targets = (torch.randn(shape, generator=generator) for shape in shapes)
-        self.example = Example(latents, torch.tensor([10, 10]), states, targets, torch.ones(2))
+        times, weights = torch.tensor([10, 10]), torch.ones(2)
+        conditioning = Conditioning(text=states)
+        self.noisy = NoisyBatch(STABLE_DIFFUSION, [0], latents, times, conditioning, targets, weights)
 
     def measure(self):
         """The errors of one micro-step, or of an evaluation without gradients: policy's, reference's."""
         with self.accelerator.autocast():
-            errors = measure(self.policy, self.policy, self.reference, self.example, LOSS).errors
+            errors = measure(self.policy, self.reference, self.noisy, LOSS).errors
         if torch.is_grad_enabled():
             preference_loss(errors, LOSS).loss.mean().backward()
         return [[error.item() for error in half] for half in (errors[:2], errors[2:])]
@@ -105,8 +115,8 @@ def check_one_arithmetic(trainable, checkpointing, graphs):
         evaluated, _ = training.measure()
     assert evaluated == pytest.approx(moved, rel=0.02)  # bf16's rounding is 0.004
     assert len(graphs) == 1, "policy, reference and adapter share a graph"
-    if training.reference is not None:
-        assert all(parameter.grad is None for parameter in training.reference.parameters())
+    if (network := training.reference.network) is not None:
+        assert all(parameter.grad is None for parameter in network.parameters())
 
 
 @pytest.mark.parametrize(
@@ -136,7 +146,7 @@ def test_the_adapter_is_back_whatever_happens_to_the_reference():
     outputs = {name: weight for name, weight in training.policy.named_parameters() if ".lora_B." in name}
     with torch.no_grad():
         torch._foreach_add_(list(outputs.values()), 1.0)
-    with pytest.raises(RuntimeError, match="lost"), as_reference(training.policy, None) as module:
+    with pytest.raises(RuntimeError, match="lost"), training.reference.running() as module:
         assert module is training.policy and all(not weight.any() for weight in outputs.values())
         raise RuntimeError("lost")
     assert outputs and all((weight == 1).all() for weight in outputs.values())
@@ -150,8 +160,9 @@ def test_a_policy_within_ddp_has_the_whole_graph_that_its_reference_has(compilin
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(training.policy, bucket_cap_mb=2**-6)
         with training.accelerator.autocast():
-            measure(wrapped, training.policy, training.reference, training.example, LOSS, torch.zeros(2, 1))
-            errors = measure(wrapped, training.policy, training.reference, training.example, LOSS).errors
+            known = SimpleNamespace(get=lambda positions, device: torch.zeros(2, 1))
+            measure(wrapped, Recorded(training.reference, known, torch.device("cpu")), training.noisy, LOSS)
+            errors = measure(wrapped, training.reference, training.noisy, LOSS).errors
     finally:
         torch.distributed.destroy_process_group()
     assert torch.equal(torch.cat(errors[:2]), torch.cat(errors[2:])) and len(graphs) == 1

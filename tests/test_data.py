@@ -6,6 +6,7 @@ import itertools
 import json
 import pickle
 import tarfile
+from functools import partial
 from types import SimpleNamespace
 
 import datasets
@@ -26,6 +27,7 @@ from xdpo.data import (
     weigh_pairs,
 )
 from xdpo.data.images import UnreadableImageError, decode_rgb, square_pixels
+from xdpo.families.stable_diffusion import tokenize
 
 LIME, RED = [-1, 1, -1], [1, -1, -1]
 
@@ -46,13 +48,17 @@ def data_config(path="unused", **changes):
     return SimpleNamespace(**defaults | changes)
 
 
+def tokenize_with(tokenizer):
+    return partial(tokenize, {"tokenizer": tokenizer})
+
+
 def parquet_table(tmp_path, rows, **changes):
     return load_pairs(data_config(write_pick_a_pic(tmp_path / "train.parquet", rows), **changes))
 
 
 def parquet_dataset(tmp_path, rows, tokenizer, *, seed=0, shuffle=True, augment=True, **changes):
     table = parquet_table(tmp_path, rows)
-    return PairDataset(table, tokenizer, seed, data_config(**changes), shuffle=shuffle, augment=augment)
+    return PairDataset(table, tokenize_with(tokenizer), seed, data_config(**changes), shuffle=shuffle, augment=augment)
 
 
 def colours(example):
@@ -128,7 +134,7 @@ def test_names_and_captions_choose_the_columns_of_the_source_once(tmp_path, tiny
     captions = [dataset.caption(index)["input_ids"] for index in range(5)]
     assert len(calls) == 1
     assert names == [dataset[index]["pair_id"] for index in range(5)] and len(set(names)) == 5
-    assert all(torch.equal(captions[index], dataset[index]["input_ids"]) for index in range(5))
+    assert all(torch.equal(captions[index], dataset[index]["tokens"]["input_ids"]) for index in range(5))
 
 
 def test_a_table_travels_to_a_worker_as_it_was_before_its_use(tmp_path):
@@ -172,7 +178,7 @@ def test_image_columns_of_type_image_stay_encoded(tmp_path, tiny_tokenizer):
     Dataset.from_dict({**cells, "label_0": [1], "caption": ["x"]}, features).to_parquet(tmp_path / "train.parquet")
     table = load_pairs(data_config(str(tmp_path)))
     assert isinstance(table.dataset[0]["jpg_0"]["bytes"], bytes)
-    assert colours(PairDataset(table, tiny_tokenizer, 0, data_config())[0]) == [LIME, RED]
+    assert colours(PairDataset(table, tokenize_with(tiny_tokenizer), 0, data_config())[0]) == [LIME, RED]
 
 
 @pytest.mark.parametrize("caption_name", ["original_prompt.txt", "caption.txt"])
@@ -198,7 +204,7 @@ def test_webdataset_tars_are_read_with_labels_as_text(tmp_path, tiny_tokenizer, 
     assert [table.pair_id(row) for row in table.rows.tolist()] == ["000", "002"]
     assert table.dataset[2]["caption"] == "caption 002"
     assert table.scores.tolist() == [[0.5, 1.002], [1.0, 0.5]]
-    dataset = PairDataset(table, tiny_tokenizer, 0, data_config(), shuffle=False)
+    dataset = PairDataset(table, tokenize_with(tiny_tokenizer), 0, data_config(), shuffle=False)
     for position in range(2):
         assert torch.allclose(torch.tensor(colours(dataset[position])), torch.tensor([LIME, RED]).float(), atol=0.05)
 
@@ -223,7 +229,7 @@ def test_a_folder_lists_chosen_and_rejected(tmp_path, tiny_tokenizer, listing):
     rows = [{"chosen": "good.png", "rejected": "bad.png", "caption": caption}]
     table = load_pairs(data_config(write_folder(tmp_path / "f", listing, rows), source="folder"))
     assert table.dataset[0]["caption"] == caption
-    assert colours(PairDataset(table, tiny_tokenizer, 0, data_config())[0]) == [LIME, RED]
+    assert colours(PairDataset(table, tokenize_with(tiny_tokenizer), 0, data_config())[0]) == [LIME, RED]
 
 
 @pytest.mark.parametrize("listing", ["pairs.csv", "pairs.jsonl"])
@@ -232,7 +238,7 @@ def test_a_folder_lists_labels(tmp_path, tiny_tokenizer, listing):
     rows = [{**images, "label_0": label} for label in (0.5, 0, None)]
     table = load_pairs(data_config(write_folder(tmp_path / "f", listing, rows), source="folder"))
     assert (table.counts.ties, table.counts.unlabelled, table.counts.kept) == (1, 1, 1)
-    assert colours(PairDataset(table, tiny_tokenizer, 0, data_config())[0]) == [LIME, RED]
+    assert colours(PairDataset(table, tokenize_with(tiny_tokenizer), 0, data_config())[0]) == [LIME, RED]
 
 
 def listed_folder(tmp_path, name, content):
@@ -596,7 +602,7 @@ def test_captions_are_dropped_at_about_the_configured_rate_and_always_the_same_o
     assert dropped == [dataset[position]["caption_dropped"] for position in range(400)]
     empty = tiny_tokenizer("", padding="max_length", max_length=8).input_ids
     for example in examples[:50]:
-        assert (example["input_ids"].tolist() == empty) == example["caption_dropped"]
+        assert (example["tokens"]["input_ids"].tolist() == empty) == example["caption_dropped"]
 
 
 def test_long_captions_are_cut_and_counted(tmp_path, tiny_tokenizer):
@@ -605,13 +611,8 @@ def test_long_captions_are_cut_and_counted(tmp_path, tiny_tokenizer):
     examples = [dataset[0], dataset[1]]
     assert [example["truncated"] for example in examples] == [False, True]
     batch = collate_pairs(examples)
-    assert batch["truncated"] == 1
-    assert batch["input_ids"].shape == (2, 8)
-
-
-def test_a_tokenizer_without_a_length_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="model_max_length is"):
-        parquet_dataset(tmp_path, [pick_a_pic_row(0)], SimpleNamespace(model_max_length=int(1e30)))
+    assert batch.truncated == 1
+    assert batch.captions["input_ids"].shape == (2, 8)
 
 
 def test_each_epoch_shows_every_pair_once_in_an_order_of_its_own(tmp_path, tiny_tokenizer):
@@ -625,9 +626,9 @@ def test_each_epoch_shows_every_pair_once_in_an_order_of_its_own(tmp_path, tiny_
 def test_a_collated_batch_has_all_chosen_images_first(tmp_path, tiny_tokenizer):
     dataset = parquet_dataset(tmp_path, [pick_a_pic_row(number) for number in range(3)], tiny_tokenizer)
     batch = collate_pairs([dataset[position] for position in range(3)])
-    assert batch["pixel_values"].mean(dim=(2, 3)).tolist() == [LIME] * 3 + [RED] * 3
-    assert batch["positions"].tolist() == [0, 1, 2]
-    assert [f"{1000 + row}" for row in batch["rows"].tolist()] == batch["pair_ids"]
+    assert batch.images.mean(dim=(2, 3)).tolist() == [LIME] * 3 + [RED] * 3
+    assert batch.positions.tolist() == [0, 1, 2]
+    assert [f"{1000 + row}" for row in batch.rows.tolist()] == batch.pair_ids
 
 
 # Unreadable images
@@ -642,13 +643,13 @@ def test_the_next_pair_stands_in_for_an_unreadable_one(tmp_path, tiny_tokenizer)
     dataset = parquet_dataset(tmp_path, rows, tiny_tokenizer, shuffle=False)
     found = [(example["row"], example["unreadable"]) for example in (dataset[position] for position in range(5))]
     assert found == [(0, []), (3, [1, 2]), (3, [2]), (3, []), (0, [4])]
-    assert collate_pairs([dataset[1], dataset[4]])["unreadable"] == [1, 2, 4]
+    assert collate_pairs([dataset[1], dataset[4]]).unreadable == [1, 2, 4]
 
 
 def test_a_missing_file_of_a_folder_is_an_unreadable_image(tmp_path, tiny_tokenizer):
     rows = [{"chosen": name, "rejected": "bad.png", "caption": "x"} for name in ("gone.png", "good.png")]
     table = load_pairs(data_config(write_folder(tmp_path / "f", "pairs.csv", rows), source="folder"))
-    example = PairDataset(table, tiny_tokenizer, 0, data_config(), shuffle=False)[0]
+    example = PairDataset(table, tokenize_with(tiny_tokenizer), 0, data_config(), shuffle=False)[0]
     assert (example["row"], example["unreadable"]) == (1, [0])
 
 
@@ -731,8 +732,8 @@ def test_workers_do_not_change_a_batch_and_windows_run_across_epochs(augmented):
     split = {"start_step": 1, "total_batch_pairs": 4, "micro_batch_pairs": 2}
     alone = loaded(augmented, 6, **split)
     assert_equal_batches(alone, loaded(augmented, 6, **split, num_workers=2))
-    assert torch.cat([batch["positions"] for batch in alone]).tolist() == list(range(4, 16))  # epochs of 7 pairs
-    assert any(batch["unreadable"] == [4] for batch in alone)
+    assert torch.cat([batch.positions for batch in alone]).tolist() == list(range(4, 16))  # epochs of 7 pairs
+    assert any(batch.unreadable == [4] for batch in alone)
 
 
 def test_two_ranks_load_what_one_would(augmented):
@@ -740,10 +741,10 @@ def test_two_ranks_load_what_one_would(augmented):
     split = {"start_step": 2, "total_batch_pairs": 4, "micro_batch_pairs": 2, "world_size": 2}
     ranks = [loaded(augmented, 2, rank=rank, **split) for rank in range(2)]
     for step in range(2):
-        pixels = torch.cat([ranks[rank][step]["pixel_values"].unflatten(0, (2, 2)) for rank in range(2)], dim=1)
-        assert torch.equal(pixels.flatten(0, 1), whole[step]["pixel_values"])
-        captions = torch.cat([ranks[rank][step]["input_ids"] for rank in range(2)])
-        assert torch.equal(captions, whole[step]["input_ids"])
+        pixels = torch.cat([ranks[rank][step].images.unflatten(0, (2, 2)) for rank in range(2)], dim=1)
+        assert torch.equal(pixels.flatten(0, 1), whole[step].images)
+        captions = torch.cat([ranks[rank][step].captions["input_ids"] for rank in range(2)])
+        assert torch.equal(captions, whole[step].captions["input_ids"])
 
 
 def test_loading_draws_nothing_from_the_global_generator(augmented):

@@ -8,19 +8,10 @@ import pytest
 import torch
 from tolerances import assert_same_output
 
+from xdpo.batch import stack
 from xdpo.config import ComputeConfig, ModelConfig
-from xdpo.models import (
-    adapter_off,
-    check_pipeline_folder,
-    encode_captions,
-    encode_images,
-    load_parts,
-    make_policy,
-    make_reference,
-    pipeline_with,
-    sample_latents,
-    trainable_parameters,
-)
+from xdpo.families import check_pipeline_folder, load_parts, pipeline_with
+from xdpo.models import adapter_off, make_policy, make_reference, trainable_parameters
 
 INPUTS = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.randn(2, 8, 16)
 
@@ -42,15 +33,15 @@ def test_parts_come_frozen_in_float32_even_from_half_precision_files(small_pipel
     half.save_pretrained(tmp_path / "half")
     parts = load_parts(ModelConfig(pipeline=str(tmp_path / "half")))
 
-    for module in (parts.unet, parts.vae, parts.text_encoder):
+    for module in parts.modules.values():
         assert all(p.dtype == torch.float32 and not p.requires_grad for p in module.parameters())
     assert parts.latent_shape(16) == (4, 8, 8)
 
 
 def test_full_fine_tuning_trains_every_weight_and_its_reference_is_an_untouched_copy(parts):
     model, compute = ModelConfig(), ComputeConfig()
-    reference = make_reference(parts.unet, model, compute)
-    policy = make_policy(parts.unet, model, compute)
+    reference = make_reference(parts, model, compute)
+    policy = make_policy(parts, model, compute)
     before = predict(reference)
     with torch.no_grad():
         for parameter in trainable_parameters(policy):
@@ -63,10 +54,10 @@ def test_full_fine_tuning_trains_every_weight_and_its_reference_is_an_untouched_
 
 
 def test_lora_trains_adapters_alone_and_is_its_own_reference_bit_for_bit_with_them_off(parts):
-    base = predict(parts.unet)
+    base = predict(parts.denoiser)
     model = ModelConfig(trainable="lora", lora_rank=4, lora_alpha=4)
-    assert make_reference(parts.unet, model, ComputeConfig()) is None
-    policy = make_policy(parts.unet, model, ComputeConfig())
+    assert make_reference(parts, model, ComputeConfig()) is None
+    policy = make_policy(parts, model, ComputeConfig())
     assert torch.equal(predict(policy), base), "an untrained adapter changes nothing"
     with torch.no_grad():
         for parameter in trainable_parameters(policy):
@@ -82,25 +73,28 @@ def test_lora_trains_adapters_alone_and_is_its_own_reference_bit_for_bit_with_th
 
 def test_images_become_scaled_latents_around_the_posterior_mean(parts):
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
-    moments = encode_images(parts.vae, pixels)
+    moments = parts.encode_images(pixels)
     noise = torch.full((2, 4, 8, 8), 2.0)
 
     assert moments.means.shape == (2, 4, 8, 8)
     with torch.no_grad():
         posterior = parts.vae.encode(pixels).latent_dist
-    assert_same_output(sample_latents(moments, None, 0.5), posterior.mean * 0.5)
-    assert_same_output(sample_latents(moments, noise, 0.5), (posterior.mean + 2 * posterior.std) * 0.5)
+    moments, to_latents = moments._replace(scaling_factor=0.5), parts.family.to_latents
+    assert_same_output(to_latents(moments, None), posterior.mean * 0.5)
+    assert_same_output(to_latents(moments, noise), (posterior.mean + 2 * posterior.std) * 0.5)
 
 
 def test_captions_become_the_states_that_the_pipeline_itself_uses(parts):
-    ids = torch.tensor(parts.tokenizer(["abc"], padding="max_length", max_length=8).input_ids)
-    states, _ = pipeline_with(parts, parts.unet).encode_prompt("abc", "cpu", 1, False)
+    tokens, _ = parts.tokenize("abc")
+    states, _ = pipeline_with(parts, parts.denoiser).encode_prompt("abc", "cpu", 1, False)
 
-    assert_same_output(encode_captions(parts.text_encoder, ids), states)
+    (ours,) = parts.encode_captions(stack([tokens])).values()
+    assert_same_output(ours, states)
+    assert parts.family.conditioning_shapes(parts) == {"text": tuple(states.shape[1:])}
 
 
 def test_the_pipeline_around_the_policy_samples_images(parts):
-    images = pipeline_with(parts, parts.unet)("a", num_inference_steps=1).images
+    images = pipeline_with(parts, parts.denoiser)("a", num_inference_steps=1).images
     assert images[0].size == (16, 16)
 
 

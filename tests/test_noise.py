@@ -6,14 +6,11 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
 from xdpo.noise import (
-    NoiseSchedule,
-    add_noise,
+    DiffusionProcess,
     draw_noise,
     draw_timesteps,
     generator,
     permutation,
-    target,
-    timestep_weights,
 )
 
 SHAPE = (4, 8, 8)
@@ -49,20 +46,20 @@ def batch():
 def test_noised_latents_and_targets_equal_diffusers(batch, beta_schedule, prediction_type):
     latents, noise, timesteps = batch
     scheduler = scheduler_of(beta_schedule, prediction_type)
-    schedule = NoiseSchedule.from_scheduler(scheduler)
+    schedule = DiffusionProcess.from_scheduler(scheduler)
     theirs = scheduler.add_noise(latents, noise, timesteps)
-    torch.testing.assert_close(add_noise(schedule, *batch), theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(schedule.add_noise(*batch), theirs, rtol=0, atol=1e-6)
     their_target = noise if prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
-    torch.testing.assert_close(target(schedule, *batch), their_target, rtol=0, atol=1e-6)
+    torch.testing.assert_close(schedule.target(*batch), their_target, rtol=0, atol=1e-6)
 
 
 @each_prediction
 def test_half_precision_latents_are_noised_in_float32(batch, prediction_type):
     latents, noise, timesteps = batch
-    schedule = NoiseSchedule.from_scheduler(scheduler_of(prediction_type=prediction_type))
-    for function in (add_noise, target):
-        got = function(schedule, latents.bfloat16(), noise.bfloat16(), timesteps)
-        want = function(schedule, latents.bfloat16().float(), noise.bfloat16().float(), timesteps)
+    schedule = DiffusionProcess.from_scheduler(scheduler_of(prediction_type=prediction_type))
+    for function in (schedule.add_noise, schedule.target):
+        got = function(latents.bfloat16(), noise.bfloat16(), timesteps)
+        want = function(latents.bfloat16().float(), noise.bfloat16().float(), timesteps)
         assert got.dtype == torch.float32
         assert torch.equal(got, want)
 
@@ -134,8 +131,8 @@ def test_noise_for_another_purpose_is_another_draw():
 
 
 def test_constant_weights_are_one():
-    schedule = NoiseSchedule.from_scheduler(scheduler_of())
-    assert torch.equal(timestep_weights(schedule, ALL_TIMESTEPS), torch.ones(1000))
+    schedule = DiffusionProcess.from_scheduler(scheduler_of())
+    assert torch.equal(schedule.weights(ALL_TIMESTEPS), torch.ones(1000))
 
 
 @each_beta_schedule
@@ -144,39 +141,39 @@ def test_min_snr_agrees_with_diffusers_snr(beta_schedule, prediction_type):
     scheduler = scheduler_of(beta_schedule, prediction_type)
     snr = compute_snr(scheduler, ALL_TIMESTEPS)
     want = snr.clamp(max=5.0) / (snr if prediction_type == "epsilon" else snr + 1)
-    schedule = NoiseSchedule.from_scheduler(scheduler)
-    torch.testing.assert_close(timestep_weights(schedule, ALL_TIMESTEPS, "min_snr"), want, rtol=1e-5, atol=0)
+    schedule = DiffusionProcess.from_scheduler(scheduler)
+    torch.testing.assert_close(schedule.weights(ALL_TIMESTEPS, "min_snr"), want, rtol=1e-5, atol=0)
 
 
 @each_prediction
 def test_min_snr_is_finite_where_the_last_step_has_no_signal(prediction_type):
     scheduler = scheduler_of(prediction_type=prediction_type, rescale_betas_zero_snr=True)
-    schedule = NoiseSchedule(scheduler.alphas_cumprod.clone().index_fill(0, torch.tensor(999), 0), prediction_type)
-    assert timestep_weights(schedule, ALL_TIMESTEPS, "min_snr").isfinite().all()
+    schedule = DiffusionProcess(scheduler.alphas_cumprod.clone().index_fill(0, torch.tensor(999), 0), prediction_type)
+    assert schedule.weights(ALL_TIMESTEPS, "min_snr").isfinite().all()
 
 
 def test_the_temporal_discount_falls_by_its_factor_per_sampling_step_from_the_noisiest():
-    schedule = NoiseSchedule.from_scheduler(scheduler_of())
-    weights = timestep_weights(schedule, ALL_TIMESTEPS, "temporal_discount", discount=0.9)
+    schedule = DiffusionProcess.from_scheduler(scheduler_of())
+    weights = schedule.weights(ALL_TIMESTEPS, "temporal_discount", discount=0.9)
     assert weights.dtype == torch.float32
     assert weights.mean().item() == pytest.approx(1.0, rel=1e-6)
     assert (weights.diff() > 0).all()  # largest at t = T−1
     assert (weights[979] / weights[999]).item() == pytest.approx(0.9, rel=1e-6)  # 20 of 1000 = 1 of 50 steps
-    some = timestep_weights(schedule, torch.tensor([999, 0]), "temporal_discount", discount=0.9)
+    some = schedule.weights(torch.tensor([999, 0]), "temporal_discount", discount=0.9)
     assert torch.equal(some, weights[[999, 0]])
 
 
 def test_an_unknown_weighting_is_named_with_the_choices():
-    schedule = NoiseSchedule.from_scheduler(scheduler_of())
+    schedule = DiffusionProcess.from_scheduler(scheduler_of())
     with pytest.raises(ValueError, match="unknown timestep weighting 'snr'; choose from constant, min_snr"):
-        timestep_weights(schedule, ALL_TIMESTEPS, "snr")
+        schedule.weights(ALL_TIMESTEPS, "snr")
 
 
 def test_an_untrainable_scheduler_is_refused():
     with pytest.raises(ValueError, match="prediction type 'sample' can't be trained"):
-        NoiseSchedule.from_scheduler(scheduler_of(prediction_type="sample"))
+        DiffusionProcess.from_scheduler(scheduler_of(prediction_type="sample"))
     with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
-        NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler())
+        DiffusionProcess.from_scheduler(FlowMatchEulerDiscreteScheduler())
 
 
 CONTRADICTIONS = {
@@ -190,11 +187,13 @@ CONTRADICTIONS = {
 @pytest.mark.parametrize(("options", "message"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
 def test_a_scheduler_whose_settings_contradict_each_other_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        NoiseSchedule.from_scheduler(scheduler_of(**options))
+        DiffusionProcess.from_scheduler(scheduler_of(**options))
 
 
 def test_a_last_step_without_signal_is_trained_where_v_is_predicted():
-    schedule = NoiseSchedule.from_scheduler(scheduler_of(prediction_type="v_prediction", rescale_betas_zero_snr=True))
+    schedule = DiffusionProcess.from_scheduler(
+        scheduler_of(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    )
     assert schedule.alphas_cumprod[-1] < 1e-6
 
 
@@ -202,7 +201,7 @@ def test_a_schedule_keeps_float32_and_moves_between_devices():
     half = SimpleNamespace(
         alphas_cumprod=torch.linspace(0.9, 0.1, 10).half(), config=SimpleNamespace(prediction_type="epsilon")
     )
-    schedule = NoiseSchedule.from_scheduler(half)
+    schedule = DiffusionProcess.from_scheduler(half)
     assert schedule.alphas_cumprod.dtype == torch.float32 and len(schedule) == 10
     moved = schedule.to("meta")
     assert moved.alphas_cumprod.device.type == "meta" and moved.prediction_type == "epsilon"

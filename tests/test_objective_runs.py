@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from tolerances import ERROR, assert_same_but_for_rounding, drift, drift_tolerance
 from training_runs import TWO_PROCESSES, assert_same_run, command, launch, policy_of, rows_of
 
-import train_xdpo
 from xdpo import models, precompute
 from xdpo.config import OBJECTIVE_KEYS, REFERENCE_FREE
+from xdpo.feeds import SelfPlay
 
 SELF_PLAY = (
     "loss.name=seppo",
@@ -182,10 +182,8 @@ def test_opponents_of_self_play_are_sampled_from_the_cached_captions_too(run, tm
 
 def test_a_buffer_smaller_than_a_round_is_used_again(run, monkeypatch):
     sampled = []
-    original = train_xdpo.selfplay.SelfPlay._sample
-    monkeypatch.setattr(
-        train_xdpo.selfplay.SelfPlay, "_sample", lambda self, chunk: sampled.append(chunk) or original(self, chunk)
-    )
+    original = SelfPlay._sample
+    monkeypatch.setattr(SelfPlay, "_sample", lambda self, chunk: sampled.append(chunk) or original(self, chunk))
     status, _ = run("run", *SELF_PLAY, "self_play.buffer_pairs=3", "train.max_steps=4")
 
     assert status == 0
@@ -195,7 +193,7 @@ def test_a_buffer_smaller_than_a_round_is_used_again(run, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["asked", "killed"])
 def test_a_run_that_ends_while_it_samples_goes_on_with_what_it_has(run, monkeypatch, number):
     """In its second round, of two batches; an exception stands for the kill, which no code answers either."""
-    sampled, original = [], train_xdpo.selfplay.SelfPlay._sample
+    sampled, original = [], SelfPlay._sample
     ends = {signal.SIGTERM: 2, signal.SIGINT: 3}  # the request comes while a batch is sampled, which is still kept
 
     def ending(self, positions):
@@ -211,10 +209,10 @@ def test_a_run_that_ends_while_it_samples_goes_on_with_what_it_has(run, monkeypa
 
     options = (*SELF_PLAY, "self_play.buffer_pairs=6")
     _, whole = run("whole", *options)
-    monkeypatch.setattr(train_xdpo.selfplay.SelfPlay, "_sample", ending)
+    monkeypatch.setattr(SelfPlay, "_sample", ending)
     assert run("parts", *options)[0] == 128 + number
     assert len(sampled) == 3
-    monkeypatch.setattr(train_xdpo.selfplay.SelfPlay, "_sample", seen)
+    monkeypatch.setattr(SelfPlay, "_sample", seen)
     status, parts = run("parts", *options)
 
     assert status == 0

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from xdpo.config import ModelConfig
-from xdpo.models import check_pipeline_folder, load_parts, part_checksum, read_model_spec, resolve_model
+from xdpo.families import check_pipeline_folder, load_parts, part_checksum
+from xdpo.models import read_model_spec, resolve_model
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
@@ -335,7 +336,7 @@ def test_a_hub_model_from_the_cache_is_loaded_and_its_weights_checked(small_pipe
     cached(small_pipeline, "org/good")
     check_pipeline_folder("org/good")
     parts = load_parts(ModelConfig(pipeline="org/good"), encoders=False)
-    assert parts.vae is None and parts.unet.dtype == torch.float32
+    assert parts.vae is None and parts.denoiser.dtype == torch.float32
     local = ModelConfig(pipeline=small_pipeline)
     assert part_checksum(ModelConfig(pipeline="org/good"), "unet", "vae") == part_checksum(local, "unet", "vae")
 

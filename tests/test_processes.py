@@ -57,9 +57,13 @@ def go_through_scenes(folder, overrides):
     from accelerate import PartialState
 
     import generate
-    from xdpo import models, precompute, processes, sampling, selfplay, step
+    from xdpo import families, models, precompute, processes, sampling
     from xdpo.compute import build_accelerator
     from xdpo.config import load_config
+    from xdpo.data import Split
+    from xdpo.families import PipelineParts
+    from xdpo.feeds import SelfPlay
+    from xdpo.reference import Reference
 
     overrides += ["compute.precision=fp32", "data.source=parquet", f"cache.examples={folder}/cache"]
     overrides += [f"cache.local_copy={folder}/copy", "train.max_steps=3"]
@@ -74,28 +78,28 @@ def go_through_scenes(folder, overrides):
         print(f"process {accelerator.process_index} went through {scene}\n", end="", flush=True)
 
     busy_at_first(precompute.opening, "load_pairs", accelerator)
-    precompute.load_table(settings, accelerator, held_out=False)
+    precompute.load_table(settings, accelerator, Split.TRAIN)
     through("loading pairs")
 
-    busy_at_first(precompute.build, "encode_images", accelerator)
+    busy_at_first(PipelineParts, "encode_images", accelerator)
     precompute.build_missing_examples(settings, accelerator, say)
     through("building a cache")
 
     busy_at_first(precompute.opening, "copy_examples", accelerator)
-    pairs = precompute.open_examples(settings, accelerator, held_out=False)
+    pairs = precompute.open_examples(settings, accelerator, Split.TRAIN)
     through("copying a cache")
 
-    busy_at_first(step, "denoising_errors", accelerator)
+    busy_at_first(Reference, "measure", accelerator)
     runpy.run_path("scripts/cache_reference.py")["fill"](recorded, accelerator)
     through("recording the reference")
 
-    parts = models.load_parts(settings.model)
-    reference = models.make_reference(parts.unet, settings.model, settings.compute)
-    dataset = precompute.make_dataset(pairs, parts.tokenizer, settings, held_out=False)
-    play = selfplay.SelfPlay(settings, accelerator, parts, dataset, (4, 8, 8), reference, Path(settings.output_dir))
-    busy_at_first(selfplay.SelfPlay, "_sample", accelerator)
-    play.begin_step(0, parts.unet)
-    assert play.opponents(range(8)).shape == (8, 4, 8, 8)
+    parts = families.load_parts(settings.model)
+    reference = models.make_reference(parts, settings.model, settings.compute)
+    dataset = precompute.make_dataset(pairs, parts.tokenize, settings, Split.TRAIN)
+    play = SelfPlay(settings, accelerator, parts, dataset, (4, 8, 8), reference, Path(settings.output_dir))
+    busy_at_first(SelfPlay, "_sample", accelerator)
+    play.begin_step(0, parts.denoiser)
+    assert play.sampled_rejected(range(8)).shape == (8, 4, 8, 8)
     through("self-play")
 
     busy_at_first(models, "load_model", accelerator)

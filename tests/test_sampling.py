@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from xdpo import models, sampling
+from xdpo import families, sampling
 from xdpo.config import ModelConfig
 from xdpo.files import StorageError
 from xdpo.prompts import load_prompts
@@ -20,8 +20,8 @@ QUICK = SamplingSettings(num_inference_steps=2, batch_size=4)
 
 @pytest.fixture(scope="module")
 def pipeline(small_pipeline):
-    parts = models.load_parts(ModelConfig(pipeline=small_pipeline))
-    return models.pipeline_with(parts, parts.unet)
+    parts = families.load_parts(ModelConfig(pipeline=small_pipeline))
+    return families.pipeline_with(parts, parts.denoiser)
 
 
 def pixels(images):
@@ -85,9 +85,9 @@ def test_a_chunk_is_what_the_pipeline_itself_makes(pipeline):
     ],
 )
 def test_numbers_that_are_not_finite_are_no_image(small_pipeline, capsys, part, layer, value, fault):
-    parts = models.load_parts(ModelConfig(pipeline=small_pipeline))
+    parts = families.load_parts(ModelConfig(pipeline=small_pipeline))
     getattr(parts, part).get_submodule(layer).bias.data[0] = value
-    pipeline = models.pipeline_with(parts, parts.unet)
+    pipeline = families.pipeline_with(parts, parts.denoiser)
 
     with pytest.raises(sampling.NotFiniteError, match=rf"2 of 2 .* the {fault} of 'a prompt' .* in fp32"):
         sampling.sample_chunk(pipeline, ["a prompt", "b"], [3, 4], QUICK)
@@ -104,9 +104,9 @@ def test_sampling_a_list_uses_one_seed_per_prompt_in_order(pipeline):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_samples_from_its_generators_alone(small_pipeline, name):
-    parts = models.load_parts(ModelConfig(pipeline=small_pipeline))
+    parts = families.load_parts(ModelConfig(pipeline=small_pipeline))
     settings = SamplingSettings(num_inference_steps=3, scheduler=name, batch_size=2)
-    pipeline = sampling.prepare_pipeline(models.pipeline_with(parts, parts.unet), settings, torch.device("cpu"))
+    pipeline = sampling.prepare_pipeline(families.pipeline_with(parts, parts.denoiser), settings, torch.device("cpu"))
 
     first, second = (sampling.sample_chunk(pipeline, ["a", "b"], [1, 2], settings) for _ in range(2))
     assert type(pipeline.scheduler).__name__ == SCHEDULERS[name][0]
@@ -116,9 +116,11 @@ def test_every_scheduler_samples_from_its_generators_alone(small_pipeline, name)
 def test_half_precision_changes_pixels_but_little(small_pipeline):
     images = {}
     for precision in ("fp32", "bf16"):
-        parts = models.load_parts(ModelConfig(pipeline=small_pipeline))
+        parts = families.load_parts(ModelConfig(pipeline=small_pipeline))
         settings = SamplingSettings(num_inference_steps=2, precision=precision, batch_size=2)
-        pipeline = sampling.prepare_pipeline(models.pipeline_with(parts, parts.unet), settings, torch.device("cpu"))
+        pipeline = sampling.prepare_pipeline(
+            families.pipeline_with(parts, parts.denoiser), settings, torch.device("cpu")
+        )
         images[precision] = np.asarray(sampling.sample_chunk(pipeline, ["a"], [1], settings)[0], np.float32)
 
     difference = abs(images["fp32"] - images["bf16"])

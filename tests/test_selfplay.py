@@ -9,12 +9,13 @@ import pytest
 import torch
 from training_runs import ROOT, SMALL_RUN
 
-from xdpo import models, precompute
+from xdpo import families, models, precompute
 from xdpo.compute import build_accelerator
 from xdpo.config import load_config
+from xdpo.data import Split
+from xdpo.feeds.self_play import RoundOrder, Rounds, SelfPlay, draw_snapshot
 from xdpo.files import StorageError
 from xdpo.noise import SampleOrder
-from xdpo.selfplay import RoundOrder, Rounds, SelfPlay, draw_snapshot
 
 
 def rounds_of(*overrides):
@@ -66,11 +67,11 @@ def begin(small_pipeline, small_pairs, tmp_path, monkeypatch):
         rounds = ["loss.name=seppo", "self_play.every=2", "self_play.batch_size=3", "self_play.num_inference_steps=2"]
         settings = load_config("configs/base.yaml", [*SMALL_RUN, *paths, *rounds, *overrides])
         accelerator = build_accelerator(settings)
-        parts = models.load_parts(settings.model)
-        pairs = precompute.load_table(settings, accelerator, held_out=False)
-        reference = models.make_reference(parts.unet, settings.model, settings.compute)
+        parts = families.load_parts(settings.model)
+        pairs = precompute.load_table(settings, accelerator, Split.TRAIN)
+        reference = models.make_reference(parts, settings.model, settings.compute)
         reference = accelerator.prepare_model(reference, evaluation_mode=True)
-        dataset = precompute.make_dataset(pairs, parts.tokenizer, settings, held_out=False)
+        dataset = precompute.make_dataset(pairs, parts.tokenize, settings, Split.TRAIN)
         return SelfPlay(settings, accelerator, parts, dataset, (4, 8, 8), reference, tmp_path, **options)
 
     yield make
@@ -105,8 +106,8 @@ def killed_after(number, sampled, monkeypatch):
 
 def test_a_round_goes_on_with_what_was_sampled_when_it_was_killed(begin, sampled, monkeypatch, tmp_path):
     whole = begin()
-    whole.begin_step(0, whole.parts.unet)
-    expected = whole.opponents(range(8))
+    whole.begin_step(0, whole.parts.denoiser)
+    expected = whole.sampled_rejected(range(8))
     assert sampled == [[0, 1, 2], [3, 4, 5], [6, 7, 7]]
     whole.close()
 
@@ -115,17 +116,17 @@ def test_a_round_goes_on_with_what_was_sampled_when_it_was_killed(begin, sampled
         killed_after(2, sampled, patched)
         killed = begin()
         with pytest.raises(KeyboardInterrupt):
-            killed.begin_step(0, killed.parts.unet)
+            killed.begin_step(0, killed.parts.denoiser)
     said = []
     again = begin(say=said.append)
-    assert again.begin_step(0, again.parts.unet)
+    assert again.begin_step(0, again.parts.denoiser)
     assert sampled == [[0, 1, 2], [3, 4, 5], [6, 7, 7]]
-    assert torch.equal(again.opponents(range(8)), expected)
+    assert torch.equal(again.sampled_rejected(range(8)), expected)
     assert said[0] == f"self-play round 1: sampling 2 of 8 images; 8.2e-06 GB in {tmp_path}/self_play/00000"
 
     another = begin()
-    another.begin_step(1, another.parts.unet)  # within the round: nothing is sampled again
-    assert len(sampled) == 3 and torch.equal(another.opponents([5]), expected[5:6])
+    another.begin_step(1, another.parts.denoiser)  # within the round: nothing is sampled again
+    assert len(sampled) == 3 and torch.equal(another.sampled_rejected([5]), expected[5:6])
 
 
 @pytest.mark.parametrize(
@@ -136,31 +137,31 @@ def test_what_another_config_sampled_is_not_gone_on_with(begin, sampled, monkeyp
         killed_after(2, sampled, patched)
         killed = begin()
         with pytest.raises(KeyboardInterrupt):
-            killed.begin_step(0, killed.parts.unet)
+            killed.begin_step(0, killed.parts.denoiser)
     changed = begin(change)
-    changed.begin_step(0, changed.parts.unet)
+    changed.begin_step(0, changed.parts.denoiser)
     assert len(sampled) == 2 + 3
 
 
 def test_what_another_snapshot_sampled_is_not_gone_on_with(begin, sampled):
     one = begin("self_play.reference=latest")
-    one.begin_step(0, one.parts.unet)
-    before = one.opponents(range(8))
+    one.begin_step(0, one.parts.denoiser)
+    before = one.sampled_rejected(range(8))
     for path in one.folder.glob("snapshots/*"):  # as where a run is begun anew from other weights
         path.rename(path.with_name("gone"))
     other = begin("self_play.reference=latest")
     with torch.no_grad():
-        other.parts.unet.conv_out.bias.add_(1)
-    other.begin_step(0, other.parts.unet)
-    assert len(sampled) == 6 and not torch.equal(other.opponents(range(8)), before)
+        other.parts.denoiser.conv_out.bias.add_(1)
+    other.begin_step(0, other.parts.denoiser)
+    assert len(sampled) == 6 and not torch.equal(other.sampled_rejected(range(8)), before)
 
 
 def test_a_run_that_is_asked_to_stop_keeps_what_it_has_sampled(begin, sampled):
     stopping = begin(is_asked_to_stop=lambda: len(sampled) == 1)
-    assert not stopping.begin_step(0, stopping.parts.unet)
+    assert not stopping.begin_step(0, stopping.parts.denoiser)
     assert sampled == [[0, 1, 2]]
     again = begin()
-    assert again.begin_step(0, again.parts.unet)
+    assert again.begin_step(0, again.parts.denoiser)
     assert sampled == [[0, 1, 2], [3, 4, 5], [6, 7, 7]]
 
 
@@ -168,12 +169,12 @@ def test_rounds_stay_until_a_checkpoint_lies_behind_them(begin, tmp_path):
     play = begin()
     rounds = tmp_path / "self_play"
     for step_number in (0, 2):
-        play.begin_step(step_number, play.parts.unet)
+        play.begin_step(step_number, play.parts.denoiser)
     assert sorted(path.name for path in rounds.iterdir()) == ["00000", "00001"]  # a killed run begins at step 0 again
     checkpoint = tmp_path / "checkpoints" / "step_00000003"
     checkpoint.mkdir(parents=True)
     (checkpoint / "progress.json").write_text("{}")
-    play.begin_step(4, play.parts.unet)
+    play.begin_step(4, play.parts.denoiser)
     assert sorted(path.name for path in rounds.iterdir()) == ["00001", "00002"]
     play.close()
     assert not rounds.exists()
@@ -184,7 +185,7 @@ def test_a_disk_that_is_too_small_or_fills_up_is_said_and_nothing_sampled_is_los
     with monkeypatch.context() as patched:
         patched.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=8000))
         with pytest.raises(StorageError, match=r"round 1 needs 0\.00 GB more in .*self_play/00000, and .* make room"):
-            play.begin_step(0, play.parts.unet)
+            play.begin_step(0, play.parts.denoiser)
     assert not sampled
 
     original = SelfPlay._sample
@@ -200,9 +201,9 @@ def test_a_disk_that_is_too_small_or_fills_up_is_said_and_nothing_sampled_is_los
     with monkeypatch.context() as patched:
         patched.setattr(SelfPlay, "_sample", full)
         with pytest.raises(ValueError, match=r"could not write .*latents_00001\.npy.*[Tt]he disk is full"):
-            play.begin_step(0, play.parts.unet)
+            play.begin_step(0, play.parts.denoiser)
     monkeypatch.undo()
-    assert play.begin_step(0, play.parts.unet)
+    assert play.begin_step(0, play.parts.denoiser)
 
 
 def test_opponents_are_sampled_where_the_reference_is_with_encoders_elsewhere(begin, monkeypatch):

@@ -7,11 +7,14 @@ import pytest
 import torch
 from tolerances import assert_same_output
 
+from xdpo.batch import Batch, Conditioning, Tokens
 from xdpo.config import load_config
+from xdpo.families import load_parts
+from xdpo.families.stable_diffusion import STABLE_DIFFUSION
 from xdpo.loss import PairErrors
-from xdpo.models import load_parts
-from xdpo.noise import NoiseSchedule, add_noise
-from xdpo.step import STATISTICS, Example, ExampleMaker, denoising_errors, measure, preference_loss
+from xdpo.noisy import NoisyBatch, NoisyBatchMaker, denoising_errors
+from xdpo.reference import Frozen
+from xdpo.step import Statistics, means, measure, preference_loss
 
 
 class Offset(torch.nn.Module):
@@ -29,23 +32,24 @@ def example(targets, weights=1.0):
     """One pair whose noisy latents are zero; `targets` are constant per image, chosen first."""
     zeros = torch.zeros(2, 4, 2, 2)
     constant = torch.tensor(targets).view(2, 1, 1, 1).expand_as(zeros)
-    return Example(zeros, torch.zeros(2, dtype=torch.long), torch.zeros(2, 1, 1), constant, torch.full((2,), weights))
+    conditioning = Conditioning(text=torch.zeros(2, 1, 1))
+    times, weights = torch.zeros(2, dtype=torch.long), torch.full((2,), weights)
+    return NoisyBatch(STABLE_DIFFUSION, [0], zeros, times, conditioning, constant, weights)
 
 
 @pytest.fixture
 def maker(small_pipeline):
     config = load_config("configs/base.yaml", [f"model.pipeline={small_pipeline}", "data.resolution=16"])
     parts = load_parts(config.model)
-    return ExampleMaker(parts, NoiseSchedule.from_scheduler(parts.scheduler), config, torch.device("cpu"))
+    return NoisyBatchMaker(parts, parts.process(), config, torch.device("cpu"))
 
 
 def batch_of(positions):
     """Each pair's pixels and tokens depend on its position alone."""
     pixels = [torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(p)) * 2 - 1 for p in positions]
-    return {
-        "pixel_values": torch.stack(pixels, dim=1).flatten(0, 1),
-        "input_ids": torch.tensor([[position % 7] * 8 for position in positions]),
-    }
+    tokens = Tokens(input_ids=torch.tensor([[position % 7] * 8 for position in positions]))
+    images, number = torch.stack(pixels, dim=1).flatten(0, 1), torch.tensor(positions)
+    return Batch(number, number, [str(position) for position in positions], images, tokens, 0, [])
 
 
 def test_an_error_is_the_mean_over_the_image_of_the_squared_difference_times_its_weight():
@@ -57,7 +61,7 @@ def test_an_error_is_the_mean_over_the_image_of_the_squared_difference_times_its
 def test_chosen_comes_first_and_the_reference_gets_no_gradient():
     policy, reference = Offset(1.0), Offset(0.5)
     config = load_config("configs/xdpo_sd15.yaml", ["loss.beta=1"]).loss
-    errors = measure(policy, policy, reference, example([1.0, 0.0]), config).errors
+    errors = measure(policy, Frozen(reference), example([1.0, 0.0]), config).errors
     loss = preference_loss(errors, config).loss.sum()
     loss.backward()
 
@@ -68,8 +72,9 @@ def test_chosen_comes_first_and_the_reference_gets_no_gradient():
 
 def test_a_policy_equal_to_its_reference_has_loss_ln_2_margin_0_and_half_an_accuracy():
     errors = PairErrors(*(torch.tensor([0.1, 0.2]),) * 4)
-    output = preference_loss(errors, load_config("configs/xdpo_sd15.yaml").loss)
-    statistics = dict(zip(STATISTICS, (output.statistics / 2).tolist(), strict=True))
+    config = load_config("configs/xdpo_sd15.yaml").loss
+    output = preference_loss(errors, config)
+    statistics = means(Statistics(*torch.stack(output.statistics).tolist()), 2, config)
 
     assert statistics["loss"] == pytest.approx(math.log(2))
     assert statistics["margin"] == 0 and statistics["implicit_accuracy"] == 0.5
@@ -81,7 +86,7 @@ def test_a_policy_equal_to_its_reference_has_loss_ln_2_margin_0_and_half_an_accu
 def test_statistics_are_sums_over_pairs_and_count_wins():
     errors = PairErrors(*map(torch.tensor, ([0.1, 0.3], [0.2, 0.1], [0.2, 0.2], [0.2, 0.2])))
     output = preference_loss(errors, load_config("configs/diffusion_dpo_sd15.yaml").loss)
-    statistics = dict(zip(STATISTICS, output.statistics.tolist(), strict=True))
+    statistics = output.statistics._asdict()
 
     assert statistics["implicit_accuracy"] == 1  # the first pair is won, the second lost
     assert statistics["d_chosen"] == pytest.approx(-0.1 + 0.1, abs=1e-6)
@@ -95,7 +100,7 @@ def test_a_margin_weight_multiplies_beta_and_the_accuracy_stays_the_labels():
     config = load_config("configs/diffusion_dpo_sd15.yaml", ["loss.beta=1000", "loss.margin_weight=10"]).loss
     weights = torch.tensor([0.02, -0.01, 0.0])
     output = preference_loss(errors, config, {"margin_weights": weights})
-    statistics = dict(zip(STATISTICS, output.statistics.tolist(), strict=True))
+    statistics = output.statistics._asdict()
 
     margins = [3.0, -1.5, 0.0]
     assert output.loss.tolist() == pytest.approx([math.log1p(math.exp(-margin)) for margin in margins], rel=1e-5)
@@ -109,9 +114,11 @@ def test_a_pair_is_the_same_example_alone_and_in_a_batch(maker):
     together = maker(batch_of([3, 4, 5]), 0, [3, 4, 5])
     alone = maker(batch_of([4]), 0, [4])
 
-    for name in ("noisy_latents", "targets", "text_states", "timesteps"):
-        both = getattr(together, name)[[1, 4]]  # chosen and rejected of the second pair
-        assert_same_output(both, getattr(alone, name))
+    for one, other in (
+        *((getattr(together, name), getattr(alone, name)) for name in ("latents", "targets", "timesteps")),
+        (together.conditioning["text"], alone.conditioning["text"]),
+    ):
+        assert_same_output(one[[1, 4]], other)  # chosen and rejected of the second pair
 
 
 def test_a_pair_shares_its_timestep_noise_and_caption_but_not_its_latents(maker):
@@ -119,8 +126,8 @@ def test_a_pair_shares_its_timestep_noise_and_caption_but_not_its_latents(maker)
 
     assert torch.equal(made.timesteps[:2], made.timesteps[2:])
     assert torch.equal(made.targets[:2], made.targets[2:])
-    assert torch.equal(made.text_states[:2], made.text_states[2:])
-    assert not torch.allclose(made.noisy_latents[:2], made.noisy_latents[2:])
+    assert torch.equal(made.conditioning["text"][:2], made.conditioning["text"][2:])
+    assert not torch.allclose(made.latents[:2], made.latents[2:])
     assert not torch.allclose(made.targets[0], made.targets[1])
 
 
@@ -129,11 +136,11 @@ def test_noisy_latents_are_the_scaled_latents_at_their_timestep(maker):
 
     made = maker(batch_of([0]), 0, [0])
     with torch.no_grad():
-        posterior = maker.parts.vae.encode(batch_of([0])["pixel_values"]).latent_dist
+        posterior = maker.parts.vae.encode(batch_of([0]).images).latent_dist
     own = draw_noise(0, [0], (4, 8, 8), shared=False, stream="posterior")
     latents = (posterior.mean + posterior.std * own) * maker.parts.vae.config.scaling_factor
-    expected = add_noise(maker.schedule, latents, made.targets, made.timesteps)
-    assert_same_output(made.noisy_latents, expected)
+    expected = maker.process.add_noise(latents, made.targets, made.timesteps)
+    assert_same_output(made.latents, expected)
 
 
 def test_another_seed_or_position_makes_another_example(maker):

@@ -17,10 +17,11 @@ from tolerances import ERROR, assert_same_but_for_rounding, assert_same_figures,
 from training_runs import ROOT, TWO_PROCESSES, assert_same_run, command, launch, policy_of, rows_of
 
 import train_xdpo
-from xdpo import checkpoint, files, models, precompute, step
+from xdpo import checkpoint, files, find_batch, learner, precompute, reference, step
 from xdpo.cache import ReferenceCache
 from xdpo.config import dump_config, load_config
 from xdpo.data import PairDataset
+from xdpo.families import PipelineParts
 
 VARIANTS = {
     "full": [],
@@ -178,7 +179,8 @@ def test_a_run_from_caches_loads_neither_encoders_nor_data_nor_the_reference(run
         (AutoencoderKL, "from_pretrained"),
         (precompute.opening, "load_pairs"),
         (models, "make_reference"),
-        (step, "as_reference"),
+        (reference.Frozen, "measure"),
+        (reference.AdapterOff, "measure"),
     ):
         monkeypatch.setattr(owner, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
     status, second = run("second", *caches)
@@ -221,7 +223,7 @@ def test_samples_are_drawn_from_caches_too(run, tmp_path):
 def test_a_cache_of_something_else_is_refused_before_weights_are_loaded(run, tmp_path, monkeypatch, capsys):
     examples = f"cache.examples={tmp_path / 'examples'}"
     run("first", examples)
-    monkeypatch.setattr(models, "load_parts", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(families, "load_parts", lambda *_, **__: pytest.fail("weights were loaded"))
     status, _ = run("second", examples, "data.resolution=8")
     assert status == 1 and "data.resolution: 16 in the cache, 8 in this run" in capsys.readouterr().err
     status, _ = run("third", f"cache.examples={tmp_path / 'nothing'}", "cache.build=false")
@@ -230,7 +232,7 @@ def test_a_cache_of_something_else_is_refused_before_weights_are_loaded(run, tmp
 
 def test_find_batch_tries_the_sizes_that_keep_the_total_batch_and_leaves_no_run(run, capsys, monkeypatch):
     clock = itertools.count()  # a second passes between any two looks at it: pairs/s double with the size
-    monkeypatch.setattr(train_xdpo.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(find_batch.time, "perf_counter", lambda: next(clock))
     status, folder = run("x", "--find-batch")
     printed = capsys.readouterr().out
     assert status == 0 and not folder.exists()
@@ -341,7 +343,8 @@ def test_autocast_keeps_no_copies_of_the_weights(run, monkeypatch):
         seen.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
         return original(*given)
 
-    monkeypatch.setattr(step, "residuals", residuals)
+    for user in (step, reference):
+        monkeypatch.setattr(user, "residuals", residuals)
     assert run("run", "compute.precision=bf16", "train.max_steps=1")[0] == 0
     assert set(seen) == {(True, False)}
 
@@ -358,14 +361,14 @@ def test_a_finished_run_is_left_as_it_is(run):
 
 def test_sigterm_finishes_the_step_saves_and_resumes_to_the_same_end(run, monkeypatch, capsys):
     _, whole = run("whole")
-    rate = train_xdpo.learning_rate_at
+    rate = learner.learning_rate_at
 
     def interrupted(settings, step_number):
         if step_number == 1:
             signal.raise_signal(signal.SIGTERM)
         return rate(settings, step_number)
 
-    monkeypatch.setattr(train_xdpo, "learning_rate_at", interrupted)
+    monkeypatch.setattr(learner, "learning_rate_at", interrupted)
     status, folder = run("parts")
     assert status == 128 + signal.SIGTERM
     stopped_after = rows_of(folder)[-1]["step"]
@@ -468,14 +471,14 @@ def test_held_out_pairs_and_samples_appear_at_their_intervals(run, small_pairs):
 
 def test_a_held_out_pair_is_read_and_encoded_once_for_all_its_draws(run, small_pairs, monkeypatch):
     read, encoded = [], []
-    original, encode = PairDataset.batch, step.encode_images
+    original, encode = PairDataset.batch, PipelineParts.encode_images
 
     def batch(self, positions):
         read.append((self.augment, positions))
         return original(self, positions)
 
     monkeypatch.setattr(PairDataset, "batch", batch)
-    monkeypatch.setattr(step, "encode_images", lambda *given: encoded.append(1) or encode(*given))
+    monkeypatch.setattr(PipelineParts, "encode_images", lambda *given: encoded.append(1) or encode(*given))
     common = (f"eval.path={small_pairs}", "eval.draws=3", "eval.pairs=5", "train.max_steps=1")
     assert run("run", "eval.every=1", *common)[0] == 0
     assert [given for augment, given in read if not augment] == [[0, 1], [2, 3], [4]] * 2  # before and after the step
@@ -535,7 +538,7 @@ def test_bad_input_is_refused_in_one_screen_before_weights_are_loaded(run, monke
     absent = {"wandb", "bitsandbytes"}  # on this machine they may be there
     find = importlib.util.find_spec
     monkeypatch.setattr(train_xdpo.importlib.util, "find_spec", lambda name: None if name in absent else find(name))
-    monkeypatch.setattr(models, "load_parts", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(families, "load_parts", lambda *_, **__: pytest.fail("weights were loaded"))
     status, folder = run("run", *overrides)
 
     error = capsys.readouterr().err
@@ -547,7 +550,7 @@ def test_bad_input_is_refused_in_one_screen_before_weights_are_loaded(run, monke
 
 def test_a_model_folder_without_a_unet_is_refused(run, tmp_path, capsys, monkeypatch):
     (tmp_path / "half" / "vae").mkdir(parents=True)
-    monkeypatch.setattr(models, "load_parts", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(families, "load_parts", lambda *_, **__: pytest.fail("weights were loaded"))
 
     assert run("run", f"model.pipeline={tmp_path / 'half'}")[0] == 1
     assert "unet" in capsys.readouterr().err

@@ -9,8 +9,16 @@ from tolerances import assert_same_output
 
 from xdpo.cache import CachedPairDataset
 from xdpo.config import load_config
-from xdpo.data import DataError, LabelledImages, UnpairedDataset, UnpairedOrder, label_images, places_of
-from xdpo.models import encode_captions, encode_images, load_parts
+from xdpo.data import (
+    DataError,
+    LabelledImages,
+    Split,
+    UnpairedDataset,
+    UnpairedOrder,
+    image_positions_of,
+    label_images,
+)
+from xdpo.families import load_parts
 from xdpo.precompute import build_missing_examples, make_dataset, open_pairs
 
 BASE = "configs/base.yaml"
@@ -55,8 +63,8 @@ def with_cache(settings, folder):
 
 
 def paired(settings):
-    pairs = open_pairs(settings, Accelerator(cpu=True), held_out=False)
-    return make_dataset(pairs, load_parts(settings.model).tokenizer, settings, held_out=False)
+    pairs = open_pairs(settings, Accelerator(cpu=True), Split.TRAIN)
+    return make_dataset(pairs, load_parts(settings.model).tokenize, settings, Split.TRAIN)
 
 
 def test_an_image_that_won_once_is_desirable_and_counts_once():
@@ -96,14 +104,14 @@ def test_a_place_holds_the_same_image_whatever_was_asked_before():
 
 
 def test_the_slots_of_a_batch_stand_as_chosen_and_rejected_do():
-    assert places_of([3, 5]) == [6, 10, 7, 11]
+    assert image_positions_of([3, 5]) == [6, 10, 7, 11]
 
 
 def test_images_without_uids_are_one_each(tmp_path, settings):
     bare = {name: pick_a_pic_row(0)[name] for name in ("jpg_0", "jpg_1", "label_0", "caption")}
     path = write_pick_a_pic(tmp_path / "bare.parquet", [bare, bare | {"label_0": 0.0}])
     settings = settings.model_copy(update={"data": settings.data.model_copy(update={"path": path})})
-    chosen, rejected = open_pairs(settings, Accelerator(cpu=True), held_out=False).image_names()
+    chosen, rejected = open_pairs(settings, Accelerator(cpu=True), Split.TRAIN).image_names()
 
     assert (chosen.tolist(), rejected.tolist()) == ([0, 3], [1, 2])
 
@@ -116,14 +124,13 @@ def test_batches_of_the_source_and_of_the_cache_are_the_same_images(settings, tm
     assert isinstance(datasets[1].pairs, CachedPairDataset)
     for positions in ([0, 1, 2, 3], [40, 41]):
         source, encoded = (dataset.batch(positions) for dataset in datasets)
-        for name in ("positions", "places", "rows", "desirable"):
-            assert torch.equal(source[name], encoded[name])
-        assert source["pair_ids"] == encoded["pair_ids"] and len(source["rows"]) == 2 * len(positions)
-        moments = encode_images(parts.vae, source["pixel_values"])
-        assert_same_output(encoded["latent_means"], moments.means)
-        assert_same_output(encoded["latent_stds"], moments.stds)
-        states = encode_captions(parts.text_encoder, source["input_ids"])
-        assert_same_output(encoded["text_states"], states)
+        for one, other in zip((*source[:2], *source.single), (*encoded[:2], *encoded.single), strict=True):
+            assert torch.equal(one, other)
+        assert source.pair_ids == encoded.pair_ids and len(source.rows) == 2 * len(positions)
+        moments = parts.encode_images(source.images)
+        assert_same_output(encoded.images.means, moments.means)
+        assert_same_output(encoded.images.stds, moments.stds)
+        assert_same_output(encoded.captions["text"], parts.encode_captions(source.captions)["text"])
 
 
 def test_the_next_image_of_the_same_label_stands_in_for_an_unreadable_one(tmp_path, settings):
@@ -132,18 +139,18 @@ def test_the_next_image_of_the_same_label_stands_in_for_an_unreadable_one(tmp_pa
     settings = settings.model_copy(update={"data": settings.data.model_copy(update={"path": path})})
     batch = UnpairedDataset(paired(settings), 0.5).batch(list(range(10)))
 
-    assert set(batch["unreadable"]) == {0}
-    assert set(batch["rows"][batch["desirable"]].tolist()) == {1}
-    assert set(batch["rows"][~batch["desirable"]].tolist()) == {0, 1}
+    assert set(batch.unreadable) == {0}
+    assert set(batch.rows[batch.single.desirable].tolist()) == {1}
+    assert set(batch.rows[~batch.single.desirable].tolist()) == {0, 1}
 
 
 def test_a_batch_looks_at_its_own_images_and_not_at_all_labels(settings, monkeypatch):
     dataset = paired(settings)
     expected = UnpairedDataset(dataset, 0.5).batch([0, 1])
     unpaired = UnpairedDataset(dataset, 0.5)
-    monkeypatch.setattr(LabelledImages, "places", None)
+    monkeypatch.setattr(LabelledImages, "numbers", None)
     monkeypatch.setattr(np, "flatnonzero", None)
-    assert torch.equal(unpaired.batch([0, 1])["rows"], expected["rows"])
+    assert torch.equal(unpaired.batch([0, 1]).rows, expected.rows)
 
 
 def test_stand_ins_are_all_images_of_a_label_once_from_the_first_on():

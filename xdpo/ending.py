@@ -168,6 +168,17 @@ class _Watch(threading.Thread):
         self._leave(1)
 
 
+def describe_stop(step_seconds: float, saving_seconds: float, looking_seconds: float) -> str:
+    """How long a stop takes, and what to do where the launcher would not wait for it."""
+    needed = step_seconds + saving_seconds + looking_seconds
+    text = f"a stop takes up to {needed:.0f} s: a step {step_seconds:.0f} s, saving {saving_seconds:.0f} s"
+    text += f", after an evaluation or samples that are in work, {looking_seconds:.0f} s"
+    grace = launcher_grace_seconds()
+    if grace is not None and grace < 2 * needed:
+        text += f"; the launcher leaves {grace} s: start it with {GRACE_VARIABLE}={60 + 4 * round(needed)}"
+    return text
+
+
 def _lost_another(error: BaseException) -> bool:
     """Whether an error is of a collective that another process left."""
     return type(error) is RuntimeError or isinstance(error, dist.DistError)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from xdpo.loss import PairErrors
+
 MAX_SKIPPED = 20  # optimizer steps that may overflow in fp16 one after another; a scale settles within a few
 
 
@@ -13,16 +15,21 @@ class NonFiniteError(RuntimeError):
     """The loss or its gradient is not a finite number; the message names pairs and values."""
 
 
-def refuse_non_finite(step_number: int, numbers: dict[str, float], window: list, is_scaled: bool) -> None:
-    """Stop before the weights are touched if the loss, or without loss scaling the gradient, is not finite."""
+def refuse_non_finite(
+    step_number: int, metrics: dict[str, float], window: list[tuple[list[str], PairErrors]], is_scaled: bool
+) -> None:
+    """Stop before the weights are touched if the loss, or without loss scaling the gradient, is not finite.
+
+    window: pair ids and errors of each micro-step of this process. Raises NonFiniteError.
+    """
     watched = ["loss", "margin"] if is_scaled else ["loss", "margin", "gradient_norm"]
-    bad = [name for name in watched if not torch.isfinite(torch.tensor(numbers[name]))]
+    bad = [name for name in watched if not torch.isfinite(torch.tensor(metrics[name]))]
     if not bad:
         return
     rows = []
-    for batch, errors in window:
+    for pair_ids, errors in window:
         measured = torch.stack([error.float() for error in errors if error is not None], dim=1).cpu()  # (B, 4 or 2)
-        for pair_id, values in zip(batch["pair_ids"], measured, strict=True):
+        for pair_id, values in zip(pair_ids, measured, strict=True):
             if bad == ["gradient_norm"] or not torch.isfinite(values).all():
                 chosen, rejected, *reference = values.tolist()
                 line = f"pair {pair_id}: e policy {chosen:.6g}/{rejected:.6g}"

@@ -11,8 +11,9 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -26,13 +27,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.pipelines import PIPELINES, TOKENS, build_networks
-from xdpo import models, step
+from xdpo import learner, models, step
+from xdpo.batch import Batch, Conditioning, LatentMoments, SingleImages, Tokens
 from xdpo.compute import build_accelerator
 from xdpo.config import Config, accumulation_steps
-from xdpo.noise import NoiseSchedule
+from xdpo.data import PairWeights, Split
+from xdpo.families.stable_diffusion import TEXT
+from xdpo.learner import Learner, build_ema, build_reference
+from xdpo.noise import DiffusionProcess
+from xdpo.noisy import NoisyBatchMaker
+from xdpo.non_finite import SkippedSteps
+from xdpo.reference import Recorded
+from xdpo.watch import SAMPLE_CHUNK as IMAGES_OF_A_SHEET
 
 GPU_PRECISIONS = {"auto": "bf16", "fp16": "bf16"}  # what a GPU takes; of one size, and a CPU has no fp16
-IMAGES_OF_A_SHEET = 4  # train_xdpo.SAMPLE_CHUNK
 FLOAT32_ON_CUDA = (  # of the ops of these networks, those that CUDA's autocast runs in float32 and the CPU's doesn't
     *((F, name) for name in ("group_norm", "layer_norm", "interpolate", "softmax")),
     *((torch, name) for name in ("softmax", "exp")),
@@ -171,129 +179,128 @@ def shape_of(settings: Config, processes: int) -> tuple:
         *settings.compute.model_dump().items(),
         (settings.data.resolution, settings.data.sample_latents),
         (bool(settings.cache.examples), bool(settings.cache.reference)),
-        (loss.needs_reference, loss.is_unpaired, loss.name == "seppo", step.inputs_of(loss)),
+        (loss.needs_reference, loss.is_unpaired, loss.samples_rejected, step.inputs_of(loss)),
         (settings.optim.name, settings.train.micro_batch_pairs, accumulation_steps(settings, processes) == 1),
         (settings.eval.every > 0, samples.every > 0, samples.guidance_scale > 1),
-        (settings.self_play.batch_size, settings.self_play.guidance_scale > 1) if loss.name == "seppo" else None,
+        (settings.self_play.batch_size, settings.self_play.guidance_scale > 1) if loss.samples_rejected else None,
     )
 
 
 class Training:
-    """The networks of train_xdpo.py, and its phases, each measured."""
+    """A training's learner on networks without contents, and the phases of a run, each measured."""
 
     def __init__(self, settings: Config, shapes: Mapping[str, Mapping[str, Any]], processes: int, meter: Meter) -> None:
         self.settings, self.processes, self.meter = settings, processes, meter
-        networks = build_networks(shapes)
-        for network in networks:
-            network.eval().requires_grad_(False)
-        self.accelerator = build_accelerator(settings)
-        self.reference = None
+        parts = build_networks(shapes)
+        accelerator = build_accelerator(settings)
+        network = None
         if settings.loss.needs_reference and not settings.cache.reference:
-            self.reference = models.make_reference(networks.unet, settings.model, settings.compute)
-        policy = models.make_policy(networks.unet, settings.model, settings.compute)
-        self.parameters = models.trainable_parameters(policy)
-        self.policy = self.accelerator.prepare(policy)
-        self.optimizer = build_optimizer(settings, self.parameters)
-        if self.reference is not None:
-            self.reference = self.accelerator.prepare_model(self.reference, evaluation_mode=True)
-        self.vae, self.text_encoder = networks.vae, networks.text_encoder
-        self.ema = None
-        schedule = NoiseSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon")
-        parts = models.PipelineParts(None, self.text_encoder, self.vae, self.policy, None)
-        self.make_example = step.ExampleMaker(parts, schedule, settings, torch.device("cpu"))
+            network = models.make_reference(parts, settings.model, settings.compute)
+        policy = accelerator.prepare(models.make_policy(parts, settings.model, settings.compute))
+        if network is not None:
+            network = accelerator.prepare_model(network, evaluation_mode=True)
+        reference = build_reference(settings, network, policy)
+        if settings.cache.reference:
+            known = KnownErrors(settings.train.micro_batch_pairs)
+            reference = Recorded(reference, known, accelerator.device)
+        process = DiffusionProcess(torch.linspace(0.99, 0.01, 1000), "epsilon")
+        ones = SimpleNamespace(get=lambda rows, device: torch.ones(len(rows)))
+        self.learner = Learner(
+            settings=settings,
+            accelerator=accelerator,
+            parts=parts,
+            policy=policy,
+            bare_policy=policy,
+            optimizer=build_optimizer(settings, models.trainable_parameters(policy)),
+            make_noisy=NoisyBatchMaker(parts, process, settings, torch.device("cpu")),
+            references={Split.TRAIN: reference, Split.HELD_OUT: reference},
+            margin_weights=PairWeights(*(ones if settings.loss.margin_weight is not None else None for _ in range(2))),
+            ema=None,
+            z0=torch.zeros(()),
+            skipped_steps=SkippedSteps(None),
+        )
         self.latent_shape = parts.latent_shape(settings.data.resolution)
+        self.text_shape = (TOKENS, parts.modules["text_encoder"].config.hidden_size)
         self.batch = self._batch()
 
     def start(self) -> None:
         """Weights on the device, and with several processes DDP's buckets, in which the gradients are."""
+        learner, settings = self.learner, self.settings
         with self.meter, self.meter.phase("start"):
-            self.meter.place(_tensors(self.policy, self.reference))
-            if not self.settings.cache.examples:
-                self.meter.place(_tensors(self.vae, self.text_encoder))
+            self.meter.place(_tensors(learner.policy, learner.reference.network))
+            if not settings.cache.examples:
+                self.meter.place(_tensors(*learner.parts.encoders))
             if self.processes > 1:
                 self._make_gradients()
-            if self.settings.model.ema_decay is not None:
-                from diffusers.training_utils import EMAModel
-
-                self.ema = EMAModel(self.parameters, decay=self.settings.model.ema_decay)
+            learner.ema = build_ema(settings, learner.parameters)
 
     def micro_step(self, is_first: bool) -> None:
         """One pass; its gradients are added to those that are there, of which a first one finds none."""
-        loss, accelerator = self.settings.loss, self.accelerator
-        inputs = {}
-        if loss.is_unpaired:
-            inputs |= {"z0": torch.zeros(()), "desirable": self.batch["desirable"]}
-        if loss.margin_weight is not None:
-            inputs["margin_weights"] = torch.ones(self.settings.train.micro_batch_pairs)
+        learner = self.learner
         with self.meter:
             if not is_first:
                 self._make_gradients()
-            with self.meter.phase("encoding"), accelerator.autocast():
-                example = self._example()
+            with self.meter.phase("encoding"):
+                batch = self._fresh_batch()
+                noisy = learner.noisy(batch)
             with self.meter.phase("forward"):
-                with accelerator.autocast():
-                    measured = step.measure(
-                        self.policy, self.policy, self.reference, example, loss, self._known_errors()
-                    )
-                output = step.preference_loss(measured.errors, loss, measured.inputs | inputs)
+                output = learner.outcome(batch, noisy)
             with self.meter.phase("backward"):
-                accelerator.backward(output.loss.mean())
+                learner.accelerator.backward(output.loss.mean())
 
     def update(self) -> None:
-        model = self.settings.model
+        learner = self.learner
         with self.meter, self.meter.phase("update"):
             self._make_gradients()
-            self.accelerator.clip_grad_norm_(self.parameters, self.settings.optim.max_grad_norm or float("inf"))
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=self.processes == 1)
-            if self.ema is not None:
-                self.ema.step(self.parameters)
-            if model.reference_decay and self.reference is not None:
-                models.follow(self.reference, self.policy, model.reference_decay)
+            learner.accelerator.clip_grad_norm_(learner.parameters, self.settings.optim.max_grad_norm or float("inf"))
+            learner.optimizer.step()
+            learner.optimizer.zero_grad(set_to_none=self.processes == 1)
+            if learner.ema is not None:
+                learner.ema.step(learner.parameters)
+            learner.reference.after_update(learner.bare_policy)
 
     @torch.no_grad()
     def evaluate(self) -> None:
         if self.settings.eval.every:
-            with self.meter, self.meter.phase("evaluation"), self.accelerator.autocast():
-                example = self._example()
-                step.measure(
-                    self.policy, self.policy, self.reference, example, self.settings.loss, self._known_errors()
-                )
+            with self.meter, self.meter.phase("evaluation"):
+                self.learner.measure(self._fresh_batch()._replace(single=None), Split.HELD_OUT)
 
     @torch.no_grad()
     def draw_samples(self) -> None:
         """A sheet's two columns. The encoders visit the device for it where training itself doesn't need them."""
-        settings = self.settings
-        if not settings.samples.every:
+        learner, settings = self.learner, self.settings
+        wanted, parts = settings.samples, learner.parts
+        if not wanted.every:
             return
-        encoders, wanted = _tensors(self.vae, self.text_encoder), settings.samples
-        has_adapter = settings.model.trainable == "lora"
-        columns = [(self.policy, nullcontext())]
-        if self.reference is not None or has_adapter:
-            off = models.adapter_off(self.policy) if has_adapter else nullcontext()
-            columns.insert(0, (self.reference or self.policy, off))
+        encoders = _tensors(*parts.encoders)
+        captions = IMAGES_OF_A_SHEET * (2 if wanted.guidance_scale > 1 else 1)
+
+        def draw(denoiser: nn.Module | None) -> None:
+            if denoiser is not None:
+                states = parts.encode_captions(Tokens(input_ids=torch.zeros(captions, TOKENS).long()))
+                latents = self._sample(denoiser, states, wanted.guidance_scale)
+                parts.vae.decode(latents).sample.add(1).div(2).clamp(0, 1)
+
         with self.meter, self.meter.phase("samples"):
             self.meter.place(encoders)
-            self.vae.enable_slicing()
-            for unet, switched in columns:
-                with self.accelerator.autocast(), switched:
-                    captions = IMAGES_OF_A_SHEET * (2 if wanted.guidance_scale > 1 else 1)
-                    text_states = models.encode_captions(self.text_encoder, torch.zeros(captions, TOKENS).long())
-                    latents = self._sample(unet, text_states, wanted.guidance_scale)
-                    self.vae.decode(latents).sample.add(1).div(2).clamp(0, 1)
-            self.vae.disable_slicing()
+            parts.vae.enable_slicing()
+            with learner.accelerator.autocast():
+                with learner.reference.running() as reference:
+                    draw(reference)
+                draw(learner.bare_policy)
+            parts.vae.disable_slicing()
             if settings.cache.examples:
                 self.meter.remove(encoders)
 
     @torch.no_grad()
     def sample_opponents(self) -> None:
         """A batch of a self-play round; its latents are kept on the CPU."""
-        if self.settings.loss.name == "seppo":
+        if self.settings.loss.samples_rejected:
             wanted = self.settings.self_play
             captions = wanted.batch_size * (2 if wanted.guidance_scale > 1 else 1)
-            with self.meter, self.meter.phase("self-play"), self.accelerator.autocast():
-                text_states = torch.zeros(captions, TOKENS, self.text_encoder.config.hidden_size)
-                self._sample(self.reference, text_states, wanted.guidance_scale)
+            with self.meter, self.meter.phase("self-play"), self.learner.accelerator.autocast():
+                states = Conditioning({TEXT: torch.zeros(captions, *self.text_shape)})
+                self._sample(self.learner.reference.network, states, wanted.guidance_scale)
 
     def save(self) -> None:
         """What is saved is copied to the CPU, tensor by tensor: nothing on the device."""
@@ -304,54 +311,59 @@ class Training:
     def resume(self) -> None:
         """Weights and moments are read tensor by tensor into those that are there, each once more on its way."""
         with self.meter, self.meter.phase("resume"):
-            for parameter in self.parameters:
+            for parameter in self.learner.parameters:
                 parameter.copy_(torch.empty_like(parameter))
 
     def _make_gradients(self) -> None:
-        for parameter in self.parameters:
+        for parameter in self.learner.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
-    def _batch(self) -> dict[str, Any]:
+    def _batch(self) -> Batch:
         """A batch as the loader gives it."""
-        settings, pairs = self.settings, self.settings.train.micro_batch_pairs
-        captions = 2 * pairs if settings.loss.is_unpaired else pairs
-        batch: dict[str, Any] = {}
+        settings, pairs, loss = self.settings, self.settings.train.micro_batch_pairs, self.settings.loss
+        captions, side = 2 * pairs if loss.is_unpaired else pairs, settings.data.resolution
         if settings.cache.examples:
-            moments = torch.zeros(2 * pairs, *self.latent_shape)
-            batch |= {
-                "latent_means": moments,
-                "latent_stds": moments.clone() if settings.data.sample_latents else None,
-                "text_states": torch.zeros(captions, TOKENS, self.text_encoder.config.hidden_size),
-                "scaling_factor": self.vae.config.scaling_factor,
-            }
+            means = torch.zeros(2 * pairs, *self.latent_shape)
+            factor = self.learner.parts.vae.config.scaling_factor
+            images = LatentMoments(means, means.clone() if settings.data.sample_latents else None, factor)
+            told = Conditioning({TEXT: torch.zeros(captions, *self.text_shape)})
         else:
-            batch["pixel_values"] = torch.zeros(2 * pairs, 3, settings.data.resolution, settings.data.resolution)
-            batch["input_ids"] = torch.zeros(captions, TOKENS, dtype=torch.long)
-        if settings.loss.is_unpaired:
-            batch |= {"places": list(range(2 * pairs)), "desirable": torch.zeros(2 * pairs, dtype=torch.bool)}
-        return batch
+            images = torch.zeros(2 * pairs, 3, side, side)
+            told = Tokens(input_ids=torch.zeros(captions, TOKENS, dtype=torch.long))
+        single = rejected = None
+        if loss.is_unpaired:
+            single = SingleImages(range(2 * pairs), torch.zeros(2 * pairs, dtype=torch.bool))
+        if loss.samples_rejected:
+            rejected = torch.zeros(pairs, *self.latent_shape)
+        return Batch(range(pairs), range(pairs), [], images, told, 0, [], single, rejected)
 
-    def _example(self) -> step.Example:
-        """What the networks take, made of a batch that is new on the device."""
-        pairs = self.settings.train.micro_batch_pairs
-        batch = {name: value.clone() if isinstance(value, Tensor) else value for name, value in self.batch.items()}
-        opponents = torch.zeros(pairs, *self.latent_shape) if self.settings.loss.name == "seppo" else None
-        return self.make_example(batch, self.settings.seed, range(pairs), opponents)
+    def _fresh_batch(self) -> Batch:
+        """The batch, new on the device."""
+        return tree_map_only(Tensor, torch.clone, self.batch)
 
-    def _known_errors(self) -> Tensor | None:
-        return torch.zeros(2, self.settings.train.micro_batch_pairs) if self.settings.cache.reference else None
-
-    def _sample(self, unet: nn.Module, text_states: Tensor, guidance_scale: float) -> Tensor:
-        """Latents after one of a sampler's steps; `text_states` (N, L, D) of N images, twice as many with guidance."""
+    def _sample(self, denoiser: nn.Module, conditioning: Conditioning, guidance_scale: float) -> Tensor:
+        """Latents after one of a sampler's steps; `conditioning` of N images, twice as many with guidance."""
         is_guided = guidance_scale > 1
-        latents = torch.zeros(len(text_states) // (2 if is_guided else 1), *self.latent_shape)
+        captions = len(next(iter(conditioning.values())))
+        latents = torch.zeros(captions // (2 if is_guided else 1), *self.latent_shape)
         noisy = latents.repeat(2, 1, 1, 1) if is_guided else latents
-        prediction = unet(noisy, torch.zeros((), dtype=torch.long), text_states).sample
+        times = torch.zeros((), dtype=torch.long)
+        prediction = self.learner.parts.family.predict(denoiser, noisy, times, conditioning)
         if is_guided:
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + guidance_scale * (conditional - unconditional)
         return latents - prediction
+
+
+class KnownErrors:
+    """A reference cache that knows all errors."""
+
+    def __init__(self, pairs: int):
+        self.pairs = pairs
+
+    def get(self, positions: object, device: torch.device) -> Tensor:
+        return torch.zeros(2, self.pairs)
 
 
 class EightBitStates(torch.optim.Optimizer):
@@ -373,10 +385,10 @@ class EightBitStates(torch.optim.Optimizer):
 
 
 def build_optimizer(settings: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The states of train_xdpo.build_optimizer's; bitsandbytes need not be installed to count them."""
+    """The training's optimizer; bitsandbytes need not be installed to count its states."""
     if settings.optim.name == "adamw8bit":
         return EightBitStates(parameters, {})
-    return torch.optim.AdamW(parameters, lr=0.0, fused=True)
+    return learner.build_optimizer(settings, parameters)
 
 
 def _tensors(*modules: nn.Module | None) -> list[Tensor]:

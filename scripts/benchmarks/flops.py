@@ -14,16 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.arguments import add_number
 from benchmarks.pipelines import (
-    DOWNSCALING,
-    LATENT_CHANNELS,
     PIPELINES,
     TOKENS,
-    Networks,
     build_networks,
 )
 from benchmarks.results import Criterion, Outcome
+from xdpo.batch import Conditioning, Tokens
 from xdpo.config import ComputeConfig, ModelConfig
-from xdpo.models import adapter_off, encode_captions, encode_images, make_policy
+from xdpo.families import PipelineParts
+from xdpo.models import adapter_off, make_policy
 from xdpo.report.grids import Cell, Grid
 
 CACHES = {
@@ -110,41 +109,41 @@ def run(options: argparse.Namespace) -> Outcome:
     )
 
 
-def count_parts(networks: Networks, resolution: int, lora_rank: int) -> PartCosts:
-    """Count every part on torch's default device. Leaves the UNet with an adapter and gradient checkpointing on."""
-    unet, vae, text_encoder = (network.requires_grad_(False) for network in networks)
-    side = resolution // DOWNSCALING
-    latents = torch.zeros(1, LATENT_CHANNELS, side, side)
+def count_parts(networks: PipelineParts, resolution: int, lora_rank: int) -> PartCosts:
+    """Count every part on torch's default device. Leaves the denoiser with an adapter and gradient checkpointing on."""
+    denoiser, family = networks.denoiser, networks.family
+    latents = torch.zeros(1, *networks.latent_shape(resolution))
     timesteps = torch.zeros(1, dtype=torch.long)
-    states = torch.zeros(1, TOKENS, unet.config.cross_attention_dim)
+    tokens = Tokens(input_ids=torch.zeros(1, TOKENS, dtype=torch.long))
+    states = Conditioning(text=torch.zeros(1, TOKENS, denoiser.config.cross_attention_dim))
 
     @torch.no_grad()
     def forward() -> None:
-        unet(latents, timesteps, states)
+        family.predict(denoiser, latents, timesteps, states)
 
     def forward_backward() -> None:
-        unet(latents, timesteps, states).sample.sum().backward()
+        family.predict(denoiser, latents, timesteps, states).sum().backward()
 
-    unet_forward = count_tflop(forward)
-    make_policy(unet, ModelConfig(trainable="full"), ComputeConfig())
+    forward_alone = count_tflop(forward)
+    make_policy(networks, ModelConfig(trainable="full"), ComputeConfig())
     full = count_tflop(forward_backward)
-    unet.enable_gradient_checkpointing()
+    denoiser.enable_gradient_checkpointing()
     full_checkpointed = count_tflop(forward_backward)
-    unet.requires_grad_(False).disable_gradient_checkpointing()
-    make_policy(unet, ModelConfig(trainable="lora", lora_rank=lora_rank), ComputeConfig())
+    denoiser.requires_grad_(False).disable_gradient_checkpointing()
+    make_policy(networks, ModelConfig(trainable="lora", lora_rank=lora_rank), ComputeConfig())
     lora = count_tflop(forward_backward)
-    with adapter_off(unet):
+    with adapter_off(denoiser):
         adapter_off_forward = count_tflop(forward)
-    unet.enable_gradient_checkpointing()
+    denoiser.enable_gradient_checkpointing()
     return PartCosts(
-        unet_forward,
+        forward_alone,
         full,
         full_checkpointed,
         lora,
         count_tflop(forward_backward),
         adapter_off_forward,
-        count_tflop(lambda: encode_images(vae, torch.zeros(1, 3, resolution, resolution))),
-        count_tflop(lambda: encode_captions(text_encoder, torch.zeros(1, TOKENS, dtype=torch.long))),
+        count_tflop(lambda: networks.encode_images(torch.zeros(1, 3, resolution, resolution))),
+        count_tflop(lambda: networks.encode_captions(tokens)),
     )
 
 

@@ -15,8 +15,8 @@ from benchmarks.pipelines import pipeline_folder
 from benchmarks.results import Criterion, Outcome, Spread, time_in_turn
 from xdpo.compute import build_accelerator
 from xdpo.config import Config, load_config
-from xdpo.data import StepSampler, make_loader
-from xdpo.models import load_parts
+from xdpo.data import Split, StepSampler, make_loader
+from xdpo.families import load_parts
 from xdpo.precompute import make_dataset, open_pairs
 from xdpo.report.grids import Cell, Grid
 
@@ -68,8 +68,8 @@ def run(options: argparse.Namespace) -> Outcome:
 def loading_job(settings: Config, epochs: int) -> Callable[[], None]:
     """Take all pairs so many times from the training's own loader; every call goes on where the last one ended."""
     accelerator = build_accelerator(settings)
-    tokenizer = load_parts(settings.model, encoders=False).tokenizer
-    dataset = make_dataset(open_pairs(settings, accelerator, held_out=False), tokenizer, settings, held_out=False)
+    tokenize = load_parts(settings.model, encoders=False).tokenize
+    dataset = make_dataset(open_pairs(settings, accelerator, Split.TRAIN), tokenize, settings, Split.TRAIN)
     total, size = settings.train.total_batch_pairs, settings.train.micro_batch_pairs
     sampler = StepSampler(start_step=0, total_batch_pairs=total, micro_batch_pairs=size)
     batches = iter(make_loader(dataset, sampler, num_workers=settings.data.num_workers))

@@ -4,23 +4,17 @@ import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
 
-from xdpo.models import check_pipeline_folder
+from xdpo.families import PipelineParts, check_pipeline_folder
+from xdpo.families.stable_diffusion import STABLE_DIFFUSION
 
 TOKENS = 77
 VOCABULARY = 49_408
 LATENT_CHANNELS = 4
 DOWNSCALING = 8
-
-
-class Networks(NamedTuple):
-    unet: nn.Module
-    vae: nn.Module
-    text_encoder: nn.Module
 
 
 def stable_diffusion_shapes(divisor: int = 1) -> dict[str, dict[str, Any]]:
@@ -80,7 +74,7 @@ PIPELINES = {
 """The pipelines that can be asked for by name."""
 
 
-def build_networks(shapes: dict[str, dict[str, Any]], end_token: int = VOCABULARY - 1) -> Networks:
+def build_networks(shapes: dict[str, dict[str, Any]], end_token: int = VOCABULARY - 1) -> PipelineParts:
     """Networks of these shapes on torch's default device: real weights on a CPU, none at all on "meta"."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -93,16 +87,16 @@ def build_networks(shapes: dict[str, dict[str, Any]], end_token: int = VOCABULAR
         **shapes["text_encoder"],
     )
     blocks = len(shapes["vae"]["block_out_channels"])
-    return Networks(
-        UNet2DConditionModel(**shapes["unet"]),
-        AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * blocks,
-            up_block_types=("UpDecoderBlock2D",) * blocks,
-            latent_channels=LATENT_CHANNELS,
-            **shapes["vae"],
-        ),
-        CLIPTextModel(text),
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        latent_channels=LATENT_CHANNELS,
+        **shapes["vae"],
     )
+    modules = {"unet": UNet2DConditionModel(**shapes["unet"]), "vae": vae, "text_encoder": CLIPTextModel(text)}
+    for module in modules.values():
+        module.eval().requires_grad_(False)
+    return PipelineParts(STABLE_DIFFUSION, modules, {}, None)
 
 
 def pipeline_folder(name: str, working: Path) -> str:
@@ -127,7 +121,7 @@ def _save_pipeline(name: str, folder: Path) -> None:
     torch.manual_seed(0)
     folder.mkdir(parents=True)
     tokenizer = _tokenizer(folder)
-    unet, vae, text_encoder = build_networks(PIPELINES[name], tokenizer.eos_token_id)
+    parts = build_networks(PIPELINES[name], tokenizer.eos_token_id)
     scheduler = PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -137,10 +131,8 @@ def _save_pipeline(name: str, folder: Path) -> None:
         steps_offset=1,
     )
     StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
+        **parts.modules,
         tokenizer=tokenizer,
-        unet=unet,
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,

@@ -7,7 +7,7 @@ The optimizer's update is left out, one in 256 pairs as the configs have it, and
 import argparse
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,13 +18,17 @@ from benchmarks.arguments import add_number, add_overrides, add_pipeline, positi
 from benchmarks.folders import working_folder
 from benchmarks.modes import BASE_CONFIG, MODES, Bench, Mode, set_up
 from benchmarks.results import Criterion, Outcome, Spread, ratios, time_in_turn
-from xdpo import step
+from xdpo.batch import Tokens
 from xdpo.compute import build_accelerator
 from xdpo.config import Config, load_config
-from xdpo.data import StepSampler, make_loader
-from xdpo.models import PipelineParts, encode_captions, encode_images, load_parts, make_policy, make_reference
-from xdpo.noise import NoiseSchedule
+from xdpo.data import PairWeights, Split, StepSampler, make_loader
+from xdpo.families import PipelineParts, load_parts
+from xdpo.learner import Learner, build_reference
+from xdpo.models import make_policy, make_reference, trainable_parameters
+from xdpo.noisy import NoisyBatchMaker
+from xdpo.non_finite import SkippedSteps
 from xdpo.precompute import make_dataset, open_pairs, open_reference
+from xdpo.reference import Recorded
 from xdpo.report.grids import Cell, Grid
 
 Job = Callable[[], None]
@@ -76,7 +80,6 @@ class Networks:
     parts: PipelineParts
     policies: dict[str, nn.Module]
     reference: nn.Module
-    schedule: NoiseSchedule
 
 
 def build_jobs(
@@ -102,66 +105,74 @@ def build_jobs(
 
 def build_networks(settings: Config, accelerator: Accelerator, trainables: set[str]) -> Networks:
     parts = load_parts(settings.model)
-    for module in (parts.vae, parts.text_encoder):
+    for module in parts.encoders:
         module.to(accelerator.device)
-    reference = make_reference(parts.unet, settings.model, settings.compute).to(accelerator.device)
+    reference = make_reference(parts, settings.model, settings.compute).to(accelerator.device)
     policies = {}
     for trainable in sorted(trainables):
         model = settings.model.model_copy(update={"trainable": trainable})
-        policies[trainable] = accelerator.prepare(make_policy(copy.deepcopy(parts.unet), model, settings.compute))
-    schedule = NoiseSchedule.from_scheduler(parts.scheduler).to(accelerator.device)
-    return Networks(parts, policies, reference, schedule)
+        own = replace(parts, modules={**parts.modules, parts.family.denoiser: copy.deepcopy(parts.denoiser)})
+        policies[trainable] = accelerator.prepare(make_policy(own, model, settings.compute))
+    return Networks(parts, policies, reference)
+
+
+def build_learner(settings: Config, accelerator: Accelerator, networks: Networks) -> Learner:
+    """A learner of shared networks. Raises ValueError where the reference cache lacks pairs."""
+    policy, parts = networks.policies[settings.model.trainable], networks.parts
+    bare_policy = accelerator.unwrap_model(policy)
+    network = networks.reference if settings.model.trainable == "full" else None
+    reference = build_reference(settings, network, bare_policy)
+    pairs = open_pairs(settings, accelerator, Split.TRAIN)
+    known = open_reference(settings, pairs, Split.TRAIN, accelerator.mixed_precision)
+    if known is not None:
+        if not known.has(range(settings.train.total_batch_pairs * settings.train.max_steps)):
+            raise ValueError("the reference cache lacks pairs of this benchmark, and computing them would be slower")
+        reference = Recorded(reference, known, accelerator.device)
+    process = parts.process().to(accelerator.device)
+    return Learner(
+        settings=settings,
+        accelerator=accelerator,
+        parts=parts,
+        policy=policy,
+        bare_policy=bare_policy,
+        optimizer=torch.optim.SGD(trainable_parameters(policy), lr=0.0),  # never stepped
+        make_noisy=NoisyBatchMaker(parts, process, settings, accelerator.device),
+        references={Split.TRAIN: reference},
+        margin_weights=PairWeights(None, None),
+        ema=None,
+        z0=torch.zeros((), device=accelerator.device),
+        skipped_steps=SkippedSteps(None),
+    )
 
 
 def training_job(settings: Config, accelerator: Accelerator, networks: Networks) -> Job:
     """The micro-steps of one optimizer step in a mode; every call goes on with the pairs that come next."""
-    device, trainable = accelerator.device, settings.model.trainable
-    policy = networks.policies[trainable]
-    bare_policy = accelerator.unwrap_model(policy)
-    reference = networks.reference if trainable == "full" else None
+    learner = build_learner(settings, accelerator, networks)
     batches = iter(_loader(settings, accelerator, networks.parts))
-    known = open_reference(
-        settings,
-        open_pairs(settings, accelerator, held_out=False),
-        held_out=False,
-        precision=accelerator.mixed_precision,
-    )
-    total = settings.train.total_batch_pairs
-    if known is not None and not known.has(range(total * settings.train.max_steps)):
-        raise ValueError("the reference cache lacks pairs of this benchmark, which would compute them and be slower")
-    make_example = step.ExampleMaker(networks.parts, networks.schedule, settings, device)
 
     def one_optimizer_step() -> None:
-        for _ in range(total // settings.train.micro_batch_pairs):
-            batch = next(batches)
-            with accelerator.accumulate(policy):
-                with accelerator.autocast():
-                    example = make_example(batch, settings.seed, batch["positions"])
-                    from_cache = known.get(batch["positions"], device) if known is not None else None
-                    measured = step.measure(policy, bare_policy, reference, example, settings.loss, from_cache)
-                output = step.preference_loss(measured.errors, settings.loss, measured.inputs)
-                accelerator.backward(output.loss.mean())
+        for _ in range(settings.train.total_batch_pairs // settings.train.micro_batch_pairs):
+            learner.micro_step(next(batches))
 
     return one_optimizer_step
 
 
 def bare_jobs(settings: Config, accelerator: Accelerator, networks: Networks) -> dict[str, Job]:
     """Each network on tensors that lie ready, as often as one optimizer step needs it."""
-    parts, policy = networks.parts, accelerator.unwrap_model(networks.policies["full"])
+    learner, parts = build_learner(settings, accelerator, networks), networks.parts
+    policy, predict = learner.bare_policy, parts.family.predict
     batch = next(iter(_loader(settings, accelerator, parts)))
-    pixels, input_ids = (batch[name].to(accelerator.device) for name in ("pixel_values", "input_ids"))
-    with accelerator.autocast():
-        example = step.ExampleMaker(parts, networks.schedule, settings, accelerator.device)(
-            batch, settings.seed, batch["positions"]
-        )
-    inputs = (example.noisy_latents, example.timesteps, example.text_states)
+    pixels = batch.images.to(accelerator.device)
+    tokens = Tokens({name: ids.to(accelerator.device) for name, ids in batch.captions.items()})
+    noisy = learner.noisy(batch)
+    inputs = (noisy.latents, noisy.timesteps, noisy.conditioning)
 
     def policy_job() -> None:
-        policy(*inputs).sample.float().sum().backward()
+        predict(policy, *inputs).float().sum().backward()
 
     @torch.no_grad()
     def reference_job() -> None:
-        networks.reference(*inputs)
+        predict(networks.reference, *inputs)
 
     def repeated(work: Job) -> Job:
         def job() -> None:
@@ -171,19 +182,14 @@ def bare_jobs(settings: Config, accelerator: Accelerator, networks: Networks) ->
 
         return job
 
-    works = (
-        policy_job,
-        reference_job,
-        lambda: encode_images(parts.vae, pixels),
-        lambda: encode_captions(parts.text_encoder, input_ids),
-    )
+    works = (policy_job, reference_job, lambda: parts.encode_images(pixels), lambda: parts.encode_captions(tokens))
     return {name: repeated(work) for name, work in zip(BARE_PARTS, works, strict=True)}
 
 
 def _loader(settings: Config, accelerator: Accelerator, parts: PipelineParts):
     train = settings.train
     return make_loader(
-        make_dataset(open_pairs(settings, accelerator, held_out=False), parts.tokenizer, settings, held_out=False),
+        make_dataset(open_pairs(settings, accelerator, Split.TRAIN), parts.tokenize, settings, Split.TRAIN),
         StepSampler(start_step=0, total_batch_pairs=train.total_batch_pairs, micro_batch_pairs=train.micro_batch_pairs),
         num_workers=settings.data.num_workers,
         pin_memory=accelerator.device.type == "cuda",

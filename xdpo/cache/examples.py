@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from xdpo import noise
+from xdpo.batch import Batch, Conditioning, LatentMoments, SingleItem
 from xdpo.cache.shards import CacheError, Shards, read_json
 from xdpo.files import file_sha256, reading, write_text
 
@@ -208,13 +209,8 @@ class CachedPairDataset:
         """Pairs in an epoch; positions go on beyond it."""
         return len(self.table)
 
-    def batch(self, positions: Sequence[int]) -> dict[str, Any]:
-        """One batch of B pairs.
-
-        positions, rows (B,) int64; pair_ids; latent_means (2B, C, h, w), chosen first; latent_stds the same or None;
-        text_states (B, L, D), all in the cache's dtype; scaling_factor; truncated, how many captions lost tokens;
-        unreadable, rows met on the way whose images could not be read.
-        """
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """One batch of B pairs, encoded, in the cache's dtype."""
         cache, plan = self.table, self.table.plan
         _, moments, *latent_shape = plan.latent_shape
         dtype = getattr(torch, np.dtype(plan.dtype).name)
@@ -222,64 +218,60 @@ class CachedPairDataset:
         text_states = torch.empty(len(positions), *plan.text_shape[1:], dtype=dtype)
         latent_rows, text_rows = latents.numpy(), text_states.numpy()
         rows, truncated, unreadable = [], 0, []
-        for place, position in enumerate(positions):
+        for slot, position in enumerate(positions):
             index = self.order[position]
             while not cache.readable[index]:  # ends: opening the cache has seen a readable pair
                 unreadable.append(int(cache.rows[index]))
                 index = (index + 1) % len(cache)
             flip, prompt = self._draw(index, position)
             for side, image in enumerate(cache.records_of(index)):
-                cache.latents.read(image, int(flip), out=latent_rows[side, place])
-            cache.text.read(prompt, out=text_rows[place])
+                cache.latents.read(image, int(flip), out=latent_rows[side, slot])
+            cache.text.read(prompt, out=text_rows[slot])
             rows.append(int(cache.rows[index]))
             truncated += cache.is_truncated(prompt)
         latents = latents.flatten(0, 1)
-        return {
-            "positions": torch.tensor(positions),
-            "rows": torch.tensor(rows),
-            "pair_ids": [cache.pair_id(row) for row in rows],
-            "latent_means": latents[:, 0],
-            "latent_stds": latents[:, 1] if moments == 2 else None,
-            "text_states": text_states,
-            "scaling_factor": plan.scaling_factor,
-            "truncated": truncated,
-            "unreadable": unreadable,
-        }
+        stds = latents[:, 1] if moments == 2 else None
+        return Batch(
+            positions=torch.tensor(positions),
+            rows=torch.tensor(rows),
+            pair_ids=[cache.pair_id(row) for row in rows],
+            images=LatentMoments(latents[:, 0], stds, plan.scaling_factor),
+            captions=Conditioning({cache.text.name: text_states}),
+            truncated=truncated,
+            unreadable=unreadable,
+        )
 
     __getitems__ = batch  # what a DataLoader calls
 
-    def image(self, index: int, side: int, place: int) -> dict[str, Any] | None:
-        """One image of a pair, the chosen one at side 0, with the draws of `place`; None where it was unreadable.
-
-        latent_means (C, h, w), latent_stds the same or None, text_states (L, D), scaling_factor, truncated.
-        """
+    def image(self, index: int, side: int, position: int) -> SingleItem | None:
+        """One image of a pair, the chosen one at side 0, with the draws of `position`; None where it was unreadable."""
         cache, image = self.table, self.table.records_of(index)[side]
         if not cache.is_readable(image):
             return None
-        flip, prompt = self._draw(index, place)
+        flip, prompt = self._draw(index, position)
         moments = torch.from_numpy(cache.latents.read(image, int(flip)))
-        return {
-            "latent_means": moments[0],
-            "latent_stds": moments[1] if len(moments) == 2 else None,
-            "text_states": self._text_states(prompt),
-            "scaling_factor": cache.plan.scaling_factor,
-            "truncated": cache.is_truncated(prompt),
-        }
+        stds = moments[1] if len(moments) == 2 else None
+        return SingleItem(
+            LatentMoments(moments[0], stds, cache.plan.scaling_factor),
+            self._conditioning(prompt),
+            cache.is_truncated(prompt),
+        )
 
-    def caption(self, index: int | None) -> dict[str, Any]:
-        """text_states (L, D) of a pair's caption, never dropped; None is the empty caption."""
-        return {"text_states": self._text_states(0 if index is None else self.table.prompt_of(index))}
+    def caption(self, index: int | None) -> Conditioning:
+        """A pair's caption, never dropped; None is the empty caption."""
+        return self._conditioning(0 if index is None else self.table.prompt_of(index))
 
-    def _text_states(self, prompt: int) -> torch.Tensor:
-        return torch.from_numpy(self.table.text.read(prompt))
+    def _conditioning(self, prompt: int) -> Conditioning:
+        text = self.table.text
+        return Conditioning({text.name: torch.from_numpy(text.read(prompt))})
 
-    def _draw(self, index: int, place: int) -> tuple[bool, int]:
+    def _draw(self, index: int, position: int) -> tuple[bool, int]:
         """Whether the images are mirrored, and the record of the caption."""
         flip, prompt = False, self.table.prompt_of(index)
         if self.augment:
-            coin, _, _ = noise.draw_augmentation(self.seed, place)
+            coin, _, _ = noise.draw_augmentation(self.seed, position)
             flip = self.config.horizontal_flip and coin < 0.5
-            prompt = 0 if noise.draw_caption_coin(self.seed, place) < self.config.caption_dropout else prompt
+            prompt = 0 if noise.draw_caption_coin(self.seed, position) < self.config.caption_dropout else prompt
         return flip, prompt
 
 

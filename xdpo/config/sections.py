@@ -264,6 +264,11 @@ class LossConfig(Section):
         return self.name == "diffusion_kto"
 
     @property
+    def samples_rejected(self) -> bool:
+        """Whether the rejected images are sampled by the run itself."""
+        return self.name == "seppo"
+
+    @property
     def needs_reference(self) -> bool:
         return self.name not in REFERENCE_FREE
 

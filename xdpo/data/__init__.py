@@ -10,8 +10,9 @@ from xdpo.data.examples import (
 )
 from xdpo.data.scores import MarginWeights, PairWeights, finite_scores, no_scores, weigh_pairs
 from xdpo.data.sources import files_to_convert, load_pairs, local_files
+from xdpo.data.split import Split
 from xdpo.data.table import DataError, PairCounts, PairTable
-from xdpo.data.unpaired import LabelledImages, UnpairedDataset, UnpairedOrder, label_images, places_of
+from xdpo.data.unpaired import LabelledImages, UnpairedDataset, UnpairedOrder, image_positions_of, label_images
 
 __all__ = [
     "DataError",
@@ -21,6 +22,7 @@ __all__ = [
     "PairDataset",
     "PairTable",
     "PairWeights",
+    "Split",
     "StepSampler",
     "UnpairedDataset",
     "UnpairedOrder",
@@ -29,11 +31,11 @@ __all__ = [
     "files_to_convert",
     "finite_scores",
     "held_out_batches",
+    "image_positions_of",
     "label_images",
     "load_pairs",
     "local_files",
     "make_loader",
     "no_scores",
-    "places_of",
     "weigh_pairs",
 ]

@@ -4,39 +4,44 @@ An example is a function of (seed, position) alone, never of the batch, the work
 is what lets a resumed run jump to its position, and two processes see exactly what one would.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from xdpo import noise
+from xdpo.batch import Batch, SingleItem, Tokens, stack
 from xdpo.data.images import UnreadableImageError, decode_rgb, square_pixels
 from xdpo.data.table import DataError, PairTable, pair_id
 from xdpo.ending import ignore_signals
 
 MAX_SUBSTITUTIONS = 100
 
+Tokenize = Callable[[str], tuple[Tokens, bool]]
+"""A caption → its token ids, (L,) each, and whether it lost tokens."""
+
 
 class PairDataset(Dataset):
     """Examples by position 0, 1, 2, … without end: position p belongs to epoch p // len(table).
 
-    tokenizer: a CLIP-like tokenizer with a model_max_length. config: the `data` section (resolution, crop,
-    horizontal_flip, caption_dropout).
+    tokenize: of the model's family. config: the `data` section (resolution, crop, horizontal_flip, caption_dropout).
     shuffle: each epoch has its own permutation of the pairs; otherwise the order of the table.
     augment: crop, flip and caption dropout as configured; otherwise centre crop alone. For held-out pairs both are off.
     """
 
     def __init__(
-        self, table: PairTable, tokenizer: Any, seed: int, config: Any, *, shuffle: bool = True, augment: bool = True
+        self,
+        table: PairTable,
+        tokenize: Tokenize,
+        seed: int,
+        config: Any,
+        *,
+        shuffle: bool = True,
+        augment: bool = True,
     ):
-        if tokenizer.model_max_length > 10_000:  # transformers' "unknown" is about 1e30
-            raise ValueError(
-                f"the tokenizer's model_max_length is {tokenizer.model_max_length}; "
-                "set it in tokenizer_config.json (77 for Stable Diffusion)"
-            )
         self.table = table
-        self.tokenizer = tokenizer
+        self.tokenize = tokenize
         self.seed = seed
         self.config = config
         self.order = noise.SampleOrder(seed, len(table), shuffle)
@@ -49,7 +54,7 @@ class PairDataset(Dataset):
     def __getitem__(self, position: int) -> dict[str, Any]:
         """The example at a position.
 
-        pixel_values (2, 3, R, R) float32 in [−1, 1], chosen first; input_ids (L,) int64; position and row, int;
+        pixel_values (2, 3, R, R) float32 in [−1, 1], chosen first; tokens, (L,) each; position and row, int;
         pair_id; caption_dropped; truncated, whether the caption lost tokens; unreadable, rows of the source met on the
         way whose images cannot be decoded. The next pair of the table stands in for such a row, so the
         example stays a function of (seed, position).
@@ -73,36 +78,33 @@ class PairDataset(Dataset):
         if self.table.chosen_side[index] == 1:
             images.reverse()
         caption, caption_dropped = record["caption"], self._drops_caption(position)
-        input_ids, truncated = self._tokenize("" if caption_dropped else caption)
+        tokens, truncated = self.tokenize("" if caption_dropped else caption)
         return {
             "position": position,
             "row": row,
             "pair_id": pair_id(record, row),
             "pixel_values": self._transform(images, position),
-            "input_ids": input_ids,
+            "tokens": tokens,
             "caption_dropped": caption_dropped,
             "truncated": truncated,
             "unreadable": unreadable,
         }
 
-    def image(self, index: int, side: int, place: int) -> dict[str, Any] | None:
-        """One image of a pair, the chosen one at side 0, with the draws of `place`; None where it is unreadable.
-
-        pixel_values (3, R, R), input_ids (L,), truncated as in an example.
-        """
+    def image(self, index: int, side: int, position: int) -> SingleItem | None:
+        """One image of a pair, the chosen one at side 0, with the draws of `position`; None where it is unreadable."""
         record = self.table.dataset[int(self.table.rows[index])]
         try:
             image = decode_rgb(record[f"jpg_{int(self.table.chosen_side[index]) ^ side}"])
         except UnreadableImageError:
             return None
-        input_ids, truncated = self._tokenize("" if self._drops_caption(place) else record["caption"])
-        return {"pixel_values": self._transform([image], place)[0], "input_ids": input_ids, "truncated": truncated}
+        tokens, truncated = self.tokenize("" if self._drops_caption(position) else record["caption"])
+        return SingleItem(self._transform([image], position)[0], tokens, truncated)
 
-    def caption(self, index: int | None) -> dict[str, Any]:
-        """input_ids (L,) of a pair's caption, never dropped; None is the empty caption."""
-        return {"input_ids": self._tokenize("" if index is None else self.table.caption(index))[0]}
+    def caption(self, index: int | None) -> Tokens:
+        """(L,) each, of a pair's caption, never dropped; None is the empty caption."""
+        return self.tokenize("" if index is None else self.table.caption(index))[0]
 
-    def batch(self, positions: Sequence[int]) -> dict[str, Any]:
+    def batch(self, positions: Sequence[int]) -> Batch:
         """The examples at some positions as one batch (collate_pairs)."""
         return collate_pairs([self[position] for position in positions])
 
@@ -119,12 +121,6 @@ class PairDataset(Dataset):
 
     def _drops_caption(self, position: int) -> bool:
         return self.augment and noise.draw_caption_coin(self.seed, position) < self.config.caption_dropout
-
-    def _tokenize(self, caption: str) -> tuple[torch.Tensor, bool]:
-        length = self.tokenizer.model_max_length
-        tokens = self.tokenizer(caption, padding="max_length", truncation=True, max_length=length).input_ids
-        whole = self.tokenizer(caption, truncation=False, verbose=False).input_ids
-        return torch.tensor(tokens), len(whole) > length
 
 
 class StepSampler:
@@ -154,22 +150,18 @@ class StepSampler:
             first += self.stride
 
 
-def collate_pairs(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A list of B examples → one batch.
-
-    positions, rows (B,) int64; pair_ids, list of str; pixel_values (2B, 3, R, R), all chosen, then all rejected;
-    input_ids (B, L); truncated, how many captions lost tokens; unreadable, list of rows found unreadable on the way.
-    """
+def collate_pairs(examples: list[dict[str, Any]]) -> Batch:
+    """A list of B examples → one batch."""
     pixels = torch.stack([example["pixel_values"] for example in examples], dim=1)  # (2, B, 3, R, R)
-    return {
-        "positions": torch.tensor([example["position"] for example in examples]),
-        "rows": torch.tensor([example["row"] for example in examples]),
-        "pair_ids": [example["pair_id"] for example in examples],
-        "pixel_values": pixels.flatten(0, 1),
-        "input_ids": torch.stack([example["input_ids"] for example in examples]),
-        "truncated": sum(example["truncated"] for example in examples),
-        "unreadable": [row for example in examples for row in example["unreadable"]],
-    }
+    return Batch(
+        positions=torch.tensor([example["position"] for example in examples]),
+        rows=torch.tensor([example["row"] for example in examples]),
+        pair_ids=[example["pair_id"] for example in examples],
+        images=pixels.flatten(0, 1),
+        captions=stack([example["tokens"] for example in examples]),
+        truncated=sum(example["truncated"] for example in examples),
+        unreadable=[row for example in examples for row in example["unreadable"]],
+    )
 
 
 def held_out_batches(
@@ -204,7 +196,7 @@ def make_loader(
     )
 
 
-def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
+def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xdpo.data.split import Split
 from xdpo.data.table import DataError
 from xdpo.loss import margin_weights, preference_probability
 
@@ -42,6 +43,9 @@ class PairWeights(NamedTuple):
     train: MarginWeights | None
     held_out: MarginWeights | None
 
+    def of(self, split: Split) -> MarginWeights | None:
+        return self.held_out if split.is_held_out else self.train
+
 
 def weigh_pairs(scale: float | None, train_pairs: Any, held_out_pairs: Any = None) -> PairWeights:
     """Weights of a data.PairTable's pairs, or a cache.ExampleCache's, with `loss.margin_weight` as scale; null: none.
@@ -51,7 +55,7 @@ def weigh_pairs(scale: float | None, train_pairs: Any, held_out_pairs: Any = Non
     """
     if scale is None:
         return PairWeights(None, None)
-    scores = finite_scores(train_pairs, held_out=False)
+    scores = finite_scores(train_pairs, Split.TRAIN)
     score_range = float(scores.min()), float(scores.max())
     if score_range[0] == score_range[1]:
         raise DataError(
@@ -61,29 +65,29 @@ def weigh_pairs(scale: float | None, train_pairs: Any, held_out_pairs: Any = Non
     train = _weights(train_pairs, scores, score_range, scale)
     if held_out_pairs is None:
         return PairWeights(train, None)
-    held_out = _weights(held_out_pairs, finite_scores(held_out_pairs, held_out=True), score_range, scale)
+    held_out = _weights(held_out_pairs, finite_scores(held_out_pairs, Split.HELD_OUT), score_range, scale)
     return PairWeights(train, held_out)
 
 
-def finite_scores(pairs: Any, *, held_out: bool) -> np.ndarray:
+def finite_scores(pairs: Any, split: Split) -> np.ndarray:
     """(2, N) float64, chosen first. Raises DataError where a pair has none, naming up to ten rows."""
     scores = pairs.scores
     if scores is None:
-        raise no_scores(held_out=held_out)
+        raise no_scores(split)
     bad = np.flatnonzero(~np.isfinite(scores).all(axis=0))
     if len(bad):
         shown = ", ".join(f"row {pairs.rows[index]}: {scores[0, index]:g}/{scores[1, index]:g}" for index in bad[:10])
         raise DataError(
-            f"loss.margin_weight needs a finite score of both images; {len(bad)} of {len(pairs)} {_named(held_out)} "
+            f"loss.margin_weight needs a finite score of both images; {len(bad)} of {len(pairs)} {split.title} "
             f"lack one ({shown}, chosen/rejected). Score them, drop their rows, or set loss.margin_weight=null"
         )
     return scores
 
 
-def no_scores(*, held_out: bool) -> DataError:
+def no_scores(split: Split) -> DataError:
     """The error of pairs without scores, whether of a source or of a cache."""
     return DataError(
-        f"loss.margin_weight needs scores, and the {_named(held_out)} have none (columns score_0 and score_1). Take "
+        f"loss.margin_weight needs scores, and the {split.title} have none (columns score_0 and score_1). Take "
         "data that scripts/relabel.py wrote, or set loss.margin_weight=null. A cache has the scores of its data: where "
         "cache.examples or cache.local_copy was made without them, remove the folder, and it is made again"
     )
@@ -95,7 +99,3 @@ def _weights(pairs: Any, scores: np.ndarray, score_range: tuple[float, float], s
     # One number on every process and device: computed in float64 on the CPU, rounded once.
     weights = margin_weights(probability, scale=scale).float()
     return MarginWeights(torch.tensor(pairs.rows), weights, score_range)
-
-
-def _named(held_out: bool) -> str:
-    return "held-out pairs" if held_out else "training pairs"

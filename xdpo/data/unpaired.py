@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from xdpo import noise
+from xdpo.batch import Batch, LatentMoments, SingleImages, SingleItem, stack
 from xdpo.data.examples import MAX_SUBSTITUTIONS
 from xdpo.data.table import DataError
 
@@ -36,8 +37,8 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.index)
 
-    def places(self, *, desirable: bool) -> np.ndarray:
-        """Where the images of one label stand."""
+    def numbers(self, *, desirable: bool) -> np.ndarray:
+        """Numbers of the images of one label."""
         return np.flatnonzero(self.desirable == desirable)
 
 
@@ -60,33 +61,34 @@ def label_images(chosen: Sequence[Any], rejected: Sequence[Any]) -> LabelledImag
 
 
 class UnpairedOrder:
-    """Which image stands at a place of the training order: `order[place]` is an index into the labelled images.
+    """Which image stands at a position of the order of single images: an index into the labelled images.
 
     A coin decides the label, `desirable_share` of them desirable, and the image is drawn among all of that label, with
-    replacement (Diffusion-KTO's weighted sampler). Place IMAGES_PER_POSITION · p + s is slot s of position p.
+    replacement (Diffusion-KTO's weighted sampler). Position p of the training order holds the images at positions
+    IMAGES_PER_POSITION · p + s of this one.
     """
 
     def __init__(self, seed: int, images: LabelledImages, desirable_share: float):
         self.seed, self.desirable_share = seed, desirable_share
         self._images = images
-        self._places = {label: images.places(desirable=label) for label in (True, False)}
+        self._numbers = {label: images.numbers(desirable=label) for label in (True, False)}
 
-    def __getitem__(self, place: int) -> int:
-        source = noise.generator(self.seed, place, "unpaired")
+    def __getitem__(self, image_position: int) -> int:
+        source = noise.generator(self.seed, image_position, "unpaired")
         coin, choice = torch.rand(2, generator=source, dtype=torch.float64).tolist()
-        candidates = self._places[coin < self.desirable_share]
+        candidates = self._numbers[coin < self.desirable_share]
         return int(candidates[int(choice * len(candidates))])
 
     def stand_ins(self, image: int) -> Iterator[int]:
         """An image, then those of its label that follow it, round and round: each of them once."""
-        candidates = self._places[bool(self._images.desirable[image])]
+        candidates = self._numbers[bool(self._images.desirable[image])]
         start = int(np.searchsorted(candidates, image))
         for step in range(len(candidates)):
             yield int(candidates[(start + step) % len(candidates)])
 
 
-def places_of(positions: Sequence[int]) -> list[int]:
-    """The 2B places of B positions: slot 0 of all, then slot 1, as chosen and rejected images stand in a batch."""
+def image_positions_of(positions: Sequence[int]) -> list[int]:
+    """The 2B image positions of B positions, in the order in which chosen and rejected images stand in a batch."""
     return [IMAGES_PER_POSITION * position + slot for slot in range(IMAGES_PER_POSITION) for position in positions]
 
 
@@ -94,7 +96,7 @@ class UnpairedDataset(Dataset):
     """Batches by position of labelled single images, IMAGES_PER_POSITION of them at each position.
 
     pairs: a PairDataset or a cache.CachedPairDataset; it gives the image at a side of a pair. Flip and dropped caption
-    are an image's own: they are drawn at its place.
+    are an image's own: they are drawn at its image position.
     """
 
     def __init__(self, pairs: Any, desirable_share: float):
@@ -106,43 +108,46 @@ class UnpairedDataset(Dataset):
         """Positions that hold as many images as there are; positions go on beyond it."""
         return -(-len(self.images) // IMAGES_PER_POSITION)
 
-    def batch(self, positions: Sequence[int]) -> dict[str, Any]:
-        """One batch of B positions, 2B images in the order of places_of.
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """One batch of B positions, 2B images in the order of image_positions_of.
 
-        Of the pairs' batch, with 2B images of their own instead of B pairs: rows, input_ids or text_states (2B, …);
-        pair_ids names the two pairs of each position. Beside it, places (2B,) int64, which give each image its draws,
-        and desirable (2B,) bool.
-        Raises DataError after 100 unreadable images in a row.
+        pair_ids names the two pairs of each position. Raises DataError after 100 unreadable images in a row.
         """
-        places = places_of(positions)
+        image_positions = image_positions_of(positions)
         items, images, unreadable = [], [], []
-        for place in places:
-            image, item = self._readable(place, unreadable)
+        for image_position in image_positions:
+            image, item = self._readable(image_position, unreadable)
             images.append(image)
             items.append(item)
         rows = [int(self.pairs.table.rows[self.images.index[image]]) for image in images]
         names, half = [self.pairs.table.pair_id(row) for row in rows], len(positions)
-        tensors = [name for name, value in items[0].items() if isinstance(value, torch.Tensor)]
-        return {
-            **items[0],
-            "positions": torch.tensor(positions),
-            "places": torch.tensor(places),
-            "rows": torch.tensor(rows),
-            "pair_ids": [f"{one} and {other}" for one, other in zip(names[:half], names[half:], strict=True)],
-            "desirable": torch.from_numpy(self.images.desirable[images]),
-            "truncated": sum(item["truncated"] for item in items),
-            "unreadable": unreadable,
-            **{name: torch.stack([item[name] for item in items]) for name in tensors},
-        }
+        return Batch(
+            positions=torch.tensor(positions),
+            rows=torch.tensor(rows),
+            pair_ids=[f"{one} and {other}" for one, other in zip(names[:half], names[half:], strict=True)],
+            images=_stack_images([item.image for item in items]),
+            captions=stack([item.caption for item in items]),
+            truncated=sum(item.truncated for item in items),
+            unreadable=unreadable,
+            single=SingleImages(torch.tensor(image_positions), torch.from_numpy(self.images.desirable[images])),
+        )
 
     __getitems__ = batch  # what a DataLoader calls
 
-    def _readable(self, place: int, unreadable: list[int]) -> tuple[int, dict[str, Any]]:
-        """The image at a place, or the next one of its label that can be read."""
-        for image in islice(self.order.stand_ins(self.order[place]), MAX_SUBSTITUTIONS):
+    def _readable(self, image_position: int, unreadable: list[int]) -> tuple[int, SingleItem]:
+        """The image at an image position, or the next one of its label that can be read."""
+        for image in islice(self.order.stand_ins(self.order[image_position]), MAX_SUBSTITUTIONS):
             index = int(self.images.index[image])
-            item = self.pairs.image(index, int(self.images.side[image]), place)
+            item = self.pairs.image(index, int(self.images.side[image]), image_position)
             if item is not None:
                 return image, item
             unreadable.append(int(self.pairs.table.rows[index]))
         raise DataError(f"{len(unreadable)} images in a row are unreadable, last in row {unreadable[-1]}")
+
+
+def _stack_images(images: Sequence[torch.Tensor | LatentMoments]) -> torch.Tensor | LatentMoments:
+    first = images[0]
+    if isinstance(first, torch.Tensor):
+        return torch.stack(images)
+    stds = None if first.stds is None else torch.stack([moments.stds for moments in images])
+    return LatentMoments(torch.stack([moments.means for moments in images]), stds, first.scaling_factor)

@@ -9,8 +9,8 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import nn
 
-from xdpo.models.pipeline_files import read_header
-from xdpo.models.stable_diffusion import build_empty
+from xdpo.families.pipeline_files import read_header
+from xdpo.families.stable_diffusion_check import build_empty
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _PARTS = ("unet", "text_encoder")

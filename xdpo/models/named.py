@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from xdpo.config import ComputeConfig, FilePath, ModelConfig, Section, Text, load_config
+from xdpo.families import PipelineParts, check_pipeline_folder, load_parts, pipeline_with
+from xdpo.families.pipeline_files import PARTS, Unreachable, describe_file, fetch, weight_paths
+from xdpo.families.stable_diffusion_check import check_unet
 from xdpo.files import file_sha256
 from xdpo.models.lora import LORA_FILE, check_lora, layers_adapted
-from xdpo.models.parts import load_parts, make_policy, pipeline_with
-from xdpo.models.pipeline_files import PARTS, Unreachable, describe_file, fetch, weight_paths
-from xdpo.models.stable_diffusion import check_pipeline_folder, check_unet
+from xdpo.models.policy import make_policy
 
 MODEL_CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "models"
 
@@ -148,10 +149,10 @@ def load_model(model: ResolvedModel):
     parts = load_parts(model.base)
     try:
         if model.kind == "unet":
-            return pipeline_with(parts, _load_unet(type(parts.unet), model))
+            return pipeline_with(parts, _load_unet(type(parts.denoiser), model))
         if model.kind == "checkpoint":
-            return pipeline_with(parts, _load_checkpoint(parts.unet, Path(model.weights), model.base))
-        pipeline = pipeline_with(parts, parts.unet)
+            return pipeline_with(parts, _load_checkpoint(parts, Path(model.weights), model.base))
+        pipeline = pipeline_with(parts, parts.denoiser)
         if model.kind == "lora":
             _load_lora(pipeline, model)
         return pipeline
@@ -290,9 +291,9 @@ def _load_lora(pipeline, model: ResolvedModel) -> None:
         raise ValueError(f"{file.name} adapts {wanted} layers, and {len(adapted)} took effect; its names are ambiguous")
 
 
-def _load_checkpoint(unet: nn.Module, folder: Path, model: ModelConfig) -> nn.Module:
-    """Put the weights of a training checkpoint, the moving average where one was kept, into the base's UNet."""
-    policy = make_policy(unet, model, ComputeConfig())
+def _load_checkpoint(parts: PipelineParts, folder: Path, model: ModelConfig) -> nn.Module:
+    """Put the weights of a training checkpoint, the moving average where one was kept, into the base's denoiser."""
+    policy = make_policy(parts, model, ComputeConfig())
     names = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
     weights = load_file(folder / "policy.safetensors")
     if weights.keys() != set(names):

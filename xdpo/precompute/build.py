@@ -14,17 +14,19 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from xdpo import processes
+from xdpo.batch import Tokens
 from xdpo.cache import CacheError, ExampleCache, ExamplePlan, Shards
 from xdpo.cache.examples import TABLES, finish, is_finished
 from xdpo.config import Config
-from xdpo.data import PairTable, finite_scores, local_files, no_scores
+from xdpo.data import PairTable, Split, finite_scores, local_files, no_scores
+from xdpo.data.examples import Tokenize
 from xdpo.data.identity import file_states
 from xdpo.data.images import UnreadableImageError, decode_rgb, square_pixels
 from xdpo.data.table import pair_id
+from xdpo.families import PipelineParts, load_parts
 from xdpo.files import appears, file_sha256, is_own, only_run, replacing
-from xdpo.models import PipelineParts, encode_captions, encode_images, load_parts
 from xdpo.precompute.keys import example_key, examples_folder
-from xdpo.precompute.opening import load_table
+from xdpo.precompute.opening import load_table, source_of
 
 VERIFIED = 16  # records of each kind that `verify` encodes again
 VERIFY_TOLERANCE = 0.02  # norm of the difference over the norm: bf16's rounding is 0.004, another image about 1
@@ -37,34 +39,34 @@ def build_missing_examples(settings: Config, accelerator: Accelerator, say: Say 
 
     Raises CacheError or DataError, before weights are loaded, for what the run couldn't use once it is built.
     """
-    missing: dict[bool, PairTable] = {}
+    missing: dict[Split, PairTable] = {}
     is_main = accelerator.is_main_process
-    for held_out in (False, True) if settings.eval.every else (False,):
-        folder = examples_folder(settings, held_out=held_out)
+    for split in Split.of(settings):
+        folder = examples_folder(settings, split)
         needs_scores = settings.loss.margin_weight is not None
         # One process looks, here and below: network storage that was asked for a file in vain goes on denying it.
         plan, is_there = processes.agree((ExamplePlan.load(folder), is_finished(folder)) if is_main else None)
         if plan is not None:
-            plan.refuse_another(folder, example_key(settings, held_out=held_out))
+            plan.refuse_another(folder, example_key(settings, split))
             if needs_scores and not plan.has_scores:
-                raise no_scores(held_out=held_out)
+                raise no_scores(split)
         if is_there:
             if processes.agree(is_main and _may_have_changed(plan)):
-                table = load_table(settings, accelerator, held_out=held_out)
+                table = load_table(settings, accelerator, split)
                 if table.fingerprint != plan.fingerprint:
                     raise CacheError(
                         f"cache.examples: {folder} was encoded from other images or captions than {settings.data.path} "
                         "has now. Remove it, and it is made again, or put the data back"
                     )
             continue
-        missing[held_out] = load_table(settings, accelerator, held_out=held_out)
+        missing[split] = load_table(settings, accelerator, split)
         if needs_scores:
-            finite_scores(missing[held_out], held_out=held_out)
+            finite_scores(missing[split], split)
     parts = load_parts(settings.model) if missing else None
-    for held_out, table in missing.items():
-        folder = examples_folder(settings, held_out=held_out)
+    for split, table in missing.items():
+        folder = examples_folder(settings, split)
         with only_run([folder], "encoding examples", is_main=is_main):
-            build_examples(folder, table, parts, settings, accelerator, held_out=held_out, say=say)
+            build_examples(folder, table, parts, settings, accelerator, split, say=say)
 
 
 def _may_have_changed(plan: ExamplePlan) -> bool:
@@ -82,8 +84,8 @@ def build_examples(
     parts: PipelineParts,
     settings: Config,
     accelerator: Accelerator,
+    split: Split,
     *,
-    held_out: bool,
     say: Say = print,
     shard_bytes: int | None = None,
 ) -> None:
@@ -98,8 +100,8 @@ def build_examples(
     if is_main:
         plan = ExamplePlan.load(folder)
         if plan is None:
-            plan = _write_plan(folder, table, parts, settings, held_out=held_out, shard_bytes=shard_bytes)
-        plan.refuse_another(folder, example_key(settings, held_out=held_out))
+            plan = _write_plan(folder, table, parts, settings, split, shard_bytes=shard_bytes)
+        plan.refuse_another(folder, example_key(settings, split))
         if plan.fingerprint != table.fingerprint:
             raise CacheError(f"cache.examples: {folder} was begun with other pairs; remove it, or name another folder")
     plan = processes.agree(plan)
@@ -167,8 +169,8 @@ def _write_plan(
     table: PairTable,
     parts: PipelineParts,
     settings: Config,
+    split: Split,
     *,
-    held_out: bool,
     shard_bytes: int | None,
 ) -> ExamplePlan:
     """The tables and the plan of a new cache. Refuses a folder that holds something else, or a disk too small."""
@@ -191,9 +193,8 @@ def _write_plan(
 
     # Distinct captions; the empty one first.
     captions = pa.array(["", *columns["caption"]]).dictionary_encode()
-    length = parts.tokenizer.model_max_length
-    tokens = [parts.tokenizer(text, verbose=False).input_ids for text in captions.dictionary.to_pylist()]
-    prompts = {"caption": captions.dictionary, "truncated": [len(ids) > length for ids in tokens]}
+    truncated = [parts.tokenize(caption)[1] for caption in captions.dictionary.to_pylist()]
+    prompts = {"caption": captions.dictionary, "truncated": truncated}
 
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     pairs = {
@@ -205,24 +206,24 @@ def _write_plan(
     }
     if (scores := table.scores) is not None:
         pairs |= {"chosen_score": scores[0], "rejected_score": scores[1]}
-    eval_split = {"path": settings.eval.path, "split": settings.eval.split} if held_out else {}
+    ((_, text_shape),) = parts.family.conditioning_shapes(parts).items()
     plan = ExamplePlan(
-        key=example_key(settings, held_out=held_out),
+        key=example_key(settings, split),
         fingerprint=table.fingerprint,
         counts=asdict(table.counts),
         num_pairs=len(table),
         num_images=len(images["name"]),
         num_prompts=len(prompts["caption"]),
         latent_shape=(
-            2 if settings.data.horizontal_flip and not held_out else 1,
+            2 if settings.data.horizontal_flip and not split.is_held_out else 1,
             2 if settings.data.sample_latents else 1,
             *parts.latent_shape(settings.data.resolution),
         ),
-        text_shape=(1, length, parts.text_encoder.config.hidden_size),
+        text_shape=(1, *text_shape),
         scaling_factor=parts.vae.config.scaling_factor,
         dtype={"fp16": "float16", "fp32": "float32"}[settings.cache.dtype],
         has_scores=scores is not None,
-        sources=file_states(local_files(settings.data, **eval_split)),
+        sources=file_states(local_files(settings.data, **source_of(settings, split))),
     )
     if shard_bytes is not None:
         plan = replace(plan, shard_bytes=shard_bytes)
@@ -264,16 +265,13 @@ class _Images(Dataset):
 class _Captions(Dataset):
     """Token ids of the distinct captions, (L,) each."""
 
-    def __init__(self, folder: Path, tokenizer: Any):
+    def __init__(self, folder: Path, tokenize: Tokenize):
         import pyarrow.parquet as pq
 
-        self.captions, self.tokenizer = pq.read_table(folder / "prompts.parquet")["caption"].combine_chunks(), tokenizer
+        self.captions, self.tokenize = pq.read_table(folder / "prompts.parquet")["caption"].combine_chunks(), tokenize
 
     def __getitem__(self, record: int) -> dict[str, Any]:
-        length = self.tokenizer.model_max_length
-        text = self.captions[record].as_py()
-        ids = self.tokenizer(text, padding="max_length", truncation=True, max_length=length).input_ids
-        return {"record": record, "readable": True, "input_ids": torch.tensor(ids)}
+        return {"record": record, "readable": True, "tokens": self.tokenize(self.captions[record].as_py())[0]}
 
 
 @dataclass(frozen=True)
@@ -306,13 +304,13 @@ def _kinds(
 ) -> list[_Kind]:
     import pyarrow.parquet as pq
 
-    for module in (parts.vae, parts.text_encoder):
+    for module in parts.encoders:
         module.to(accelerator.device)
     found = pq.read_table(folder / "images.parquet")
     rows, sides = found["row"].to_numpy(), found["side"].to_numpy()
     orientations, pairs_at_once = plan.latent_shape[0], settings.train.micro_batch_pairs
     images = _Images(table, rows, sides, settings.data.resolution, orientations)
-    captions = _Captions(folder, parts.tokenizer)
+    captions = _Captions(folder, parts.tokenize)
     images_at_once = max(1, 2 * pairs_at_once // orientations)
     return [
         _Kind(
@@ -326,7 +324,7 @@ def _encode_images(parts: PipelineParts, batch: dict, plan: ExamplePlan, acceler
     """(N, orientations, moments, C, h, w) float32."""
     pixels = batch["pixel_values"]
     with accelerator.autocast():
-        moments = encode_images(parts.vae, pixels.flatten(0, 1).to(accelerator.device))
+        moments = parts.encode_images(pixels.flatten(0, 1).to(accelerator.device))
     latents = torch.stack([moments.means, moments.stds][: plan.latent_shape[1]], dim=1).cpu()
     if not torch.isfinite(latents).all():
         raise CacheError(
@@ -339,7 +337,8 @@ def _encode_images(parts: PipelineParts, batch: dict, plan: ExamplePlan, acceler
 def _encode_captions(parts: PipelineParts, batch: dict, accelerator: Accelerator) -> np.ndarray:
     """(N, 1, L, D) float32."""
     with accelerator.autocast():
-        states = encode_captions(parts.text_encoder, batch["input_ids"].to(accelerator.device))
+        tokens = Tokens({name: ids.to(accelerator.device) for name, ids in batch["tokens"].items()})
+        (states,) = parts.encode_captions(tokens).values()
     return states.float().cpu().unsqueeze(1).numpy()
 
 

@@ -7,10 +7,9 @@ from xdpo.cache import ExampleCache
 from xdpo.cache.examples import PRECISION
 from xdpo.compute import device_kind, precision_of
 from xdpo.config import Config
-from xdpo.data import PairTable
+from xdpo.data import PairTable, Split
+from xdpo.families import part_checksum
 from xdpo.files import file_sha256
-from xdpo.models import part_checksum
-from xdpo.noise import HELD_OUT_SEED
 
 DESIRABLE_SHARE = 0.8  # Diffusion-KTO's γ
 
@@ -20,18 +19,18 @@ def desirable_share(settings: Config) -> float:
     return settings.loss.desirable_share or DESIRABLE_SHARE
 
 
-def examples_folder(settings: Config, *, held_out: bool) -> Path:
-    return Path(settings.cache.examples) / ("held_out" if held_out else "train")
+def examples_folder(settings: Config, split: Split) -> Path:
+    return Path(settings.cache.examples) / split.value
 
 
-def example_key(settings: Config, *, held_out: bool) -> dict[str, Any]:
-    """Everything that decides what an example cache holds; `held_out` for the pairs of the `eval` section.
+def example_key(settings: Config, split: Split) -> dict[str, Any]:
+    """Everything that decides what an example cache holds; held-out pairs are those of the `eval` section.
 
     But for rounding by the encoders' device and batch: a reference's key then names the examples by their bytes.
     """
     data, model = settings.data, settings.model
     source = {"source": data.source, "path": data.path, "split": data.split, "max_pairs": data.max_pairs}
-    if held_out:
+    if split.is_held_out:
         source |= {"path": settings.eval.path or data.path, "split": settings.eval.split}
         source["max_pairs"] = settings.eval.pairs
     return {
@@ -39,7 +38,7 @@ def example_key(settings: Config, *, held_out: bool) -> dict[str, Any]:
         "data.revision": data.revision,
         "data.resolution": data.resolution,
         "crop": "center",
-        "mirrored images": data.horizontal_flip and not held_out,
+        "mirrored images": data.horizontal_flip and not split.is_held_out,
         "posterior": "mean and standard deviation" if data.sample_latents else "mean",
         "cache.dtype": settings.cache.dtype,
         "autoencoder": part_checksum(model, "vae"),
@@ -48,24 +47,22 @@ def example_key(settings: Config, *, held_out: bool) -> dict[str, Any]:
     }
 
 
-def reference_key(
-    settings: Config, pairs: PairTable | ExampleCache, *, held_out: bool, precision: str
-) -> dict[str, Any]:
+def reference_key(settings: Config, pairs: PairTable | ExampleCache, split: Split, precision: str) -> dict[str, Any]:
     """Everything that decides the reference's errors at a position, but for rounding by the batch's shape and version.
 
     precision: of autocast, as accelerate names it. The version is that of PyTorch and of its kernels.
     """
     compute, model = settings.compute, settings.model
     graph = None  # evaluation runs as written, and so does training but for compute.compile
-    if compute.compile and not held_out:
+    if compute.compile and not split.is_held_out:
         adapter = model.lora_rank if model.trainable == "lora" else None
         graph = {"adapter": adapter, "gradient_checkpointing": compute.gradient_checkpointing}
-    data, augment = settings.data, not held_out
-    is_unpaired = settings.loss.is_unpaired and not held_out
+    data, augment = settings.data, not split.is_held_out
+    is_unpaired = settings.loss.is_unpaired and not split.is_held_out
     return {
         **({"desirable share of unpaired images": desirable_share(settings)} if is_unpaired else {}),
         "pairs": pairs.fingerprint,
-        "seed": HELD_OUT_SEED if held_out else settings.seed,
+        "seed": split.seed(settings),
         "resolution": data.resolution,
         "crop": data.crop if augment else "center",
         "horizontal_flip": data.horizontal_flip and augment,

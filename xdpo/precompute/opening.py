@@ -11,10 +11,10 @@ from xdpo.cache import CachedPairDataset, ExampleCache, ReferenceCache
 from xdpo.cache.examples import is_finished
 from xdpo.compute import precision_of
 from xdpo.config import Config
-from xdpo.data import PairDataset, PairTable, UnpairedDataset, load_pairs
+from xdpo.data import PairDataset, PairTable, Split, UnpairedDataset, load_pairs
+from xdpo.data.examples import Tokenize
+from xdpo.families import PipelineParts
 from xdpo.files import is_own, reading, replacing
-from xdpo.models import PipelineParts
-from xdpo.noise import HELD_OUT_SEED
 from xdpo.precompute.keys import desirable_share, example_key, examples_folder, reference_key
 
 Pairs = PairTable | ExampleCache
@@ -22,17 +22,17 @@ MOST_ALIKE = 20
 COPIED_AT_ONCE = 2**24
 
 
-def open_pairs(settings: Config, accelerator: Accelerator, *, held_out: bool) -> Pairs:
+def open_pairs(settings: Config, accelerator: Accelerator, split: Split) -> Pairs:
     """Training pairs or held-out ones: a cache of encoded examples where the config names one, else their source.
 
     Every process calls it. Raises CacheError or DataError.
     """
     if settings.cache.examples:
-        cache = open_examples(settings, accelerator, held_out=held_out)
+        cache = open_examples(settings, accelerator, split)
         if note := cache.plan.precision_note(precision_of(settings.compute)):
             accelerator.print(f"cache.examples: {cache.folder}: {note}")
         return cache
-    return load_table(settings, accelerator, held_out=held_out)
+    return load_table(settings, accelerator, split)
 
 
 def count_shared(train: Pairs, held_out: Pairs) -> int:
@@ -50,19 +50,19 @@ def count_shared(train: Pairs, held_out: Pairs) -> int:
 
 
 def make_dataset(
-    pairs: Pairs, tokenizer: object, settings: Config, *, held_out: bool
+    pairs: Pairs, tokenize: Tokenize, settings: Config, split: Split
 ) -> PairDataset | CachedPairDataset | UnpairedDataset:
     """Batches by position, encoded or not; held-out pairs in their order, without augmentation.
 
     An unpaired objective trains on single images.
     """
-    seed = HELD_OUT_SEED if held_out else settings.seed
-    how = {"shuffle": not held_out, "augment": not held_out}
+    seed, is_trained = split.seed(settings), not split.is_held_out
+    how = {"shuffle": is_trained, "augment": is_trained}
     if isinstance(pairs, ExampleCache):
         dataset = CachedPairDataset(pairs, seed, settings.data, **how)
     else:
-        dataset = PairDataset(pairs, tokenizer, seed, settings.data, **how)
-    if settings.loss.is_unpaired and not held_out:
+        dataset = PairDataset(pairs, tokenize, seed, settings.data, **how)
+    if settings.loss.is_unpaired and is_trained:
         return UnpairedDataset(dataset, desirable_share(settings))
     return dataset
 
@@ -74,24 +74,24 @@ def latent_shape(pairs: Pairs, parts: PipelineParts, settings: Config) -> tuple[
     return parts.latent_shape(settings.data.resolution)
 
 
-def load_table(settings: Config, accelerator: Accelerator, *, held_out: bool) -> PairTable:
+def load_table(settings: Config, accelerator: Accelerator, split: Split) -> PairTable:
     """The pairs of the `data` section, or the held-out ones of the `eval` section, from their source.
 
     Every process calls it, and all return together.
     """
-    max_pairs = settings.eval.pairs if held_out else None
+    max_pairs = settings.eval.pairs if split.is_held_out else None
     with processes.one_first(accelerator.is_main_process):  # it converts the files, the others find them converted
-        return load_pairs(settings.data, **source_of(settings, held_out=held_out), max_pairs=max_pairs)
+        return load_pairs(settings.data, **source_of(settings, split), max_pairs=max_pairs)
 
 
-def source_of(settings: Config, *, held_out: bool) -> dict[str, Any]:
+def source_of(settings: Config, split: Split) -> dict[str, Any]:
     """What of the `eval` section takes the place of the `data` section's: path and split of the held-out pairs."""
-    return {"path": settings.eval.path, "split": settings.eval.split} if held_out else {}
+    return {"path": settings.eval.path, "split": settings.eval.split} if split.is_held_out else {}
 
 
-def open_examples(settings: Config, accelerator: Accelerator, *, held_out: bool) -> ExampleCache:
+def open_examples(settings: Config, accelerator: Accelerator, split: Split) -> ExampleCache:
     """The finished cache of the training pairs or the held-out ones, from the local copy where one is asked for."""
-    folder, key = examples_folder(settings, held_out=held_out), example_key(settings, held_out=held_out)
+    folder, key = examples_folder(settings, split), example_key(settings, split)
     if settings.cache.local_copy is None:
         return ExampleCache(folder, key)
     copy = Path(settings.cache.local_copy) / folder.name
@@ -121,9 +121,9 @@ def _pieces(path: Path) -> Iterator[bytes]:
             yield piece
 
 
-def open_reference(settings: Config, pairs: Pairs, *, held_out: bool, precision: str) -> ReferenceCache | None:
+def open_reference(settings: Config, pairs: Pairs, split: Split, precision: str) -> ReferenceCache | None:
     """The cache of the reference's errors on `pairs`, or None where the config or the objective asks for none."""
     if settings.cache.reference is None or not settings.loss.needs_reference:
         return None
-    key = reference_key(settings, pairs, held_out=held_out, precision=precision)
+    key = reference_key(settings, pairs, split, precision=precision)
     return ReferenceCache(Path(settings.cache.reference), key)

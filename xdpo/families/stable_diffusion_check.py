@@ -1,7 +1,6 @@
 """What a Stable Diffusion 1.x or 2.x pipeline must be: its parts checked against each other before a weight is loaded.
 
-Configs, vocabularies and the headers of safetensors files say everything that is checked here. Training, generation
-and caches all call `check_pipeline_folder`.
+Configs, vocabularies and the headers of safetensors files say everything that is checked here.
 """
 
 import json
@@ -12,18 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from xdpo.models.pipeline_files import (
+from xdpo.families.pipeline_files import (
     CONFIGS,
     PARTS,
     WITH_WEIGHTS,
-    Unreachable,
-    describe_file,
-    fetch,
     read_header,
     read_json,
     weight_paths,
 )
-from xdpo.noise import NoiseSchedule
+from xdpo.noise import DiffusionProcess
 
 OTHER_FAMILIES = {
     "StableDiffusionXL": "Stable Diffusion XL",
@@ -39,31 +35,6 @@ OTHER_FAMILIES = {
 
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _ATTENTION_OF_OLD = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-
-
-def check_pipeline_folder(pipeline: str, revision: str | None = None) -> None:
-    """Refuse what isn't a Stable Diffusion 1.x or 2.x pipeline whose parts fit together, before any weight is read.
-
-    pipeline: a folder, or a hub id, of which only small files are fetched here. A hub model that can't be had now
-    passes: `load_parts` says so. Raises ValueError with a sentence for each problem.
-    """
-    path = Path(pipeline)
-    if path.is_file():
-        raise ValueError(f"model.pipeline: {pipeline!r} {describe_file(path)}")
-    if not path.is_dir() and (path.is_absolute() or pipeline.startswith((".", "~")) or pipeline.count("/") != 1):
-        raise ValueError(
-            f"model.pipeline: no folder {pipeline!r} here, and it isn't a hub id of the form owner/name; "
-            "give a folder in Stable Diffusion format (paths are relative to where the command is run) or a hub id"
-        )
-    try:
-        folder = fetch(pipeline, revision, PARTS, weights=False)
-    except Unreachable:
-        return
-    problems = _problems(folder)
-    if not problems and path.is_dir():
-        problems = weight_problems(folder)
-    if problems:
-        raise ValueError(f"model.pipeline: {pipeline!r} can't be used:\n  " + "\n  ".join(problems))
 
 
 def check_unet(unet: Path, base: Path, label: str) -> None:
@@ -113,7 +84,7 @@ def _empty(kind: type[nn.Module], folder: Path) -> nn.Module:
 # --- configs -------------------------------------------------------------------------------------------
 
 
-def _problems(folder: Path) -> list[str]:
+def problems(folder: Path) -> list[str]:
     """What is wrong with a pipeline's small files, other families first: nothing else of those is worth saying."""
     if not (folder / "model_index.json").is_file():
         lacking = ["model_index.json", *(part for part in PARTS if not (folder / part).is_dir())]
@@ -265,7 +236,7 @@ def _scheduler_problems(config: Mapping[str, Any]) -> list[str]:
     if kind is None:
         return [f"scheduler is of the kind {name}, which diffusers doesn't know; take DDIMScheduler or PNDMScheduler"]
     try:
-        NoiseSchedule.from_scheduler(kind.from_config(dict(config)))
+        DiffusionProcess.from_scheduler(kind.from_config(dict(config)))
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         return [f"scheduler: {error}"]
     return []

@@ -1,4 +1,4 @@
-"""SePPO's self-play: the reference is drawn from the run's own past, and draws what stands against the chosen image.
+"""SePPO's self-play: the reference is a past snapshot of the policy; it samples what the chosen image is compared with.
 
 Training goes in rounds of `self_play.every` optimizer steps. Where round r begins, the policy is kept as snapshot r
 (snapshot 0 is the base model), one of the snapshots 0 … r is drawn and becomes the reference, and the reference samples
@@ -11,14 +11,14 @@ output_dir/self_play/00003/made_from.json       what decides the latents below
                            latents_00000.npy …  those sampled at once, with checksums
 ```
 
-Every process writes what it samples to the run folder, and all of them read it there. So a run that was killed goes on
+Every process writes what it samples to the run folder, and all of them read it there. So a run that was killed resumes
 with what was sampled, and ends as if it had not been.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from xdpo import noise, processes
+from xdpo.batch import Batch, Conditioning, Tokens, stack
 from xdpo.cache import Shards
 from xdpo.checkpoint import CheckpointError, checkpoints, step_of, writing_aside
 from xdpo.config import Config
+from xdpo.families import PipelineParts, pipeline_with
+from xdpo.feeds.offline import OfflineFeed
 from xdpo.files import StorageError, file_sha256, storage_fault, write_text
-from xdpo.models import PipelineParts, encode_captions, pipeline_with
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class Rounds:
 
     def slot(self, position: int) -> tuple[int, int]:
         """(round, slot) of a position."""
-        round_number, place = divmod(position, self.positions)
-        return round_number, place % self.slots
+        round_number, within = divmod(position, self.positions)
+        return round_number, within % self.slots
 
 
 class RoundOrder:
@@ -84,8 +86,9 @@ def draw_snapshot(seed: int, round_number: int, choice: str) -> int:
 class SelfPlay:
     """The snapshots of a run, the reference of the round, and the latents that it sampled.
 
-    dataset: of the training pairs; gives captions by index, and its order is made one of rounds. latent_shape:
-    (C, h, w). reference: the module whose weights are exchanged, as accelerate prepared it: guidance is then added in
+    dataset: of the training pairs; gives captions by index. Its order is made one of rounds, so nothing may be loaded
+    from it before. latent_shape: (C, h, w). reference: the module whose weights are exchanged, as accelerate prepared
+    it: guidance is then added in
     float32, whatever the precision. folder: of the run, on storage that all machines share. say: prints a line on the
     first process. is_asked_to_stop: looked at between batches.
     """
@@ -132,15 +135,15 @@ class SelfPlay:
         self.say(f"self-play round {round_number + 1}: reference and opponent are {drawn}, {self.rounds.slots} images")
         return True
 
-    def opponents(self, positions: Sequence[int] | Tensor) -> Tensor:
-        """Latents (B, C, h, w), scaled as the UNet takes them, of what the reference sampled for B positions."""
+    def sampled_rejected(self, positions: Sequence[int] | Tensor) -> Tensor:
+        """Latents (B, C, h, w) that the reference sampled for B positions, as the denoiser takes them, on the CPU."""
         latents = []
         for position in positions:
             round_number, slot = self.rounds.slot(int(position))
             if round_number != self.round_number:
                 raise ValueError(f"position {int(position)} is of round {round_number}, not of {self.round_number}")
             latents.append(self._latents(round_number).read(slot))
-        return torch.from_numpy(np.stack(latents)).to(self.accelerator.device, non_blocking=True)
+        return torch.from_numpy(np.stack(latents))
 
     def close(self) -> None:
         """Remove what was sampled, once the run is finished; one process calls it."""
@@ -186,7 +189,7 @@ class SelfPlay:
             for number in processes.deal(f"self-play/{round_number}", range(len(missing)), self.is_asked_to_stop):
                 slots = latents.records_of(missing[number])
                 # Filled up with the last position: rounding depends on a batch's shape.
-                positions = [first + min(slots.start + place, slots[-1]) for place in range(latents.per_shard)]
+                positions = [first + min(slots.start + number, slots[-1]) for number in range(latents.per_shard)]
                 sampled = self._sample(positions)[: len(slots)]
                 latents.write(missing[number], sampled.unsqueeze(1).cpu().numpy())
                 written += 1
@@ -256,13 +259,16 @@ class SelfPlay:
     def _sample(self, positions: Sequence[int]) -> Tensor:
         settings, wanted = self.settings, self.settings.self_play
         start = noise.draw_noise(settings.seed, positions, self.latent_shape, stream="self_play")
-        captions, empty = self._text_states(positions), self._text_states([None])
-        # Captions are encoded and latents asked for: without encoders, whose device may be another, it uses the UNet's.
-        denoiser_alone = replace(self.parts, vae=None, text_encoder=None)
-        output = pipeline_with(denoiser_alone, self.reference)(
-            prompt_embeds=captions,
-            negative_prompt_embeds=empty.expand_as(captions),
-            latents=start[: len(positions)].to(self.accelerator.device),  # of a pair's two draws the second has no use
+        captions, empty = self._conditioning(positions), self._conditioning([None])
+        empty = Conditioning({name: value.expand_as(captions[name]) for name, value in empty.items()})
+        # Captions are encoded and latents asked for. Without encoders, whose device may be another, it takes the
+        # denoiser's.
+        pipeline = pipeline_with(self.parts, self.reference, encoders=False)
+        output = pipeline(
+            **self.parts.family.prompt_arguments(captions, empty),
+            latents=start[: len(positions)].to(
+                self.accelerator.device
+            ),  # the second half are the rejected images' draws
             num_inference_steps=wanted.num_inference_steps,
             guidance_scale=wanted.guidance_scale,
             height=settings.data.resolution,
@@ -271,15 +277,34 @@ class SelfPlay:
         )
         return output.images.float()
 
-    def _text_states(self, positions: Sequence[int | None]) -> Tensor:
-        """(B, L, D) of the captions at positions of the pairs' own order; None is the empty caption."""
-        items = [self.dataset.caption(None if place is None else self.order[place]) for place in positions]
-        if "text_states" in items[0]:
-            states = torch.stack([item["text_states"] for item in items]).to(self.accelerator.device).float()
-        else:
-            input_ids = torch.stack([item["input_ids"] for item in items]).to(self.accelerator.device)
-            states = encode_captions(self.parts.text_encoder, input_ids)
-        return states
+    def _conditioning(self, positions: Sequence[int | None]) -> Conditioning:
+        """Of the captions at positions of the pairs' own order, on the device; None is the empty caption."""
+        indices = [None if position is None else self.order[position] for position in positions]
+        captions, device = stack([self.dataset.caption(index) for index in indices]), self.accelerator.device
+        if isinstance(captions, Conditioning):
+            return Conditioning({name: value.to(device).float() for name, value in captions.items()})
+        return self.parts.encode_captions(Tokens({name: ids.to(device) for name, ids in captions.items()}))
+
+
+class SelfPlayFeed:
+    """Pairs whose rejected images are the reference's own samples, round by round."""
+
+    def __init__(self, self_play: SelfPlay, pairs: OfflineFeed):
+        self.self_play, self.pairs = self_play, pairs
+
+    @property
+    def wait_seconds(self) -> float:
+        return self.pairs.wait_seconds
+
+    def begin_step(self, step_number: int, policy: nn.Module) -> bool:
+        return self.pairs.begin_step(step_number, policy) and self.self_play.begin_step(step_number, policy)
+
+    def micro_batches(self) -> Iterator[Batch]:
+        for batch in self.pairs.micro_batches():
+            yield batch._replace(rejected_latents=self.self_play.sampled_rejected(batch.positions))
+
+    def close(self) -> None:
+        self.self_play.close()
 
 
 def snapshot_path(folder: Path, number: int) -> Path:

@@ -1,0 +1,61 @@
+"""A batch, as every data set gives it: images as pixels or encoded, captions as tokens or encoded."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+
+class Tokens(dict[str, Tensor]):
+    """Token ids (N, L) of N captions, one entry for each tokenizer of a family."""
+
+
+class Conditioning(dict[str, Tensor]):
+    """What a denoiser is told about N captions, (N, …) each; a family names the entries."""
+
+
+class LatentMoments(NamedTuple):
+    """An autoencoder's posterior of N images, before scaling."""
+
+    means: Tensor  # (N, C, h, w)
+    stds: Tensor | None  # the same; None where only means were kept
+    scaling_factor: float  # of the autoencoder
+
+
+class SingleImages(NamedTuple):
+    """What is known of each of 2B images that form no pairs."""
+
+    positions: Tensor  # (2B,) int64 in the order of single images, which gives each its draws
+    desirable: Tensor  # (2B,) bool
+
+
+class Batch(NamedTuple):
+    """B pairs, or 2B single images, at B positions of the training order."""
+
+    positions: Tensor  # (B,) int64
+    rows: Tensor  # (B,) int64 of the source; (2B,) of single images
+    pair_ids: list[str]  # B names
+    images: Tensor | LatentMoments  # of 2B, chosen first; pixel values are (2B, 3, R, R) float32 in [−1, 1]
+    captions: Tokens | Conditioning  # of B; of 2B single images
+    truncated: int  # captions that lost tokens
+    unreadable: list[int]  # rows met on the way whose images could not be read
+    single: SingleImages | None = None  # None: pairs
+    rejected_latents: Tensor | None = None  # (B, C, h, w) as the denoiser takes them, instead of the rejected images
+
+
+class SingleItem(NamedTuple):
+    """One image of a pair with its caption, not batched."""
+
+    image: Tensor | LatentMoments  # pixel values (3, R, R)
+    caption: Tokens | Conditioning
+    truncated: bool
+
+
+Captions = TypeVar("Captions", Tokens, Conditioning)
+
+
+def stack(captions: Sequence[Captions]) -> Captions:
+    """Captions of one kind, one by one → all in one, a dimension more."""
+    first = captions[0]
+    return type(first)({name: torch.stack([caption[name] for caption in captions]) for name in first})

@@ -1,0 +1,22 @@
+"""Families of base models: all that differs between them, a file each, and a pipeline's parts checked and loaded."""
+
+from xdpo.families.interface import Family, PipelineParts
+from xdpo.families.loading import (
+    FAMILIES,
+    check_pipeline_folder,
+    family_of,
+    load_parts,
+    part_checksum,
+    pipeline_with,
+)
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "PipelineParts",
+    "check_pipeline_folder",
+    "family_of",
+    "load_parts",
+    "part_checksum",
+    "pipeline_with",
+]

@@ -1,0 +1,89 @@
+"""What a family of base models is: the record of everything that differs between them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from xdpo.batch import Conditioning, LatentMoments, Tokens
+from xdpo.noise import Process
+
+
+@dataclass(frozen=True)
+class PipelineParts:
+    """What a pipeline folder holds, by the names of its folders: all weights float32, nothing trainable."""
+
+    family: "Family"
+    modules: Mapping[str, nn.Module]  # the denoiser, and the encoders where they were not left out
+    tokenizers: Mapping[str, Any]
+    scheduler: Any
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.modules[self.family.denoiser]
+
+    @property
+    def encoders(self) -> tuple[nn.Module, ...]:
+        """Autoencoder and text encoders; empty where they were left out."""
+        return tuple(self.modules[name] for name in self.family.encoders if name in self.modules)
+
+    @property
+    def vae(self) -> nn.Module:
+        """The autoencoder. Raises KeyError where the encoders were left out."""
+        return self.modules["vae"]
+
+    def process(self) -> Process:
+        """The process that the scheduler describes, on the CPU. Raises ValueError for one that can't be trained."""
+        return self.family.process(self.scheduler)
+
+    def tokenize(self, caption: str) -> tuple[Tokens, bool]:
+        """Token ids of one caption, (L,) each, and whether it is longer than the text encoders read."""
+        return self.family.tokenize(self.tokenizers, caption)
+
+    def encode_captions(self, tokens: Tokens) -> Conditioning:
+        """Token ids (N, L) → what the denoiser is told, (N, …)."""
+        return self.family.encode_captions(self, tokens)
+
+    def encode_images(self, pixel_values: Tensor) -> LatentMoments:
+        """Pixels (N, 3, R, R) in [−1, 1] → the posterior's moments, (N, C, h, w) float32."""
+        return self.family.encode_images(self, pixel_values)
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a square image of side `resolution` in pixels."""
+        return self.family.latent_shape(self, resolution)
+
+
+class Family(NamedTuple):
+    """One family. Functions without state; whatever they need is in the parts that they are given."""
+
+    name: str  # for people
+    pipeline_class: str  # of diffusers, and the `_class_name` in model_index.json
+    denoiser: str  # folder of the network that is trained, in a pipeline and in an export
+    encoders: tuple[str, ...]  # folders of the autoencoder and the text encoders
+    tokenizers: tuple[str, ...]  # folders
+    lora_targets: tuple[str, ...]  # layers that an adapter adapts, by the end of their names
+    without_extras: Mapping[str, Any]  # arguments of the pipeline class that leave out what is not used here
+
+    problems: Callable[[Path], list[str]]
+    """A sentence for each problem of a folder's configs and vocabularies; no weight is read."""
+
+    process: Callable[[Any], Process]
+    tokenize: Callable[[Mapping[str, Any], str], tuple[Tokens, bool]]
+    encode_captions: Callable[[PipelineParts, Tokens], Conditioning]
+    encode_images: Callable[[PipelineParts, Tensor], LatentMoments]
+    latent_shape: Callable[[PipelineParts, int], tuple[int, int, int]]
+    # These five: see PipelineParts, which has a method for each.
+
+    conditioning_shapes: Callable[[PipelineParts], dict[str, tuple[int, ...]]]
+    """The shape of each entry of a Conditioning, of one caption."""
+
+    to_latents: Callable[[LatentMoments, Tensor | None], Tensor]
+    """Latents (N, C, h, w) as the denoiser knows them: a sample of the posterior by the noise, or its mean without."""
+
+    predict: Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
+    """Denoiser, noisy latents (N, C, h, w), times (N,), conditioning → prediction (N, C, h, w)."""
+
+    prompt_arguments: Callable[[Conditioning, Conditioning], dict[str, Tensor]]
+    """The pipeline's arguments for N captions, and for as many empty ones, which guidance is measured from."""

@@ -1,0 +1,84 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet that attends to its last states, four latent channels."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xdpo.batch import Conditioning, LatentMoments, Tokens
+from xdpo.families.interface import Family, PipelineParts
+from xdpo.families.stable_diffusion_check import problems
+from xdpo.noise import DiffusionProcess
+
+TEXT = "text"  # the text encoder's last states, (N, L, D)
+
+
+def tokenize(tokenizers: Mapping[str, Any], caption: str) -> tuple[Tokens, bool]:
+    tokenizer = tokenizers["tokenizer"]
+    length = tokenizer.model_max_length
+    ids = tokenizer(caption, padding="max_length", truncation=True, max_length=length).input_ids
+    whole = tokenizer(caption, truncation=False, verbose=False).input_ids
+    return Tokens(input_ids=torch.tensor(ids)), len(whole) > length
+
+
+@torch.no_grad()
+def encode_captions(parts: PipelineParts, tokens: Tokens) -> Conditioning:
+    return Conditioning({TEXT: parts.modules["text_encoder"](tokens["input_ids"]).last_hidden_state})
+
+
+def conditioning_shapes(parts: PipelineParts) -> dict[str, tuple[int, ...]]:
+    length = parts.tokenizers["tokenizer"].model_max_length
+    return {TEXT: (length, parts.modules["text_encoder"].config.hidden_size)}
+
+
+@torch.no_grad()
+def encode_images(parts: PipelineParts, pixel_values: Tensor) -> LatentMoments:
+    # Contiguous, whatever layout the convolutions left: the UNet would round another one differently.
+    posterior = parts.vae.encode(pixel_values).latent_dist
+    means, stds = posterior.mean.float().contiguous(), posterior.std.float().contiguous()
+    return LatentMoments(means, stds, parts.vae.config.scaling_factor)
+
+
+def latent_shape(parts: PipelineParts, resolution: int) -> tuple[int, int, int]:
+    side = resolution // 2 ** (len(parts.vae.config.block_out_channels) - 1)
+    return parts.vae.config.latent_channels, side, side
+
+
+def to_latents(moments: LatentMoments, noise: Tensor | None) -> Tensor:
+    latents = moments.means if noise is None else moments.means + moments.stds * noise
+    return latents * moments.scaling_factor
+
+
+def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    return denoiser(noisy_latents, timesteps, conditioning[TEXT]).sample
+
+
+def prompt_arguments(captions: Conditioning, empty: Conditioning) -> dict[str, Tensor]:
+    return {"prompt_embeds": captions[TEXT], "negative_prompt_embeds": empty[TEXT]}
+
+
+STABLE_DIFFUSION = Family(
+    name="Stable Diffusion 1.x and 2.x",
+    pipeline_class="StableDiffusionPipeline",
+    denoiser="unet",
+    encoders=("vae", "text_encoder"),
+    tokenizers=("tokenizer",),
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0"),  # all attention projections
+    without_extras={
+        "safety_checker": None,
+        "feature_extractor": None,
+        "image_encoder": None,
+        "requires_safety_checker": False,
+    },
+    problems=problems,
+    process=DiffusionProcess.from_scheduler,
+    tokenize=tokenize,
+    encode_captions=encode_captions,
+    conditioning_shapes=conditioning_shapes,
+    encode_images=encode_images,
+    latent_shape=latent_shape,
+    to_latents=to_latents,
+    predict=predict,
+    prompt_arguments=prompt_arguments,
+)

@@ -1,0 +1,95 @@
+"""The network that is trained, and the copy that it is compared with: adapters, compute switches, compilation."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from xdpo.config import ComputeConfig, ModelConfig
+from xdpo.families import PipelineParts
+
+
+def make_reference(parts: PipelineParts, model: ModelConfig, compute: ComputeConfig) -> nn.Module | None:
+    """A frozen copy of the denoiser, or None for LoRA, whose reference is the policy without its adapter.
+
+    Its weights stay float32 and its forward runs under the policy's autocast: any other precision moves the first
+    margin away from 0 by rounding times β. Compiled, they require gradients that nobody asks for (xdpo.reference).
+    """
+    if model.trainable == "lora":
+        return None
+    reference = copy.deepcopy(parts.denoiser).eval().requires_grad_(compute.compile)
+    _apply_compute(reference, compute)
+    return reference
+
+
+def make_policy(parts: PipelineParts, model: ModelConfig, compute: ComputeConfig) -> nn.Module:
+    """Make the parts' denoiser trainable, in place: all of it, or LoRA adapters on the family's layers.
+
+    Like the reference it drops nothing out: a margin would be that noise times β.
+    """
+    denoiser = parts.denoiser
+    if model.trainable == "lora":
+        from peft import LoraConfig
+
+        denoiser.add_adapter(
+            LoraConfig(
+                r=model.lora_rank,
+                lora_alpha=model.lora_alpha,
+                init_lora_weights="gaussian",
+                target_modules=list(parts.family.lora_targets),
+            )
+        )
+    else:
+        denoiser.requires_grad_(True)
+    _apply_compute(denoiser, compute)
+    return denoiser.eval()
+
+
+def _apply_compute(denoiser: nn.Module, compute: ComputeConfig) -> None:
+    """Switches that policy and reference share, so that equal weights give equal bits (compiled: xdpo.reference)."""
+    if compute.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    if compute.channels_last:
+        denoiser.to(memory_format=torch.channels_last)
+    if compute.attention == "eager":
+        from diffusers.models.attention_processor import AttnProcessor
+
+        denoiser.set_attn_processor(AttnProcessor())
+    if compute.compile:
+        _compile(denoiser)
+
+
+def _compile(denoiser: nn.Module) -> None:
+    """Compile the forward of training alone: what records no gradient, evaluation and sampling, runs as written.
+
+    Shapes are static, so each micro-batch size has one graph; autocast is around it, so modules of one make share it.
+    """
+    import torch._dynamo
+
+    # One graph within DDP as without it: split at DDP's buckets where the policy comes first, whole where the reference
+    # does, it would round in two ways. What splitting overlaps is an exchange that comes once in an optimizer step.
+    torch._dynamo.config.optimize_ddp = False
+    plain = denoiser.forward
+    compiled = torch.compile(plain, fullgraph=True, dynamic=False)
+
+    def forward(*args: object, **kwargs: object) -> object:
+        return (compiled if torch.is_grad_enabled() else plain)(*args, **kwargs)
+
+    denoiser.forward = forward
+    denoiser.is_compiled_for_training = True
+
+
+@contextmanager
+def adapter_off(denoiser: nn.Module) -> Iterator[None]:
+    """Run the LoRA policy as its own reference."""
+    denoiser.disable_adapters()
+    try:
+        yield
+    finally:
+        denoiser.enable_adapters()
+
+
+def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]

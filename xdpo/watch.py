@@ -1,0 +1,96 @@
+"""What a person sees of a training while it runs: held-out pairs measured, and sample images."""
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from xdpo import data, processes, sampling, step
+from xdpo.data import Split
+from xdpo.families import pipeline_with
+from xdpo.learner import Learner
+from xdpo.precompute import Pairs, make_dataset
+from xdpo.runlog import RunLog
+
+SAMPLE_CHUNK = 4  # images sampled at once
+
+
+class Watch:
+    """Measures held-out pairs and draws sample sheets at their intervals."""
+
+    def __init__(self, learner: Learner, held_out_pairs: Pairs | None, folder: Path, log: RunLog):
+        self.learner, self.held_out_pairs, self.folder, self.log = learner, held_out_pairs, folder, log
+        self.longest_seconds = 0.0
+
+    def look(self, step_number: int) -> None:
+        """Whatever is due after an optimizer step, 0 before the first; every process calls it."""
+        started = time.perf_counter()
+        settings, log, pairs = self.learner.settings, self.log, self.held_out_pairs
+        is_last = step_number == settings.train.max_steps
+        if pairs and (step_number % settings.eval.every == 0 or is_last):
+            metrics = evaluate(self.learner, pairs)
+            log.row(step_number, metrics)
+            log.say(
+                f"step {step_number}: held-out implicit accuracy {metrics['eval/implicit_accuracy']:.3f}, "
+                f"margin {metrics['eval/margin']:.4g} over {len(pairs)} pairs × {settings.eval.draws} draws"
+            )
+        if settings.samples.every and (step_number % settings.samples.every == 0 or is_last):
+            if self.learner.accelerator.is_main_process:
+                log.say(f"step {step_number}: samples in {draw_samples(self.learner, self.folder, step_number)}")
+            processes.wait()
+        self.longest_seconds = max(self.longest_seconds, time.perf_counter() - started)
+
+
+@torch.no_grad()
+def evaluate(learner: Learner, pairs: Pairs) -> dict[str, float]:
+    """Statistics over held-out pairs at fixed (t, ε), shared out over the processes.
+
+    An objective of single images meets pairs here too: a desirable and an undesirable image each.
+    """
+    settings, accelerator = learner.settings, learner.accelerator
+    draws, rank, world = settings.eval.draws, accelerator.process_index, accelerator.num_processes
+    dataset = make_dataset(pairs, learner.parts.tokenize, settings, Split.HELD_OUT)
+    batches = data.held_out_batches(len(pairs), draws, settings.train.micro_batch_pairs, rank, world)
+    sums = torch.zeros(len(step.Statistics._fields), device=accelerator.device)
+    for number, positions in enumerate(batches):
+        if number % draws == 0:  # the draws of a batch of pairs come in a row: read and encode it once
+            with accelerator.autocast():
+                batch = learner.make_noisy.encoded(dataset.batch(positions))
+        sums += torch.stack(learner.measure(batch, Split.HELD_OUT, positions).statistics)
+        learner.references[Split.HELD_OUT].commit()
+    everyone: Tensor = accelerator.reduce(sums, "sum")
+    means = step.means(step.Statistics(*everyone.tolist()), len(pairs) * draws, settings.loss)
+    return {f"eval/{name}": mean for name, mean in means.items()}
+
+
+@torch.no_grad()
+def draw_samples(learner: Learner, folder: Path, step_number: int) -> Path:
+    """A sheet of sample images for the configured prompts and seeds: reference beside policy, where it is loaded."""
+    settings, parts, columns = learner.settings, learner.parts, {}
+    wanted = settings.samples
+    with learner.encoders_on_device():
+        parts.vae.enable_slicing()  # one image at a time: decoding several would take more memory than a step
+        with learner.accelerator.autocast():
+            with learner.reference.running() as reference:
+                if reference is not None:
+                    columns["reference"] = _sample(learner, reference)
+            columns["policy"] = _sample(learner, learner.bare_policy)
+        parts.vae.disable_slicing()  # it would round the encoding of training images differently
+    path = folder / "samples" / f"step_{step_number:08d}.png"
+    path.parent.mkdir(exist_ok=True)
+    sampling.contact_sheet(columns, wanted.prompts).save(path)
+    return path
+
+
+def _sample(learner: Learner, denoiser: torch.nn.Module) -> list:
+    wanted = learner.settings.samples
+    return sampling.sample_images(
+        pipeline_with(learner.parts, denoiser),
+        wanted.prompts,
+        seed=wanted.seed,
+        num_inference_steps=wanted.num_inference_steps,
+        guidance_scale=wanted.guidance_scale,
+        image_size=learner.settings.data.resolution,
+        chunk_size=SAMPLE_CHUNK,
+    )
