@@ -269,7 +269,7 @@ def test_equal_models_are_exported_as_equal_files_that_others_may_read(small_pip
     """safetensors writes metadata in an order of its own each time, and files that only their owner may read."""
     config = load_config("configs/base.yaml", [f"model.pipeline={small_pipeline}", f"model.trainable={trainable}"])
     torch.manual_seed(0)
-    policy = make_policy(load_parts(config.model).unet, config.model, config.compute)
+    policy = make_policy(load_parts(config.model), config.model, config.compute)
     umask = os.umask(0o027)
     try:
         for number in range(8):

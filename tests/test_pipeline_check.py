@@ -200,7 +200,7 @@ def test_an_odd_pipeline_that_is_good_is_loaded_whole(small_pipeline, pipeline, 
     parts, plain = load_parts(ModelConfig(pipeline=str(pipeline))), load_parts(ModelConfig(pipeline=small_pipeline))
     for part in ("unet", "vae", "text_encoder"):
         expected = getattr(plain, part).state_dict()
-        assert all(torch.equal(value, expected[name]) for name, value in getattr(parts, part).state_dict().items())
+        assert all(torch.equal(value, expected[name]) for name, value in parts.modules[part].state_dict().items())
 
 
 def test_a_pipeline_of_links_is_good(small_pipeline, tmp_path):
@@ -218,7 +218,7 @@ def test_a_variant_that_is_alone_is_loaded_as_float32_and_said(small_pipeline, p
 
     assert f"holds {', '.join(f'{part} as fp16' for part in parts)} alone" in capsys.readouterr().err
     for part in ("unet", "vae", "text_encoder"):
-        for value, exact in zip(getattr(loaded, part).parameters(), getattr(whole, part).parameters(), strict=True):
+        for value, exact in zip(loaded.modules[part].parameters(), whole.modules[part].parameters(), strict=True):
             assert value.dtype == torch.float32
             assert torch.equal(value, exact.half().float() if part in parts else exact)
 
@@ -336,7 +336,7 @@ def test_a_hub_model_from_the_cache_is_loaded_and_its_weights_checked(small_pipe
     cached(small_pipeline, "org/good")
     check_pipeline_folder("org/good")
     parts = load_parts(ModelConfig(pipeline="org/good"), encoders=False)
-    assert parts.vae is None and parts.denoiser.dtype == torch.float32
+    assert not parts.encoders and parts.denoiser.dtype == torch.float32
     local = ModelConfig(pipeline=small_pipeline)
     assert part_checksum(ModelConfig(pipeline="org/good"), "unet", "vae") == part_checksum(local, "unet", "vae")
 

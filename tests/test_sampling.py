@@ -86,7 +86,7 @@ def test_a_chunk_is_what_the_pipeline_itself_makes(pipeline):
 )
 def test_numbers_that_are_not_finite_are_no_image(small_pipeline, capsys, part, layer, value, fault):
     parts = families.load_parts(ModelConfig(pipeline=small_pipeline))
-    getattr(parts, part).get_submodule(layer).bias.data[0] = value
+    parts.modules[part].get_submodule(layer).bias.data[0] = value
     pipeline = families.pipeline_with(parts, parts.denoiser)
 
     with pytest.raises(sampling.NotFiniteError, match=rf"2 of 2 .* the {fault} of 'a prompt' .* in fp32"):
