@@ -26,15 +26,14 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from xdpo import (
-    checkpoint,
     config,
     data,
     ending,
     files,
     models,
-    optimizer_state,
     precompute,
     processes,
+    runs,
     sampling,
     selfplay,
     step,
@@ -63,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         accelerator = build_accelerator(settings)
         with ending.together():
             return run(settings, accelerator, options)
-    except (ConfigError, data.DataError, checkpoint.CheckpointError, NonFiniteError, ValueError) as error:
+    except (ConfigError, data.DataError, runs.CheckpointError, NonFiniteError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -79,12 +78,12 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
         return 0
     digest = hashlib.sha256(config.dump_config(settings).encode()).hexdigest()[:16]
     processes.refuse_differences({"config": digest}, "Start the same command, with the same files, on every machine")
-    optimizer_state.check(lambda parameters: build_optimizer(settings, parameters), accelerator.device)
+    runs.check_optimizer(lambda parameters: build_optimizer(settings, parameters), accelerator.device)
     folder = Path(settings.output_dir)
-    checkpoint.check_run_folder(folder, settings, options.allow_config_change)
-    resume_from = checkpoint.agree_on_checkpoint(folder)
+    runs.check_run_folder(folder, settings, options.allow_config_change)
+    resume_from = runs.agree_on_checkpoint(folder)
     if settings.loss.name == "seppo":
-        selfplay.check_snapshots(settings, folder, checkpoint.step_of(resume_from) if resume_from else 0)
+        selfplay.check_snapshots(settings, folder, runs.step_of(resume_from) if resume_from else 0)
     models.check_pipeline_folder(settings.model.pipeline, settings.model.revision)
     if settings.cache.examples and settings.cache.build:
         precompute.build_missing_examples(settings, accelerator, accelerator.print)
@@ -94,7 +93,7 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
         facts = {"training pairs": train_pairs.fingerprint}
         processes.refuse_differences(facts, "Give every machine the same data")
     if resume_from:
-        checkpoint.check_pairs(folder, train_pairs.fingerprint, options.allow_config_change, accelerator.print)
+        runs.check_pairs(folder, train_pairs.fingerprint, options.allow_config_change, accelerator.print)
     if settings.loss.is_unpaired:
         data.label_images(*train_pairs.image_names())  # refuses data of one label alone
     weights = data.weigh_pairs(settings.loss.margin_weight, train_pairs, held_out_pairs)
@@ -109,7 +108,7 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
     if options.find_batch:
         return find_batch(settings, accelerator, parts, train_pairs, weights.train)
     with files.only_run([folder], "a training", is_main=accelerator.is_main_process):
-        if checkpoint.agree_on_checkpoint(folder) != resume_from:
+        if runs.agree_on_checkpoint(folder) != resume_from:
             raise ValueError(f"output_dir: another process has just saved in {folder}; run the same command again")
         return train(settings, accelerator, folder, resume_from, parts, train_pairs, held_out_pairs, weights)
 
@@ -207,7 +206,7 @@ def train(
 
     # Policy, reference, optimizer.
     set_seed(settings.seed)
-    start_step = checkpoint.step_of(resume_from) if resume_from else 0
+    start_step = runs.step_of(resume_from) if resume_from else 0
     schedule = NoiseSchedule.from_scheduler(parts.scheduler).to(device)
     known = open_known_reference(settings, accelerator, train_pairs, held_out_pairs, start_step)
     reference = None
@@ -243,13 +242,13 @@ def train(
 
     # Resume.
     if resume_from:
-        progress = checkpoint.load_checkpoint(resume_from, bare_policy, optimizer, ema, moving_reference)
+        progress = runs.load_checkpoint(resume_from, bare_policy, optimizer, ema, moving_reference)
         skipped_steps.load_state_dict(progress["extra"])
         z0.fill_(progress["extra"].get("z0", 0.0))
     refuse_other_weights(start_step, bare_policy, reference)
     run_id = None
     if is_main:
-        run_id = checkpoint.describe_run(
+        run_id = runs.describe_run(
             folder,
             settings,
             pairs_fingerprint=train_pairs.fingerprint,
@@ -302,7 +301,7 @@ def train(
     def save(step_number: int) -> float:
         """Save, and return the seconds that it took."""
         started = time.perf_counter()
-        checkpoint.save_checkpoint(
+        runs.save_checkpoint(
             folder,
             step_number,
             bare_policy,
@@ -440,9 +439,7 @@ def train(
             log.close()
             return 128 + (stop.received or signal.SIGTERM)
 
-    exported = checkpoint.export_model(
-        folder, policy, settings, is_main=is_main, unwrap=accelerator.unwrap_model, ema=ema
-    )
+    exported = runs.export_model(folder, policy, settings, is_main=is_main, unwrap=accelerator.unwrap_model, ema=ema)
     if self_play is not None and is_main:
         self_play.close()
     log.say(f"finished: {max_steps} steps; the model is in {exported}, everything else in {folder}")
@@ -502,9 +499,9 @@ def refuse_other_weights(start_step: int, policy: nn.Module, reference: nn.Modul
     """Raise ValueError where the processes start from different steps or weights."""
     if processes.count() == 1:
         return
-    facts = {"optimizer step": start_step, "policy": checkpoint.weights_checksum(policy)}
+    facts = {"optimizer step": start_step, "policy": runs.weights_checksum(policy)}
     if reference is not None:
-        facts["reference"] = checkpoint.weights_checksum(reference)
+        facts["reference"] = runs.weights_checksum(reference)
     processes.refuse_differences(facts, "Give every machine the same model and the same run folder")
 
 

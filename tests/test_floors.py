@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: {"files", "paths", "processes", "tables"},
+    0: {"files", "paths", "processes", "provenance", "tables"},
     1: {
         "__init__",
         "config",
@@ -16,12 +16,11 @@ FLOORS = {
         "noise",
         "non_finite",
         "loss",
-        "optimizer_state",
         "prompts",
         "runlog",
         "report",
     },
-    2: {"data", "models", "checkpoint", "compute", "scorers", "cache", "tiny"},
+    2: {"data", "models", "runs", "compute", "scorers", "cache", "tiny"},
     3: {"precompute", "step", "sampling", "selfplay", "study"},
     4: {"train_xdpo", "generate", "evaluate", "experiments"},
 }

@@ -101,7 +101,7 @@ def peak_memory_gb(device: torch.device) -> float:
     """Most memory used so far, in GB: the accelerator's where there is one, else this process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    # Linux hands the parent's ru_maxrss on to a program that it starts; the high-water mark of /proc is the program's own.
+    # Linux hands a parent's ru_maxrss on to the program that it starts; /proc's high-water mark is the program's own.
     status = Path("/proc/self/status")
     if status.is_file():
         (peak,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
