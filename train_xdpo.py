@@ -692,8 +692,7 @@ def draw_samples(
         for module in encoders:
             module.to("cpu")
     path = folder / "samples" / f"step_{step_number:08d}.png"
-    path.parent.mkdir(exist_ok=True)
-    sampling.contact_sheet(columns, wanted.prompts).save(path)
+    sampling.save_sheet(path, sampling.contact_sheet(columns, wanted.prompts))
     return path
 
 

@@ -92,6 +92,16 @@ def test_the_mathematics_knows_tensors_only(module):
         assert {name.split(".")[0] for name in names} <= {"torch", "numpy"} | sys.stdlib_module_names
 
 
+@pytest.mark.parametrize("path", PACKAGE + ENTRIES + SCRIPTS, ids=relative_name)
+def test_one_module_alone_puts_files_in_place_and_asks_whether_it_may(path):
+    if path == ROOT / "xdpo" / "files.py":
+        return
+    forbidden = {("os", "replace"), ("os", "rename"), ("os", "access"), ("shutil", "move")}
+    attributes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute))
+    accessed = {(node.value.id, node.attr) for node in attributes if isinstance(node.value, ast.Name)}
+    assert not accessed & forbidden, f"{relative_name(path)}: use xdpo.files for {accessed & forbidden}"
+
+
 @pytest.mark.parametrize(
     "source, package",
     [
