@@ -391,8 +391,7 @@ def grid(options: argparse.Namespace) -> int:
         path = options.output
         if number > 1:
             path = path.with_stem(f"{path.stem}_{number}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
+        sampling.save_sheet(path, sheet)
         print(f"{path}: {len(keys)} prompts × {len(titles)} models")
     everywhere = max(len(manifest) for manifest in manifests.values())
     print(f"{len(wanted)} of {everywhere} prompts shown; {len(shared)} have an image in every folder")

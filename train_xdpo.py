@@ -20,7 +20,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes con
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from xdpo import checkpoint, config, data, ending, families, feeds, files, optimizer_state, precompute, processes
+from xdpo import config, data, ending, families, feeds, files, precompute, processes, runs
 from xdpo.compute import build_accelerator
 from xdpo.config import Config, ConfigError
 from xdpo.data import Split
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         accelerator = build_accelerator(settings)
         with ending.together():
             return run(settings, accelerator, options)
-    except (ConfigError, data.DataError, checkpoint.CheckpointError, NonFiniteError, ValueError) as error:
+    except (ConfigError, data.DataError, runs.CheckpointError, NonFiniteError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -60,12 +60,12 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
         return 0
     digest = hashlib.sha256(config.dump_config(settings).encode()).hexdigest()[:16]
     processes.refuse_differences({"config": digest}, "Start the same command, with the same files, on every machine")
-    optimizer_state.check(lambda parameters: build_optimizer(settings, parameters), accelerator.device)
+    runs.check_optimizer(lambda parameters: build_optimizer(settings, parameters), accelerator.device)
     folder = Path(settings.output_dir)
-    checkpoint.check_run_folder(folder, settings, options.allow_config_change)
-    resume_from = checkpoint.agree_on_checkpoint(folder)
+    runs.check_run_folder(folder, settings, options.allow_config_change)
+    resume_from = runs.agree_on_checkpoint(folder)
     if settings.loss.samples_rejected:
-        feeds.check_snapshots(settings, folder, checkpoint.step_of(resume_from) if resume_from else 0)
+        feeds.check_snapshots(settings, folder, runs.step_of(resume_from) if resume_from else 0)
     families.check_pipeline_folder(settings.model.pipeline, settings.model.revision)
     if settings.cache.examples and settings.cache.build:
         precompute.build_missing_examples(settings, accelerator, accelerator.print)
@@ -75,7 +75,7 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
         facts = {"training pairs": train_pairs.fingerprint}
         processes.refuse_differences(facts, "Give every machine the same data")
     if resume_from:
-        checkpoint.check_pairs(folder, train_pairs.fingerprint, options.allow_config_change, accelerator.print)
+        runs.check_pairs(folder, train_pairs.fingerprint, options.allow_config_change, accelerator.print)
     if settings.loss.is_unpaired:
         data.label_images(*train_pairs.image_names())  # refuses data of one label alone
     margin_weights = data.weigh_pairs(settings.loss.margin_weight, train_pairs, held_out_pairs)
@@ -90,7 +90,7 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
     if options.find_batch:
         return find_batch(settings, accelerator, parts, train_pairs, margin_weights)
     with files.only_run([folder], "a training", is_main=accelerator.is_main_process):
-        if checkpoint.agree_on_checkpoint(folder) != resume_from:
+        if runs.agree_on_checkpoint(folder) != resume_from:
             raise ValueError(f"output_dir: another process has just saved in {folder}; run the same command again")
         return train(settings, accelerator, folder, resume_from, parts, train_pairs, held_out_pairs, margin_weights)
 
@@ -127,7 +127,7 @@ def train(
 ) -> int:
     """The training loop. Returns 0 when the run is finished, 128 + signal when it was asked to stop."""
     total_batch, max_steps = settings.train.total_batch_pairs, settings.train.max_steps
-    start_step = checkpoint.step_of(resume_from) if resume_from else 0
+    start_step = runs.step_of(resume_from) if resume_from else 0
 
     # What is trained, and what it is measured against.
     set_seed(settings.seed)
@@ -245,7 +245,7 @@ def open_log(
     """Describe the run in its folder, and open its metrics and trackers."""
     run_id, weights = None, margin_weights.train
     if accelerator.is_main_process:
-        run_id = checkpoint.describe_run(
+        run_id = runs.describe_run(
             folder,
             settings,
             pairs_fingerprint=train_pairs.fingerprint,

@@ -21,11 +21,12 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from xdpo.config import Config, load_config
+from xdpo.files import replacing, write_text
 from xdpo.models import load_model, read_model_spec, resolve_model
 from xdpo.paths import user_path
 from xdpo.report import compare
 from xdpo.runlog import read_rows
-from xdpo.sampling import contact_sheet, sample_images
+from xdpo.sampling import contact_sheet, sample_images, save_sheet
 from xdpo.scorers import load_scorer
 from xdpo.tiny.world import tiny_prompts
 
@@ -71,7 +72,8 @@ def draw_curve(run: Path, path: Path) -> None:
     right.axhline(0, color="grey", linestyle=":")
     right.set(title="d: policy's error − reference's, held-out", xlabel="optimizer step")
     right.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    with replacing(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=110)
     plt.close(figure)
 
 
@@ -106,7 +108,7 @@ def main() -> None:
         [prompts[index] for index in shown],
         cell=192,
     )
-    sheet.save(options.run / "before_after.png")
+    save_sheet(options.run / "before_after.png", sheet)
     draw_curve(options.run, options.run / "curve.png")
     record = {
         "prompts": len(prompts),
@@ -114,7 +116,7 @@ def main() -> None:
         "guidance": guidance,
         **{name: asdict(comparison) for name, comparison in comparisons.items()},
     }
-    (options.run / "comparison.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_text(options.run / "comparison.json", json.dumps(record, indent=2) + "\n")
 
     print(f"\n{len(prompts)} prompts that training never saw, same seeds before and after:")
     for name, comparison in comparisons.items():

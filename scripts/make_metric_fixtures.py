@@ -30,9 +30,11 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 import metric_fixtures as fixtures  # noqa: E402
+
+from xdpo.files import write_text  # noqa: E402
 
 OUTPUT = ROOT / "tests" / "vectors" / "metric_scores.json"
 
@@ -229,7 +231,7 @@ def main() -> None:
         "made by scripts/make_metric_fixtures.py, which names the versions. hpsv2, hpsv2.1 and clip are bare cosines. "
         "null: the original fails on that image."
     )
-    OUTPUT.write_text(json.dumps({"about": about, "seed": fixtures.SEED, "scores": scores}, indent=1) + "\n")
+    write_text(OUTPUT, json.dumps({"about": about, "seed": fixtures.SEED, "scores": scores}, indent=1) + "\n")
     print(f"wrote {OUTPUT}")
 
 

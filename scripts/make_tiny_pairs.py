@@ -19,6 +19,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from xdpo.files import replacing
 from xdpo.paths import user_path
 from xdpo.tiny import world
 from xdpo.tiny.annotator import choose, random_flaws, render
@@ -112,7 +113,8 @@ def main() -> None:
     for number, (name, (count, draw_scene)) in enumerate(splits.items()):
         rows, against = draw_pairs(count, options.seed + number, draw_scene)
         path = options.out / f"{name}.parquet"
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path, compression="zstd")
+        with replacing(path, "wb") as file:
+            pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file, compression="zstd")
         ties = sum(row["label_0"] == 0.5 for row in rows)
         print(
             f"{path}: {count} pairs, {ties} ties, {against:.1%} of choices against the noiseless utility, "

@@ -5,9 +5,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from xdpo.files import write_text
 from xdpo.tiny.world import tiny_prompts
 
 if __name__ == "__main__":
     lines = ["category\tprompt", *(f"{category}\t{prompt}" for category, prompt in tiny_prompts())]
     path = Path(__file__).resolve().parent.parent / "assets" / "tiny" / "prompts.tsv"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")

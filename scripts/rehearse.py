@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from safetensors.numpy import load_file
 from tqdm import tqdm
 
-from xdpo import checkpoint
+from xdpo import runs
 from xdpo.cache import ExamplePlan
 from xdpo.cache.examples import TABLES, finish, is_finished
 from xdpo.config import Config, load_config
@@ -167,7 +167,7 @@ class Rehearsal:
         return [str(ROOT / "train_xdpo.py"), "--config", str(CONFIG), *self._overrides(name)]
 
     def _checkpoint(self, name: str, step: int) -> Path:
-        return checkpoint.checkpoint_path(self.output / name, step)
+        return runs.checkpoint_path(self.output / name, step)
 
     def _title(self, text: str) -> None:
         print(f"\n{text}", flush=True)
@@ -234,7 +234,7 @@ class Training:
         return max((row["step"] for row in rows if "loss" in row), default=0)
 
     def checkpoints(self) -> list[int]:
-        return [checkpoint.step_of(path) for path in checkpoint.checkpoints(self.folder)]
+        return [runs.step_of(path) for path in runs.finished_checkpoints(self.folder)]
 
     def newest_checkpoint(self) -> int:
         return max(self.checkpoints(), default=0)

@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from xdpo.files import replacing
+from xdpo.files import replacing, replacing_folder
 from xdpo.noise import DiffusionProcess
 from xdpo.paths import user_path
 from xdpo.tiny import world
@@ -330,7 +330,8 @@ def main() -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.to(dtype=torch.float16).save_pretrained(options.out, safe_serialization=True)
+    with replacing_folder(options.out) as aside:
+        pipeline.to(dtype=torch.float16).save_pretrained(aside, safe_serialization=True)
     print(f"saved the pipeline to {options.out}")
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from xdpo.files import replacing, write_text
 from xdpo.paths import user_path
 from xdpo.tiny.annotator import Rendering, random_flaws, render
 from xdpo.tiny.judges import HEADS, JUDGE_WEIGHTS, AttributeReader, Judge, alignment, labels_of
@@ -116,14 +117,16 @@ def main() -> None:
     else:
         reader = train(vae, options)
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.half().contiguous() for name, tensor in reader.state_dict().items()}, options.out)
+        weights = {name: tensor.half().contiguous() for name, tensor in reader.state_dict().items()}
+        with replacing(options.out, "wb") as file:
+            file.write(save(weights))
         reader = reader.eval().half().float()  # what half precision keeps is what gets measured
     numbers = {
         "drawn": measure(reader, None, options.test_images, options.seed + 1_000),
         "through the autoencoder": measure(reader, vae, options.test_images, options.seed + 2_000),
     }
     report = {"images": options.test_images, "seed": options.seed, "steps": options.steps, "accuracy": numbers}
-    options.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+    write_text(options.out.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 
 

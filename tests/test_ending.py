@@ -8,7 +8,7 @@ import sys
 import pytest
 from training_runs import ROOT, TWO_PROCESSES, command, processes_with, rows_of, start, wait_for
 
-from xdpo import checkpoint, ending
+from xdpo import ending, runs
 
 LONG_RUN = ("train.max_steps=100000", "checkpoint.every=100000", "data.num_workers=2", "train.micro_batch_pairs=1")
 PYTHON = sys.executable
@@ -64,7 +64,7 @@ def test_a_signal_saves_and_ends_the_run_whoever_launched_it(
             os.kill(process, signal.SIGKILL)
 
     said = log.read_text()
-    saved = [checkpoint.step_of(path) for path in checkpoint.checkpoints(folder)]
+    saved = [runs.step_of(path) for path in runs.finished_checkpoints(folder)]
     assert saved == [rows_of(folder)[-1]["step"]], said[-3000:]
     assert "as asked and saved; the same command resumes" in said
     assert "killed by signal" not in said  # a data worker
@@ -138,7 +138,7 @@ def test_an_error_in_one_process_ends_all_with_its_message(small_pipeline, small
 DISAGREE = """
 import os, sys
 import torch.distributed as dist
-from xdpo import checkpoint, files, processes
+from xdpo import files, processes, runs
 files.LISTING_SECONDS = 1
 dist.init_process_group("gloo")
 processes.connect()
@@ -152,9 +152,9 @@ os.makedirs(folder, exist_ok=True)
 os.chdir(folder)
 from pathlib import Path
 try:
-    print("chose", checkpoint.agree_on_checkpoint(Path("run")))
+    print("chose", runs.agree_on_checkpoint(Path("run")))
     processes.refuse_differences({"policy": f"weights {rank}"}, "Give every machine the same model")
-except (checkpoint.CheckpointError, ValueError) as error:
+except (runs.CheckpointError, ValueError) as error:
     print(error)
 processes.disconnect()
 """

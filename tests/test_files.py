@@ -4,12 +4,13 @@ import errno
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import failing
 
 from xdpo import files
-from xdpo.files import StorageError, check_writable, reading, replacing, sweep, write_text, writing
+from xdpo.files import StorageError, check_writable, reading, replacing, replacing_folder, sweep, write_text, writing
 
 WORDS = {
     errno.ENOSPC: "the disk is full .* make room",
@@ -78,6 +79,59 @@ def test_a_full_disk_leaves_nothing_aside(tmp_path, full_disk):
     with pytest.raises(StorageError, match=f"could not write {tmp_path}/file: the disk is full"):
         write_text(tmp_path / "file", "text")
     assert os.listdir(tmp_path) == []
+
+
+def test_small_files_are_replaced_whole(tmp_path):
+    for text in ("one", "two"):
+        write_text(tmp_path / "file", text)
+    assert (tmp_path / "file").read_text() == "two" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_error_while_writing_leaves_nothing_behind_and_names_what_is_intact(tmp_path):
+    with (
+        pytest.raises(StorageError, match="what was saved before is intact"),
+        replacing_folder(tmp_path / "x") as aside,
+    ):
+        (aside / "file").write_text("half")
+        raise OSError(5, "Input/output error")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_device_is_told_apart_from_other_errors(tmp_path):
+    with pytest.raises(StorageError, match="the disk is full"), replacing_folder(tmp_path / "x") as aside:
+        (aside / "file").symlink_to("/dev/full")
+        with (aside / "file").open("w") as file:
+            file.write("x" * 100_000)
+
+
+def test_a_folder_takes_the_place_of_the_one_that_was_there(tmp_path):
+    for name in ("one", "two"):
+        with replacing_folder(tmp_path / "x") as aside:
+            (aside / name).write_text(name)
+    assert os.listdir(tmp_path) == ["x"] and os.listdir(tmp_path / "x") == ["two"]
+
+
+@pytest.mark.parametrize("failing_rename", [1, 2])
+def test_a_folder_stays_when_it_cannot_be_replaced(tmp_path, monkeypatch, failing_rename):
+    with replacing_folder(tmp_path / "x") as aside:
+        (aside / "file").write_text("before")
+    replace, calls = os.replace, []
+
+    def failing_once(source, target):
+        calls.append(target)
+        if len(calls) == failing_rename:
+            raise OSError(errno.EIO, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", failing_once)
+    with (
+        pytest.raises(StorageError, match="what was saved before is intact"),
+        replacing_folder(tmp_path / "x") as aside,
+    ):
+        (aside / "file").write_text("after")
+    assert (tmp_path / "x" / "file").read_text() == "before" and os.listdir(tmp_path) == ["x"]
 
 
 def test_what_killed_writers_left_is_swept_and_what_others_write_now_is_not(tmp_path):

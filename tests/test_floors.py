@@ -1,6 +1,7 @@
 """The package's floors: a module imports only from floors below its own, and data goes one way."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -8,10 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: {"files", "paths", "processes", "tables"},
-    1: {"__init__", "batch", "config", "ending", "loss", "noise", "optimizer_state", "prompts", "report", "runlog"},
-    2: {"cache", "compute", "data", "families", "non_finite", "scorers", "tiny"},
-    3: {"checkpoint", "models", "noisy", "precompute"},
+    0: {"files", "paths", "processes", "provenance", "tables"},
+    1: {"__init__", "batch", "config", "ending", "loss", "noise", "prompts", "report", "runlog"},
+    2: {"cache", "compute", "data", "families", "non_finite", "runs", "scorers", "tiny"},
+    3: {"models", "noisy", "precompute"},
     4: {"reference", "sampling", "study"},
     5: {"step"},
     6: {"learner", "tally"},
@@ -29,6 +30,7 @@ TENSORS_ONLY = {"noise", "loss"}
 PACKAGE = sorted((ROOT / "xdpo").rglob("*.py"))
 ENTRIES = [ROOT / f"{name}.py" for name in sorted(FLOORS[ENTRY_FLOOR]) if (ROOT / f"{name}.py").exists()]
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
+PAGE = ROOT / "docs" / "architecture.md"
 
 
 def imported_names(source, package=()):
@@ -56,6 +58,15 @@ def own_modules(names):
     return {name.split(".")[1] for name in names if name.startswith("xdpo.")}
 
 
+def defined_names(path):
+    """Functions, classes, methods and assigned names of a module."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+
+
 def relative_name(path):
     return str(path.relative_to(ROOT))
 
@@ -63,7 +74,7 @@ def relative_name(path):
 @pytest.mark.parametrize("path", PACKAGE + ENTRIES, ids=relative_name)
 def test_a_module_imports_only_from_floors_below(path):
     module = module_of(path)
-    assert module in FLOOR_OF, f"xdpo/{module} stands on no floor: add it to the table here and to the architecture"
+    assert module in FLOOR_OF, f"xdpo/{module} stands on no floor: add it to the table here and to docs/architecture.md"
     names = imports_of(path)
     for other in own_modules(names) - {module}:
         assert other in FLOOR_OF, f"{relative_name(path)} imports xdpo.{other}, which stands on no floor"
@@ -85,6 +96,32 @@ def test_the_mathematics_knows_tensors_only(module):
     for path in (path for path in PACKAGE if module_of(path) == module):
         names = {name for name in imports_of(path) if not name.startswith(f"xdpo.{module}")}
         assert {name.split(".")[0] for name in names} <= {"torch", "numpy"} | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", PACKAGE + ENTRIES + SCRIPTS, ids=relative_name)
+def test_one_module_alone_puts_files_in_place_and_asks_whether_it_may(path):
+    if path == ROOT / "xdpo" / "files.py":
+        return
+    forbidden = {("os", "replace"), ("os", "rename"), ("os", "access"), ("shutil", "move")}
+    attributes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute))
+    accessed = {(node.value.id, node.attr) for node in attributes if isinstance(node.value, ast.Name)}
+    assert not accessed & forbidden, f"{relative_name(path)}: use xdpo.files for {accessed & forbidden}"
+
+
+def test_the_page_on_the_architecture_shows_every_room_on_its_floor():
+    shown = [
+        (int(floor), room) for floor, room in re.findall(r"^\| (\d) \| \[`(\w+)`\]", PAGE.read_text(), re.MULTILINE)
+    ]
+    rooms = [(floor, room) for floor, rooms in FLOORS.items() for room in rooms if room != "__init__"]
+    assert sorted(shown) == sorted(rooms)
+
+
+def test_what_the_page_on_the_architecture_links_to_is_there():
+    for name, target in re.findall(r"\[`([^`]+)`\]\(([^)#]+)", PAGE.read_text()):
+        path = PAGE.parent / target
+        assert path.exists(), f"{PAGE.name} links {name} to {target}, which is not there"
+        if path.suffix == ".py" and "/" not in name and name != path.stem:
+            assert name.split(".")[-1] in defined_names(path), f"{PAGE.name} links {name} to {target}: it is not there"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from training_runs import policy_of, rows_of
 
 import train_xdpo
-from xdpo import checkpoint
+from xdpo import runs
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def scaled(monkeypatch):
                 return policy, optimizer
 
             accelerator.prepare = prepare_and_spoil
-            finished = checkpoint.checkpoints(Path(settings.output_dir))
-            start = checkpoint.step_of(finished[-1]) if finished else 0
+            finished = runs.finished_checkpoints(Path(settings.output_dir))
+            start = runs.step_of(finished[-1]) if finished else 0
             return accelerator
 
         monkeypatch.setattr(train_xdpo, "build_accelerator", scaling)
@@ -60,7 +60,7 @@ def test_a_step_that_overflows_is_skipped_counted_and_changes_nothing(run, scale
     assert [row["skipped_steps"] for row in rows] == [0, 1, 1]
     assert [row["loss_scale"] for row in rows] == [65536, 32768, 32768]
     assert "step 2: gradients overflowed in fp16; skipped" in capsys.readouterr().out
-    first, second, third = checkpoint.checkpoints(folder)
+    first, second, third = runs.finished_checkpoints(folder)
     for name in ("policy", "optimizer", "ema", "reference"):
         one, other, last = (load_file(path / f"{name}.safetensors") for path in (first, second, third))
         assert all(torch.equal(one[key], other[key]) for key in one), f"{name} moved in the skipped step"
@@ -84,7 +84,7 @@ def test_a_run_of_nothing_but_overflows_stops_and_keeps_its_checkpoint(run, scal
     assert "gradients were not finite in 17 optimizer steps in a row, up to step 19" in message  # 2^16 / 2^17 < 1
     assert "compute.precision=bf16" in message
     assert not (folder / "export").exists()
-    weights = [load_file(path / "policy.safetensors") for path in checkpoint.checkpoints(folder)]
+    weights = [load_file(path / "policy.safetensors") for path in runs.finished_checkpoints(folder)]
     assert all(torch.isfinite(tensor).all() for tensor in weights[-1].values())
     assert all(torch.equal(weights[0][name], weights[-1][name]) for name in weights[0])
 

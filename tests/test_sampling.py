@@ -293,3 +293,12 @@ def test_small_images_are_enlarged_to_sharp_pixels_and_large_ones_reduced_smooth
 
     assert {enlarged.getpixel((x, 60)) for x in range(8, 136)} == {(0, 0, 0), (255, 255, 255)}
     assert all(100 < reduced.getpixel((x, 60))[0] < 155 for x in range(12, 68))
+
+
+def test_a_sheet_is_written_in_the_format_of_its_ending(tmp_path):
+    for ending, image_format in ((".png", "PNG"), (".JPG", "JPEG")):
+        path = tmp_path / "new" / f"sheet{ending}"
+        sampling.save_sheet(path, Image.new("RGB", (4, 4), "red"))
+        assert Image.open(path).format == image_format
+    with pytest.raises(ValueError, match=r"sheet\.txt: unknown file extension: \.txt"):
+        sampling.save_sheet(tmp_path / "sheet.txt", Image.new("RGB", (4, 4)))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from xdpo import checkpoint
+from xdpo import runs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -80,13 +80,13 @@ def test_a_job_that_is_told_to_end_saves_requeues_and_goes_on_on_another_number_
     said, _ = first.communicate(timeout=120)
     assert first.returncode == 0, said[-2000:]
     assert cluster.requeued.read_text().split() == ["requeue", str(os.getpid())]
-    (saved,) = checkpoint.checkpoints(run)
+    (saved,) = runs.finished_checkpoints(run)
 
-    steps = checkpoint.step_of(saved) + 2
+    steps = runs.step_of(saved) + 2
     again = cluster(1, f"output_dir={run}", f"train.max_steps={steps}")
     said, _ = again.communicate(timeout=120)
     assert again.returncode == 0 and f"resumed from {saved}" in said, said[-2000:]
-    assert checkpoint.step_of(checkpoint.checkpoints(run)[-1]) == steps
+    assert runs.step_of(runs.finished_checkpoints(run)[-1]) == steps
     assert len(cluster.requeued.read_text().splitlines()) == 1  # a run that has ended is not requeued
 
 

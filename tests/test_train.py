@@ -17,7 +17,7 @@ from tolerances import ERROR, assert_same_but_for_rounding, assert_same_figures,
 from training_runs import ROOT, TWO_PROCESSES, assert_same_run, command, launch, policy_of, rows_of
 
 import train_xdpo
-from xdpo import checkpoint, files, find_batch, learner, precompute, reference, step
+from xdpo import families, files, find_batch, learner, models, precompute, reference, runs, step
 from xdpo.cache import ReferenceCache
 from xdpo.config import dump_config, load_config
 from xdpo.data import PairDataset
@@ -119,7 +119,7 @@ def test_a_fault_is_told_from_rounding(run, monkeypatch, fault):
 
 def checksum_of(folder):
     """SHA-256 of a run's final weights."""
-    return hashlib.sha256((checkpoint.checkpoints(folder)[-1] / "policy.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256((runs.finished_checkpoints(folder)[-1] / "policy.safetensors").read_bytes()).hexdigest()
 
 
 @pytest.mark.slow
@@ -262,12 +262,12 @@ def test_the_reference_follows_the_policy_as_a_moving_average(run):
         Path(load_config(still / "config.yaml").model.pipeline) / "unet/diffusion_pytorch_model.safetensors"
     )
     policy = policy_of(moving)
-    reference = load_file(checkpoint.checkpoints(moving)[-1] / "reference.safetensors")
+    reference = load_file(runs.finished_checkpoints(moving)[-1] / "reference.safetensors")
 
     assert any(not torch.equal(policy[name], base[name]) for name in base)
     for name in base:
         torch.testing.assert_close(reference[name], 0.5 * base[name] + 0.5 * policy[name])
-    assert not (checkpoint.checkpoints(still)[-1] / "reference.safetensors").exists()
+    assert not (runs.finished_checkpoints(still)[-1] / "reference.safetensors").exists()
 
 
 # --- resume ----------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def test_8_bit_adamw_saves_and_resumes_bit_for_bit(small_pipeline, small_pairs, 
         ended = launch(["train_xdpo.py"], arguments, PYTHONPATH=str(BITSANDBYTES))
         assert ended.returncode == 0, ended.stderr[-3000:]
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    state = load_file(checkpoint.checkpoints(tmp_path / "parts")[-1] / "optimizer.safetensors")
+    state = load_file(runs.finished_checkpoints(tmp_path / "parts")[-1] / "optimizer.safetensors")
     assert {tensor.dtype for name, tensor in state.items() if name.endswith("state1")} == {torch.uint8, torch.float32}
 
 
@@ -373,7 +373,7 @@ def test_sigterm_finishes_the_step_saves_and_resumes_to_the_same_end(run, monkey
     assert status == 128 + signal.SIGTERM
     stopped_after = rows_of(folder)[-1]["step"]
     assert stopped_after in (2, 3)
-    assert checkpoint.checkpoints(folder)[-1].name == f"step_{stopped_after:08d}"
+    assert runs.finished_checkpoints(folder)[-1].name == f"step_{stopped_after:08d}"
     assert "the same command resumes" in capsys.readouterr().out
 
     monkeypatch.setattr(train_xdpo, "learning_rate_at", rate)
@@ -430,7 +430,7 @@ def test_keys_without_effect_may_change_between_two_parts_of_a_run(run):
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_what_to_do(run, monkeypatch, capsys):
-    save, calls = checkpoint.save_file, []
+    save, calls = runs.checkpoints.save_file, []
 
     def filling_up(tensors, path):
         calls.append(path)
@@ -439,14 +439,14 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_what_to_do(run, monk
             raise OSError(28, "No space left on device")
         save(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", filling_up)
+    monkeypatch.setattr(runs.checkpoints, "save_file", filling_up)
     status, folder = run("run")
     message = capsys.readouterr().err
     assert status == 1
     assert "disk is full" in message and "run the same command again" in message
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000003"]
 
-    monkeypatch.setattr(checkpoint, "save_file", save)
+    monkeypatch.setattr(runs.checkpoints, "save_file", save)
     _, whole = run("whole")
     assert run("run")[0] == 0
     assert_same_run(whole, folder)
@@ -610,7 +610,7 @@ def test_two_processes_equal_one_with_twice_the_accumulation_and_resume_bit_for_
 KILLED = """
 import os, signal, sys
 import train_xdpo
-from xdpo import checkpoint, step
+from xdpo import files, runs, step
 target, name, count = {target}, {name!r}, {count}
 original, calls = getattr(target, name), []
 def deadly(*args, **kwargs):
@@ -629,12 +629,12 @@ sys.exit(train_xdpo.main(sys.argv[1:]))
         pytest.param("in a step, between two checkpoints", "step", "preference_loss", 9, marks=pytest.mark.slow),
         pytest.param(
             "in the second checkpoint, one file written",
-            "checkpoint.optimizer_state",
+            "runs.optimizer_state",
             "save",
             2,
             marks=pytest.mark.slow,
         ),
-        ("before the second checkpoint is renamed", "checkpoint", "flush", 8),
+        ("before the second checkpoint is renamed", "files", "_flush_all", 2),
     ],
 )
 def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
@@ -645,7 +645,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
     arguments = command(small_pipeline, small_pairs, tmp_path / "killed")
     ended = launch(["-c", script], arguments)
     assert ended.returncode == -signal.SIGKILL
-    assert [path.name for path in checkpoint.checkpoints(tmp_path / "killed")] == ["step_00000003"]
+    assert [path.name for path in runs.finished_checkpoints(tmp_path / "killed")] == ["step_00000003"]
 
     assert run("killed")[0] == 0
     assert_same_run(whole, tmp_path / "killed")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from xdpo import checkpoint
+from xdpo import runs
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_RUN = [
@@ -42,14 +42,14 @@ def rows_of(folder):
 
 
 def policy_of(folder):
-    return load_file(checkpoint.checkpoints(folder)[-1] / "policy.safetensors")
+    return load_file(runs.finished_checkpoints(folder)[-1] / "policy.safetensors")
 
 
 def assert_same_run(one, other):
     """The same weights, moments and logged numbers, to the last bit."""
     for name in ("policy", "optimizer"):
         first, second = (
-            load_file(checkpoint.checkpoints(folder)[-1] / f"{name}.safetensors") for folder in (one, other)
+            load_file(runs.finished_checkpoints(folder)[-1] / f"{name}.safetensors") for folder in (one, other)
         )
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first), f"{name} differs"

@@ -9,6 +9,7 @@ import fcntl
 import glob
 import hashlib
 import os
+import re
 import shutil
 import socket
 import time
@@ -17,6 +18,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+from safetensors import SafetensorError
 
 PART = ".part"
 LOCK = "lock"
@@ -66,6 +69,36 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
             flush(path.parent)
     finally:
         _discard(aside)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Make a folder to write into aside; it takes the place of `path` once all of it is on the disk.
+
+    Raises StorageError where it can't be written; what was there before is then intact.
+    """
+    aside, old = aside_of(path), aside_of(path)
+    try:
+        sweep(path.parent, f"{glob.escape(path.name)}.*{PART}", older_than=STALE_SECONDS)
+        aside.mkdir(parents=True)
+        yield aside
+        _give_usual_modes(aside)
+        _flush_all(aside)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(aside, path)
+        flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        cause = system_error(error)
+        fault = str(error) if cause is None else storage_fault(cause, path)
+        raise StorageError(f"could not write {path}: {fault}; what was saved before is intact") from error
+    finally:
+        _discard(aside)
+        if path.exists():
+            _discard(old)
+        elif old.exists():  # nothing took its place
+            with writing(path):
+                os.replace(old, path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -160,6 +193,17 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _flush_all(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
+
+
+def _give_usual_modes(folder: Path) -> None:
+    """Set files' modes as the umask has them: safetensors writes files that only their owner may read."""
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(folder.stat().st_mode & 0o666)
+
+
 def check_writable(folder: Path, setting: str) -> None:
     """Raise StorageError where `folder`, the value of `setting`, can't be made or written to. Writes nothing."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
@@ -175,6 +219,17 @@ def file_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def system_error(error: Exception) -> OSError | None:
+    """The storage's error behind an exception; None where a file is missing or its content is at fault.
+
+    safetensors reports a system's error as text alone ("… Os { code: 28, …").
+    """
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        return error
+    code = re.search(r"os error (\d+)|code: (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+    return OSError(int(code[1] or code[2]), os.strerror(int(code[1] or code[2]))) if code else None
 
 
 def storage_fault(error: OSError, path: Path) -> str:

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from xdpo import checkpoint, config, models, processes, step
+from xdpo import config, models, processes, step
 from xdpo.batch import Batch
 from xdpo.cache import ReferenceCache
 from xdpo.config import Config
@@ -187,21 +187,21 @@ class Learner:
         """Raise ValueError where the processes start from different steps or weights."""
         if processes.count() == 1:
             return
-        facts = {"optimizer step": start_step, "policy": checkpoint.weights_checksum(self.bare_policy)}
+        facts = {"optimizer step": start_step, "policy": runs.weights_checksum(self.bare_policy)}
         if self.reference.network is not None:
-            facts["reference"] = checkpoint.weights_checksum(self.reference.network)
+            facts["reference"] = runs.weights_checksum(self.reference.network)
         processes.refuse_differences(facts, "Give every machine the same model and the same run folder")
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint."""
         moving = self._moving_network()
-        progress = checkpoint.load_checkpoint(folder, self.bare_policy, self.optimizer, self.ema, moving)
+        progress = runs.load_checkpoint(folder, self.bare_policy, self.optimizer, self.ema, moving)
         self.skipped_steps.load_state_dict(progress["extra"])
         self.z0.fill_(progress["extra"].get("z0", 0.0))
 
     def save(self, folder: Path, step_number: int) -> None:
         """Save a checkpoint in a run's folder. Every process calls it."""
-        checkpoint.save_checkpoint(
+        runs.save_checkpoint(
             folder,
             step_number,
             self.bare_policy,
@@ -216,7 +216,7 @@ class Learner:
 
     def export(self, folder: Path) -> Path:
         """Write a run's model in diffusers' format. Every process calls it."""
-        return checkpoint.export_model(
+        return runs.export_model(
             folder,
             self.policy,
             self.settings,

@@ -78,8 +78,7 @@ def draw_samples(learner: Learner, folder: Path, step_number: int) -> Path:
             columns["policy"] = _sample(learner, learner.bare_policy)
         parts.vae.disable_slicing()  # it would round the encoding of training images differently
     path = folder / "samples" / f"step_{step_number:08d}.png"
-    path.parent.mkdir(exist_ok=True)
-    sampling.contact_sheet(columns, wanted.prompts).save(path)
+    sampling.save_sheet(path, sampling.contact_sheet(columns, wanted.prompts))
     return path
 
 

@@ -16,8 +16,8 @@ from typing import Any, Self, TypeVar
 import torch
 from tqdm import tqdm
 
-from xdpo.checkpoint import git_commit, library_versions
 from xdpo.files import write_text
+from xdpo.provenance import git_commit, library_versions
 from xdpo.report.grids import Cell, Grid, to_markdown, to_text
 
 Name = TypeVar("Name", bound=Hashable)

@@ -10,13 +10,13 @@ from pathlib import Path
 from statistics import median
 
 from xdpo.cache.examples import is_finished
-from xdpo.checkpoint import checkpoints, step_of
 from xdpo.config import KEYS, Config, ConfigError, changed_keys, load_config
 from xdpo.experiments.tasks import Task, launcher, run_all, tell
 from xdpo.precompute.keys import examples_folder
 from xdpo.report.grids import Cell as TableCell
 from xdpo.report.grids import Grid
 from xdpo.runlog import read_rows
+from xdpo.runs import finished_checkpoints, step_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,8 +42,8 @@ class Cell:
     @property
     def steps_done(self) -> int:
         """Optimizer steps of the newest checkpoint."""
-        found = checkpoints(self.folder)
-        return step_of(found[-1]) if found else 0
+        finished = finished_checkpoints(self.folder)
+        return step_of(finished[-1]) if finished else 0
 
     @property
     def is_finished(self) -> bool:

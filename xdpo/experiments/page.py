@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from xdpo.checkpoint import git_commit, library_versions
 from xdpo.experiments import drawing, measures
 from xdpo.experiments.findings import Findings
 from xdpo.experiments.measures import Estimate
 from xdpo.experiments.plan import BASE
 from xdpo.files import write_text
+from xdpo.provenance import git_commit, library_versions
 from xdpo.report.figures import save
 from xdpo.report.grids import Cell, Grid, number, percent, title_of, to_markdown
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from xdpo.checkpoint import checkpoint_path
 from xdpo.experiments.cells import ROOT, Cell, make_cell
 from xdpo.experiments.plan import BASE, Plan
 from xdpo.experiments.tasks import Task, launcher, once
 from xdpo.report.results import benchmarks
 from xdpo.report.table import ScoreTable
+from xdpo.runs import checkpoint_path
 
 
 @dataclass(frozen=True)

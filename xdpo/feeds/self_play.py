@@ -33,11 +33,11 @@ from tqdm import tqdm
 from xdpo import noise, processes
 from xdpo.batch import Batch, Conditioning, Tokens, stack
 from xdpo.cache import Shards
-from xdpo.checkpoint import CheckpointError, checkpoints, step_of, writing_aside
 from xdpo.config import Config
 from xdpo.families import PipelineParts, pipeline_with
 from xdpo.feeds.offline import OfflineFeed
-from xdpo.files import StorageError, file_sha256, storage_fault, write_text
+from xdpo.files import StorageError, file_sha256, replacing_folder, storage_fault, write_text
+from xdpo.runs import CheckpointError, finished_checkpoints, step_of
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class SelfPlay:
     def _save(self, number: int, policy: nn.Module) -> None:
         final = snapshot_path(self.folder, number).parent
         if not final.exists():
-            with writing_aside(final) as aside:
+            with replacing_folder(final) as aside:
                 weights = {name: value.cpu().contiguous() for name, value in policy.state_dict().items()}
                 save_file(weights, aside / snapshot_path(self.folder, number).name)
 
@@ -250,7 +250,7 @@ class SelfPlay:
 
     def _remove_rounds_before(self, round_number: int) -> None:
         """Remove the rounds that no run will need: what comes after the newest checkpoint may be trained again."""
-        finished = checkpoints(self.folder)
+        finished = finished_checkpoints(self.folder)
         resumed = step_of(finished[-1]) // self.rounds.steps if finished else 0
         for folder in (self.folder / "self_play").iterdir():
             if folder.name.isdigit() and int(folder.name) < min(resumed, round_number):

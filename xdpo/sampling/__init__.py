@@ -20,7 +20,7 @@ from xdpo.sampling.images import (
     sample_chunk,
     sample_images,
 )
-from xdpo.sampling.sheets import contact_sheet
+from xdpo.sampling.sheets import contact_sheet, save_sheet
 
 __all__ = [
     "SCHEDULERS",
@@ -40,4 +40,5 @@ __all__ = [
     "sample_chunk",
     "sample_images",
     "save_image",
+    "save_sheet",
 ]

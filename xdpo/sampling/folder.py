@@ -22,8 +22,8 @@ from typing import Any
 
 from PIL import Image
 
-from xdpo.checkpoint import library_versions
 from xdpo.files import PART, check_writable, is_own, reading, replacing, sweep, write_text, writing
+from xdpo.provenance import library_versions
 
 SETTINGS, MANIFEST, PARTS = "settings.json", "manifest.jsonl", "manifest.part-*.jsonl"
 

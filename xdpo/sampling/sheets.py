@@ -1,11 +1,28 @@
 """Sheets of images side by side: models as columns, prompts as rows."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from xdpo.files import replacing, writing
+
 _MARGIN, _LINE, _HEADER, _GAP = 8, 15, 26, 6
 _FONT_SIZE, _TITLE_SIZE = 11, 14
+
+
+def save_sheet(path: Path, sheet: Image.Image) -> None:
+    """Write a sheet in the format that its file's ending names, never half of it; its folder is made if need be.
+
+    Raises ValueError for an ending that no image format has, StorageError where it can't be written.
+    """
+    image_format = Image.registered_extensions().get(path.suffix.lower())
+    if image_format is None:
+        raise ValueError(f"{path}: unknown file extension: {path.suffix or 'none'}; choose .png or .jpg")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, "wb") as file:
+        sheet.save(file, image_format)
 
 
 def contact_sheet(

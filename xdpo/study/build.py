@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from xdpo.checkpoint import writing_aside
 from xdpo.data.images import UnreadableImageError, decode_rgb
+from xdpo.files import replacing_folder
 from xdpo.report.images import Picture, natural_order, read_model_folder
 from xdpo.study.folder import DEFAULT_TITLE, QUESTIONS, Item, Key, Links, Study, StudyError, Task
 
@@ -45,7 +45,7 @@ def build_study(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple
     prompts = _draw(_common_prompts(model[0], shown), plan.sample, rng)
     items, sources = _items(model[0], [name for name, _ in baselines], shown, prompts, plan.obvious)
     tasks, repeats = _deal(items, plan, rng)
-    with writing_aside(folder) as aside:
+    with replacing_folder(folder) as aside:
         study = Study(
             folder=aside,
             id=secrets.token_hex(8),

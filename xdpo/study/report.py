@@ -8,6 +8,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from xdpo.files import replacing, write_text
 from xdpo.report.figures import BASELINE_COLOUR, COLOURS, STYLE, save
 from xdpo.report.grids import Cell, Grid, p_value, percent, to_markdown
 from xdpo.report.published import published_user_study, user_study
@@ -48,10 +49,11 @@ def write(findings: Findings, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rows = vote_rows(findings.study, findings.key, findings.votes)
     if rows:
-        pq.write_table(pa.Table.from_pylist(rows), folder / "votes.parquet")
+        with replacing(folder / "votes.parquet", "wb") as file:
+            pq.write_table(pa.Table.from_pylist(rows), file)
     save(win_rate_bars(findings), folder / "win_rates")
     path = folder / "report.md"
-    path.write_text(markdown(findings), encoding="utf-8")
+    write_text(path, markdown(findings))
     return path
 
 

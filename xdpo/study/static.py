@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from xdpo.checkpoint import writing_aside
+from xdpo.files import replacing_folder
 from xdpo.study.folder import SIDES, Study, StudyError
 from xdpo.study.server import PAGES
 from xdpo.study.votes import ConflictError, Vote, VoteStore, as_seconds, now
@@ -30,7 +30,7 @@ def export(study: Study, folder: Path, annotators: Sequence[int] | None = None) 
 
 
 def _export_one(study: Study, number: int, target: Path) -> Path:
-    with writing_aside(target) as aside:
+    with replacing_folder(target) as aside:
         (aside / "images").mkdir()
         tasks = []
         for task in study.tasks[number - 1]:

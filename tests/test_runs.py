@@ -2,29 +2,25 @@
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from xdpo import optimizer_state
-from xdpo.checkpoint import (
-    CheckpointError,
-    check_run_folder,
-    checkpoints,
-    describe_run,
-    export_model,
-    git_commit,
-    load_checkpoint,
-    model_card,
-    save_checkpoint,
-    write_text,
-    writing_aside,
-)
 from xdpo.config import load_config
 from xdpo.families import load_parts
 from xdpo.models import make_policy
+from xdpo.runs import (
+    CheckpointError,
+    check_optimizer,
+    check_run_folder,
+    describe_run,
+    export_model,
+    finished_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from xdpo.runs.export import model_card
 
 CONFIG = load_config("configs/xdpo_sd15.yaml")
 
@@ -65,40 +61,21 @@ def test_the_oldest_go_first_and_only_after_the_new_one_is_there(tmp_path, monke
     replace, present = os.replace, []
 
     def watched(source, target):
-        present.append([path.name for path in checkpoints(tmp_path)])
+        present.append([path.name for path in finished_checkpoints(tmp_path)])
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", watched)
     save(tmp_path, 3, keep=2)
 
     assert present == [["step_00000001", "step_00000002"]]
-    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
+    assert [path.name for path in finished_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
 
 
 def test_a_half_written_checkpoint_is_not_one(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "checkpoints" / "step_00000002.part").mkdir()
 
-    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001"]
-
-
-def test_an_error_while_writing_leaves_nothing_behind_and_names_what_is_intact(tmp_path):
-    with (
-        pytest.raises(CheckpointError, match="what was saved before is intact"),
-        writing_aside(tmp_path / "x") as aside,
-    ):
-        (aside / "file").write_text("half")
-        raise OSError(5, "Input/output error")
-
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
-def test_a_full_device_is_told_apart_from_other_errors(tmp_path):
-    with pytest.raises(CheckpointError, match="the disk is full"), writing_aside(tmp_path / "x") as aside:
-        (aside / "file").symlink_to("/dev/full")
-        with (aside / "file").open("w") as file:
-            file.write("x" * 100_000)
+    assert [path.name for path in finished_checkpoints(tmp_path)] == ["step_00000001"]
 
 
 def test_a_damaged_checkpoint_names_what_else_there_is_to_resume_from(tmp_path):
@@ -192,8 +169,8 @@ def test_an_optimizer_that_a_checkpoint_cannot_hold_is_refused_by_name(keep, mes
             keep(self, group["params"][0], group)
 
     with pytest.raises(ValueError, match=message):
-        optimizer_state.check(lambda parameters: Keeper(parameters, lr=0.1), torch.device("cpu"))
-    optimizer_state.check(lambda parameters: torch.optim.AdamW(parameters, fused=True), torch.device("cpu"))
+        check_optimizer(lambda parameters: Keeper(parameters, lr=0.1), torch.device("cpu"))
+    check_optimizer(lambda parameters: torch.optim.AdamW(parameters, fused=True), torch.device("cpu"))
 
 
 # --- the run folder ------------------------------------------------------------------------------------------
@@ -240,17 +217,6 @@ def test_a_file_in_the_way_is_refused(tmp_path):
 def test_checking_a_folder_writes_nothing(tmp_path):
     check_run_folder(tmp_path / "a" / "b", CONFIG, allow_config_change=False)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_small_files_are_replaced_whole(tmp_path):
-    for text in ("one", "two"):
-        write_text(tmp_path / "file", text)
-    assert (tmp_path / "file").read_text() == "two" and len(list(tmp_path.iterdir())) == 1
-
-
-def test_the_commit_is_a_hash_or_absent():
-    commit = git_commit()
-    assert commit is None or len(commit.removesuffix("+changes")) == 40
 
 
 @pytest.mark.parametrize(("trainable", "words"), [("full", "UNet2DConditionModel"), ("lora", "load_lora_weights")])

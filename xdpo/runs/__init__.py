@@ -1,0 +1,42 @@
+"""A run: its folder, the checkpoints in it, and the model that it exports.
+
+```
+output_dir/
+  config.yaml          the resolved config          run.json        versions, commit, data counts, starts
+  metrics.jsonl        one line per optimizer step  samples/        policy beside reference
+  checkpoints/step_00000200/    policy, optimizer and EMA as safetensors, progress.json
+  export/              the result: a UNet in diffusers format or LoRA weights, with a model card
+  snapshots/  self_play/          of SePPO alone: earlier policies, and what they sampled for the round
+  lock                 held by the process that writes here
+```
+"""
+
+from xdpo.runs.checkpoints import (
+    CheckpointError,
+    agree_on_checkpoint,
+    checkpoint_path,
+    finished_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    step_of,
+    weights_checksum,
+)
+from xdpo.runs.export import export_model
+from xdpo.runs.folder import check_pairs, check_run_folder, describe_run
+from xdpo.runs.optimizer_state import check as check_optimizer
+
+__all__ = [
+    "CheckpointError",
+    "agree_on_checkpoint",
+    "check_optimizer",
+    "check_pairs",
+    "check_run_folder",
+    "checkpoint_path",
+    "describe_run",
+    "export_model",
+    "finished_checkpoints",
+    "load_checkpoint",
+    "save_checkpoint",
+    "step_of",
+    "weights_checksum",
+]

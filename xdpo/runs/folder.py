@@ -1,0 +1,73 @@
+"""Whose a run folder is: its config, and the record of what ran there, with what and when."""
+
+import json
+import sys
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from xdpo.config import Config, changed_keys, dump_config, load_config
+from xdpo.files import check_writable, is_untouched, write_text, writing
+from xdpo.provenance import git_commit, library_versions
+
+
+def check_run_folder(folder: Path, config: Config, allow_config_change: bool) -> None:
+    """Raise ValueError for a folder that can't be written to, or that holds another run or something else.
+
+    The error names the keys in which the earlier run's config differs. Nothing is written.
+    """
+    check_writable(folder, "output_dir")
+    if is_untouched(folder):
+        return
+    saved = folder / "config.yaml"
+    if not saved.is_file():
+        content = ", ".join(sorted(path.name for path in folder.iterdir())[:5])
+        raise ValueError(f"output_dir: {folder} holds something that is not a run ({content}); choose another folder")
+    changes = changed_keys(load_config(saved), config)
+    if changes and not allow_config_change:
+        raise ValueError(
+            f"output_dir: {folder} holds a run with another config:\n  "
+            + "\n  ".join(changes)
+            + "\nChoose another output_dir, or continue it under the new config with --allow-config-change"
+        )
+
+
+def check_pairs(folder: Path, fingerprint: str, allow_change: bool, report: Callable[[str], None]) -> None:
+    """Raise ValueError where a run would resume with other training pairs; where that is allowed, report it instead.
+
+    fingerprint: of the training pairs. A run whose run.json holds none passes.
+    """
+    before = json.loads((folder / "run.json").read_text()).get("pairs_fingerprint")
+    if before in (None, fingerprint):
+        return
+    change = f"the data have changed: the training pairs are not those that the run in {folder} began with"
+    if not allow_change:
+        raise ValueError(
+            f"output_dir: {change}; at each position of its order there would be another pair. Put the data back, "
+            "choose another output_dir, or go on all the same with --allow-config-change"
+        )
+    report(f"note: {change}; going on in the order of the new ones")
+
+
+def describe_run(folder: Path, config: Config, **facts: object) -> str:
+    """Write config.yaml and run.json: what ran here, with what, started when; facts are added as given.
+
+    Returns the run's identifier, the same at every start.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", dump_config(config))
+    path = folder / "run.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv}
+    identifier = before.get("id") or uuid.uuid4().hex[:12]
+    record = {
+        "id": identifier,
+        "starts": [*before.get("starts", []), start],
+        "versions": library_versions(),
+        "git_commit": git_commit(),
+        **facts,
+    }
+    write_text(path, json.dumps(record, indent=2) + "\n")
+    return identifier
