@@ -8,14 +8,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: {"files", "paths", "processes", "tables"},
+    0: {"files", "loss", "paths", "processes", "tables"},
     1: {
         "__init__",
         "config",
         "ending",
         "noise",
         "non_finite",
-        "loss",
         "optimizer_state",
         "prompts",
         "runlog",
