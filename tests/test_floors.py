@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from xdpo.loss import OBJECTIVES
+
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {"files", "loss", "paths", "processes", "tables"},
@@ -90,6 +92,15 @@ def test_the_mathematics_knows_tensors_only(module):
     for path in (path for path in PACKAGE if module_of(path) == module):
         names = {name for name in imports_of(path) if not name.startswith(f"xdpo.{module}")}
         assert {name.split(".")[0] for name in names} <= {"torch", "numpy"} | sys.stdlib_module_names
+
+
+def test_no_objective_is_told_from_others_by_its_name():
+    """What sets one apart stands in its declaration, so that a new one is a line there."""
+    for path in (path for path in PACKAGE if module_of(path) != "loss"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare | ast.MatchValue):
+                told = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)} & set(OBJECTIVES)
+                assert not told, f"{relative_name(path)}:{node.lineno} compares with {told}: ask the objective"
 
 
 @pytest.mark.parametrize(

@@ -171,10 +171,10 @@ def shape_of(settings: Config, processes: int) -> tuple:
         *settings.compute.model_dump().items(),
         (settings.data.resolution, settings.data.sample_latents),
         (bool(settings.cache.examples), bool(settings.cache.reference)),
-        (loss.needs_reference, loss.is_unpaired, loss.objective.samples_rejected, step.inputs_of(loss)),
+        (loss.needs_reference, loss.is_unpaired, loss.samples_rejected, step.inputs_of(loss)),
         (settings.optim.name, settings.train.micro_batch_pairs, accumulation_steps(settings, processes) == 1),
         (settings.eval.every > 0, samples.every > 0, samples.guidance_scale > 1),
-        loss.objective.samples_rejected and (settings.self_play.batch_size, settings.self_play.guidance_scale > 1),
+        (settings.self_play.batch_size, settings.self_play.guidance_scale > 1) if loss.samples_rejected else None,
     )
 
 

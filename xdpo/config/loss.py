@@ -63,6 +63,10 @@ class _LossSection(Section):
     def needs_reference(self) -> bool:
         return self.objective.needs_reference
 
+    @property
+    def samples_rejected(self) -> bool:
+        return self.objective.samples_rejected
+
     @model_validator(mode="after")
     def _numbers_go_together(self):
         if problem := self.objective.problem(**self.numbers):

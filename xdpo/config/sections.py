@@ -318,7 +318,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _reference_can_move(self):
         objective = f"loss.name: {self.loss.name}"
-        moves = {"model.reference_decay": self.model.reference_decay, objective: self.loss.objective.samples_rejected}
+        moves = {"model.reference_decay": self.model.reference_decay, objective: self.loss.samples_rejected}
         asked = [key for key, value in moves.items() if value]
         if len(asked) == 2:
             raise ValueError(f"{objective} draws its own reference; set model.reference_decay=null")
