@@ -11,9 +11,6 @@ from pydantic import ValidationError
 
 from xdpo.config import (
     KEYS,
-    OBJECTIVE_KEYS,
-    PUBLISHED_BETA,
-    REFERENCE_FREE,
     Config,
     ConfigError,
     LossConfig,
@@ -27,6 +24,8 @@ from xdpo.config import (
     flatten,
     load_config,
 )
+from xdpo.config.explain import base_yaml
+from xdpo.loss import KEYS as LOSS_KEYS
 from xdpo.loss import OBJECTIVES
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +108,7 @@ def test_yes_no_on_and_off_are_text_and_leading_zeros_are_decimal():
         ("loss.gamma=1/0", "loss.gamma: must be a number, and a fraction cannot divide by zero (got '1/0')"),
         ("loss.gamma=one/six", "loss.gamma: must be a number (got 'one/six')"),
         ("loss.eta=-0.1", "loss.eta: must be at least 0 (got -0.1)"),
+        ("loss.name=[xdpo]", "loss.name: must be 'xdpo', 'diffusion_dpo', "),
         ("loss.reward=eq11", "loss.reward: must be 'appendix_c', 'eq9' or 'eq10' (got 'eq11')"),
         ("seed=-1", "seed: must be at least 0 (got -1)"),
         ("seed=4294967296", "seed: must be at most 4294967295 (got 4294967296)"),
@@ -193,19 +193,61 @@ def test_a_number_of_another_objective_is_refused_naming_its_owners():
     assert "alpha (got 0.5) does not act in xdpo; it belongs to f_dpo, dmpo, alpha_dpo" in message
 
 
-def test_the_keys_of_every_objective_are_those_of_its_function():
-    assert set(OBJECTIVE_KEYS) == set(OBJECTIVES)
-    for name, keys in OBJECTIVE_KEYS.items():
-        assert set(keys) - {"safeguard", "margin_weight", "desirable_share"} == set(OBJECTIVES[name].keys), name
-        weights_act = OBJECTIVES[name].beta_scales_margin and name != "seppo"  # its sampled images have no scores
-        assert ("margin_weight" in keys) == weights_act, name
-    assert {name for name, objective in OBJECTIVES.items() if not objective.needs_reference} == REFERENCE_FREE
-    betas = {name: objective.keys["beta"] for name, objective in OBJECTIVES.items() if "beta" in objective.keys}
-    assert betas == PUBLISHED_BETA
+def test_the_loss_section_is_what_the_registry_declares():
+    assert list(LossConfig.model_fields) == ["name", *LOSS_KEYS]
+    assert set(LOSS_KEYS) == {key for objective in OBJECTIVES.values() for key in objective.keys}
+    assert LossConfig().name == next(iter(OBJECTIVES))
+    for name, objective in OBJECTIVES.items():
+        loss = config_with(f"loss.name={name}").loss
+        assert loss.objective is objective and loss.values == objective.keys and loss.numbers == objective.numbers
+        assert loss.beta == objective.keys.get("beta")
+        given = LossConfig(name=name, **objective.keys)  # every default is in its own range
+        assert given.values == objective.keys
     assert config_with("loss.name=mapo").loss.beta == 0.1
-    assert "alpha (got 1.5) must lie between 0 and 1 in dmpo" in error_of(
-        ROOT / "configs" / "base.yaml", "loss.name=dmpo", "loss.alpha=1.5"
-    )
+
+
+def test_a_number_that_is_given_takes_the_place_of_the_published_one():
+    loss = config_with("loss.name=dmpo", "loss.alpha=0.5", "loss.safeguard=0.9").loss
+    assert loss.numbers == {"beta": 2000.0, "alpha": 0.5}
+    assert loss.values == {"beta": 2000.0, "alpha": 0.5, "safeguard": 0.9, "margin_weight": None}
+
+
+def test_numbers_that_do_not_go_together_are_refused():
+    base = ROOT / "configs" / "base.yaml"
+    alpha = "alpha (got 1.5) must lie between 0 and 1 (loss.name: {})"
+    for name in ("dmpo", "alpha_dpo"):
+        assert alpha.format(name) in error_of(base, f"loss.name={name}", "loss.alpha=1.5")
+    assert config_with("loss.name=f_dpo", "loss.alpha=1.5").loss.numbers["alpha"] == 1.5
+    flat = ("loss.name=f_dpo", "loss.eta=0", "loss.gamma=0")
+    assert "the loss has no gradient" in error_of(base, *flat, "loss.divergence=xdpo")
+    assert config_with(*flat).loss.divergence is None
+
+
+def test_what_is_said_of_a_key_names_where_it_acts_and_what_is_published():
+    said = {key: field.description for key, field in LossConfig.model_fields.items()}
+    assert said["max_reward"] == "chipo: bound R of the reward; null: 10"
+    assert said["kappa"].startswith("chipo, f_dpo: ") and said["kappa"].endswith("; null: 1")
+    assert said["alpha"].endswith("; null: f_dpo 0.5, dmpo 0.01, alpha_dpo 0.9999")
+    assert said["safeguard"].startswith("all but sft, diffusion_kto: ")
+    assert said["name"].endswith("; without a reference: mapo, sft; self-play: seppo; on single images: diffusion_kto")
+
+
+def test_the_page_of_objectives_has_the_numbers_that_are_published():
+    page = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
+    for name, objective in OBJECTIVES.items():
+        row = re.search(rf"^\| `{name}` \|.*|^`{name}`: (?:.+\n)+", page, re.MULTILINE)
+        assert row, f"docs/objectives.md has no row of {name}"
+        for key, value in objective.published.items():
+            told = value if isinstance(value, str) else f"{value:g}"
+            assert re.search(rf"`{key}` (?:. = )?{told}\b", row[0]), f"docs/objectives.md: {name} has {key} {told}"
+
+
+def test_effective_beta_is_a_number_or_none_for_every_objective():
+    for name, expected in {"seppo": 2000, "chipo": 2000, "f_dpo": 2000, "ipo": None, "sft": None}.items():
+        assert effective_beta(config_with(f"loss.name={name}")) == expected
+    assert effective_beta(config_with("loss.name=f_dpo", "loss.divergence=jensen_shannon")) == 1000
+    assert effective_beta(config_with("loss.name=f_dpo", "loss.divergence=xdpo")) == pytest.approx(2100, rel=1e-12)
+    assert "2000 = 2·β = 2 × 1000" in describe(config_with("loss.name=chipo"), 1)
 
 
 @pytest.mark.parametrize(
@@ -499,15 +541,24 @@ def test_help_lists_every_key_with_type_default_and_meaning():
     for key, field in KEYS.items():
         assert f"  {key} (" in text
         assert field.description and field.description in text
-    assert "optim.learning_rate (number > 0; 1e-08)" in text
+    assert "optim.learning_rate (number > 0; 1e-8)" in text
     assert "output_dir (text; required)" in text
     assert "eval.path (text or list of text or null; null)" in text
     assert "loss.reward (appendix_c | eq9 | eq10; appendix_c)" in text
 
 
-def test_importing_the_config_does_not_import_torch():
-    code = "import sys, xdpo.config; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+def test_reading_a_config_needs_neither_torch_nor_numpy():
+    code = """if True:
+        import sys
+        import xdpo.files, xdpo.paths, xdpo.tables
+        from xdpo import config
+        from xdpo.loss import OBJECTIVES
+        settings = config.load_config("configs/xdpo_sd15.yaml")
+        config.describe(settings, 2), config.dump_config(settings), config.build_parser("Train.").format_help()
+        assert settings.loss.objective is OBJECTIVES["xdpo"]
+        sys.exit(", ".join({"torch", "numpy"} & sys.modules.keys()) or 0)"""
+    asked = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert asked.returncode == 0, asked.stderr
 
 
 # ---- The files of this repository ----
@@ -516,6 +567,7 @@ def test_importing_the_config_does_not_import_torch():
 def test_base_yaml_has_every_key_at_its_default():
     assert config_with() == Config(output_dir="runs/xdpo")
     text = (ROOT / "configs" / "base.yaml").read_text(encoding="utf-8")
+    assert text == base_yaml(), "configs/base.yaml is behind the code: python scripts/write_base_config.py"
     for key in KEYS:
         section, _, name = key.rpartition(".")
         block = re.search(rf"^{section}:.*\n((?: .*\n|\n)*)", text, re.MULTILINE).group(1) if section else text

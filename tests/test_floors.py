@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from xdpo.loss import OBJECTIVES
+
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: {"files", "paths", "processes", "provenance", "tables"},
-    1: {"__init__", "batch", "config", "ending", "loss", "noise", "prompts", "report", "runlog"},
+    0: {"files", "loss", "paths", "processes", "provenance", "tables"},
+    1: {"__init__", "batch", "config", "ending", "noise", "prompts", "report", "runlog"},
     2: {"cache", "compute", "data", "families", "non_finite", "runs", "scorers", "tiny"},
     3: {"models", "noisy", "precompute"},
     4: {"reference", "sampling", "study"},
@@ -122,6 +124,15 @@ def test_what_the_page_on_the_architecture_links_to_is_there():
         assert path.exists(), f"{PAGE.name} links {name} to {target}, which is not there"
         if path.suffix == ".py" and "/" not in name and name != path.stem:
             assert name.split(".")[-1] in defined_names(path), f"{PAGE.name} links {name} to {target}: it is not there"
+
+
+def test_no_objective_is_told_from_others_by_its_name():
+    """What sets one apart stands in its declaration, so that a new one is a line there."""
+    for path in (path for path in PACKAGE + ENTRIES + SCRIPTS if module_of(path) != "loss"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare | ast.MatchValue):
+                told = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)} & set(OBJECTIVES)
+                assert not told, f"{relative_name(path)}:{node.lineno} compares with {told}: ask the objective"
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from xdpo.loss import (
-    LOSSES,
     MAX_EXPONENT,
+    OBJECTIVES,
     PairErrors,
     clamp_count,
     diffusion_dpo_loss,
@@ -30,6 +30,11 @@ def errors_of(policy_chosen, policy_rejected, reference_chosen, reference_reject
     """Pairs from four lists or numbers; the policy's and the reference's tensors all ask for a gradient."""
     values = (policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     return PairErrors(*(torch.tensor(v, dtype=dtype).reshape(-1).requires_grad_() for v in values))
+
+
+def loss_of(name, errors, **given):
+    """An objective's output with its published numbers, but for those given."""
+    return OBJECTIVES[name].function(errors, **{**OBJECTIVES[name].numbers, **given})
 
 
 def swapped(errors):
@@ -155,7 +160,7 @@ def test_near_zero_the_margin_is_diffusion_dpo_at_the_effective_beta(reward, eta
 def test_at_the_size_of_differences_in_practice_the_power_hardly_acts():
     # h(1e-3) − h(0) = 0.05e-3 + (exp(6e-3) − 1)/6 = 0.0010530, against 0.0010500 for its linear term.
     errors = errors_of(1e-3, 0.0, 0.0, 0.0)
-    margin = xdpo_margin(errors, beta=2.0, eta=0.05, gamma=1 / 6, n=6.0)
+    margin = xdpo_margin(errors, beta=2.0, eta=0.05, gamma=1 / 6, n=6.0, reward="appendix_c")
     assert -margin.item() == pytest.approx(0.0010530, abs=5e-8)
 
 
@@ -227,7 +232,7 @@ def test_loss_and_gradients_are_finite_for_extreme_errors(reward, eta, gamma):
 
 def test_beyond_the_limit_the_power_is_flat_and_only_eta_pushes():
     beyond = errors_of(MAX_EXPONENT / 6 + 1, 0.0, 0.0, 0.0)
-    margin = xdpo_margin(beyond, beta=2.0, eta=0.5, gamma=1.0, n=6.0)
+    margin = xdpo_margin(beyond, beta=2.0, eta=0.5, gamma=1.0, n=6.0, reward="appendix_c")
     margin.sum().backward()
     assert margin.item() == pytest.approx(-(0.5 * (MAX_EXPONENT / 6 + 1) + math.expm1(MAX_EXPONENT)), rel=1e-12)
     assert beyond.policy_chosen.grad.item() == -0.5
@@ -239,16 +244,16 @@ def test_clamped_exponents_are_counted(reward, count):
     errors = errors_of([6.0, 0.0], [7.0, 0.0], [0.0, 0.0], [0.0, 6.0])
     counted = clamp_count(errors, 6.0, reward)
     assert counted.shape == () and counted.item() == count
-    assert LOSSES["xdpo"](errors, **HEADLINE, reward=reward).clamped.item() == count
+    assert loss_of("xdpo", errors, **HEADLINE, reward=reward).clamped.item() == count
 
 
 @each_reward
 def test_the_table_of_losses_gives_the_public_functions_results(reward):
     errors, section = random_errors(), {**HEADLINE, "reward": reward}
-    xdpo = LOSSES["xdpo"](errors, **section)
+    xdpo = loss_of("xdpo", errors, **section)
     assert torch.equal(xdpo.loss, xdpo_loss(errors, **section))
     assert torch.equal(xdpo.margin, xdpo_margin(errors, **section))
-    dpo = LOSSES["diffusion_dpo"](errors, beta=HEADLINE["beta"])
+    dpo = loss_of("diffusion_dpo", errors, beta=HEADLINE["beta"])
     assert torch.equal(dpo.loss, diffusion_dpo_loss(errors, beta=HEADLINE["beta"]))
     assert dpo.clamped.item() == 0
 

@@ -14,8 +14,8 @@ from tolerances import ERROR, assert_same_but_for_rounding, drift, drift_toleran
 from training_runs import TWO_PROCESSES, assert_same_run, command, launch, policy_of, rows_of
 
 from xdpo import models, precompute
-from xdpo.config import OBJECTIVE_KEYS, REFERENCE_FREE
 from xdpo.feeds import SelfPlay
+from xdpo.loss import OBJECTIVES
 
 SELF_PLAY = (
     "loss.name=seppo",
@@ -31,7 +31,7 @@ def options_of(name):
     return SELF_PLAY if name == "seppo" else (f"loss.name={name}",)
 
 
-@pytest.mark.parametrize("name", OBJECTIVE_KEYS)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_trains_and_logs_what_it_knows(run, small_pairs, name):
     status, folder = run(
         name, *options_of(name), "train.max_steps=2", "checkpoint.every=2", "eval.every=2", f"eval.path={small_pairs}"
@@ -40,7 +40,7 @@ def test_every_objective_trains_and_logs_what_it_knows(run, small_pairs, name):
     rows = [row for row in rows_of(folder) if "loss" in row]
     assert len(rows) == 2 and all(torch.isfinite(torch.tensor(row["loss"])) for row in rows)
     assert rows[1]["gradient_norm"] > 0
-    assert ("d_chosen" in rows[0]) == (name not in REFERENCE_FREE) == ("reference_error" in rows[0])
+    assert ("d_chosen" in rows[0]) == OBJECTIVES[name].needs_reference == ("reference_error" in rows[0])
     held_out = [row for row in rows_of(folder) if "eval/implicit_accuracy" in row]
     assert len(held_out) == 2 and 0 <= held_out[1]["eval/implicit_accuracy"] <= 1
 
@@ -242,6 +242,29 @@ def test_unpaired_training_on_one_label_alone_is_refused_before_weights_are_load
     assert status == 1
     assert "none is undesirable" in capsys.readouterr().err
     assert not folder.exists()
+
+
+ADDED = """if True:
+    import re, sys
+    from xdpo.loss import pairwise, registry
+    page = open("docs/adding_an_objective.md").read()
+    function, key, objective = re.findall(r"```python\\n(.*?)```", page, re.DOTALL)[:3]
+    exec(function, vars(pairwise))
+    registry.KEYS |= eval("{" + key + "}", vars(registry))
+    registry.OBJECTIVES |= eval("{" + objective + "}", vars(registry))
+    import train_xdpo
+    sys.exit(train_xdpo.main(sys.argv[1:]))
+"""
+
+
+def test_the_objective_of_the_page_about_adding_one_trains_by_its_two_declarations(
+    small_pipeline, small_pairs, tmp_path
+):
+    options = ("loss.name=robust_dpo", "loss.flip_rate=0.2", "loss.safeguard=0.9", "train.max_steps=1")
+    ended = launch(["-c", ADDED], command(small_pipeline, small_pairs, tmp_path / "run", *options))
+    assert ended.returncode == 0, ended.stderr
+    assert "objective      robust_dpo, beta 2000.0, flip_rate 0.2" in ended.stdout
+    assert rows_of(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(2))  # as Diffusion-DPO's, whatever the rate
 
 
 def test_the_objective_stands_in_the_run_folder(run):

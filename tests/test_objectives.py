@@ -1,18 +1,17 @@
 """Every objective beside xDPO: against the formula as printed, its limits, symmetries, gradients and extremes."""
 
+import inspect
 import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from test_loss import errors_of, random_errors, swapped
+from test_loss import errors_of, loss_of, random_errors, swapped
 
 from xdpo.loss import (
-    LOSSES,
     MAX_EXPONENT,
     OBJECTIVES,
-    Objective,
     PairErrors,
     UnpairedErrors,
     diffusion_dpo_margin,
@@ -25,7 +24,7 @@ from xdpo.loss import (
 )
 
 BETA = 40.0  # random errors differ by tenths, so that margins stay where every term counts
-PAIRED = [name for name, objective in OBJECTIVES.items() if objective.errors is PairErrors]
+PAIRED = [name for name, objective in OBJECTIVES.items() if not objective.is_unpaired]
 DIVERGENCES = ["reverse_kl", "forward_kl", "jensen_shannon", "alpha_divergence", "xdpo"]
 UTILITIES = ["kto", "loss_averse", "risk_seeking"]
 
@@ -60,12 +59,12 @@ def inputs_of(name, errors):
 
 
 def evaluate(name, errors, **numbers):
-    return LOSSES[name](errors, **inputs_of(name, errors), **numbers)
+    return loss_of(name, errors, **inputs_of(name, errors), **numbers)
 
 
 def printed(name, e_w, e_l, r_w, r_l, **given):
     """The loss of one pair, in Python floats and as its publication writes it, with β on Diffusion-DPO's scale."""
-    numbers = {**OBJECTIVES[name].keys, **given}
+    numbers = {**OBJECTIVES[name].numbers, **given}
     beta, smoothing = numbers.get("beta"), numbers.get("label_smoothing", 0.0)
     d_w, d_l = e_w - r_w, e_l - r_l
     s = -0.5 * beta * (d_w - d_l) if beta else 0.0
@@ -154,7 +153,7 @@ def test_gradients_are_those_of_finite_differences(name, numbers):
 def test_no_gradient_reaches_the_reference(name):
     errors = errors_of([0.1, 0.3], [0.2, 0.1], [0.15, 0.2], [0.15, 0.2])
     inputs = {key: value.detach() for key, value in inputs_of(name, errors).items()}
-    LOSSES[name](errors, **inputs).loss.sum().backward()
+    loss_of(name, errors, **inputs).loss.sum().backward()
     assert errors.reference_chosen.grad is None and errors.reference_rejected.grad is None
     assert errors.policy_chosen.grad is not None
 
@@ -164,9 +163,9 @@ def test_half_precision_is_computed_in_float32(name, numbers):
     errors = errors_of([0.1, 0.3], [0.2, 0.1], [0.15, 0.2], [0.15, 0.2], dtype=torch.bfloat16)
     single = PairErrors(*(error.float() for error in errors))
     inputs = inputs_of(name, errors)
-    loss = LOSSES[name](errors, **inputs, **numbers).loss
+    loss = loss_of(name, errors, **inputs, **numbers).loss
     assert loss.dtype == torch.float32
-    assert torch.equal(loss, LOSSES[name](single, **inputs, **numbers).loss)
+    assert torch.equal(loss, loss_of(name, single, **inputs, **numbers).loss)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +178,7 @@ def test_loss_and_gradients_are_finite_for_extreme_errors(name, numbers):
     parts = (d_chosen.clamp(min=0), d_rejected.clamp(min=0), (-d_chosen).clamp(min=0), (-d_rejected).clamp(min=0))
     errors = errors_of(*(part.tolist() for part in parts), dtype=torch.float32)
     inputs = {key: value.detach() for key, value in inputs_of(name, errors).items()}
-    output = LOSSES[name](errors, **inputs, **numbers)
+    output = loss_of(name, errors, **inputs, **numbers)
     output.loss.sum().backward()
     gradients = torch.cat([error.grad for error in errors[:2] if error.grad is not None])
     assert output.loss.isfinite().all() and output.margin.isfinite().all()
@@ -200,9 +199,9 @@ def test_swapping_chosen_and_rejected_negates_the_margin(name):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_swapping_negates_the_margin_of_every_divergence(divergence):
     errors = random_errors()
-    margin = LOSSES["f_dpo"](errors, divergence=divergence, kappa=3.0).margin
+    margin = loss_of("f_dpo", errors, divergence=divergence, kappa=3.0).margin
     torch.testing.assert_close(
-        LOSSES["f_dpo"](swapped(errors), divergence=divergence, kappa=3.0).margin, -margin, rtol=0, atol=0
+        loss_of("f_dpo", swapped(errors), divergence=divergence, kappa=3.0).margin, -margin, rtol=0, atol=0
     )
 
 
@@ -234,7 +233,7 @@ BY_HAND = errors_of(0.11, 0.13, 0.12, 0.12)
     ],
 )
 def test_by_hand(name, numbers, loss):
-    output = LOSSES[name](BY_HAND, **numbers)
+    output = loss_of(name, BY_HAND, **numbers)
     if loss is None:  # z_w = 2, z_l = ½: −1/2 + 2 = 3/2, times (β/2)/κ = ½/ln 2
         assert output.margin.item() == pytest.approx(0.75 / math.log(2), rel=1e-12)
     else:
@@ -244,7 +243,7 @@ def test_by_hand(name, numbers, loss):
 def test_dspo_by_hand():
     # a = (2, 0) and a_ref = (1, 1): e_θ = 2, e_ref = 1, <a, a_ref> = 1; s = 0 with such a β, so that k = β/2.
     errors = errors_of(2.0, 2.0, 1.0, 1.0)
-    output = LOSSES["dspo"](errors, policy_dot_reference=torch.tensor([1.0], dtype=torch.float64), beta=0.5)
+    output = loss_of("dspo", errors, policy_dot_reference=torch.tensor([1.0], dtype=torch.float64), beta=0.5)
     # a − ¼·(a − a_ref) = (1.75, 0.25)
     assert output.loss.item() == pytest.approx((1.75**2 + 0.25**2) / 2, rel=1e-12)
 
@@ -252,7 +251,7 @@ def test_dspo_by_hand():
 def test_mapo_by_hand():
     # f(e) = ke/(exp(ke) − 1): ke = ln 2 gives ln 2, ke = ln 3 gives ln 3 / 2.
     errors = errors_of(math.log(2), math.log(3), 0.0, 0.0)
-    output = LOSSES["mapo"](errors, beta=2.0, k=1.0, scale=10.0)
+    output = loss_of("mapo", errors, beta=2.0, k=1.0, scale=10.0)
     margin = 10 * (math.log(2) - math.log(3) / 2)
     assert output.margin.item() == pytest.approx(margin, rel=1e-12)
     assert output.loss.item() == pytest.approx(math.log(2) + 2 * math.log1p(math.exp(-margin)), rel=1e-12)
@@ -260,14 +259,14 @@ def test_mapo_by_hand():
 
 def test_without_preference_mapo_and_dspo_are_sft():
     errors = random_errors()
-    sft = LOSSES["sft"](errors).loss
-    torch.testing.assert_close(LOSSES["mapo"](errors, beta=0.0).loss, sft, rtol=0, atol=0)
+    sft = loss_of("sft", errors).loss
+    torch.testing.assert_close(loss_of("mapo", errors, beta=0.0).loss, sft, rtol=0, atol=0)
     torch.testing.assert_close(evaluate("dspo", errors, beta=1e-12).loss, sft, rtol=1e-11, atol=0)
 
 
 def test_mapo_is_smooth_through_an_error_of_zero():
     errors = errors_of([0.0, 2e-3 - 1e-9, 2e-3 + 1e-9], [0.0, 0.0, 0.0], [0.1] * 3, [0.1] * 3)
-    margin = LOSSES["mapo"](errors).margin
+    margin = loss_of("mapo", errors).margin
     margin.sum().backward()
     # f(e) = 1 − ke/2 + (ke)²/12 − …, on both sides of ke = 1e-3 where the code changes over
     expected = torch.tensor([-250.0, -249.91667, -249.91667], dtype=torch.float64)
@@ -278,9 +277,9 @@ def test_mapo_is_smooth_through_an_error_of_zero():
 @pytest.mark.parametrize("name", ["mapo", "sft"])
 def test_an_objective_without_reference_takes_none(name):
     errors = random_errors()
-    alone = LOSSES[name](errors._replace(reference_chosen=None, reference_rejected=None))
+    alone = loss_of(name, errors._replace(reference_chosen=None, reference_rejected=None))
     assert not OBJECTIVES[name].needs_reference
-    assert torch.equal(alone.loss, LOSSES[name](errors).loss)
+    assert torch.equal(alone.loss, loss_of(name, errors).loss)
 
 
 # Divergences
@@ -289,35 +288,35 @@ def test_an_objective_without_reference_takes_none(name):
 def test_reverse_kl_is_diffusion_dpo_whatever_the_unit_of_the_ratio():
     errors = random_errors()
     for kappa in (0.1, 1.0, 50.0):
-        margin = LOSSES["f_dpo"](errors, beta=BETA, kappa=kappa).margin
+        margin = loss_of("f_dpo", errors, beta=BETA, kappa=kappa).margin
         torch.testing.assert_close(margin, diffusion_dpo_margin(errors, beta=BETA), rtol=1e-14, atol=0)
 
 
 def test_alpha_divergence_goes_from_reverse_to_forward_kl():
     errors = random_errors()
-    reverse, forward = (LOSSES["f_dpo"](errors, divergence=name).margin for name in ("reverse_kl", "forward_kl"))
-    toward_zero = LOSSES["f_dpo"](errors, divergence="alpha_divergence", alpha=1e-8).margin
-    at_one = LOSSES["f_dpo"](errors, divergence="alpha_divergence", alpha=1.0).margin
+    reverse, forward = (loss_of("f_dpo", errors, divergence=name).margin for name in ("reverse_kl", "forward_kl"))
+    toward_zero = loss_of("f_dpo", errors, divergence="alpha_divergence", alpha=1e-8).margin
+    at_one = loss_of("f_dpo", errors, divergence="alpha_divergence", alpha=1.0).margin
     torch.testing.assert_close(toward_zero, reverse, rtol=1e-6, atol=0)
     torch.testing.assert_close(at_one, forward, rtol=0, atol=0)
 
 
 def test_the_member_xdpo_is_eq9_and_chi_po_is_it_with_unit_numbers():
     errors = random_errors()
-    member = LOSSES["f_dpo"](errors, beta=1000.0, divergence="xdpo").margin
+    member = loss_of("f_dpo", errors, beta=1000.0, divergence="xdpo").margin
     eq9 = xdpo_margin(errors, beta=1000.0, eta=0.05, gamma=1 / 6, n=6.0, reward="eq9")
     torch.testing.assert_close(member, eq9, rtol=1e-13, atol=0)
     for kappa in (1.0, 6.0):
-        chipo = LOSSES["chipo"](errors, beta=BETA, kappa=kappa, max_reward=1e9).margin
+        chipo = loss_of("chipo", errors, beta=BETA, kappa=kappa, max_reward=1e9).margin
         row = xdpo_margin(errors, beta=BETA, eta=1.0, gamma=1 / kappa, n=kappa, reward="eq9")
         torch.testing.assert_close(chipo, row, rtol=1e-13, atol=0)
 
 
 def test_xdpo_as_in_appendix_c_is_reverse_kl_and_the_alpha_divergence_of_order_n():
     errors = random_errors()
-    reverse = LOSSES["f_dpo"](errors, beta=BETA).margin
-    alpha = LOSSES["f_dpo"](errors, beta=BETA, divergence="alpha_divergence", alpha=6.0).margin
-    appendix_c = xdpo_margin(errors, beta=BETA, eta=0.05, gamma=1 / 6, n=6.0)
+    reverse = loss_of("f_dpo", errors, beta=BETA).margin
+    alpha = loss_of("f_dpo", errors, beta=BETA, divergence="alpha_divergence", alpha=6.0).margin
+    appendix_c = xdpo_margin(errors, beta=BETA, eta=0.05, gamma=1 / 6, n=6.0, reward="appendix_c")
     torch.testing.assert_close(0.05 * reverse + alpha, appendix_c, rtol=1e-13, atol=1e-15)
 
 
@@ -327,7 +326,7 @@ def test_xdpo_as_in_appendix_c_is_reverse_kl_and_the_alpha_divergence_of_order_n
 )
 def test_near_zero_every_divergence_is_diffusion_dpo_at_its_effective_beta(divergence, factor):
     errors = errors_of(0.12 - 1e-7, 0.12 + 1e-7, 0.12, 0.12)
-    margin = LOSSES["f_dpo"](errors, beta=1000.0, divergence=divergence).margin
+    margin = loss_of("f_dpo", errors, beta=1000.0, divergence=divergence).margin
     assert margin.item() == pytest.approx(diffusion_dpo_margin(errors, beta=1000.0 * factor).item(), rel=1e-6)
 
 
@@ -335,7 +334,7 @@ def test_near_zero_every_divergence_is_diffusion_dpo_at_its_effective_beta(diver
 def test_float32_keeps_its_digits_where_chosen_and_rejected_nearly_cancel(divergence):
     errors = errors_of([1e-3 + 1e-7, 1e-3], [1e-3, 1e-3 + 1e-7], [0.0, 0.0], [0.0, 0.0], dtype=torch.float32)
     exact = PairErrors(*(error.double() for error in errors))
-    single, double = (LOSSES["f_dpo"](e, divergence=divergence, kappa=2.0).margin.double() for e in (errors, exact))
+    single, double = (loss_of("f_dpo", e, divergence=divergence, kappa=2.0).margin.double() for e in (errors, exact))
     torch.testing.assert_close(single, double, rtol=1e-6, atol=0)
 
 
@@ -346,12 +345,12 @@ def test_float32_keeps_its_digits_where_chosen_and_rejected_nearly_cancel(diverg
 def test_clamped_exponents_are_counted(numbers, count):
     # d_w = (40, 0), d_l = (41, −6), against 30/κ, 30/(ακ) = 60 and, downwards, 30/(nκ) = 5
     errors = errors_of([40.0, 0.0], [41.0, 0.0], [0.0, 0.0], [0.0, 6.0])
-    assert LOSSES["f_dpo"](errors, **numbers).clamped.item() == count
+    assert loss_of("f_dpo", errors, **numbers).clamped.item() == count
 
 
 def test_beyond_its_clip_chi_po_is_flat():
     errors = errors_of([0.0, 0.5], [0.5, 0.0], [0.25, 0.25], [0.25, 0.25])
-    output = LOSSES["chipo"](errors, beta=1000.0, max_reward=3.0)
+    output = loss_of("chipo", errors, beta=1000.0, max_reward=3.0)
     output.loss.sum().backward()
     assert output.margin.tolist() == [6.0, -6.0]
     assert errors.policy_chosen.grad.tolist() == [0.0, 0.0]
@@ -359,7 +358,7 @@ def test_beyond_its_clip_chi_po_is_flat():
 
 def test_a_very_large_ratio_is_flat_in_forward_kl():
     errors = errors_of(MAX_EXPONENT + 1, 0.0, 0.0, 0.0)
-    margin = LOSSES["f_dpo"](errors, beta=2.0, divergence="forward_kl").margin
+    margin = loss_of("f_dpo", errors, beta=2.0, divergence="forward_kl").margin
     assert margin.item() == pytest.approx(-math.expm1(MAX_EXPONENT), rel=1e-12)
 
 
@@ -370,20 +369,20 @@ def test_dmpo_at_one_half_is_the_entropy_that_is_missing():
     errors = random_errors()
     p = torch.sigmoid(diffusion_dpo_margin(errors, beta=BETA))
     entropy = -(p * p.log() + (1 - p) * (1 - p).log())
-    torch.testing.assert_close(LOSSES["dmpo"](errors, beta=BETA, alpha=0.5).loss, math.log(2) - entropy)
+    torch.testing.assert_close(loss_of("dmpo", errors, beta=BETA, alpha=0.5).loss, math.log(2) - entropy)
 
 
 def test_dmpo_swapped_is_dmpo_with_the_other_coin():
     errors = random_errors()
-    loss = LOSSES["dmpo"](errors, beta=BETA, alpha=0.2).loss
-    torch.testing.assert_close(LOSSES["dmpo"](swapped(errors), beta=BETA, alpha=0.8).loss, loss)
+    loss = loss_of("dmpo", errors, beta=BETA, alpha=0.2).loss
+    torch.testing.assert_close(loss_of("dmpo", swapped(errors), beta=BETA, alpha=0.8).loss, loss)
 
 
 def test_alpha_dpo_goes_from_dpo_to_the_reverse_kl():
     errors = random_errors()
     p = torch.sigmoid(diffusion_dpo_margin(errors, beta=BETA))
-    toward_zero = LOSSES["alpha_dpo"](errors, beta=BETA, alpha=1e-7).loss
-    toward_one = LOSSES["alpha_dpo"](errors, beta=BETA, alpha=1 - 1e-7).loss
+    toward_zero = loss_of("alpha_dpo", errors, beta=BETA, alpha=1e-7).loss
+    toward_one = loss_of("alpha_dpo", errors, beta=BETA, alpha=1 - 1e-7).loss
     torch.testing.assert_close(toward_zero, -p.log() - (1 - p), rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(toward_one, p * p.log() + 1 - p, rtol=1e-5, atol=1e-8)
 
@@ -391,14 +390,14 @@ def test_alpha_dpo_goes_from_dpo_to_the_reverse_kl():
 def test_alpha_dpo_at_its_published_number_keeps_its_digits_in_float32():
     errors = random_errors()
     single = PairErrors(*(error.float() for error in errors))
-    exact = LOSSES["alpha_dpo"](PairErrors(*(error.double() for error in single)), beta=BETA).loss
-    torch.testing.assert_close(LOSSES["alpha_dpo"](single, beta=BETA).loss.double(), exact, rtol=1e-4, atol=1e-6)
+    exact = loss_of("alpha_dpo", PairErrors(*(error.double() for error in single)), beta=BETA).loss
+    torch.testing.assert_close(loss_of("alpha_dpo", single, beta=BETA).loss.double(), exact, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name, bound", [("dmpo", -math.log(0.01)), ("alpha_dpo", 1 / 0.9999)])
 def test_a_hopelessly_wrong_pair_has_a_bounded_loss_and_no_slope(name, bound):
     errors = errors_of(2.0, 0.0, 0.0, 0.0)
-    loss = LOSSES[name](errors).loss
+    loss = loss_of(name, errors).loss
     loss.sum().backward()
     assert loss.item() == pytest.approx(bound, rel=1e-9)
     assert abs(errors.policy_chosen.grad.item()) < 1e-9
@@ -412,7 +411,7 @@ def test_seppo_flips_with_the_anchor():
         "sign": [half * (0.01 + 0.02), -half * (0.01 + 0.02), 0.0],
         "indicator": [half * (0.01 + 0.02), -half * 0.01, 0.0],
     }.items():
-        margin = LOSSES["seppo"](errors, beta=2 * half, flip=flip).margin
+        margin = loss_of("seppo", errors, beta=2 * half, flip=flip).margin
         torch.testing.assert_close(margin, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-14)
 
 
@@ -434,7 +433,7 @@ def test_diffusion_kto_is_its_printed_formula(utility):
     errors = UnpairedErrors(policy, reference, torch.rand(64, generator=generator) < 0.8)
     z0 = 0.03
     numbers = {"beta": 20.0, "utility": utility, "desirable_weight": 0.7, "undesirable_weight": 1.3}
-    loss = LOSSES["diffusion_kto"](errors, z0=torch.tensor(z0), **numbers).loss
+    loss = loss_of("diffusion_kto", errors, z0=torch.tensor(z0), **numbers).loss
     utilities = {
         "kto": sigma,
         "loss_averse": lambda v: math.log(sigma(v)),
@@ -449,7 +448,7 @@ def test_diffusion_kto_by_hand():
     # g = 0.02 and −0.01; z0 = max(0, 0.005); v = 100·0.015 and −100·(−0.015)
     errors = unpaired([0.10, 0.13], [0.12, 0.12], [True, False])
     z0 = torch.tensor(0.005, dtype=torch.float64)
-    output = LOSSES["diffusion_kto"](errors, z0=z0, beta=100.0)
+    output = loss_of("diffusion_kto", errors, z0=z0, beta=100.0)
     assert output.margin.tolist() == pytest.approx([1.5, 1.5], rel=1e-9)
     assert output.loss.tolist() == pytest.approx([sigma(-1.5)] * 2, rel=1e-9)
 
@@ -459,14 +458,14 @@ def test_gradients_of_kto_are_those_of_finite_differences(utility):
     errors = unpaired([0.12, 0.1, 0.4], [0.12, 0.2, 0.1], [True, False, False])
 
     def loss(policy):
-        return LOSSES["diffusion_kto"](errors._replace(policy=policy), z0=ZERO, beta=10.0, utility=utility).loss
+        return loss_of("diffusion_kto", errors._replace(policy=policy), z0=ZERO, beta=10.0, utility=utility).loss
 
     assert torch.autograd.gradcheck(loss, (errors.policy,), eps=1e-6, atol=1e-8, rtol=1e-7)
 
 
 def test_an_image_with_both_labels_has_a_constant_loss():
     errors = unpaired([0.1, 0.1, 0.4, 0.4], [0.2] * 4, [True, False, True, False])
-    loss = LOSSES["diffusion_kto"](errors, z0=torch.tensor(0.01)).loss
+    loss = loss_of("diffusion_kto", errors, z0=torch.tensor(0.01)).loss
     loss.sum().backward()
     torch.testing.assert_close(loss[::2] + loss[1::2], torch.ones(2, dtype=torch.float64))
     assert (errors.policy.grad[::2] + errors.policy.grad[1::2]).abs().max().item() < 1e-9
@@ -475,15 +474,15 @@ def test_an_image_with_both_labels_has_a_constant_loss():
 def test_with_balanced_labels_kto_begins_with_the_gradient_of_diffusion_dpo():
     single = unpaired([0.12, 0.15], [0.12, 0.15], [True, False])
     pair = errors_of(0.12, 0.15, 0.12, 0.15)
-    LOSSES["diffusion_kto"](single, z0=ZERO, beta=2000.0).loss.sum().backward()
-    LOSSES["diffusion_dpo"](pair, beta=2000.0).loss.sum().backward()
+    loss_of("diffusion_kto", single, z0=ZERO, beta=2000.0).loss.sum().backward()
+    loss_of("diffusion_dpo", pair, beta=2000.0).loss.sum().backward()
     assert single.policy.grad.tolist() == [pair.policy_chosen.grad.item(), pair.policy_rejected.grad.item()]
 
 
 def test_the_other_label_negates_the_value():
     errors = unpaired([0.1, 0.3], [0.2, 0.2], [True, False])
-    value = LOSSES["diffusion_kto"](errors, z0=ZERO).margin
-    other = LOSSES["diffusion_kto"](errors._replace(desirable=~errors.desirable), z0=ZERO).margin
+    value = loss_of("diffusion_kto", errors, z0=ZERO).margin
+    other = loss_of("diffusion_kto", errors._replace(desirable=~errors.desirable), z0=ZERO).margin
     assert torch.equal(other, -value)
 
 
@@ -491,13 +490,15 @@ def test_the_other_label_negates_the_value():
 def test_kto_is_finite_for_extreme_errors(utility):
     policy = torch.tensor([0.0, 1e4, 0.0, 1e4]).requires_grad_()
     errors = UnpairedErrors(policy, torch.tensor([1e4, 0.0, 1e4, 0.0]), torch.tensor([True, True, False, False]))
-    loss = LOSSES["diffusion_kto"](errors, z0=torch.tensor(0.0), utility=utility).loss
+    loss = loss_of("diffusion_kto", errors, z0=torch.tensor(0.0), utility=utility).loss
     loss.sum().backward()
     assert loss.isfinite().all() and policy.grad.isfinite().all()
 
 
 # Modifiers
 
+# χPO clips its margin; the weights themselves come before the clip.
+WEIGHTED = [name for name, objective in OBJECTIVES.items() if "margin_weight" in objective.keys and name != "chipo"]
 SMOOTHED = [name for name, objective in OBJECTIVES.items() if "label_smoothing" in objective.keys]
 
 
@@ -507,9 +508,9 @@ def test_half_smoothed_labels_are_the_mean_of_both_orders(name):
     both = 0.5 * (negative_log_sigmoid(margin) + negative_log_sigmoid(-margin))
     torch.testing.assert_close(negative_log_sigmoid(margin, 0.5), both)
     errors = random_errors()
-    plain, smooth = LOSSES[name](errors), LOSSES[name](errors, label_smoothing=0.0)
+    plain, smooth = loss_of(name, errors), loss_of(name, errors, label_smoothing=0.0)
     assert torch.equal(plain.loss, smooth.loss)
-    assert not torch.allclose(LOSSES[name](errors, label_smoothing=0.1).loss, plain.loss)
+    assert not torch.allclose(loss_of(name, errors, label_smoothing=0.1).loss, plain.loss)
 
 
 def test_a_smoothed_label_is_satisfied_at_its_log_odds():
@@ -524,8 +525,8 @@ def test_the_safeguard_scales_the_rejected_gradient_alone():
     dot = torch.tensor([0.2, 0.05, -0.1, 0.0], dtype=torch.float64)
     guarded = safeguard(errors, dot, mu=0.5)
     assert all(torch.equal(after, before) for after, before in zip(guarded, errors, strict=True))
-    plain = torch.autograd.grad(LOSSES["diffusion_dpo"](errors, beta=10.0).loss.sum(), errors[:2])
-    scaled = torch.autograd.grad(LOSSES["diffusion_dpo"](guarded, beta=10.0).loss.sum(), errors[:2])
+    plain = torch.autograd.grad(loss_of("diffusion_dpo", errors, beta=10.0).loss.sum(), errors[:2])
+    scaled = torch.autograd.grad(loss_of("diffusion_dpo", guarded, beta=10.0).loss.sum(), errors[:2])
     assert torch.equal(scaled[0], plain[0])
     torch.testing.assert_close(scaled[1], plain[1] * torch.tensor([0.5, 1.0, 1.0, 1.0]).double())
 
@@ -548,36 +549,49 @@ def test_scores_become_weights_of_the_margin():
     # A gap of ln 3 within a range of 1: p = ¾, weight 10·(2p − 1) = 5; equal scores: p = ½, weight 0.
     chosen, rejected = torch.tensor([20 + math.log(3), 20.0]).double(), torch.tensor([20.0, 20.0]).double()
     probability = preference_probability(chosen, rejected, lowest=20.0, highest=21.0)
-    weights = margin_weights(probability)
+    weights = margin_weights(probability, scale=10.0)
     torch.testing.assert_close(weights, torch.tensor([5.0, 0.0], dtype=torch.float64), rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in PAIRED if OBJECTIVES[name].beta_scales_margin and name != "chipo"])
+@pytest.mark.parametrize("name", ["seppo", *WEIGHTED])
 def test_a_beta_per_pair_weights_the_margins(name):
     errors = random_errors()
     weights = torch.linspace(-2, 4, 64, dtype=torch.float64)
-    weighted = LOSSES[name](errors, beta=BETA * weights).margin
-    torch.testing.assert_close(weighted, weights * LOSSES[name](errors, beta=BETA).margin)
+    weighted = loss_of(name, errors, beta=BETA * weights).margin
+    torch.testing.assert_close(weighted, weights * loss_of(name, errors, beta=BETA).margin)
 
 
 # The registry and bad input
 
 
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_a_function_takes_what_its_declaration_says_and_states_no_number_again(name):
+    objective = OBJECTIVES[name]
+    errors, *keywords = inspect.signature(objective.function).parameters.values()
+    assert errors.annotation is (UnpairedErrors if objective.is_unpaired else PairErrors)
+    assert {each.name for each in keywords} == {*objective.numbers, *objective.inputs}
+    assert all(each.kind is each.KEYWORD_ONLY and each.default is each.empty for each in keywords)
+    assert None not in objective.numbers.values()
+
+
 def test_the_registry_says_what_each_objective_takes():
-    assert OBJECTIVES["hinge"].keys == {"beta": 5000.0}
+    assert OBJECTIVES["hinge"].numbers == {"beta": 5000.0}
+    assert OBJECTIVES["hinge"].keys == {"beta": 5000.0, "safeguard": None, "margin_weight": None}
     assert OBJECTIVES["dspo"].inputs == ("policy_dot_reference",)
     assert OBJECTIVES["diffusion_kto"].inputs == ("z0",) and "z0" not in OBJECTIVES["diffusion_kto"].keys
-    assert OBJECTIVES["diffusion_kto"].errors is UnpairedErrors
+    assert OBJECTIVES["diffusion_kto"].is_unpaired and not OBJECTIVES["xdpo"].is_unpaired
     assert OBJECTIVES["sft"].keys == {}
     assert "eta" not in OBJECTIVES["diffusion_dpo"].keys
+    no_recording = {name for name, objective in OBJECTIVES.items() if not objective.can_reuse_reference}
+    assert no_recording == {"dspo", "mapo", "sft", "seppo"}
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_every_objective_runs_with_its_published_defaults(name):
-    if OBJECTIVES[name].errors is UnpairedErrors:
-        output = LOSSES[name](unpaired([0.1, 0.2], [0.2, 0.1], [True, False]), z0=ZERO)
+    if OBJECTIVES[name].is_unpaired:
+        output = loss_of(name, unpaired([0.1, 0.2], [0.2, 0.1], [True, False]), z0=ZERO)
     else:
-        output = evaluate(name, random_errors(2), **OBJECTIVES[name].keys)
+        output = evaluate(name, random_errors(2))
     assert output.loss.shape == output.margin.shape == (2,) and output.loss.isfinite().all()
     assert output.clamped.shape == () and output.clamped.dtype == torch.long
 
@@ -592,24 +606,24 @@ def test_every_objective_runs_with_its_published_defaults(name):
 )
 def test_an_unknown_name_is_refused_with_the_choices(name, key, choices):
     with pytest.raises(ValueError, match=f"unknown {key} 'none'; choose from {choices}"):
-        LOSSES[name](random_errors(2), **{key: "none"})
+        loss_of(name, random_errors(2), **{key: "none"})
 
 
 def test_bad_unpaired_input_is_refused():
     errors = unpaired([0.1, 0.2], [0.2, 0.1], [True, False])
     with pytest.raises(ValueError, match="unknown utility 'none'; choose from kto, loss_averse, risk_seeking"):
-        LOSSES["diffusion_kto"](errors, z0=ZERO, utility="none")
+        loss_of("diffusion_kto", errors, z0=ZERO, utility="none")
     with pytest.raises(ValueError, match=r"desirable must be a bool tensor, got torch.int64"):
-        LOSSES["diffusion_kto"](errors._replace(desirable=torch.tensor([1, 0])), z0=ZERO)
+        loss_of("diffusion_kto", errors._replace(desirable=torch.tensor([1, 0])), z0=ZERO)
     with pytest.raises(ValueError, match=r"one shape \(B,\), got"):
-        LOSSES["diffusion_kto"](errors._replace(reference=torch.zeros(2, 1)), z0=ZERO)
+        loss_of("diffusion_kto", errors._replace(reference=torch.zeros(2, 1)), z0=ZERO)
 
 
 @pytest.mark.parametrize("name", PAIRED)
 def test_errors_of_different_shapes_are_refused_instead_of_broadcast(name):
     errors = random_errors(4)._replace(policy_rejected=torch.zeros(4, 1))
     with pytest.raises(ValueError, match=r"one shape \(B,\), got .*\(4, 1\)"):
-        LOSSES[name](errors, **{key: torch.ones(4) for key in OBJECTIVES[name].inputs})
+        loss_of(name, errors, **{key: torch.ones(4) for key in OBJECTIVES[name].inputs})
 
 
 def test_a_range_of_scores_that_is_empty_is_refused():
@@ -621,9 +635,6 @@ def test_the_example_of_how_to_add_one_is_an_objective_as_it_is_printed():
     text = (Path(__file__).parent.parent / "docs/adding_an_objective.md").read_text()
     names = dict(vars(pairwise))
     exec(re.search(r"```python\n(def .*?)```", text, re.DOTALL)[1], names)
-    objective = Objective(names["robust_dpo"])
-    assert objective.errors is PairErrors and objective.inputs == ()
-    assert objective.keys == {"beta": 2000.0, "flip_rate": 0.1}
-    found = objective.function(errors_of(0.09, 0.11, 0.1, 0.1), beta=100.0, flip_rate=0.25)
+    found = names["robust_dpo"](errors_of(0.09, 0.11, 0.1, 0.1), beta=100.0, flip_rate=0.25)
     expected = (-0.75 * math.log(sigma(1)) + 0.25 * math.log(sigma(-1))) / 0.5  # s = 50·0.02
     assert found.loss.item() == pytest.approx(expected, rel=1e-6) and found.margin.item() == pytest.approx(1, rel=1e-5)

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from xdpo import config, models, processes, step
+from xdpo import config, models, processes, runs, step
 from xdpo.batch import Batch
 from xdpo.cache import ReferenceCache
 from xdpo.config import Config

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from xdpo.config import LossConfig
-from xdpo.loss import OBJECTIVES, LossOutput, PairErrors, UnpairedErrors, safeguard
+from xdpo.loss import LossOutput, PairErrors, UnpairedErrors, safeguard
 from xdpo.noisy import NoisyBatch, residuals, weighted_mean
 from xdpo.reference import Reference
 
@@ -49,7 +49,7 @@ def inputs_of(config: LossConfig) -> frozenset[str]:
     """Names of what the objective takes beside the errors, and of what its modifiers do."""
     modifiers = {"policy_dot": config.safeguard, "margin_weights": config.margin_weight}
     asked = {name for name, value in modifiers.items() if value is not None}
-    return frozenset(OBJECTIVES[config.name].inputs) | asked
+    return frozenset(config.objective.inputs) | asked
 
 
 def measure(policy: nn.Module, reference: Reference, noisy: NoisyBatch, config: LossConfig) -> Measured:
@@ -87,7 +87,7 @@ def preference_loss(errors: PairErrors, config: LossConfig, inputs: Mapping[str,
         guarded = safeguard(errors, dot, mu=config.safeguard)
     else:
         guarded = errors
-    objective, numbers, weights = OBJECTIVES[config.name], config.numbers, None
+    objective, numbers, weights = config.objective, config.numbers, None
     if config.margin_weight is not None:
         weights = inputs.pop("margin_weights")
         numbers["beta"] = numbers["beta"] * weights

@@ -16,11 +16,9 @@ from xdpo.config.derived import (
     effective_learning_rate,
 )
 from xdpo.config.files import ConfigError, dump_config, flatten, load_config
+from xdpo.config.loss import LossConfig
 from xdpo.config.sections import (
     KEYS,
-    OBJECTIVE_KEYS,
-    PUBLISHED_BETA,
-    REFERENCE_FREE,
     SECTIONS,
     CacheConfig,
     CheckpointConfig,
@@ -28,26 +26,20 @@ from xdpo.config.sections import (
     Config,
     DataConfig,
     EvalConfig,
-    FilePath,
     LogConfig,
-    LossConfig,
     ModelConfig,
     NoiseConfig,
     OptimConfig,
     SamplesConfig,
-    Section,
     SelfPlayConfig,
-    Text,
     TrainConfig,
 )
+from xdpo.config.types import FilePath, Section, Text
 
 __all__ = [
     "KEYS",
     "KEYS_WITHOUT_EFFECT",
-    "OBJECTIVE_KEYS",
     "PICKAPIC_V2_PAIRS",
-    "PUBLISHED_BETA",
-    "REFERENCE_FREE",
     "SECTIONS",
     "CacheConfig",
     "CheckpointConfig",

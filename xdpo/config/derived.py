@@ -1,7 +1,8 @@
 """What follows from a config: batch, learning rate, effective β; and in what two configs differ."""
 
 from xdpo.config.files import shown, values_of
-from xdpo.config.sections import KEYS, Config, splitting_message
+from xdpo.config.sections import KEYS, Config
+from xdpo.config.splitting import micro_steps
 
 PICKAPIC_V2_PAIRS = 851_293
 """Training pairs of Pick-a-Pic v2 without ties, as the Diffusion-DPO paper counts them."""
@@ -48,10 +49,7 @@ def accumulation_steps(config: Config, num_processes: int) -> int:
     Raises:
         ValueError: when that is not a whole number; the message names the sizes that would work.
     """
-    pairs_at_once = config.train.micro_batch_pairs * num_processes
-    if config.train.total_batch_pairs % pairs_at_once:
-        raise ValueError(splitting_message(config.train, num_processes))
-    return config.train.total_batch_pairs // pairs_at_once
+    return micro_steps(config.train.total_batch_pairs, config.train.micro_batch_pairs, num_processes)
 
 
 def effective_learning_rate(config: Config) -> float:
@@ -63,22 +61,11 @@ def effective_learning_rate(config: Config) -> float:
 def effective_beta(config: Config) -> float | None:
     """The β of the Diffusion-DPO loss that this loss equals near the reference, where d is about 0.
 
-    For xdpo β·(η + γ·n), from the derivative of Appendix C's and Eq. 9's reward at d = 0. For Eq. 10 γ·n is also
-    multiplied by exp(n·e), with e the reference's error; this is its value for e = 0. For f_dpo β·f″(1). None for an
-    objective that is no Diffusion-DPO near the reference. With loss.margin_weight a pair's is this times its weight.
+    None for an objective that is no Diffusion-DPO near the reference. With loss.margin_weight a pair's is this times
+    its weight.
     """
-    loss = config.loss
-    slope = loss.eta + loss.gamma * loss.n
-    match loss.name:
-        case "xdpo":
-            return loss.beta * slope
-        case "diffusion_dpo" | "seppo":
-            return loss.beta
-        case "chipo":
-            return 2 * loss.beta
-        case "f_dpo":
-            return loss.beta * {"xdpo": slope, "jensen_shannon": 0.5}.get(loss.divergence, 1)
-    return None
+    objective = config.loss.objective
+    return objective.effective_beta and objective.effective_beta(**config.loss.numbers)[0]
 
 
 def describe(config: Config, num_processes: int, num_pairs: int | None = None) -> str:
@@ -100,13 +87,9 @@ def describe(config: Config, num_processes: int, num_pairs: int | None = None) -
         + (": longer than the run" if optim.warmup_steps > train.max_steps else ""),
     }
     lines["objective"] = loss.name + "".join(f", {key} {value}" for key, value in loss.numbers.items())
-    if loss.name == "xdpo":
-        formula = f"{loss.beta:g} × ({loss.eta:g} + {loss.gamma:g} × {loss.n:g})"
-        factor = ", whose γ·n part grows by exp(n·e) with the error e" if loss.reward == "eq10" else ""
-        lines["effective β"] = f"{effective_beta(config):g} = β·(η + γ·n) = {formula}{factor}"
-    elif effective_beta(config) is not None:
-        own = "β itself" if effective_beta(config) == loss.beta else f"of a β of {loss.beta:g}"
-        lines["effective β"] = f"{effective_beta(config):g} ({loss.name}: {own})"
+    if loss.objective.effective_beta:
+        effective, formula = loss.objective.effective_beta(**loss.numbers)
+        lines["effective β"] = f"{effective:g} = {formula}"
     if loss.margin_weight is not None:
         lines["margin weights"] = f"{loss.margin_weight:g}·(2p − 1) times each pair's β, p from its two scores"
     pairs_seen = train.max_steps * train.total_batch_pairs

@@ -123,8 +123,8 @@ def shared_caches(settings: Config, folder: Path) -> tuple[str, ...]:
             decides.pop(key)
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
         found.append(f"cache.examples={folder / f'examples-{digest}'}")
-    moves = settings.loss.name in ("seppo", "dspo") or settings.model.reference_decay is not None
-    if settings.cache.reference is None and settings.loss.needs_reference and not moves:
+    stays = settings.loss.objective.can_reuse_reference and settings.model.reference_decay is None
+    if settings.cache.reference is None and stays:
         found.append(f"cache.reference={folder / 'reference'}")
     return tuple(found)
 

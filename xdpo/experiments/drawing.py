@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 
 from xdpo.experiments import measures
 from xdpo.experiments.findings import Findings
-from xdpo.loss import PairErrors, xdpo_margin
+from xdpo.loss import KEYS, PairErrors, xdpo_margin
 from xdpo.report.figures import BASELINE_COLOUR, COLOURS, STYLE
 from xdpo.report.grids import title_of
 
-FORMS = ("appendix_c", "eq9", "eq10")
+FORMS = KEYS["reward"].choices
 
 
 def quality(findings: Findings) -> Figure:

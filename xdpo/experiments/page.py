@@ -230,10 +230,11 @@ def _slopes(findings: Findings):
 
 def _slope_settings(findings: Findings) -> tuple[dict[str, float], float, tuple[float, float]] | None:
     """β and η, the reference's error, and the range of d at the end, of the xDPO methods; None without any."""
-    own = [n for n in findings.methods if findings.cells[n, findings.plan.seeds[0]].settings.loss.name == "xdpo"]
+    first = {n: findings.cells[n, findings.plan.seeds[0]].settings for n in findings.methods}
+    own = [n for n, settings in first.items() if "reward" in settings.loss.objective.keys]
     if not own:
         return None
-    loss = findings.cells[own[0], findings.plan.seeds[0]].settings.loss
+    loss = first[own[0]].loss
     ends = np.concatenate([findings.logged(n, f"eval/d_{side}") for n in own for side in ("chosen", "rejected")])
     if not np.isfinite(ends).all():
         return None

@@ -1,28 +1,34 @@
 """Preference objectives: denoising errors of a batch in, one loss per pair (or image) out. Pure functions of tensors.
 
-xdpo.py is the paper on a page; the objectives that it is compared with stand beside it, one file per family.
+registry.py declares them, without PyTorch. xdpo.py is the paper on a page; the objectives that it is compared with
+stand beside it, one file per family.
 """
 
-from xdpo.loss.modifiers import margin_weights, negative_log_sigmoid, preference_probability, safeguard
-from xdpo.loss.registry import LOSSES, OBJECTIVES, Objective
-from xdpo.loss.types import MAX_EXPONENT, LossOutput, PairErrors, UnpairedErrors
-from xdpo.loss.xdpo import clamp_count, diffusion_dpo_loss, diffusion_dpo_margin, xdpo_loss, xdpo_margin
+from importlib import import_module
 
-__all__ = [
-    "LOSSES",
-    "MAX_EXPONENT",
-    "OBJECTIVES",
-    "LossOutput",
-    "Objective",
-    "PairErrors",
-    "UnpairedErrors",
-    "clamp_count",
-    "diffusion_dpo_loss",
-    "diffusion_dpo_margin",
-    "margin_weights",
-    "negative_log_sigmoid",
-    "preference_probability",
-    "safeguard",
-    "xdpo_loss",
-    "xdpo_margin",
-]
+from xdpo.loss.registry import KEYS, OBJECTIVES, Key, Objective
+
+_MODULE_OF = {  # of what computes with tensors
+    "LossOutput": "types",
+    "MAX_EXPONENT": "types",
+    "PairErrors": "types",
+    "UnpairedErrors": "types",
+    "clamp_count": "xdpo",
+    "diffusion_dpo_loss": "xdpo",
+    "diffusion_dpo_margin": "xdpo",
+    "xdpo_loss": "xdpo",
+    "xdpo_margin": "xdpo",
+    "margin_weights": "modifiers",
+    "negative_log_sigmoid": "modifiers",
+    "preference_probability": "modifiers",
+    "safeguard": "modifiers",
+}
+
+__all__ = ["KEYS", "OBJECTIVES", "Key", "Objective", *_MODULE_OF]
+
+
+def __getattr__(name: str):
+    """Import what computes with tensors when it is first asked for: the config needs the registry alone."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

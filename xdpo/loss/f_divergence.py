@@ -23,6 +23,7 @@ from xdpo.loss.types import (
     no_exponents,
     prepare,
     softplus_difference,
+    unknown,
 )
 
 
@@ -31,11 +32,11 @@ def f_dpo_margin(
     *,
     beta: Beta,
     divergence: str,
-    kappa: float = 1.0,
-    alpha: float = 0.5,
-    eta: float = 0.05,
-    gamma: float = 1 / 6,
-    n: float = 6.0,
+    kappa: float,
+    alpha: float,
+    eta: float,
+    gamma: float,
+    n: float,
 ) -> Tensor:
     """m = (β/2)/κ · [f′(z_w) − f′(z_l)] with z = exp(−κ·d). Shape (B,). β, κ, α, n positive, η and γ not negative.
 
@@ -65,7 +66,7 @@ def f_dpo_margin(
             power = exp_difference(-d_chosen, -d_rejected, n * kappa)
             difference = eta * kappa * (d_rejected - d_chosen) + gamma * power
         case _:
-            raise _unknown(divergence)
+            raise unknown("divergence", divergence)
     return 0.5 * beta / kappa * difference
 
 
@@ -81,26 +82,20 @@ def _clamped(errors: PairErrors, divergence: str, kappa: float, alpha: float, n:
             return count_clamped((-d_chosen, -d_rejected), n * kappa)
         case "reverse_kl" | "jensen_shannon":
             return no_exponents(d_chosen)
-    raise _unknown(divergence)
-
-
-def _unknown(divergence: str) -> ValueError:
-    return ValueError(
-        f"unknown divergence {divergence!r}; choose from reverse_kl, forward_kl, jensen_shannon, alpha_divergence, xdpo"
-    )
+    raise unknown("divergence", divergence)
 
 
 def f_dpo(
     errors: PairErrors,
     *,
-    beta: Beta = 2000.0,
-    divergence: str = "reverse_kl",
-    kappa: float = 1.0,
-    alpha: float = 0.5,
-    eta: float = 0.05,
-    gamma: float = 1 / 6,
-    n: float = 6.0,
-    label_smoothing: float = 0.0,
+    beta: Beta,
+    divergence: str,
+    kappa: float,
+    alpha: float,
+    eta: float,
+    gamma: float,
+    n: float,
+    label_smoothing: float,
 ) -> LossOutput:
     """The objective `f_dpo`: −log σ(m) with f_dpo_margin.
 
@@ -112,14 +107,7 @@ def f_dpo(
     return LossOutput(negative_log_sigmoid(margin, label_smoothing), margin, _clamped(errors, **shape))
 
 
-def chipo(
-    errors: PairErrors,
-    *,
-    beta: Beta = 1000.0,
-    kappa: float = 1.0,
-    max_reward: float = 10.0,
-    label_smoothing: float = 0.0,
-) -> LossOutput:
+def chipo(errors: PairErrors, *, beta: Beta, kappa: float, max_reward: float, label_smoothing: float) -> LossOutput:
     """The objective `chipo`, χPO: −log σ(m), m = clip((β/2)/κ · [φ(z_w) − φ(z_l)], −2R, 2R), φ(z) = z + ln z.
 
     Source: Huang et al. 2024 (arXiv 2407.13399; [32] of the xDPO paper), Algorithm 1: DPO with the link φ, whose
@@ -138,8 +126,8 @@ def chipo(
     Limits: R → ∞ is Eq. 9; κ → 0 Diffusion-DPO at 2β. A clipped pair has no gradient, one that is hopelessly wrong
     included: that is the method.
     """
-    link = {"divergence": "xdpo", "kappa": kappa, "n": 1.0}
+    link = {"divergence": "xdpo", "kappa": kappa, "alpha": 1.0, "n": 1.0}  # α does not act in it
     margin = f_dpo_margin(errors, beta=beta, eta=1.0, gamma=1.0, **link)
     margin = margin.clamp(-2 * max_reward, 2 * max_reward)
-    clamped = _clamped(errors, alpha=1.0, **link)
+    clamped = _clamped(errors, **link)
     return LossOutput(negative_log_sigmoid(margin, label_smoothing), margin, clamped)

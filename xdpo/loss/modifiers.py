@@ -20,7 +20,7 @@ def negative_log_sigmoid(margin: Tensor, label_smoothing: float = 0.0) -> Tensor
     return -((1 - label_smoothing) * logsigmoid(margin) + label_smoothing * logsigmoid(-margin))
 
 
-def safeguard(errors: PairErrors, policy_dot: Tensor, *, mu: float = 0.9) -> PairErrors:
+def safeguard(errors: PairErrors, policy_dot: Tensor, *, mu: float) -> PairErrors:
     """The errors with the gradient of the policy's rejected one multiplied by λ; every value stays what it is.
 
         λ = clip((1 − μ)·‖a_w‖² / <a_w, a_l>, 0, 1)  where <a_w, a_l> > 0, else 1;  a = prediction − target
@@ -56,10 +56,10 @@ def preference_probability(chosen_scores: Tensor, rejected_scores: Tensor, *, lo
     return torch.sigmoid((at_least_float32(chosen_scores) - at_least_float32(rejected_scores)) / (highest - lowest))
 
 
-def margin_weights(probability: Tensor, *, scale: float = 10.0) -> Tensor:
+def margin_weights(probability: Tensor, *, scale: float) -> Tensor:
     """scale·(2p − 1), the factor of a pair's margin: multiply β by it. Shape (B,).
 
     Source: SmPO-Diffusion, scale 10. p = ½ takes the pair out, p < ½ turns it round; p = (1 + 1/scale)/2 leaves
-    the margin as it is. For objectives with Objective.beta_scales_margin: pass beta = beta · weights.
+    the margin as it is. For objectives with the key margin_weight: pass beta = beta · weights.
     """
     return scale * (2 * at_least_float32(probability) - 1)

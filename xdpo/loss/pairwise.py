@@ -20,11 +20,12 @@ from xdpo.loss.types import (
     differences,
     no_exponents,
     prepare,
+    unknown,
 )
 from xdpo.loss.xdpo import diffusion_dpo_margin
 
 
-def ipo(errors: PairErrors, *, beta: Beta = 5000.0) -> LossOutput:
+def ipo(errors: PairErrors, *, beta: Beta) -> LossOutput:
     """(s − ½)², s = (β/2)·Δ: the margin is drawn to ½ instead of to infinity.
 
     Source: Azar et al. 2023 (arXiv 2310.12036), for diffusion the script of diffusers: (Δ − 1/(2β′))² with
@@ -36,7 +37,7 @@ def ipo(errors: PairErrors, *, beta: Beta = 5000.0) -> LossOutput:
     return _output((margin - 0.5).square(), margin)
 
 
-def hinge(errors: PairErrors, *, beta: Beta = 5000.0) -> LossOutput:
+def hinge(errors: PairErrors, *, beta: Beta) -> LossOutput:
     """max(0, 1 − s): every pair pulls equally until its margin is 1, and then not at all.
 
     Source: SLiC-HF (Zhao et al. 2023, arXiv 2305.10425), for diffusion the script of diffusers, relu(1 − β′·Δ) with
@@ -46,7 +47,7 @@ def hinge(errors: PairErrors, *, beta: Beta = 5000.0) -> LossOutput:
     return _output(relu(1 - margin), margin)
 
 
-def dmpo(errors: PairErrors, *, beta: Beta = 2000.0, alpha: float = 0.01) -> LossOutput:
+def dmpo(errors: PairErrors, *, beta: Beta, alpha: float) -> LossOutput:
     """KL(p ‖ q) of two coins, p = σ(s) and q = 1 − α: p·ln(p/q) + (1 − p)·ln((1 − p)/(1 − q)). 0 < α < 1.
 
     Source: DMPO (arXiv 2507.07510), the reverse of the KL that −log σ minimises; α = 0.01 and β = 2000 as in the
@@ -60,7 +61,7 @@ def dmpo(errors: PairErrors, *, beta: Beta = 2000.0, alpha: float = 0.01) -> Los
     return _output(agree + disagree, margin)
 
 
-def alpha_dpo(errors: PairErrors, *, beta: Beta = 4000.0, alpha: Beta = 0.9999) -> LossOutput:
+def alpha_dpo(errors: PairErrors, *, beta: Beta, alpha: Beta) -> LossOutput:
     """The α-divergence of p = σ(s) from certainty: (p^α − (1 − α) − α·p) / (α·(α − 1)), 0 < α < 1.
 
     Source: α-DPO for diffusion (ICLR 2026) and its public code, whose launcher (SDXL) has β = 4000 and α = 0.9999.
@@ -76,7 +77,7 @@ def alpha_dpo(errors: PairErrors, *, beta: Beta = 4000.0, alpha: Beta = 0.9999) 
     return _output((torch.sigmoid(-margin) - power / (1 - alpha)) / alpha, margin)
 
 
-def dspo(errors: PairErrors, *, policy_dot_reference: Tensor, beta: float = 0.001) -> LossOutput:
+def dspo(errors: PairErrors, *, policy_dot_reference: Tensor, beta: float) -> LossOutput:
     """mean ‖a − k·(a − a_ref)‖² on the chosen image, k = β·(1 − σ(s)), a = prediction − target.
 
     `policy_dot_reference` (B,) is the mean over (C, H, W) of a·a_ref on the chosen image with the errors' ω(t), with
@@ -95,9 +96,7 @@ def dspo(errors: PairErrors, *, policy_dot_reference: Tensor, beta: float = 0.00
     return _output(loss, margin)
 
 
-def mapo(
-    errors: PairErrors, *, beta: float = 0.1, k: float = 0.5, scale: float = 1000.0, label_smoothing: float = 0.0
-) -> LossOutput:
+def mapo(errors: PairErrors, *, beta: float, k: float, scale: float, label_smoothing: float) -> LossOutput:
     """e_w − β·log σ(m), m = T·[f(e_w) − f(e_l)], f(e) = k·e / (exp(k·e) − 1). No reference.
 
     Source: MaPO (arXiv 2406.06424) and its public code: β = 0.1, k = 0.5 (`snr_value`), T = 1000, the number of
@@ -124,7 +123,7 @@ def sft(errors: PairErrors) -> LossOutput:
     return _output(chosen, rejected - chosen)
 
 
-def seppo(errors: PairErrors, *, beta: Beta = 2000.0, flip: str = "sign", label_smoothing: float = 0.0) -> LossOutput:
+def seppo(errors: PairErrors, *, beta: Beta, flip: str, label_smoothing: float) -> LossOutput:
     """−log σ(m), m = −(β/2)·[d(x_w) − φ·d(x_ref)], φ = sign(e_ref(x_w) − e_θ(x_w)), without gradient.
 
     `rejected` is here the image x_ref that a past policy, the reference, sampled for the same prompt; `chosen` is the
@@ -143,7 +142,7 @@ def seppo(errors: PairErrors, *, beta: Beta = 2000.0, flip: str = "sign", label_
         case "indicator":
             factor = (d_anchor.detach() < 0).to(d_anchor.dtype)
         case _:
-            raise ValueError(f"unknown flip {flip!r}; choose from sign, indicator")
+            raise unknown("flip", flip)
     margin = -0.5 * beta * (d_anchor - factor * d_sampled)
     return _output(negative_log_sigmoid(margin, label_smoothing), margin)
 

@@ -1,65 +1,219 @@
-"""Every objective by its name in a config, and what a caller has to know before calling it.
+"""The objectives by their name in the config, `loss.name`: the only declaration of what each one takes and needs.
 
-The signature of an objective's function is its declaration: the first argument's type says pairs or single images,
-a keyword with a default is a config key with its published default, a keyword without one is a tensor to bring along.
+Config, help text, configs/base.yaml and every `if` of the training follow from the two tables here. An objective is a
+function in a file of this package and a line in OBJECTIVES; a number that no other objective has is a line in KEYS.
+Nothing here needs PyTorch, so that a mistake in a config is told at once: a function is imported when it is asked for.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
 
-from xdpo.loss.f_divergence import chipo, f_dpo
-from xdpo.loss.pairwise import alpha_dpo, dmpo, dspo, hinge, ipo, mapo, seppo, sft
-from xdpo.loss.types import LossOutput
-from xdpo.loss.unpaired import diffusion_kto
-from xdpo.loss.xdpo import diffusion_dpo, xdpo
+Value = float | str
 
 
 @dataclass(frozen=True)
-class Objective:
-    """One objective and its needs."""
+class Key:
+    """One key of the `loss` section, whichever objectives it acts in: what it means and what it may be."""
 
-    function: Callable[..., LossOutput]
-    needs_reference: bool = True  # if not, the errors of the reference may be None
-    beta_scales_margin: bool = True  # β may be (B,), which weights the margins (modifiers.margin_weights)
-
-    @property
-    def keys(self) -> Mapping[str, float | str]:
-        """The config keys that act here, with their published defaults."""
-        return {name: value.default for name, value in self._keywords() if value.default is not value.empty}
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of the tensors that the call needs besides the errors, as keyword arguments."""
-        return tuple(name for name, value in self._keywords() if value.default is value.empty)
-
-    @property
-    def errors(self) -> type:
-        """PairErrors or UnpairedErrors: what the first argument is."""
-        return next(iter(self._parameters())).annotation
-
-    def _parameters(self):
-        return inspect.signature(self.function).parameters.values()
-
-    def _keywords(self):
-        return [(value.name, value) for value in self._parameters() if value.kind is value.KEYWORD_ONLY]
+    description: str
+    default: Value | None = None  # None: null in the config, which is each objective's published value, or "off"
+    gt: float | None = None
+    ge: float | None = None
+    lt: float | None = None
+    le: float | None = None
+    choices: tuple[str, ...] = ()  # of a text; without choices the key is a number
+    is_argument: bool = True  # of the objective's function; False: the training step or the data take it
 
 
-OBJECTIVES: Mapping[str, Objective] = {
-    "xdpo": Objective(xdpo),
-    "diffusion_dpo": Objective(diffusion_dpo),
-    "f_dpo": Objective(f_dpo),
-    "chipo": Objective(chipo),
-    "ipo": Objective(ipo),
-    "hinge": Objective(hinge),
-    "dmpo": Objective(dmpo),
-    "alpha_dpo": Objective(alpha_dpo),
-    "seppo": Objective(seppo),
-    "dspo": Objective(dspo, beta_scales_margin=False),
-    "mapo": Objective(mapo, needs_reference=False, beta_scales_margin=False),
-    "sft": Objective(sft, needs_reference=False, beta_scales_margin=False),
-    "diffusion_kto": Objective(diffusion_kto, beta_scales_margin=False),
+KEYS: Mapping[str, Key] = {  # in the order of the config
+    "beta": Key(
+        "β, pull to the reference, for errors that are means over a latent; xDPO's paper calls 1000 to 2000 stable",
+        gt=0,
+    ),
+    "eta": Key(
+        "η, weight of the linear (logarithmic) reward; 1 with gamma 0 is Diffusion-DPO",
+        default=0.05,
+        ge=0,
+    ),
+    "gamma": Key("γ, weight of the exponential (power) reward; the paper takes 1/n", default=1 / 6, ge=0),
+    "n": Key("n, exponent of the power reward; effective β near the reference is β·(η + γ·n)", default=6.0, gt=0),
+    "reward": Key(
+        "which of the three rewards that the paper prints: they differ",
+        default="appendix_c",
+        choices=("appendix_c", "eq9", "eq10"),
+    ),
+    "label_smoothing": Key("probability that a label is wrong (conservative DPO)", default=0.0, ge=0, lt=0.5),
+    "safeguard": Key(
+        "μ of Diffusion-SDPO: the larger, the less is left of the rejected image's gradient that raises the chosen "
+        "one's error; published 0.9, for dspo 0.2; null: none",
+        ge=0,
+        le=1,
+        is_argument=False,
+    ),
+    "margin_weight": Key(
+        "SmPO: β of each pair times this·(2p−1), p from its columns score_0 and score_1 (scripts/relabel.py) and the "
+        "range of all training pairs'; published 10; null: none",
+        gt=0,
+        is_argument=False,
+    ),
+    "alpha": Key("α, in f_dpo of alpha_divergence alone; below 1 but for f_dpo", gt=0),
+    "divergence": Key(
+        "which f-divergence keeps the policy near the reference; eta, gamma and n act in xdpo",
+        choices=("reverse_kl", "forward_kl", "jensen_shannon", "alpha_divergence", "xdpo"),
+    ),
+    "kappa": Key("κ, unit of the likelihood ratio: ln z = −κ·d", gt=0),
+    "max_reward": Key("bound R of the reward", gt=0),
+    "k": Key("k of f(e) = k·e/(exp(k·e) − 1)", gt=0),
+    "scale": Key("factor T of the margin", gt=0),
+    "flip": Key(
+        "what the sampled image is where the policy is worse: the chosen one, or left out",
+        choices=("sign", "indicator"),
+    ),
+    "utility": Key("how gains and losses count", choices=("kto", "loss_averse", "risk_seeking")),
+    "desirable_share": Key("share of the images that are desirable", gt=0, lt=1, is_argument=False),
+    "desirable_weight": Key("weight of a desirable image", gt=0),
+    "undesirable_weight": Key("weight of any other image", gt=0),
 }
 
-LOSSES: dict[str, Callable[..., LossOutput]] = {name: objective.function for name, objective in OBJECTIVES.items()}
-"""From `loss.name` to the function that the step calls with the errors, its inputs and the section's other keys."""
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """One objective: its function, the keys that act in it, and what it needs of the training."""
+
+    path: str  # module and function in this package, as in "pairwise.mapo"
+    published: Mapping[str, Value]  # its own keys, with the values of those that the config leaves null
+    shared: tuple[str, ...] = ()  # the other keys that act, with the default that stands in KEYS
+    inputs: tuple[str, ...] = ()  # tensors that the function takes beside the errors, by the name of its argument
+    takes: Literal["pairs", "images"] = "pairs"  # types.PairErrors, or types.UnpairedErrors of single images
+    needs_reference: bool = True  # if not, the errors of the reference may be None
+    needs_predictions: bool = False  # of the reference: errors that were recorded before are not enough
+    samples_rejected: bool = False  # self-play: a past policy is the reference and samples the rejected images
+    effective_beta: Callable[..., tuple[float, str]] | None = None
+    """From the numbers to the β of the Diffusion-DPO that this is near the reference (d about 0), and its formula."""
+    problem: Callable[..., str | None] = lambda **numbers: None
+    """What is wrong with numbers that are each in their range, or None."""
+    citation: str = ""  # for the model card
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """(errors, *, every key that is an argument, every input) → types.LossOutput."""
+        module, _, name = self.path.partition(".")
+        return getattr(import_module(f"{__package__}.{module}"), name)
+
+    @property
+    def keys(self) -> dict[str, Value | None]:
+        """All keys that act here and their values where the config says nothing: None for a modifier that is off."""
+        return {**self.published, **{name: KEYS[name].default for name in self.shared}}
+
+    @property
+    def numbers(self) -> dict[str, Value]:
+        """The keys that the function takes, with their published values."""
+        return {name: value for name, value in self.keys.items() if KEYS[name].is_argument}
+
+    @property
+    def is_unpaired(self) -> bool:
+        return self.takes == "images"
+
+    @property
+    def can_reuse_reference(self) -> bool:
+        """Whether errors of the reference that another run recorded can stand in for it."""
+        return self.needs_reference and not (self.needs_predictions or self.samples_rejected)
+
+
+def _beta_itself(beta: float, **_: Value) -> tuple[float, str]:
+    return beta, "β itself"
+
+
+def _twice_beta(beta: float, **_: Value) -> tuple[float, str]:
+    return 2 * beta, f"2·β = 2 × {beta:g}"
+
+
+def _attenuated_beta(beta: float, eta: float, gamma: float, n: float, reward: str = "", **_: Value):
+    """The derivative of Appendix C's and Eq. 9's reward at d = 0. Eq. 10's power term is here that of an error of 0."""
+    factor = ", whose γ·n part grows by exp(n·e) with the error e" if reward == "eq10" else ""
+    return beta * (eta + gamma * n), f"β·(η + γ·n) = {beta:g} × ({eta:g} + {gamma:g} × {n:g}){factor}"
+
+
+def _beta_of_f_dpo(beta: float, divergence: str, **numbers: Value) -> tuple[float, str]:
+    """β·f″(1)."""
+    if divergence == "xdpo":
+        return _attenuated_beta(beta, **numbers)
+    if divergence == "jensen_shannon":
+        return beta * 0.5, f"β/2 = {beta:g} / 2"
+    return _beta_itself(beta)
+
+
+def _no_reward(eta: float, gamma: float, divergence: str = "xdpo", **_: Value) -> str | None:
+    if eta == gamma == 0 and divergence == "xdpo":
+        return "eta and gamma are both 0, so that the loss has no gradient; raise one of them"
+    return None
+
+
+def _alpha_beyond_one(alpha: float, **_: Value) -> str | None:
+    return None if alpha < 1 else f"alpha (got {alpha}) must lie between 0 and 1"
+
+
+_XDPO = ("eta", "gamma", "n")
+_LINEAR = ("safeguard", "margin_weight")  # a margin linear in β, of pairs whose two images may have scores
+_LOG_SIGMOID = ("label_smoothing", *_LINEAR)
+
+OBJECTIVES: Mapping[str, Objective] = {  # the first is the default
+    "xdpo": Objective(
+        "xdpo.xdpo",
+        {"beta": 1000.0},
+        (*_XDPO, "reward", *_LOG_SIGMOID),
+        effective_beta=_attenuated_beta,
+        problem=_no_reward,
+        citation='xDPO (Zhang & Xiang,\n"Diffusion Preference Alignment via Attenuated Kullback–Leibler '
+        'Regularization", Electronics 14:2939, 2025)',
+    ),
+    "diffusion_dpo": Objective("xdpo.diffusion_dpo", {"beta": 2000.0}, _LOG_SIGMOID, effective_beta=_beta_itself),
+    "chipo": Objective(
+        "f_divergence.chipo",
+        {"beta": 1000.0, "kappa": 1.0, "max_reward": 10.0},
+        _LOG_SIGMOID,
+        effective_beta=_twice_beta,
+    ),
+    "f_dpo": Objective(
+        "f_divergence.f_dpo",
+        {"beta": 2000.0, "divergence": "reverse_kl", "kappa": 1.0, "alpha": 0.5},
+        (*_XDPO, *_LOG_SIGMOID),
+        effective_beta=_beta_of_f_dpo,
+        problem=_no_reward,
+    ),
+    "ipo": Objective("pairwise.ipo", {"beta": 5000.0}, _LINEAR),
+    "hinge": Objective("pairwise.hinge", {"beta": 5000.0}, _LINEAR),
+    "dmpo": Objective("pairwise.dmpo", {"beta": 2000.0, "alpha": 0.01}, _LINEAR, problem=_alpha_beyond_one),
+    "alpha_dpo": Objective("pairwise.alpha_dpo", {"beta": 4000.0, "alpha": 0.9999}, _LINEAR, problem=_alpha_beyond_one),
+    "dspo": Objective(
+        "pairwise.dspo", {"beta": 0.001}, ("safeguard",), inputs=("policy_dot_reference",), needs_predictions=True
+    ),
+    "mapo": Objective(
+        "pairwise.mapo",
+        {"beta": 0.1, "k": 0.5, "scale": 1000.0},
+        ("label_smoothing", "safeguard"),
+        needs_reference=False,
+    ),
+    "sft": Objective("pairwise.sft", {}, needs_reference=False),
+    "seppo": Objective(  # its sampled images have no scores: no margin_weight
+        "pairwise.seppo",
+        {"beta": 2000.0, "flip": "sign"},
+        ("label_smoothing", "safeguard"),
+        samples_rejected=True,
+        effective_beta=_beta_itself,
+    ),
+    "diffusion_kto": Objective(
+        "unpaired.diffusion_kto",
+        {
+            "beta": 5000.0,
+            "utility": "kto",
+            "desirable_share": 0.8,
+            "desirable_weight": 1.0,
+            "undesirable_weight": 1.0,
+        },
+        inputs=("z0",),
+        takes="images",
+    ),
+}

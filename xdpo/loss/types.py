@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from xdpo.loss.registry import KEYS
+
 MAX_EXPONENT = 30.0
 """Upper limit of every exponent (n·d and n·e in xDPO); beyond it the exponential is flat and its gradient zero.
 
@@ -114,6 +116,11 @@ def softplus_difference(a: Tensor, b: Tensor) -> Tensor:
 def count_clamped(arguments: Iterable[Tensor], n: float) -> Tensor:
     """How many of the exponents n·argument lie beyond MAX_EXPONENT: a 0-d integer tensor."""
     return sum((n * argument > MAX_EXPONENT).sum() for argument in arguments)
+
+
+def unknown(key: str, value: str) -> ValueError:
+    """The error of a text that is none of its key's choices."""
+    return ValueError(f"unknown {key} {value!r}; choose from {', '.join(KEYS[key].choices)}")
 
 
 def no_exponents(like: Tensor) -> Tensor:

@@ -4,17 +4,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from xdpo.loss.types import LossOutput, UnpairedErrors, at_least_float32, no_exponents
+from xdpo.loss.types import LossOutput, UnpairedErrors, at_least_float32, no_exponents, unknown
 
 
 def diffusion_kto(
     errors: UnpairedErrors,
     *,
     z0: Tensor,
-    beta: float = 5000.0,
-    utility: str = "kto",
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
+    beta: float,
+    utility: str,
+    desirable_weight: float,
+    undesirable_weight: float,
 ) -> LossOutput:
     """λ·(1 − U(v)), v = ±β·(g − z0): + for a desirable image, − for the others; g = e_ref − e_θ. Shapes (B,).
 
@@ -44,7 +44,7 @@ def diffusion_kto(
         case "risk_seeking":
             loss = 1 + logsigmoid(-value)
         case _:
-            raise ValueError(f"unknown utility {utility!r}; choose from kto, loss_averse, risk_seeking")
+            raise unknown("utility", utility)
     weight = label * desirable_weight + (1 - label) * undesirable_weight
     return LossOutput(weight * loss, value, no_exponents(value))
 

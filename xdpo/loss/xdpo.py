@@ -18,12 +18,11 @@ from xdpo.loss.types import (
     gap,
     no_exponents,
     prepare,
+    unknown,
 )
 
 
-def xdpo_loss(
-    errors: PairErrors, *, beta: Beta, eta: float, gamma: float, n: float, reward: str = "appendix_c"
-) -> Tensor:
+def xdpo_loss(errors: PairErrors, *, beta: Beta, eta: float, gamma: float, n: float, reward: str) -> Tensor:
     """xDPO's loss of each pair, −log σ(m) (Eq. 11, Appendix C). Shape (B,).
 
     β and n are positive, η and γ not negative. Half precision is promoted to float32; float64 stays.
@@ -38,9 +37,7 @@ def diffusion_dpo_loss(errors: PairErrors, *, beta: Beta) -> Tensor:
     return negative_log_sigmoid(diffusion_dpo_margin(errors, beta=beta))
 
 
-def xdpo_margin(
-    errors: PairErrors, *, beta: Beta, eta: float, gamma: float, n: float, reward: str = "appendix_c"
-) -> Tensor:
+def xdpo_margin(errors: PairErrors, *, beta: Beta, eta: float, gamma: float, n: float, reward: str) -> Tensor:
     """m = −(β/2) · [ η·(d_w − d_l) + γ·P ], where P is the power term of the chosen reward. Shape (B,).
 
     appendix_c  P = exp(n·d_w) − exp(n·d_l)                      Appendix C, the only executable definition
@@ -57,7 +54,7 @@ def diffusion_dpo_margin(errors: PairErrors, *, beta: Beta) -> Tensor:
     return -0.5 * beta * gap(prepare(errors))
 
 
-def clamp_count(errors: PairErrors, n: float, reward: str = "appendix_c") -> Tensor:
+def clamp_count(errors: PairErrors, n: float, reward: str) -> Tensor:
     """How many exponents of the batch lie beyond MAX_EXPONENT: a 0-d integer tensor on the errors' device.
 
     A pair has two exponents in appendix_c and eq9, four in eq10.
@@ -79,25 +76,25 @@ def _power_terms(errors: PairErrors, reward: str) -> list[tuple[Tensor, Tensor]]
                 (errors.policy_chosen, errors.reference_chosen),
                 (errors.reference_rejected, errors.policy_rejected),
             ]
-    raise ValueError(f"unknown reward {reward!r}; choose from appendix_c, eq9, eq10")
+    raise unknown("reward", reward)
 
 
 def xdpo(
     errors: PairErrors,
     *,
-    beta: Beta = 1000.0,
-    eta: float = 0.05,
-    gamma: float = 1 / 6,
-    n: float = 6.0,
-    reward: str = "appendix_c",
-    label_smoothing: float = 0.0,
+    beta: Beta,
+    eta: float,
+    gamma: float,
+    n: float,
+    reward: str,
+    label_smoothing: float,
 ) -> LossOutput:
-    """The objective `xdpo`: xdpo_loss with the paper's headline numbers (§5.2, Table 3) as defaults."""
+    """The objective `xdpo`: xdpo_loss; published are the paper's headline numbers (§5.2, Table 3)."""
     margin = xdpo_margin(errors, beta=beta, eta=eta, gamma=gamma, n=n, reward=reward)
     return LossOutput(negative_log_sigmoid(margin, label_smoothing), margin, clamp_count(errors, n, reward))
 
 
-def diffusion_dpo(errors: PairErrors, *, beta: Beta = 2000.0, label_smoothing: float = 0.0) -> LossOutput:
+def diffusion_dpo(errors: PairErrors, *, beta: Beta, label_smoothing: float) -> LossOutput:
     """The objective `diffusion_dpo`; β = 2000 is its paper's for SD1.5 (its launcher has 5000)."""
     margin = diffusion_dpo_margin(errors, beta=beta)
     return LossOutput(negative_log_sigmoid(margin, label_smoothing), margin, no_exponents(margin))

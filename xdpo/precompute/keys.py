@@ -11,13 +11,6 @@ from xdpo.data import PairTable, Split
 from xdpo.families import part_checksum
 from xdpo.files import file_sha256
 
-DESIRABLE_SHARE = 0.8  # Diffusion-KTO's γ
-
-
-def desirable_share(settings: Config) -> float:
-    """Share of the desirable images that an unpaired objective sees."""
-    return settings.loss.desirable_share or DESIRABLE_SHARE
-
 
 def examples_folder(settings: Config, split: Split) -> Path:
     return Path(settings.cache.examples) / split.value
@@ -60,7 +53,7 @@ def reference_key(settings: Config, pairs: PairTable | ExampleCache, split: Spli
     data, augment = settings.data, not split.is_held_out
     is_unpaired = settings.loss.is_unpaired and not split.is_held_out
     return {
-        **({"desirable share of unpaired images": desirable_share(settings)} if is_unpaired else {}),
+        **({"desirable share of unpaired images": settings.loss.values["desirable_share"]} if is_unpaired else {}),
         "pairs": pairs.fingerprint,
         "seed": split.seed(settings),
         "resolution": data.resolution,

@@ -15,7 +15,7 @@ from xdpo.data import PairDataset, PairTable, Split, UnpairedDataset, load_pairs
 from xdpo.data.examples import Tokenize
 from xdpo.families import PipelineParts
 from xdpo.files import is_own, reading, replacing
-from xdpo.precompute.keys import desirable_share, example_key, examples_folder, reference_key
+from xdpo.precompute.keys import example_key, examples_folder, reference_key
 
 Pairs = PairTable | ExampleCache
 MOST_ALIKE = 20
@@ -63,7 +63,7 @@ def make_dataset(
     else:
         dataset = PairDataset(pairs, tokenize, seed, settings.data, **how)
     if settings.loss.is_unpaired and is_trained:
-        return UnpairedDataset(dataset, desirable_share(settings))
+        return UnpairedDataset(dataset, settings.loss.values["desirable_share"])
     return dataset
 
 

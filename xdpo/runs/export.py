@@ -84,12 +84,7 @@ def model_card(config: Config) -> str:
         f", {symbols.get(key, key)} = {f'{value:g}' if isinstance(value, float) else value}"
         for key, value in loss.numbers.items()
     )
-    method = ""
-    if loss.name == "xdpo":
-        method = (
-            ' The method is xDPO (Zhang & Xiang,\n"Diffusion Preference Alignment via Attenuated Kullback–Leibler '
-            'Regularization", Electronics 14:2939, 2025).'
-        )
+    method = f" The method is {loss.objective.citation}." if loss.objective.citation else ""
     return f"""---
 {card.to_yaml()}
 ---

@@ -1,0 +1,12 @@
+"""Write configs/base.yaml from the keys that the code declares: `python scripts/write_base_config.py` (a second)."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from xdpo.config.explain import base_yaml
+
+if __name__ == "__main__":
+    path = Path(__file__).resolve().parent.parent / "configs" / "base.yaml"
+    path.write_text(base_yaml(), encoding="utf-8")

@@ -1,0 +1,116 @@
+"""The `loss` section, made from the objectives' declarations (xdpo.loss.registry): its keys, and which act where."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, create_model, model_validator
+
+from xdpo.config.types import Number, Section
+from xdpo.loss import KEYS, OBJECTIVES, Key, Objective
+
+
+def _names() -> str:
+    """The objectives in the groups that a user chooses among."""
+    groups: dict[str, list[str]] = {}
+    for name, objective in OBJECTIVES.items():
+        groups.setdefault(_group(objective), []).append(name)
+    return "; ".join(f"{group}: {', '.join(names)}" for group, names in groups.items())
+
+
+def _group(objective: Objective) -> str:
+    if objective.is_unpaired:
+        return "on single images"
+    if objective.samples_rejected:
+        return "self-play"
+    return "on pairs" if objective.needs_reference else "without a reference"
+
+
+class _LossSection(Section):
+    """The preference objective and the numbers of its formula; docs/objectives.md has formulas and sources."""
+
+    name: Literal[tuple(OBJECTIVES)] = Field(next(iter(OBJECTIVES)), description=_names())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_beta(cls, values: Any) -> Any:
+        """β in place of null at once; the other keys that are null stay null where a config is saved (see `values`)."""
+        if isinstance(values, Mapping) and values.get("beta") is None:
+            name = values.get("name", cls.model_fields["name"].default)
+            if name in list(OBJECTIVES):
+                return {**values, "beta": OBJECTIVES[name].published.get("beta")}
+        return values
+
+    @property
+    def objective(self) -> Objective:
+        return OBJECTIVES[self.name]
+
+    @property
+    def values(self) -> dict[str, float | str | None]:
+        """The keys that act in the objective, null replaced by the published value; None for a modifier that is off."""
+        given = {key: getattr(self, key) for key in self.objective.keys}
+        return self.objective.keys | {key: value for key, value in given.items() if value is not None}
+
+    @property
+    def numbers(self) -> dict[str, float | str]:
+        """Those of them that the objective's function takes."""
+        return {key: value for key, value in self.values.items() if KEYS[key].is_argument}
+
+    @property
+    def is_unpaired(self) -> bool:
+        return self.objective.is_unpaired
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.objective.needs_reference
+
+    @property
+    def samples_rejected(self) -> bool:
+        return self.objective.samples_rejected
+
+    @model_validator(mode="after")
+    def _numbers_go_together(self):
+        if problem := self.objective.problem(**self.numbers):
+            raise ValueError(f"{problem} (loss.name: {self.name})")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_objective(self):
+        for key, field in type(self).model_fields.items():
+            if key != "name" and key not in self.objective.keys and getattr(self, key) != field.default:
+                raise ValueError(
+                    f"{key} (got {getattr(self, key)}) does not act in {self.name}; it belongs to "
+                    f"{', '.join(_owners(key))}. Remove it, or choose one of these as loss.name"
+                )
+        return self
+
+
+def _owners(key: str) -> list[str]:
+    return [name for name, objective in OBJECTIVES.items() if key in objective.keys]
+
+
+def _field(name: str, key: Key) -> tuple[Any, Any]:
+    """Type and field of one key, as create_model takes them: null is allowed where there is no common default."""
+    ends = {"gt": key.gt, "ge": key.ge, "lt": key.lt, "le": key.le}
+    kind = Literal[key.choices] if key.choices else Annotated[Number, Field(**ends)]
+    return (kind | None if key.default is None else kind), Field(key.default, description=_description(name, key))
+
+
+def _description(name: str, key: Key) -> str:
+    """Where a key acts, what it is, and its published values: `chipo, f_dpo: κ, unit of the ratio; null: 1`."""
+    owners = _owners(name)
+    published = {owner: OBJECTIVES[owner].published[name] for owner in owners if name in OBJECTIVES[owner].published}
+    shown = {owner: value if isinstance(value, str) else f"{value:g}" for owner, value in published.items()}
+    if len(set(shown.values())) > 1:  # the list of values says where it acts
+        return f"{key.description}; null: {', '.join(f'{owner} {value}' for owner, value in shown.items())}"
+    others = [each for each in OBJECTIVES if each not in owners]
+    where = f"all but {', '.join(others)}" if len(others) < len(owners) else ", ".join(owners)
+    return f"{where}: {key.description}" + (f"; null: {next(iter(shown.values()))}" if shown else "")
+
+
+LossConfig = create_model(
+    "LossConfig",
+    __base__=_LossSection,
+    __module__=__name__,
+    __doc__=_LossSection.__doc__,
+    **{name: _field(name, key) for name, key in KEYS.items()},
+)
