@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tolerances import ERROR, assert_same_but_for_rounding, drift, drift_tolerance
 from training_runs import TWO_PROCESSES, assert_same_run, command, launch, policy_of, rows_of
 
-from xdpo import models, precompute
+from xdpo import families, precompute
 from xdpo.feeds import SelfPlay
 from xdpo.loss import OBJECTIVES
 
@@ -95,7 +95,7 @@ def test_weights_without_scores_are_refused_before_weights_are_loaded(
     run, scored, small_pairs, tmp_path, monkeypatch, capsys, cached
 ):
     cache = [f"cache.examples={tmp_path / 'examples'}"] if cached else []
-    for owner in (models, precompute.build):
+    for owner in (families, precompute.build):
         monkeypatch.setattr(owner, "load_parts", lambda *_, **__: pytest.fail("weights were loaded"))
     for options, message in (
         (["loss.margin_weight=10"], "the training pairs have none (columns score_0 and score_1)"),
@@ -224,7 +224,7 @@ def test_a_run_that_ends_while_it_samples_goes_on_with_what_it_has(run, monkeypa
 def test_self_play_without_its_earlier_checkpoints_is_refused_before_weights_are_loaded(run, monkeypatch, capsys):
     _, folder = run("run", *SELF_PLAY, "train.max_steps=3")
     shutil.rmtree(folder / "snapshots" / "00001")
-    monkeypatch.setattr(models, "load_parts", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(families, "load_parts", lambda *_, **__: pytest.fail("weights were loaded"))
     status, _ = run("run", *SELF_PLAY)
 
     assert status == 1
@@ -236,7 +236,7 @@ def test_unpaired_training_on_one_label_alone_is_refused_before_weights_are_load
     one = pick_a_pic_row(0, image_0_uid="a", image_1_uid="b", jpg_1=encoded_image("red"))
     other = pick_a_pic_row(1, image_0_uid="b", image_1_uid="a", jpg_0=encoded_image("red"))
     path = write_pick_a_pic(tmp_path / "circle.parquet", [one, other])
-    monkeypatch.setattr(models, "load_parts", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(families, "load_parts", lambda *_, **__: pytest.fail("weights were loaded"))
     status, folder = run("run", *KTO, f"data.path={path}")
 
     assert status == 1

@@ -376,7 +376,7 @@ def test_sigterm_finishes_the_step_saves_and_resumes_to_the_same_end(run, monkey
     assert runs.finished_checkpoints(folder)[-1].name == f"step_{stopped_after:08d}"
     assert "the same command resumes" in capsys.readouterr().out
 
-    monkeypatch.setattr(train_xdpo, "learning_rate_at", rate)
+    monkeypatch.setattr(learner, "learning_rate_at", rate)
     assert run("parts")[0] == 0
     assert_same_run(whole, folder)
 
