@@ -12,10 +12,8 @@ import os
 import sys
 from collections.abc import Iterator
 from itertools import chain, islice
-from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from accelerate import Accelerator

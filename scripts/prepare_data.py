@@ -12,8 +12,6 @@ import shutil
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from xdpo import data, precompute
 from xdpo.config import Config, load_config
 

@@ -15,8 +15,6 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from xdpo.paths import user_path
 from xdpo.report.grids import Cell, Grid, percent, to_text
 from xdpo.study.folder import DEFAULT_TITLE, Key, Links, Study, StudyError
