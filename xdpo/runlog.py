@@ -101,10 +101,10 @@ def peak_memory_gb(device: torch.device) -> float:
     """Most memory used so far, in GB: the accelerator's where there is one, else this process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    # Linux hands the parent's ru_maxrss on to a program that it starts; the high-water mark of /proc is the program's own.
+    # Linux hands a parent's ru_maxrss on to a program that it starts; the high-water mark in /proc is its own.
     status = Path("/proc/self/status")
     if status.is_file():
-        (peak,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(peak) * 1024 / 1e9
+        (kibibytes,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(kibibytes) * 1024 / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
