@@ -8,7 +8,6 @@ On any number of processes; the same command goes on after a kill. Training with
 encoders nor the data.
 """
 
-import argparse
 import os
 import sys
 
@@ -18,14 +17,12 @@ from accelerate import Accelerator
 
 from xdpo import ending, models, precompute
 from xdpo.compute import build_accelerator
-from xdpo.config import Config, load_config
+from xdpo.config import Config, config_parser, load_config
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Build or verify. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="the config of the training")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser = config_parser(__doc__)
     parser.add_argument("--verify", action="store_true", help="check a finished cache instead of building one")
     options = parser.parse_intermixed_args(arguments)
     try:

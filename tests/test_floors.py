@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: {"files", "paths", "processes", "tables"},
+    0: {"arguments", "files", "paths", "processes", "tables"},
     1: {
         "__init__",
         "config",
