@@ -10,11 +10,8 @@ Times are taken in turn within one process. OMP_NUM_THREADS sets the number of t
 import argparse
 import os
 import sys
-from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import flops, loading, memory, results, sampling, scoring, steps
 

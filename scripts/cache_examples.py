@@ -8,27 +8,22 @@ On any number of processes; the same command goes on after a kill. Training with
 encoders nor the data.
 """
 
-import argparse
 import os
 import sys
-from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from accelerate import Accelerator
 
 from xdpo import ending, families, precompute
 from xdpo.compute import build_accelerator
-from xdpo.config import Config, load_config
+from xdpo.config import Config, config_parser, load_config
 from xdpo.data import Split
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Build or verify. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="the config of the training")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser = config_parser(__doc__)
     parser.add_argument("--verify", action="store_true", help="check a finished cache instead of building one")
     options = parser.parse_intermixed_args(arguments)
     try:

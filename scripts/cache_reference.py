@@ -7,15 +7,12 @@ training records what it computes as well: this is for having it before the firs
 the same command goes on after a kill.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator
 from itertools import chain, islice
-from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +20,7 @@ from tqdm import tqdm
 
 from xdpo import ending, families, models, precompute, processes
 from xdpo.compute import build_accelerator
-from xdpo.config import Config, load_config
+from xdpo.config import Config, config_parser, load_config
 from xdpo.data import Split, StepSampler, held_out_batches, make_loader
 from xdpo.noisy import NoisyBatchMaker
 from xdpo.reference import AdapterOff, Frozen, Recorded, Reference
@@ -33,10 +30,7 @@ CPU = torch.device("cpu")
 
 def main(arguments: list[str] | None = None) -> int:
     """Fill the cache for the whole run and its evaluations. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="the config of the training")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_intermixed_args(arguments)
+    options = config_parser(__doc__).parse_intermixed_args(arguments)
     try:
         settings = load_config(options.config, options.overrides)
         if not settings.cache.reference:

@@ -9,7 +9,6 @@ scores both with the embedded judges, and writes before_after.png, curve.png and
 import argparse
 import json
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,8 +16,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes con
 
 import torch
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from xdpo.config import Config, load_config
 from xdpo.files import replacing, write_text

@@ -7,7 +7,6 @@ scenes that neither the base nor preference training has seen.
 
 import argparse
 import io
-import sys
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,8 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from xdpo.files import replacing
 from xdpo.paths import user_path

@@ -1,9 +1,6 @@
 """Write `tinyprompts`, the prompt set of the embedded world: `python scripts/make_tiny_prompts.py` (a second)."""
 
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from xdpo.files import write_text
 from xdpo.tiny.world import tiny_prompts

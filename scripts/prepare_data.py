@@ -6,25 +6,19 @@ What it leaves in the caches of `datasets` and of the hub is what training looks
 The same command goes on after a kill: files that were fetched stay; a conversion that was cut short begins anew.
 """
 
-import argparse
 import os
 import shutil
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from xdpo import data, precompute
-from xdpo.config import Config, load_config
+from xdpo.config import Config, config_parser, load_config
 from xdpo.data import Split
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prepare training pairs, and held-out ones where the config evaluates. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="the config of the training")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_intermixed_args(arguments)
+    options = config_parser(__doc__).parse_intermixed_args(arguments)
     try:
         settings = load_config(options.config, options.overrides)
         for split in Split.of(settings):

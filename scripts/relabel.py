@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +25,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
+from xdpo.arguments import positive
 from xdpo.data.images import UnreadableImageError, decode_rgb
 from xdpo.data.table import kind_of
 from xdpo.files import reading, replacing
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=user_path, required=True, help="folder of the new files, under the same names")
     parser.add_argument("--tie-threshold", type=float, default=0.0, help="scores this close are a tie (default: 0)")
-    parser.add_argument("--batch-size", type=int, default=16, help="images scored at once (default: 16)")
+    parser.add_argument("--batch-size", type=positive, default=16, help="images scored at once (default: 16)")
     parser.add_argument("--device", help="default: the GPU where there is one")
     parser.add_argument("--weights", type=user_path, help="folder of the scorer's weights, for machines without a hub")
     options = parser.parse_args(arguments)

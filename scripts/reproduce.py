@@ -13,8 +13,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from xdpo.experiments import page
 from xdpo.experiments.cells import ROOT, Cell, train_all
 from xdpo.experiments.findings import Findings

@@ -1,6 +1,8 @@
-# Sourced by the other scripts, from the repository's root: a virtual environment in .venv with the pinned
-# requirements, made on first use and again only when requirements.txt changes. Sets PYTHON.
+# Sourced by the other scripts, from the repository's root: a virtual environment in .venv with the pinned requirements
+# and this clone's package, made on first use and again only when requirements.txt changes. Sets PYTHON, and PYTHONPATH,
+# by which this clone's package is the one imported also after the clone was moved, or where .venv is another clone's.
 PYTHON="$PWD/.venv/bin/python"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 make_environment() {
     local base="${XDPO_PYTHON:-python3}" stamp=.venv/installed-requirements
@@ -16,7 +18,7 @@ make_environment() {
     echo "installing requirements.txt into .venv (once; PyTorch is a large download where it comes with CUDA) …"
     # torch first: with it in place no other package's resolver picks another build.
     "$PYTHON" -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)" &&
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt || {
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt -e . || {
         echo "error: installing failed; see above, then run the same command again" >&2
         return 1
     }

@@ -14,9 +14,6 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from xdpo.config import ConfigError
 from xdpo.experiments.cells import make_cells, progress, train_all

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, formatting and the tests, in an environment of their own: bash scripts/test.sh [--all] [pytest arguments …]
+# Lint, formatting, types and the tests, in an environment of their own: bash scripts/test.sh [--all] [pytest arguments …]
 # Without --all it leaves out those marked slow, end-to-end runs whose essence a cheaper test has, and says how many.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,5 +13,6 @@ fi
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy  # of what pyproject.toml lists
 # As many tests at once as there are cores, and one thread for each: several start two processes of their own.
 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false "$PYTHON" -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal "$@"

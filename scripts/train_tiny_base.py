@@ -9,7 +9,6 @@ The result is a pipeline folder in Stable Diffusion format, in half precision. A
 import argparse
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -19,8 +18,6 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.training_utils import EMAModel
 from torch.nn.functional import cross_entropy
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from xdpo.files import replacing, replacing_folder
 from xdpo.noise import DiffusionProcess

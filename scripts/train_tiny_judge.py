@@ -7,16 +7,12 @@ to assets/tiny/judge.json.
 
 import argparse
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save
 from torch.nn.functional import cross_entropy
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from xdpo.files import replacing, write_text
 from xdpo.paths import user_path

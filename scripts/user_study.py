@@ -15,8 +15,7 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from xdpo.arguments import count, positive
 from xdpo.paths import user_path
 from xdpo.report.grids import Cell, Grid, percent, to_text
 from xdpo.study.folder import DEFAULT_TITLE, Key, Links, Study, StudyError
@@ -58,14 +57,14 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--sample", nargs="+", metavar="N|SET=N", help="prompts drawn of each set, or of the named ones (default: all)"
     )
-    build.add_argument("--seed", type=_count, default=0, help="of draw, sides and order (default: 0)")
-    build.add_argument("--annotators", type=_positive, default=5, help="votes on every pair (default: 5)")
-    build.add_argument("--links", type=_positive, help="annotators in all, who share the pairs (default: --annotators)")
+    build.add_argument("--seed", type=count, default=0, help="of draw, sides and order (default: 0)")
+    build.add_argument("--annotators", type=positive, default=5, help="votes on every pair (default: 5)")
+    build.add_argument("--links", type=positive, help="annotators in all, who share the pairs (default: --annotators)")
     build.add_argument(
-        "--repeats", type=_count, default=0, help="pairs that each sees twice, sides exchanged (default: 0)"
+        "--repeats", type=count, default=0, help="pairs that each sees twice, sides exchanged (default: 0)"
     )
-    build.add_argument("--obvious", type=_count, default=0, help="checks with a known answer (default: 0)")
-    build.add_argument("--image-side", type=_positive, metavar="PIXELS", help="scale all images to this size")
+    build.add_argument("--obvious", type=count, default=0, help="checks with a known answer (default: 0)")
+    build.add_argument("--image-side", type=positive, metavar="PIXELS", help="scale all images to this size")
     build.add_argument("--title", default=DEFAULT_TITLE, help=f"on the page (default: {DEFAULT_TITLE})")
     build.set_defaults(run=run_build)
 
@@ -77,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     out = commands.add_parser("export", help="one folder per annotator, for use without a server")
     add_study(out)
     out.add_argument("--static", type=user_path, required=True, metavar="DIR", help="where the folders go")
-    out.add_argument("--annotator", type=_positive, nargs="+", metavar="N", help="only these (default: all)")
+    out.add_argument("--annotator", type=positive, nargs="+", metavar="N", help="only these (default: all)")
     out.set_defaults(run=run_export)
 
     back = commands.add_parser("import", help="take in the votes that exported pages saved")
@@ -99,8 +98,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="how many prompts and annotators detect a given win rate")
     plan.add_argument("--rate", type=_share, nargs="+", default=[0.55, 0.6, 0.65, 0.7], help="of single votes")
-    plan.add_argument("--annotators", type=_positive, nargs="+", default=[1, 3, 5, 7], help="votes on every pair")
-    plan.add_argument("--prompts", type=_positive, default=200, help="whose power is told (default: 200)")
+    plan.add_argument("--annotators", type=positive, nargs="+", default=[1, 3, 5, 7], help="votes on every pair")
+    plan.add_argument("--prompts", type=positive, default=200, help="whose power is told (default: 200)")
     plan.add_argument("--power", type=_share, default=0.8, help="wanted (default: 0.8)")
     plan.add_argument(
         "--spread",
@@ -125,7 +124,7 @@ def add_study(parser: argparse.ArgumentParser) -> None:
 
 def add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for other machines (default: this one alone)")
-    parser.add_argument("--port", type=_count, default=8000, help="0: any free one (default: 8000)")
+    parser.add_argument("--port", type=count, default=8000, help="0: any free one (default: 8000)")
 
 
 def run_build(options: argparse.Namespace) -> None:
@@ -269,18 +268,6 @@ def _sample(words: Sequence[str] | None, folder: str) -> dict[str, int] | None:
     name, path = _named(folder)
     pictures, _ = read_model_folder(path, name)
     return dict.fromkeys(sorted({picture.prompt_set for picture in pictures}), named[""])
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0, got {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if _count(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
-    return int(text)
 
 
 def _share(text: str) -> float:

@@ -1,9 +1,6 @@
 """Write configs/base.yaml from the keys that the code declares: `python scripts/write_base_config.py` (a second)."""
 
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from xdpo.config.explain import base_yaml
 

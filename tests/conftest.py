@@ -10,6 +10,9 @@ import tempfile
 _CACHE = tempfile.mkdtemp(prefix="xdpo-tests-")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of this process and of those that tests start
+# Scripts that tests start import this clone's package, also where the environment has another's.
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+os.environ["PYTHONPATH"] = os.pathsep.join([_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = _CACHE
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"

@@ -2,7 +2,7 @@
 
 `write_weights` lays a weights folder out as --weights wants it: every tensor is drawn from numpy's generator in the
 order of the sorted names, so anyone can make the same folder and run the original packages on it.
-scripts/make_metric_fixtures.py did; tests/vectors/metric_scores.json is what they printed.
+tests/make_metric_fixtures.py did; tests/vectors/metric_scores.json is what they printed.
 """
 
 import json

@@ -2,16 +2,11 @@
 
 import json
 import os
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import benchmark
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-
-import benchmark
 from benchmarks import counting, flops, loading, memory, steps
 from benchmarks.folders import working_folder
 from benchmarks.modes import BASE_CONFIG, MODES, call, set_up

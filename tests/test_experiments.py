@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reproduce
+import sweep
 from training_runs import ROOT, SMALL_RUN
 
 from xdpo.config import ConfigError
@@ -20,11 +22,6 @@ from xdpo.experiments.findings import Findings
 from xdpo.experiments.plan import load_plan
 from xdpo.experiments.stages import Reproduction, choose
 from xdpo.experiments.tasks import Interrupted, Task, launcher, once, run_all
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import reproduce
-import sweep
 
 XDPO, SFT = ROOT / "configs/tiny/xdpo.yaml", ROOT / "configs/tiny/sft.yaml"
 

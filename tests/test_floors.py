@@ -11,7 +11,7 @@ from xdpo.loss import OBJECTIVES
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: {"files", "loss", "paths", "processes", "provenance", "tables"},
+    0: {"arguments", "files", "loss", "paths", "processes", "provenance", "tables"},
     1: {"__init__", "batch", "config", "ending", "noise", "prompts", "report", "runlog"},
     2: {"cache", "compute", "data", "families", "non_finite", "runs", "scorers", "tiny"},
     3: {"models", "noisy", "precompute"},

@@ -1,7 +1,6 @@
 """Data prepared ahead: what is said of it, and that training finds it."""
 
-import runpy
-
+import prepare_data
 import pyarrow.parquet as pq
 import pytest
 from training_runs import ROOT
@@ -13,8 +12,7 @@ from xdpo.data import load_pairs
 @pytest.fixture
 def prepare(monkeypatch):
     monkeypatch.chdir(ROOT)
-    main = runpy.run_path("scripts/prepare_data.py")["main"]
-    return lambda *options: main(["--config", "configs/base.yaml", *options])
+    return lambda *options: prepare_data.main(["--config", "configs/base.yaml", *options])
 
 
 def no_conversion(monkeypatch):

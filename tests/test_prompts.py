@@ -99,7 +99,7 @@ def test_a_download_is_whole_or_absent(cache, monkeypatch):
 
 
 def small_source(**changes):
-    return prompts._Source("two prompts", {"a.json": None}, **changes)
+    return prompts._Source("two prompts", {"a.json": "https://example.org/a.json"}, **changes)
 
 
 def test_a_file_that_is_not_the_published_set_is_refused(tmp_path, monkeypatch):

@@ -1,17 +1,13 @@
 """AI feedback: new labels from a scorer, old ones kept, nothing half written."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import relabel
 from conftest import encoded_image, pick_a_pic_row, write_pick_a_pic
 
 from xdpo.data import load_pairs
 
-ROOT = Path(__file__).resolve().parent.parent
 SCORER = """
 import numpy as np
 
@@ -21,17 +17,8 @@ class Red:
 """
 
 
-@pytest.fixture(scope="module")
-def relabel():
-    spec = importlib.util.spec_from_file_location("relabel", ROOT / "scripts" / "relabel.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["relabel"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def call(relabel, tmp_path):
+def call(tmp_path):
     """relabel(...) on two files of pairs; images are grey by number: (image 0, image 1, human label of image 0)."""
     (tmp_path / "red.py").write_text(SCORER)
     pairs = [(200, 100, 0.0), (100, 200, 0.0), (100, 101, 1.0), (None, 50, 1.0), (90, 30, 0.5), (30, 90, 1.0)]
@@ -80,7 +67,7 @@ def test_training_reads_the_new_labels(call):
     assert table.chosen_side.tolist() == [0, 1, 0, 1] * 2
 
 
-def test_what_is_done_is_kept_and_an_interrupted_file_is_made_again(call, relabel, monkeypatch, capsys):
+def test_what_is_done_is_kept_and_an_interrupted_file_is_made_again(call, monkeypatch, capsys):
     original, calls = relabel.score_pairs, []
 
     def interrupted(*arguments):
@@ -103,7 +90,7 @@ def test_another_scorer_into_the_same_folder_is_refused(call, capsys):
     assert "made by another scorer or --tie-threshold" in capsys.readouterr().err
 
 
-def test_bad_input_is_refused_before_anything_is_scored(call, relabel, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_refused_before_anything_is_scored(call, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(relabel, "load_scorer", lambda *_: pytest.fail("a scorer was loaded"))
     rows = [{name: value for name, value in pick_a_pic_row(0).items() if name != "caption"}]
     bare = write_pick_a_pic(tmp_path / "bare.parquet", rows)

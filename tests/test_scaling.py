@@ -1,6 +1,5 @@
 """Launching on a cluster: the Slurm script against a queue of its own, and the arithmetic of docs/scaling.md."""
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import scaling_model as model
 
 from xdpo import runs
 
@@ -108,16 +108,7 @@ def test_outside_a_job_the_script_names_the_other_one():
 # --- the cost model ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model():
-    spec = importlib.util.spec_from_file_location("scaling_model", ROOT / "scripts" / "scaling_model.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["scaling_model"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_step_is_passes_and_a_ring(model):
+def test_a_step_is_passes_and_a_ring():
     mode, link = model.Mode("full", "both", False, 2, 0.0), model.Link("l", 1e9)
     assert mode.tflop_per_pair == pytest.approx(4.814)
     # A pass of 2 pairs: 9.628 TFLOP at 90 · 4 / 6 TFLOP/s, and 859.5 M weights · (6 + 18) bytes at 1 TB/s.
@@ -132,7 +123,7 @@ def test_a_step_is_passes_and_a_ring(model):
     assert model.step_seconds(mode, 256, link)[0] == pytest.approx(4.814 / 45 + 859.5e6 * 24 / 1e12)
 
 
-def test_what_a_mode_moves_and_computes(model):
+def test_what_a_mode_moves_and_computes():
     plain, cached = model.Mode("full", "nothing", True, 1, 0.0), model.Mode("lora", "examples", False, 1, 0.0)
     # 2 images: policy 3.002, reference 0.803, autoencoder 1.117; a caption: 0.013
     assert plain.tflop_per_pair == pytest.approx(2 * (3.002 + 0.803 + 1.117) + 0.013)
@@ -142,6 +133,6 @@ def test_what_a_mode_moves_and_computes(model):
     assert cached.pass_bytes == pytest.approx(6 * 2 * 859.5e6 + 18 * 12.75e6)
 
 
-def test_the_page_shows_what_the_script_prints(model, capsys):
+def test_the_page_shows_what_the_script_prints(capsys):
     model.main()
     assert capsys.readouterr().out.strip() in (ROOT / "docs" / "scaling.md").read_text()

@@ -1,17 +1,16 @@
 """The user study without a browser: building blind pairs, dealing them out, votes that stay, counts checked by hand."""
 
-import importlib.util
 import itertools
 import json
 import re
 import sqlite3
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import user_study
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from scipy.stats import binomtest
@@ -640,37 +639,25 @@ def test_the_pages_that_the_server_and_the_export_name_are_there():
 # --- the command -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def command():
-    """Runs scripts/user_study.py in this process."""
-    path = Path(__file__).resolve().parent.parent / "scripts" / "user_study.py"
-    spec = importlib.util.spec_from_file_location("user_study", path)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [*sys.path])
-        spec.loader.exec_module(module)
-    return module
-
-
-def test_the_commands_from_folders_to_a_report(tmp_path, folders, command, capsys):
+def test_the_commands_from_folders_to_a_report(tmp_path, folders, capsys):
     ours, theirs, others = (str(folder) for _, folder in folders)
     study = str(tmp_path / "study")
     sample = ["--sample", "1", "--seed", "7", "--annotators", "2", "--links", "3", "--repeats", "1", "--obvious", "1"]
-    assert command.main(["build", "--a", f"xdpo={ours}", "--b", theirs, "--c", others, *sample, "--out", study]) == 0
+    assert user_study.main(["build", "--a", f"xdpo={ours}", "--b", theirs, "--c", others, *sample, "--out", study]) == 0
     assert "4 pairs, 2 votes each, 3 annotators with 4 or 5 tasks" in capsys.readouterr().out
     built = Study.load(Path(study))
     key = Key.load(built)
     assert (key.model, key.baselines, built.questions) == ("xdpo", ["theirs", "others"], list(QUESTIONS))
     assert Counter(item.benchmark for item in key.items.values() if item.kind == "pair") == {"set_a": 2, "set_b": 2}
 
-    assert command.main(["export", study, "--static", str(tmp_path / "out"), "--annotator", "2"]) == 0
+    assert user_study.main(["export", study, "--static", str(tmp_path / "out"), "--annotator", "2"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "annotator_02" / "index.html")
     file = saved_file(tmp_path, built, 2, vote_for(built, key, lambda *_: "xdpo", annotators={2}))
-    assert command.main(["import", study, str(file)]) == 0
+    assert user_study.main(["import", study, str(file)]) == 0
     assert f"{len(built.tasks[1])} new votes, 0 known" in capsys.readouterr().out
-    assert command.main(["analyze", study]) == 0
+    assert user_study.main(["analyze", study]) == 0
     assert (tmp_path / "study" / "report" / "report.md").is_file() and "against" in capsys.readouterr().out
-    assert command.main(["plan", "--rate", "0.6", "--annotators", "5", "--prompts", "200"]) == 0
+    assert user_study.main(["plan", "--rate", "0.6", "--annotators", "5", "--prompts", "200"]) == 0
     assert "99.3 %" in capsys.readouterr().out
 
 
@@ -690,21 +677,21 @@ def test_the_commands_from_folders_to_a_report(tmp_path, folders, command, capsy
         (["demo", "--images", "none", "--output", "new"], "make them with: bash scripts/tiny_chain.sh"),
     ],
 )
-def test_what_the_commands_cannot_do_is_said_in_words(tmp_path, study, command, capsys, monkeypatch, arguments, words):
+def test_what_the_commands_cannot_do_is_said_in_words(tmp_path, study, capsys, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
-    assert command.main(arguments) == 1
+    assert user_study.main(arguments) == 1
     assert words in capsys.readouterr().err
 
 
-def test_the_demo_is_built_once_served_and_opened(tmp_path, command, capsys, monkeypatch):
+def test_the_demo_is_built_once_served_and_opened(tmp_path, capsys, monkeypatch):
     prompts, opened = {("tinyprompts", "single object"): [f"ring number {n}" for n in range(14)]}, []
     for name in ("xdpo", "base", "diffusion_dpo"):
         make_images(tmp_path / "images" / name, name, prompts, side=8)
     monkeypatch.setattr("xdpo.study.server.serve", lambda folder, host, port, started: started("http://here"))
-    monkeypatch.setattr(command.webbrowser, "open", opened.append)
+    monkeypatch.setattr(user_study.webbrowser, "open", opened.append)
     arguments = ["demo", "--images", str(tmp_path / "images"), "--output", str(tmp_path / "study")]
-    assert command.main(arguments) == 0 and "24 pairs, 2 votes each" in capsys.readouterr().out
+    assert user_study.main(arguments) == 0 and "24 pairs, 2 votes each" in capsys.readouterr().out
     links = Links.load(tmp_path / "study")
     assert opened == [f"http://here/a/{links.annotators[0]}"]
-    assert command.main([*arguments, "--no-browser"]) == 0 and len(opened) == 1
+    assert user_study.main([*arguments, "--no-browser"]) == 0 and len(opened) == 1
     assert f"administrator  http://here/admin/{links.administrator}" in capsys.readouterr().out

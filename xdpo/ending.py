@@ -105,7 +105,7 @@ class _Watch(threading.Thread):
         while not self._ended.wait(LOOK_SECONDS):
             self._look_after_the_launcher()
             if self._store is not None:
-                self._look_after_the_others()
+                self._look_after_the_others(self._store)
 
     def tell(self, message: str) -> str | None:
         """Tell the other processes that this one failed, and give them time to hear it.
@@ -138,15 +138,15 @@ class _Watch(threading.Thread):
         else:  # nothing to save yet
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def _look_after_the_others(self) -> None:
+    def _look_after_the_others(self, store: dist.Store) -> None:
         try:
-            self._store.add(f"beats/{self._rank}", 1)
-            if self._store.check(["failed"]):
-                self._end_here(self._failure_of(self._store.get("failed").decode()))
+            store.add(f"beats/{self._rank}", 1)
+            if store.check(["failed"]):
+                self._end_here(self._failure_of(store.get("failed").decode()))
             now = time.monotonic()
             for other, (beats, when) in self._heard.items():
-                found = self._store.add(f"beats/{other}", 0)
-                if found != beats or self._store.check([f"left/{other}"]):
+                found = store.add(f"beats/{other}", 0)
+                if found != beats or store.check([f"left/{other}"]):
                     self._heard[other] = found, now
                 elif now - when > SILENT_SECONDS:
                     silence = f"process {other} has not been heard of for {SILENT_SECONDS:.0f} seconds"

@@ -127,7 +127,8 @@ def run_store(own_connection: bool = False) -> dist.Store:
     own_connection: for a thread, since a call of the shared one may block as long as a collective does.
     """
     store = dist.distributed_c10d._get_default_store()
-    return dist.PrefixStore("xdpo", store.clone() if own_connection else store)
+    # torch has Store.clone, its type stub has not.
+    return dist.PrefixStore("xdpo", store.clone() if own_connection else store)  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=1)

@@ -64,11 +64,11 @@ class PromptSet:
 class _Source:
     """A set by name: its files, one per category or one for all, where they are fetched, and their content's checksum.
 
-    `combined` is another accepted file, a JSON object from category to prompts. Without URLs the files ship with us.
+    `combined` is another accepted file, a JSON object from category to prompts. `shipped` is a set of the repository's.
     """
 
     about: str
-    files: Mapping[str, str | None] = field(default_factory=dict)  # file → URL
+    files: Mapping[str, str] = field(default_factory=dict)  # file → URL
     combined: str | None = None
     shipped: Path | None = None
     sha256: str | None = None
@@ -236,7 +236,7 @@ def _rows_of_set(name: str, source: _Source, path: str | Path | None) -> _Rows:
             raise OSError("HF_HUB_OFFLINE is set")
         return _read([_download(url, folder / file) for file, url in source.files.items()])
     except (OSError, HTTPException) as error:  # urllib's errors are OSErrors; what was cut short is the other
-        urls = "\n  ".join(url for url in source.files.values() if url)
+        urls = "\n  ".join(source.files.values())
         raise ValueError(
             f"prompt set {name!r} is not in the cache and could not be fetched: {error}\n"
             f"Place {_wanted(source)} in {folder} (XDPO_CACHE changes where that is), or give the path of the file or "
@@ -302,14 +302,14 @@ def _table(path: Path) -> _Rows:
     names = [name.strip().lower() for name in table.names]
     text = next((name for name in TEXT_COLUMNS if name in names), None)
     category = next((name for name in CATEGORY_COLUMNS if name in names), None)
-    if twice := [name for name in (text, category) if names.count(name) > 1]:
+    if twice := [name for name in (text, category) if name and names.count(name) > 1]:
         raise TableError(f"{path} has several columns called {twice[0]!r}; rename or remove all but one")
     if text is None:
         if not table.names:
             return _Rows([], is_grouped=False)
         raise TableError(f"{path}: has the columns {', '.join(table.names)}; one must be {' or '.join(TEXT_COLUMNS)}")
     texts = table.texts(table.names[names.index(text)])
-    categories = [NO_CATEGORY] * len(texts)
+    categories: list[str | None] = [NO_CATEGORY] * len(texts)
     if category is not None:
         categories = table.scalars(table.names[names.index(category)])
     return _Rows([(group or "", cell or "") for group, cell in zip(categories, texts, strict=True)], is_grouped=False)

@@ -104,7 +104,7 @@ def peak_memory_gb(device: torch.device) -> float:
     # Linux hands a parent's ru_maxrss on to the program that it starts; the high-water mark is the program's own.
     status = Path("/proc/self/status")
     if status.is_file():
-        (peak,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(peak) * 1024 / 1e9
+        (kibibytes,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(kibibytes) * 1024 / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 from xdpo.files import StorageError, storage_fault
 
@@ -79,6 +79,10 @@ class Table:
             raise TableError(f"{self.path} has several columns called {name!r}; rename or remove all but one")
 
 
+@overload
+def as_text(value: str, where: str) -> str: ...
+@overload
+def as_text(value: Any, where: str) -> str | None: ...
 def as_text(value: Any, where: str) -> str | None:
     """A value as text; None where it is missing, which null and NaN mean.
 
@@ -122,7 +126,7 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises TableError, also for a key that an object has twice."""
-    return _parsed(read_text(path), lambda error: f"{path}{_line_of(error)}")
+    return _parsed(read_text(path), path)
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -130,18 +134,21 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
             hint = "; a .jsonl file has one whole object on each line" if line.strip() in ("[", "{") else ""
-            yield number, _parsed(line, lambda error, number=number: f"{path} line {number}", hint)
+            yield number, _parsed(line, path, number, hint)
 
 
-def _parsed(text: str, where: Callable[[Exception], str], hint: str = "") -> Any:
+def _parsed(text: str, path: Path, line: int | None = None, hint: str = "") -> Any:
+    """What the text of a file says, or that of one line of it."""
+    where = f"{path}" if line is None else f"{path} line {line}"
     try:
         return json.loads(text, object_pairs_hook=_once)
     except TableError as error:
-        raise TableError(f"{where(error)}: {error}") from None
+        raise TableError(f"{where}: {error}") from None
     except json.JSONDecodeError as error:
-        raise TableError(f"{where(error)} is not JSON: {error.msg} at column {error.colno}{hint}") from None
+        where = f"{path} line {line or error.lineno}"
+        raise TableError(f"{where} is not JSON: {error.msg} at column {error.colno}{hint}") from None
     except (ValueError, RecursionError) as error:  # digits beyond Python's limit; nested beyond its stack
-        raise TableError(f"{where(error)} is not JSON that can be read: {error}") from None
+        raise TableError(f"{where} is not JSON that can be read: {error}") from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -151,10 +158,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise TableError(f"an object has the key {twice!r} more than once; remove all but one")
     return found
-
-
-def _line_of(error: Exception) -> str:
-    return f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -206,9 +209,9 @@ def read_table(path: Path, wanted: Callable[[str], bool] = lambda name: True) ->
     """
     match path.suffix.lower():
         case ".csv":
-            return _read_delimited(path, delimiter=",", quoting=csv.QUOTE_MINIMAL)
+            return _read_delimited(path, delimiter=",", is_quoted=True)
         case ".tsv":  # its quotation marks are text, as in PartiPrompts
-            return _read_delimited(path, delimiter="\t", quoting=csv.QUOTE_NONE)
+            return _read_delimited(path, delimiter="\t", is_quoted=False)
         case ".jsonl":
             return _read_objects(path)
     return _read_parquet(path, wanted)
@@ -232,8 +235,8 @@ class _Record(NamedTuple):
     lines: list[str]
 
 
-def _read_delimited(path: Path, delimiter: str, quoting: int) -> Table:
-    records = [record for record in _records(path, delimiter, quoting) if record.cells]
+def _read_delimited(path: Path, delimiter: str, is_quoted: bool) -> Table:
+    records = [record for record in _records(path, delimiter, is_quoted) if record.cells]
     if not records:
         return Table(path, [], [], [])
     header, *records = records
@@ -263,7 +266,7 @@ def _read_delimited(path: Path, delimiter: str, quoting: int) -> Table:
     return Table(path, header.cells, [record.number for record in records], rows)
 
 
-def _records(path: Path, delimiter: str, quoting: int) -> Iterator[_Record]:
+def _records(path: Path, delimiter: str, is_quoted: bool) -> Iterator[_Record]:
     lines: list[str] = []
 
     def remembered() -> Iterator[str]:
@@ -271,7 +274,9 @@ def _records(path: Path, delimiter: str, quoting: int) -> Iterator[_Record]:
             lines.append(line)
             yield line
 
-    reader = csv.reader(remembered(), delimiter=delimiter, quoting=quoting, strict=True)
+    reader = csv.reader(
+        remembered(), delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE, strict=True
+    )
     while True:
         number = reader.line_num + 1
         lines.clear()

@@ -3,13 +3,7 @@
 import argparse
 
 from benchmarks.pipelines import PIPELINES
-
-
-def positive(text: str) -> int:
-    """A whole number from 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
-    return int(text)
+from xdpo.arguments import positive
 
 
 def add_number(parser: argparse.ArgumentParser, name: str, default: int, about: str) -> None:

@@ -20,11 +20,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.arguments import add_number, add_overrides, add_pipeline, positive
+from benchmarks.arguments import add_number, add_overrides, add_pipeline
 from benchmarks.folders import working_folder
 from benchmarks.modes import BASE_CONFIG, MODES, Bench, Mode, set_up
 from benchmarks.pipelines import PIPELINES
 from benchmarks.results import Criterion, Outcome
+from xdpo.arguments import positive
 from xdpo.config import load_config
 from xdpo.paths import user_path
 from xdpo.report.grids import Cell, Grid

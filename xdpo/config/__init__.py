@@ -5,7 +5,7 @@ at once. The rest of the package gets sections, tensors and numbers, never a fil
 the keys at length; `KEYS` has them all by dotted name.
 """
 
-from xdpo.config.command_line import build_parser
+from xdpo.config.command_line import build_parser, config_parser
 from xdpo.config.derived import (
     KEYS_WITHOUT_EFFECT,
     PICKAPIC_V2_PAIRS,
@@ -62,6 +62,7 @@ __all__ = [
     "accumulation_steps",
     "build_parser",
     "changed_keys",
+    "config_parser",
     "describe",
     "dump_config",
     "effective_beta",

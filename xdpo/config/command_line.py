@@ -5,19 +5,25 @@ import argparse
 from xdpo.config.explain import help_of_keys
 
 
-def build_parser(description: str) -> argparse.ArgumentParser:
-    """`--config FILE [section.key=value …]`, its switches, and a help that lists every key.
+def config_parser(description: str) -> argparse.ArgumentParser:
+    """`--config FILE [section.key=value …]`, for every program that works on the config of a training.
 
     Call its `parse_intermixed_args`, so that overrides may stand before, between and after the options.
     """
     parser = argparse.ArgumentParser(
-        description=description,
-        epilog=help_of_keys(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, such as configs/xdpo_sd15.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key; see below")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="override a key; train_xdpo.py --help lists them"
+    )
+    return parser
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """A `config_parser` with the switches of a training, and a help that lists every key."""
+    parser = config_parser(description)
+    parser.epilog = help_of_keys()
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved config and what follows from it, then stop"
     )

@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,22 +19,25 @@ from xdpo.report.grids import Cell, Grid, number, percent, title_of, to_markdown
 SLOPE_EXPONENTS = (6.0, 100.0, 400.0)
 DRAWN_EXPONENTS = SLOPE_EXPONENTS[:2]  # at 400 the exponents of Eq. 10 meet the loss's limit
 
+SlopeSettings = tuple[dict[str, float], float, tuple[float, float]]
+"""β and η by name, the reference's error, and the range of d at the end of training."""
+
 
 def write(findings: Findings, page: Path, command: str) -> list[Path]:
     """Write the page, and its figures into a folder of its name beside it. Returns what was written."""
     figures = page.with_suffix("")
     written = save(drawing.quality(findings), figures / "quality")
     written += save(drawing.errors(findings), figures / "errors")
-    slopes = _slopes(findings)
+    slopes = _slope_settings(findings)
     if slopes is not None:
-        written += save(slopes, figures / "slopes")
-    text = "\n\n".join(_parts(findings, figures.name, command, has_slopes=slopes is not None)) + "\n"
+        written += save(drawing.slopes(*slopes, DRAWN_EXPONENTS), figures / "slopes")
+    text = "\n\n".join(_parts(findings, figures.name, command, slopes)) + "\n"
     page.parent.mkdir(parents=True, exist_ok=True)
     write_text(page, text)
     return [page, *written]
 
 
-def _parts(findings: Findings, figures: str, command: str, has_slopes: bool) -> list[str]:
+def _parts(findings: Findings, figures: str, command: str, slopes: SlopeSettings | None) -> list[str]:
     plan = findings.plan
     parts = [
         f"# {plan.title}",
@@ -57,11 +61,11 @@ def _parts(findings: Findings, figures: str, command: str, has_slopes: bool) -> 
         "lines are means over seeds, bands their range.",
         f"![Both errors over training]({figures}/errors.png)",
     ]
-    if has_slopes:
+    if slopes is not None:
         parts += [
             "## How hard each reward form pulls",
             f"![Slopes]({figures}/slopes.png)",
-            to_markdown(bend(findings)),
+            to_markdown(bend(slopes)),
         ]
     parts += ["## Tuning", to_markdown(tuning(findings))]
     if findings.failed:
@@ -107,11 +111,9 @@ def questions(findings: Findings) -> Grid:
 def methods(findings: Findings, group: str) -> Grid:
     """Scores, win rates and errors of a group of methods, the base above them."""
     plan = findings.plan
-    names = [n for n in findings.methods if group in (plan.methods[n].group, *plan.methods[n].also_in)]
-    rows = [_method_row(findings, name) for name in (BASE, *names)]
-    for column in range(2, 2 + len(plan.scorers)):
-        top = max(range(len(rows)), key=lambda row: rows[row][column].value)
-        rows[top][column] = Cell(**{**rows[top][column].__dict__, "best": True})
+    names = [BASE, *(n for n in findings.methods if group in (plan.methods[n].group, *plan.methods[n].also_in))]
+    best = {scorer: max(names, key=lambda name: findings.of(name, scorer).mean()) for scorer in plan.scorers}
+    rows = [_method_row(findings, name, [s for s in plan.scorers if best[s] == name]) for name in names]
     columns = ("method", plan.tuning.key.rpartition(".")[2], *(title_of(s) for s in plan.scorers))
     columns += ("wins against base", f"wins against {plan.baseline}", "d chosen", "d rejected")
     note = (
@@ -120,12 +122,12 @@ def methods(findings: Findings, group: str) -> Grid:
     return Grid(group, columns, tuple(map(tuple, rows)), note + "highest] over seeds.")
 
 
-def _method_row(findings: Findings, name: str) -> list[Cell]:
+def _method_row(findings: Findings, name: str, best_by: Sequence[str]) -> list[Cell]:
     plan = findings.plan
     row = [Cell(name), Cell("" if name == BASE else findings.chosen[plan.methods[name].tuned_as or name])]
     for scorer in plan.scorers:
         found = measures.mean(findings.of(name, scorer))
-        row.append(Cell(number(found.value, scorer), found.value, _interval(found)))
+        row.append(Cell(number(found.value, scorer), found.value, _interval(found), best=scorer in best_by))
     for other in (BASE, plan.baseline):
         if name in (other, BASE) or other not in (BASE, *findings.methods):
             row.append(Cell(""))
@@ -162,7 +164,10 @@ def efficiency(findings: Findings) -> Grid:
 
 
 def _against_base(findings: Findings) -> str:
-    plan, more, less, open_ones = findings.plan, [], [], []
+    plan = findings.plan
+    more: list[str] = []
+    less: list[str] = []
+    open_ones: list[str] = []
     for name in findings.methods:
         wins = measures.win_rate(findings.of(name, plan.score), findings.of(BASE, plan.score))
         text = f"{name} {percent(wins.value)} [{100 * wins.low:.1f}, {100 * wins.high:.1f}]"
@@ -181,9 +186,9 @@ def _against_base(findings: Findings) -> str:
     return "\n\n".join(lines)
 
 
-def bend(findings: Findings) -> Grid:
+def bend(slopes: SlopeSettings) -> Grid:
     """By how much the power term has bent the slope at the errors that training reached."""
-    settings, _, seen = _slope_settings(findings)
+    settings, _, seen = slopes
     rows = []
     for n in SLOPE_EXPONENTS:
         own = {**settings, "n": n, "gamma": 1 / n}
@@ -222,14 +227,8 @@ def tuning(findings: Findings) -> Grid:
     return Grid("Tuning", columns, tuple(rows), note)
 
 
-def _slopes(findings: Findings):
-    if _slope_settings(findings) is None:
-        return None
-    return drawing.slopes(*_slope_settings(findings), DRAWN_EXPONENTS)
-
-
-def _slope_settings(findings: Findings) -> tuple[dict[str, float], float, tuple[float, float]] | None:
-    """β and η, the reference's error, and the range of d at the end, of the xDPO methods; None without any."""
+def _slope_settings(findings: Findings) -> SlopeSettings | None:
+    """Those of the xDPO methods; None without any."""
     first = {n: findings.cells[n, findings.plan.seeds[0]].settings for n in findings.methods}
     own = [n for n, settings in first.items() if "reward" in settings.loss.objective.keys]
     if not own:
@@ -239,7 +238,7 @@ def _slope_settings(findings: Findings) -> tuple[dict[str, float], float, tuple[
     if not np.isfinite(ends).all():
         return None
     reference = float(findings.logged(own[0], "eval/reference_error").mean())
-    return {"beta": loss.beta, "eta": loss.eta}, reference, (min(float(ends.min()), 0.0), float(ends.max()))
+    return loss.model_dump(include={"beta", "eta"}), reference, (min(float(ends.min()), 0.0), float(ends.max()))
 
 
 def _interval(found: Estimate) -> str:

@@ -45,7 +45,9 @@ class Reproduction:
         found = {}
         for name, method in self.plan.methods.items():
             value = chosen.get(method.tuned_as or name)
-            for seed in self.plan.seeds if value is not None else ():
+            if value is None:
+                continue
+            for seed in self.plan.seeds:
                 steps = self.plan.measured_steps(name)
                 found[name, seed] = self._cell(f"{name}-seed{seed}", name, value, seed, steps)
         return found

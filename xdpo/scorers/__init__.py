@@ -84,7 +84,9 @@ def _judge_weights(weights: str | Path | None) -> Path | None:
 
 def _sizes_of(architecture: str, weights: str | Path | None) -> dict:
     """An architecture's sizes, with what a weights folder's sizes.json says of it."""
-    changes = read_sizes(weights) or {}
+    changes = read_sizes(weights)
+    if weights is None or changes is None:
+        return ARCHITECTURES[architecture]
     unknown = sorted(changes.keys() - ARCHITECTURES.keys())
     if unknown:
         known = ", ".join(ARCHITECTURES)

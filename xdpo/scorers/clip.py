@@ -4,11 +4,15 @@ import html
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from xdpo.scorers.weights import fill, read_tensors
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
 
 CONTEXT_LENGTH = 77  # tokens, with the two that mark start and end
 
@@ -54,7 +58,7 @@ VIT_L_14 = {
 }
 
 
-def build_clip(sizes: dict, path: Path) -> nn.Module:
+def build_clip(sizes: dict, path: Path) -> "CLIPModel":
     """A transformers CLIPModel with the weights at `path`, under transformers' names or open_clip's; float32."""
     from accelerate import init_empty_weights
     from transformers import CLIPConfig, CLIPModel
@@ -166,11 +170,11 @@ def clean(prompt: str) -> str:
     return re.sub(r"\s+", " ", mended).strip().lower()
 
 
-def image_embeddings(model: nn.Module, pixels: Tensor) -> Tensor:
+def image_embeddings(model: "CLIPModel", pixels: Tensor) -> Tensor:
     """Pixels (B, 3, 224, 224) → unit vectors (B, D)."""
     return nn.functional.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
 
 
-def text_embeddings(model: nn.Module, token_ids: Tensor) -> Tensor:
+def text_embeddings(model: "CLIPModel", token_ids: Tensor) -> Tensor:
     """Token ids (B, L) → unit vectors (B, D)."""
     return nn.functional.normalize(model.get_text_features(input_ids=token_ids).pooler_output, dim=-1)

@@ -33,6 +33,7 @@ def custom_class(name: str) -> tuple[type, Path]:
     module_name = f"xdpo_custom_scorer_{digest(path)[:16]}"
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None and spec.loader is not None  # it is a .py file
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module  # where pickle looks for what the file defines
         try:

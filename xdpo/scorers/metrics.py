@@ -47,7 +47,7 @@ class Metric:
     load: Callable[[Mapping[str, Path], dict, str | torch.device], ScoreBatch]
 
 
-ARCHITECTURES = {"clip_vit_h_14": VIT_H_14, "clip_vit_l_14": VIT_L_14, "blip_vit_l_16": BLIP_VIT_L_16}
+ARCHITECTURES: dict[str, dict] = {"clip_vit_h_14": VIT_H_14, "clip_vit_l_14": VIT_L_14, "blip_vit_l_16": BLIP_VIT_L_16}
 
 _LAION = {
     "repository": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",

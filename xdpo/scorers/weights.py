@@ -90,7 +90,7 @@ def _in_folder(file: WeightFile, folder: Path) -> tuple[Path | None, str]:
 def _from_hub(file: WeightFile) -> tuple[Path | None, str]:
     try:
         if file.url:
-            return _from_url(file), ""
+            return _from_url(file, file.url), ""
         from huggingface_hub import hf_hub_download
 
         return Path(hf_hub_download(file.repository, file.name, revision=file.revision)), ""
@@ -99,7 +99,7 @@ def _from_hub(file: WeightFile) -> tuple[Path | None, str]:
         return None, f"could not be downloaded: {reason.splitlines()[0]}"
 
 
-def _from_url(file: WeightFile) -> Path:
+def _from_url(file: WeightFile, url: str) -> Path:
     """The file in a folder of ours beside the hub's cache, downloaded if it isn't there yet."""
     from huggingface_hub import constants
 
@@ -107,7 +107,7 @@ def _from_url(file: WeightFile) -> Path:
     if not path.is_file():
         if constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
-        with urllib.request.urlopen(file.url, timeout=30) as response:
+        with urllib.request.urlopen(url, timeout=30) as response:
             content = response.read()  # before anything is written: the network's errors are not the disk's
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, "wb") as output:

@@ -84,7 +84,7 @@ def judgements(study: Study, key: Key, votes: Iterable[Vote]) -> list[Judgement]
     for vote in votes:
         _, task = study.owner_of[vote.task]
         item = key.items[task.item]
-        if item.kind != "pair" or vote.task in key.repeats:
+        if item.baseline is None or vote.task in key.repeats:  # a check
             continue
         for question, side in vote.answers.items():
             chosen = item.images[getattr(task, side)]

@@ -148,7 +148,7 @@ def _items(
             benchmark=picture.prompt_set,
             category=picture.category,
             key=picture.key,
-            prompt=picture.prompt,
+            prompt=_text(picture),
             images={name: label for label, name in names.items()},
             baseline=baseline,
         )
@@ -167,12 +167,18 @@ def _items(
     return items, sources
 
 
+def _text(picture: Picture) -> str:
+    """The prompt of a picture; `_pictures` has refused those without one."""
+    assert picture.prompt is not None
+    return picture.prompt
+
+
 def _least_alike(prompt: Prompt, prompts: Sequence[Prompt], pictures: Mapping[Prompt, Picture]) -> Prompt:
     """The prompt that shares the fewest words with `prompt`. Raises StudyError where there is no other."""
-    words = set(pictures[prompt].prompt.lower().split())
+    words = set(_text(pictures[prompt]).lower().split())
 
     def shared(other: Prompt) -> float:
-        theirs = set(pictures[other].prompt.lower().split())
+        theirs = set(_text(pictures[other]).lower().split())
         return len(words & theirs) / max(1, len(words | theirs))
 
     others = [other for other in prompts if pictures[other].prompt != pictures[prompt].prompt]

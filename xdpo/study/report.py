@@ -97,7 +97,7 @@ def _grid(study: Study, title: str, found: Sequence[Result], with_category: bool
     rows = []
     for result in found:
         rate = Cell("")
-        if result.win_rate is not None:
+        if result.win_rate is not None and result.interval is not None:
             low, high = result.interval
             rate = Cell(percent(result.win_rate), result.win_rate, f"[{percent(low)}, {percent(high)}]")
         single = Cell("") if result.vote_rate is None else Cell(percent(result.vote_rate), result.vote_rate)
@@ -166,7 +166,7 @@ def _bars(axes, findings: Findings, benchmark: str, questions: Sequence[str]) ->
         ticks.append((row + (len(questions) - 1) / 2, f"against {baseline}"))
         for place, question in enumerate(questions):
             result = by_place.get((question, baseline))
-            if result is not None and result.win_rate is not None:
+            if result is not None and result.win_rate is not None and result.interval is not None:
                 low, high = result.interval
                 axes.barh(row, result.win_rate, color=COLOURS[place], height=0.8, label=question)
                 # max: of a rate of 100 % the upper bound can be below it by a rounding error, which matplotlib refuses.

@@ -97,8 +97,7 @@ class Ballots:
             raise StudyError("a vote is an object with task and answers")
         task = ballot.get("task")
         answers = self.study.check_answers(ballot.get("answers"))
-        owner, _ = self.study.owner_of.get(task, (None, None)) if isinstance(task, str) else (None, None)
-        if owner != annotator:
+        if not isinstance(task, str) or self.study.owner_of.get(task, (None,))[0] != annotator:
             raise ConflictError("this task is not among yours; reload the page to go on")
         self.store.add(Vote(task, annotator, answers, as_seconds(ballot.get("seconds")), now()))
         return self.state(annotator)

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from xdpo.files import replacing_folder
 from xdpo.study.folder import SIDES, Study, StudyError
@@ -39,7 +40,7 @@ def _export_one(study: Study, number: int, target: Path) -> Path:
                 urls[side] = f"images/{task.task}_{side}.png"
                 shutil.copyfile(study.folder / "images" / f"{getattr(task, side)}.png", aside / urls[side])
             tasks.append({"task": task.task, "prompt": study.prompts[task.item], **urls})
-        content = {"id": study.id, "title": study.title, "questions": list(study.questions)}
+        content: dict[str, Any] = {"id": study.id, "title": study.title, "questions": list(study.questions)}
         content |= {"annotator": number, "tasks": tasks}
         (aside / "study.js").write_text(f"window.STUDY = {json.dumps(content)};\n", encoding="utf-8")
         for name in PAGE_FILES:

@@ -153,7 +153,7 @@ def training_scene(rng: np.random.Generator) -> Scene:
 def place(scene: Scene, rng: np.random.Generator) -> Placement:
     """Random centres that fulfil the scene's relation and keep things apart and inside the image."""
     middle, jitter = IMAGE_SIZE / 2, rng.uniform(-1, 1, size=(2, 2))
-    if len(scene.things) == 1:
+    if scene.relation is None:
         x, y = middle + 5.0 * jitter[0]
         return Placement(((float(x), float(y)),))
     axis = RELATIONS.get(scene.relation) or str(rng.choice(["horizontal", "vertical"]))

@@ -1,6 +1,6 @@
 """Score the tests' tiny models with the metrics' ORIGINAL code and write tests/vectors/metric_scores.json
 
-    python scripts/make_metric_fixtures.py
+    python tests/make_metric_fixtures.py
 
 Needed only when tests/metric_fixtures.py changes, and in an environment of its own, since the originals do not import
 beside this project's libraries: transformers==4.53.3 with tokenizers==0.21.4, torch==2.13.0, torchvision==0.28.0,
@@ -26,16 +26,13 @@ import types
 from pathlib import Path
 from unittest import mock
 
+import metric_fixtures as fixtures
 import torch
 from safetensors.torch import load_file
 
+from xdpo.files import write_text
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
-
-import metric_fixtures as fixtures  # noqa: E402
-
-from xdpo.files import write_text  # noqa: E402
-
 OUTPUT = ROOT / "tests" / "vectors" / "metric_scores.json"
 
 
@@ -228,7 +225,7 @@ def main() -> None:
         os.chdir(ROOT)
     about = (
         "Scores that the metrics' original code gives to the models, images and prompts of tests/metric_fixtures.py; "
-        "made by scripts/make_metric_fixtures.py, which names the versions. hpsv2, hpsv2.1 and clip are bare cosines. "
+        "made by tests/make_metric_fixtures.py, which names the versions. hpsv2, hpsv2.1 and clip are bare cosines. "
         "null: the original fails on that image."
     )
     write_text(OUTPUT, json.dumps({"about": about, "seed": fixtures.SEED, "scores": scores}, indent=1) + "\n")
