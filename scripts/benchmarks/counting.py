@@ -153,7 +153,7 @@ def count(
         training.update()
         training.evaluate()
         training.draw_samples()
-        training.sample_opponents()
+        training.sample_rejected()
         training.save()
         training.resume()
     return meter.phases
@@ -293,7 +293,7 @@ class Training:
                 self.meter.remove(encoders)
 
     @torch.no_grad()
-    def sample_opponents(self) -> None:
+    def sample_rejected(self) -> None:
         """A batch of a self-play round; its latents are kept on the CPU."""
         if self.settings.loss.samples_rejected:
             wanted = self.settings.self_play

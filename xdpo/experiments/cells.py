@@ -11,6 +11,7 @@ from statistics import median
 
 from xdpo.cache.examples import is_finished
 from xdpo.config import KEYS, Config, ConfigError, changed_keys, load_config
+from xdpo.data import Split
 from xdpo.experiments.tasks import Task, launcher, run_all, tell
 from xdpo.precompute.keys import examples_folder
 from xdpo.report.grids import Cell as TableCell
@@ -143,9 +144,8 @@ def train_all(
 
 
 def _builds_examples(settings: Config) -> bool:
-    wanted = (False, True) if settings.eval.every else (False,)
     return settings.cache.examples is not None and not all(
-        is_finished(examples_folder(settings, held_out=held_out)) for held_out in wanted
+        is_finished(examples_folder(settings, split)) for split in Split.of(settings)
     )
 
 
