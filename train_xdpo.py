@@ -76,8 +76,6 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
         processes.refuse_differences(facts, "Give every machine the same data")
     if resume_from:
         runs.check_pairs(folder, train_pairs.fingerprint, options.allow_config_change, accelerator.print)
-    if settings.loss.is_unpaired:
-        data.label_images(*train_pairs.image_names())  # refuses data of one label alone
     margin_weights = data.weigh_pairs(settings.loss.margin_weight, train_pairs, held_out_pairs)
     accelerator.print(config.describe(settings, accelerator.num_processes, len(train_pairs)))
     accelerator.print(f"training pairs: {data.PairCounts(**vars(train_pairs.counts))}")

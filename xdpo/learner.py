@@ -106,7 +106,7 @@ class Learner:
         with self.accelerator.autocast():
             measured = step.measure(policy, self.references[split], noisy, settings.loss)
         inputs = dict(measured.inputs)
-        if settings.loss.is_unpaired:
+        if self._has_reference_point:
             inputs["z0"] = self.z0
         if batch.single is not None:
             inputs["desirable"] = batch.single.desirable.to(device, non_blocking=True)
@@ -131,7 +131,7 @@ class Learner:
 
         gain: the mean of the step's statistics, where there is a reference. Returns metrics of the update.
         """
-        metrics = {"z0": self.z0.item()} if self.settings.loss.is_unpaired else {}
+        metrics = {"z0": self.z0.item()} if self._has_reference_point else {}
         metrics["learning_rate"] = learning_rate_at(self.settings, step_number)
         for group in self.optimizer.param_groups:
             group["lr"] = metrics["learning_rate"]
@@ -140,7 +140,7 @@ class Learner:
         # Several processes: the gradients stay in DDP's buckets. New ones would lie beside them, as large again.
         self.optimizer.zero_grad(set_to_none=self.accelerator.num_processes == 1)
         if not self.skipped_steps.in_a_row:
-            if self.settings.loss.is_unpaired:
+            if self._has_reference_point:
                 self.z0.fill_(max(gain, 0.0))
             if self.ema is not None:
                 self.ema.step(self.parameters)
@@ -234,6 +234,10 @@ class Learner:
         if self.settings.cache.examples:  # training itself needs no encoders: their memory is the batch's
             for module in self.parts.encoders:
                 module.to("cpu")
+
+    @property
+    def _has_reference_point(self) -> bool:
+        return "z0" in self.settings.loss.objective.inputs
 
     def _moving_network(self) -> nn.Module | None:
         """The reference's network where it changes, and a checkpoint has to keep it."""

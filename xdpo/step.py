@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from xdpo.config import LossConfig
-from xdpo.loss import LossOutput, PairErrors, UnpairedErrors, safeguard
+from xdpo.loss import LossOutput, PairErrors, safeguard
+from xdpo.loss.types import are_chosen
 from xdpo.noisy import NoisyBatch, residuals, weighted_mean
 from xdpo.reference import Reference
 
@@ -81,26 +82,15 @@ def preference_loss(errors: PairErrors, config: LossConfig, inputs: Mapping[str,
     0-d, and desirable, (2B,) bool, whose images stand where chosen and rejected ones do; without it they are chosen and
     rejected. Its loss and margin are means over two images.
     """
-    inputs = dict(inputs or {})
-    desirable = inputs.pop("desirable", None)
-    if (dot := inputs.pop("policy_dot", None)) is not None:
+    arguments = {**config.numbers, **(inputs or {})}
+    desirable, margin_weights = arguments.get("desirable"), arguments.pop("margin_weights", None)
+    guarded = errors
+    if (dot := arguments.pop("policy_dot", None)) is not None:
         guarded = safeguard(errors, dot, mu=config.safeguard)
-    else:
-        guarded = errors
-    objective, numbers, weights = config.objective, config.numbers, None
-    if config.margin_weight is not None:
-        weights = inputs.pop("margin_weights")
-        numbers["beta"] = numbers["beta"] * weights
-    if not config.is_unpaired:
-        output = objective.function(guarded, **inputs, **numbers)
-        return StepOutput(output.loss, errors, _statistics(errors, output, None, weights))
-    if desirable is None:
-        desirable = torch.arange(2 * len(errors.policy_chosen), device=errors.policy_chosen.device)
-        desirable = desirable < len(errors.policy_chosen)
-    single = UnpairedErrors(torch.cat(errors[:2]), torch.cat(errors[2:]), desirable)
-    each = objective.function(single, **inputs, **numbers)
-    output = LossOutput(each.loss.view(2, -1).mean(0), each.margin.view(2, -1).mean(0), each.clamped)
-    return StepOutput(output.loss, errors, _statistics(errors, output, desirable))
+    if margin_weights is not None:
+        arguments["beta"] = arguments["beta"] * margin_weights
+    output = config.objective.of_pairs(guarded, **arguments)
+    return StepOutput(output.loss, errors, _statistics(errors, output, desirable, margin_weights))
 
 
 def detached(errors: PairErrors) -> PairErrors:
@@ -110,7 +100,7 @@ def detached(errors: PairErrors) -> PairErrors:
 
 @torch.no_grad()
 def _statistics(
-    errors: PairErrors, output: LossOutput, desirable: Tensor | None, margin_weights: Tensor | None = None
+    errors: PairErrors, output: LossOutput, desirable: Tensor | None, margin_weights: Tensor | None
 ) -> Statistics:
     margin, num_pairs = output.margin, len(output.margin)
     # A negative weight reverses a pair: its margin then has the scorer's sign, and the accuracy is the label's.
@@ -121,7 +111,7 @@ def _statistics(
     )
     difference = torch.cat(errors[:2]) - reference
     if desirable is None:
-        desirable = torch.arange(2 * num_pairs, device=margin.device) < num_pairs
+        desirable = are_chosen(num_pairs, margin.device)
     return Statistics(
         loss=output.loss.float().sum(),
         implicit_accuracy=((agreement > 0).float() + 0.5 * (agreement == 0).float()).sum(),

@@ -37,6 +37,7 @@ from xdpo.learner import Learner, build_ema, build_reference
 from xdpo.noise import DiffusionProcess
 from xdpo.noisy import NoisyBatchMaker
 from xdpo.non_finite import SkippedSteps
+from xdpo.precompute import takes_single_images
 from xdpo.reference import Recorded
 from xdpo.watch import SAMPLE_CHUNK as IMAGES_OF_A_SHEET
 
@@ -179,7 +180,8 @@ def shape_of(settings: Config, processes: int) -> tuple:
         *settings.compute.model_dump().items(),
         (settings.data.resolution, settings.data.sample_latents),
         (bool(settings.cache.examples), bool(settings.cache.reference)),
-        (loss.needs_reference, loss.is_unpaired, loss.samples_rejected, step.inputs_of(loss)),
+        (loss.needs_reference, loss.samples_rejected, step.inputs_of(loss)),
+        takes_single_images(settings, Split.TRAIN),
         (settings.optim.name, settings.train.micro_batch_pairs, accumulation_steps(settings, processes) == 1),
         (settings.eval.every > 0, samples.every > 0, samples.guidance_scale > 1),
         (settings.self_play.batch_size, settings.self_play.guidance_scale > 1) if loss.samples_rejected else None,
@@ -322,7 +324,8 @@ class Training:
     def _batch(self) -> Batch:
         """A batch as the loader gives it."""
         settings, pairs, loss = self.settings, self.settings.train.micro_batch_pairs, self.settings.loss
-        captions, side = 2 * pairs if loss.is_unpaired else pairs, settings.data.resolution
+        has_single_images = takes_single_images(settings, Split.TRAIN)
+        captions, side = 2 * pairs if has_single_images else pairs, settings.data.resolution
         if settings.cache.examples:
             means = torch.zeros(2 * pairs, *self.latent_shape)
             factor = self.learner.parts.vae.config.scaling_factor
@@ -332,7 +335,7 @@ class Training:
             images = torch.zeros(2 * pairs, 3, side, side)
             told = Tokens(input_ids=torch.zeros(captions, TOKENS, dtype=torch.long))
         single = rejected = None
-        if loss.is_unpaired:
+        if has_single_images:
             single = SingleImages(range(2 * pairs), torch.zeros(2 * pairs, dtype=torch.bool))
         if loss.samples_rejected:
             rejected = torch.zeros(pairs, *self.latent_shape)

@@ -56,10 +56,6 @@ class _LossSection(Section):
         return {key: value for key, value in self.values.items() if KEYS[key].is_argument}
 
     @property
-    def is_unpaired(self) -> bool:
-        return self.objective.is_unpaired
-
-    @property
     def needs_reference(self) -> bool:
         return self.objective.needs_reference
 

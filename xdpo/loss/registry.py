@@ -102,6 +102,18 @@ class Objective:
         module, _, name = self.path.partition(".")
         return getattr(import_module(f"{__package__}.{module}"), name)
 
+    def of_pairs(self, errors: Any, desirable: Any = None, **arguments: Any) -> Any:
+        """The objective on a batch's types.PairErrors → types.LossOutput of its B pairs.
+
+        One of single images sees both images of each, desirable (2B,) bool or else the chosen one alone; its loss and
+        margin are means over the two.
+        """
+        if not self.is_unpaired:
+            return self.function(errors, **arguments)
+        from xdpo.loss.types import mean_by_pair, single_images
+
+        return mean_by_pair(self.function(single_images(errors, desirable), **arguments))
+
     @property
     def keys(self) -> dict[str, Value | None]:
         """All keys that act here and their values where the config says nothing: None for a modifier that is off."""

@@ -58,6 +58,23 @@ class LossOutput(NamedTuple):
     clamped: Tensor  # 0-d integer: how many exponents of the batch met MAX_EXPONENT
 
 
+def are_chosen(num_pairs: int, device: torch.device) -> Tensor:
+    """Which of 2B images, chosen first, are chosen ones: (2B,) bool."""
+    return torch.arange(2 * num_pairs, device=device) < num_pairs
+
+
+def single_images(errors: PairErrors, desirable: Tensor | None = None) -> UnpairedErrors:
+    """The 2B images of B pairs, chosen first; without `desirable`, (2B,) bool, the chosen ones are the desirable."""
+    if desirable is None:
+        desirable = are_chosen(len(errors.policy_chosen), errors.policy_chosen.device)
+    return UnpairedErrors(torch.cat(errors[:2]), torch.cat(errors[2:]), desirable)
+
+
+def mean_by_pair(output: LossOutput) -> LossOutput:
+    """What an objective gives for the 2B images of `single_images`, as means over each pair's two."""
+    return LossOutput(output.loss.view(2, -1).mean(0), output.margin.view(2, -1).mean(0), output.clamped)
+
+
 def prepare(errors: PairErrors) -> PairErrors:
     """The errors in at least float32, the reference's cut from the graph. Raises ValueError for different shapes."""
     shapes = [tuple(error.shape) for error in errors]

@@ -1,7 +1,7 @@
 """Filling the caches and opening them: which key a run has, encoding ahead, and where its examples come from."""
 
 from xdpo.precompute.build import build_examples, build_missing_examples, verify_examples
-from xdpo.precompute.keys import example_key, examples_folder, reference_key
+from xdpo.precompute.keys import example_key, examples_folder, reference_key, takes_single_images
 from xdpo.precompute.opening import (
     Pairs,
     count_shared,
@@ -29,5 +29,6 @@ __all__ = [
     "open_reference",
     "reference_key",
     "source_of",
+    "takes_single_images",
     "verify_examples",
 ]

@@ -12,6 +12,11 @@ from xdpo.families import part_checksum
 from xdpo.files import file_sha256
 
 
+def takes_single_images(settings: Config, split: Split) -> bool:
+    """Whether a batch holds single images and not pairs; held-out ones are always pairs."""
+    return settings.loss.objective.is_unpaired and not split.is_held_out
+
+
 def examples_folder(settings: Config, split: Split) -> Path:
     return Path(settings.cache.examples) / split.value
 
@@ -51,7 +56,7 @@ def reference_key(settings: Config, pairs: PairTable | ExampleCache, split: Spli
         adapter = model.lora_rank if model.trainable == "lora" else None
         graph = {"adapter": adapter, "gradient_checkpointing": compute.gradient_checkpointing}
     data, augment = settings.data, not split.is_held_out
-    is_unpaired = settings.loss.is_unpaired and not split.is_held_out
+    is_unpaired = takes_single_images(settings, split)
     return {
         **({"desirable share of unpaired images": settings.loss.values["desirable_share"]} if is_unpaired else {}),
         "pairs": pairs.fingerprint,

@@ -11,11 +11,11 @@ from xdpo.cache import CachedPairDataset, ExampleCache, ReferenceCache
 from xdpo.cache.examples import is_finished
 from xdpo.compute import precision_of
 from xdpo.config import Config
-from xdpo.data import PairDataset, PairTable, Split, UnpairedDataset, load_pairs
+from xdpo.data import PairDataset, PairTable, Split, UnpairedDataset, label_images, load_pairs
 from xdpo.data.examples import Tokenize
 from xdpo.families import PipelineParts
 from xdpo.files import is_own, reading, replacing
-from xdpo.precompute.keys import example_key, examples_folder, reference_key
+from xdpo.precompute.keys import example_key, examples_folder, reference_key, takes_single_images
 
 Pairs = PairTable | ExampleCache
 MOST_ALIKE = 20
@@ -25,14 +25,18 @@ COPIED_AT_ONCE = 2**24
 def open_pairs(settings: Config, accelerator: Accelerator, split: Split) -> Pairs:
     """Training pairs or held-out ones: a cache of encoded examples where the config names one, else their source.
 
-    Every process calls it. Raises CacheError or DataError.
+    Every process calls it. Raises CacheError or DataError, also where the objective can't be trained on them.
     """
+    pairs: Pairs
     if settings.cache.examples:
-        cache = open_examples(settings, accelerator, split)
-        if note := cache.plan.precision_note(precision_of(settings.compute)):
-            accelerator.print(f"cache.examples: {cache.folder}: {note}")
-        return cache
-    return load_table(settings, accelerator, split)
+        pairs = open_examples(settings, accelerator, split)
+        if note := pairs.plan.precision_note(precision_of(settings.compute)):
+            accelerator.print(f"cache.examples: {pairs.folder}: {note}")
+    else:
+        pairs = load_table(settings, accelerator, split)
+    if takes_single_images(settings, split):
+        label_images(*pairs.image_names())  # refuses data of one label alone
+    return pairs
 
 
 def count_shared(train: Pairs, held_out: Pairs) -> int:
@@ -62,7 +66,7 @@ def make_dataset(
         dataset = CachedPairDataset(pairs, seed, settings.data, **how)
     else:
         dataset = PairDataset(pairs, tokenize, seed, settings.data, **how)
-    if settings.loss.is_unpaired and is_trained:
+    if takes_single_images(settings, split):
         return UnpairedDataset(dataset, settings.loss.values["desirable_share"])
     return dataset
 
