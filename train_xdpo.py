@@ -35,17 +35,18 @@ from xdpo import (
     optimizer_state,
     precompute,
     processes,
-    sampling,
     selfplay,
     step,
 )
 from xdpo.cache import ReferenceCache
 from xdpo.compute import build_accelerator
 from xdpo.config import Config, ConfigError
+from xdpo.images.sheets import contact_sheet
 from xdpo.noise import HELD_OUT_SEED, NoiseSchedule
 from xdpo.non_finite import NonFiniteError, SkippedSteps, refuse_non_finite
 from xdpo.precompute import Pairs, latent_shape, make_dataset, open_pairs, open_reference
 from xdpo.runlog import RunLog, peak_memory_gb
+from xdpo.sampling.images import sample_images
 
 TIMED_STEPS = 4  # micro-steps behind each figure of --find-batch
 SAMPLE_CHUNK = 4  # images sampled at once
@@ -681,7 +682,7 @@ def draw_samples(
         is_adapter_off = title == "reference" and reference is None
         with accelerator.autocast(), models.adapter_off(policy) if is_adapter_off else nullcontext():
             parts.vae.enable_slicing()  # one image at a time: decoding several would take more memory than a step
-            columns[title] = sampling.sample_images(
+            columns[title] = sample_images(
                 models.pipeline_with(parts, unet),
                 wanted.prompts,
                 seed=wanted.seed,
@@ -696,7 +697,7 @@ def draw_samples(
             module.to("cpu")
     path = folder / "samples" / f"step_{step_number:08d}.png"
     path.parent.mkdir(exist_ok=True)
-    sampling.contact_sheet(columns, wanted.prompts).save(path)
+    contact_sheet(columns, wanted.prompts).save(path)
     return path
 
 

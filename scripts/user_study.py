@@ -264,7 +264,7 @@ def _sample(words: Sequence[str] | None, folder: str) -> dict[str, int] | None:
         named[name] = int(count)
     if "" not in named:
         return named
-    from xdpo.report.images import read_model_folder
+    from xdpo.images.reading import read_model_folder
 
     name, path = _named(folder)
     pictures, _ = read_model_folder(path, name)

@@ -1,6 +1,7 @@
 """The package's floors: a module imports only from floors below its own, and data goes one way."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,21 +20,32 @@ FLOORS = {
         "optimizer_state",
         "prompts",
         "runlog",
-        "report",
     },
     2: {"data", "models", "checkpoint", "compute", "scorers", "cache", "tiny"},
-    3: {"precompute", "step", "sampling", "selfplay", "study"},
-    4: {"train_xdpo", "generate", "evaluate", "experiments"},
+    3: {"precompute", "step", "selfplay", "images"},
+    4: {"sampling", "scores"},
+    5: {"report"},
+    6: {"train_xdpo", "generate", "evaluate", "experiments", "study"},
 }
+TOP = FLOORS[max(FLOORS)]
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 SIDEWAYS = {
     ("scorers", "tiny"),  # the embedded judges' one way in
     ("tables", "files"),  # what a failing disk means
 }
 TENSORS_ONLY = {"noise", "loss"}
+HEAVY = {"torch", "diffusers", "transformers", "accelerate", "matplotlib"}
+WITHOUT_HEAVY = {
+    "evaluate.py --help": ["evaluate.py", "--help"],
+    "evaluate.py and a bad argument": ["evaluate.py", "--output", "x", "--batch-size", "0"],
+    "generate.py --help": ["generate.py", "--help"],
+    "generate.py grid --help": ["generate.py", "grid", "--help"],
+    "generate.py and a bad argument": ["generate.py", "--steps", "0"],
+    "the foundations": ["-c", "import xdpo.files, xdpo.paths, xdpo.prompts, xdpo.scorers, xdpo.tables"],
+}
 
 PACKAGE = sorted((ROOT / "xdpo").rglob("*.py"))
-ENTRIES = [ROOT / f"{name}.py" for name in sorted(FLOORS[4]) if (ROOT / f"{name}.py").exists()]
+ENTRIES = [ROOT / f"{name}.py" for name in sorted(TOP) if (ROOT / f"{name}.py").exists()]
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
 
 
@@ -75,14 +87,14 @@ def test_a_module_imports_only_from_floors_below(path):
         assert other in FLOOR_OF, f"{relative_name(path)} imports xdpo.{other}, which stands on no floor"
         below = FLOOR_OF[other] < FLOOR_OF[module] and other != "tiny"
         assert below or (module, other) in SIDEWAYS, f"{relative_name(path)} may not import xdpo.{other}"
-    outside = {name.split(".")[0] for name in names} & (FLOORS[4] | {"scripts"})
+    outside = {name.split(".")[0] for name in names} & (TOP | {"scripts"})
     assert not outside, f"{relative_name(path)} may not import {', '.join(sorted(outside))}: call it instead"
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=relative_name)
 def test_a_script_imports_neither_another_script_nor_an_entry_point(path):
     roots = {name.split(".")[0] for name in imports_of(path)}
-    forbidden = FLOORS[4] | {"scripts"} | {script.stem for script in SCRIPTS}
+    forbidden = TOP | {"scripts"} | {script.stem for script in SCRIPTS}
     assert not roots & forbidden, f"{relative_name(path)} imports {', '.join(sorted(roots & forbidden))}: call it"
 
 
@@ -91,6 +103,13 @@ def test_the_mathematics_knows_tensors_only(module):
     for path in (path for path in PACKAGE if module_of(path) == module):
         names = {name for name in imports_of(path) if not name.startswith(f"xdpo.{module}")}
         assert {name.split(".")[0] for name in names} <= {"torch", "numpy"} | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("arguments", WITHOUT_HEAVY.values(), ids=WITHOUT_HEAVY)
+def test_who_only_asks_waits_for_no_library(arguments):
+    ended = subprocess.run([sys.executable, "-X", "importtime", *arguments], cwd=ROOT, capture_output=True, text=True)
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in ended.stderr.splitlines() if "|" in line}
+    assert "xdpo" in imported and not imported & HEAVY, ended.stderr[-3000:]
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,10 @@ def go_through_scenes(folder, overrides):
     from accelerate import PartialState
 
     import generate
-    from xdpo import models, precompute, processes, sampling, selfplay, step
+    from xdpo import models, precompute, processes, selfplay, step
     from xdpo.compute import build_accelerator
     from xdpo.config import load_config
+    from xdpo.sampling import images as sampling
 
     overrides += ["compute.precision=fp32", "data.source=parquet", f"cache.examples={folder}/cache"]
     overrides += [f"cache.local_copy={folder}/copy", "train.max_steps=3"]

@@ -16,8 +16,8 @@ from xdpo.checkpoint import checkpoint_path
 from xdpo.experiments.cells import ROOT, Cell, make_cell
 from xdpo.experiments.plan import BASE, Plan
 from xdpo.experiments.tasks import Task, launcher, once
-from xdpo.report.results import benchmarks
-from xdpo.report.table import ScoreTable
+from xdpo.scores.results import benchmarks_of
+from xdpo.scores.table import ScoreTable
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,10 @@ class Reproduction:
 
         Raises ValueError where a model has no scores.
         """
-        rows = [row for row in ScoreTable(self.output / folder).placed if row.model in set(models)]
-        if absent := sorted(set(models) - {row.model for row in rows}):
+        rows = [row for row in ScoreTable(self.output / folder).placed if row.placement.model in set(models)]
+        if absent := sorted(set(models) - {row.placement.model for row in rows}):
             raise ValueError(f"no scores of {absent[0]} in {self.output / folder}")
-        found = benchmarks(rows, list(models), list(self.plan.scorers))
+        found = benchmarks_of(rows, list(models), list(self.plan.scorers))
         return {
             (model, scorer): np.concatenate([benchmark.of(model, scorer) for benchmark in found])
             for model in models

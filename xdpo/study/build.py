@@ -12,7 +12,7 @@ from PIL import Image
 
 from xdpo.checkpoint import writing_aside
 from xdpo.data.images import UnreadableImageError, decode_rgb
-from xdpo.report.images import Picture, natural_order, read_model_folder
+from xdpo.images.reading import Picture, natural_order, read_model_folder
 from xdpo.study.folder import DEFAULT_TITLE, QUESTIONS, Item, Key, Links, Study, StudyError, Task
 
 Prompt = tuple[str, str]  # (benchmark, key of the prompt in it)
