@@ -73,6 +73,12 @@ def test_the_wilson_interval_is_scipys():
     assert wilson_interval(61, 100) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
+def test_the_wilson_interval_of_all_or_nothing_ends_there_exactly():
+    for trials in range(1, 400):
+        assert wilson_interval(trials, trials)[1] == 1.0
+        assert wilson_interval(0, trials)[0] == 0.0
+
+
 def test_intervals_are_the_same_every_time():
     values = np.arange(50.0)
     assert bootstrap_interval(values) == bootstrap_interval(values.copy())

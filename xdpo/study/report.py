@@ -8,6 +8,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from xdpo.files import replacing, write_text
 from xdpo.report.figures import BASELINE_COLOUR, COLOURS, STYLE, save
 from xdpo.report.grids import Cell, Grid, p_value, percent, to_markdown
 from xdpo.report.published import published_user_study, user_study
@@ -41,17 +42,18 @@ def find(study: Study, key: Key, votes: Sequence[Vote], allowed_share: float) ->
 
 
 def write(findings: Findings, folder: Path) -> Path:
-    """Write report.md, figures and votes.parquet to `folder`; returns the report's path."""
+    """Write report.md, figures and votes.parquet to `folder`; returns the report's path. Raises StorageError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     folder.mkdir(parents=True, exist_ok=True)
     rows = vote_rows(findings.study, findings.key, findings.votes)
     if rows:
-        pq.write_table(pa.Table.from_pylist(rows), folder / "votes.parquet")
+        with replacing(folder / "votes.parquet", "wb") as file:
+            pq.write_table(pa.Table.from_pylist(rows), file)
     save(win_rate_bars(findings), folder / "win_rates")
     path = folder / "report.md"
-    path.write_text(markdown(findings), encoding="utf-8")
+    write_text(path, markdown(findings))
     return path
 
 
@@ -167,8 +169,7 @@ def _bars(axes, findings: Findings, benchmark: str, questions: Sequence[str]) ->
             if result is not None and result.win_rate is not None:
                 low, high = result.interval
                 axes.barh(row, result.win_rate, color=COLOURS[place], height=0.8, label=question)
-                # max: of a rate of 100 % the upper bound can be below it by a rounding error, which matplotlib refuses.
-                reach = [[max(0.0, result.win_rate - low)], [max(0.0, high - result.win_rate)]]
+                reach = [[result.win_rate - low], [high - result.win_rate]]
                 axes.errorbar(result.win_rate, row, xerr=reach, color="#222222", linewidth=1, capsize=2)
                 beside = dict(xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points")
                 text = percent(result.win_rate, decimals=0)
