@@ -72,9 +72,9 @@ def _parts(findings: Findings, figures: str, command: str, has_slopes: bool) -> 
 def _made_by(findings: Findings, command: str) -> str:
     """Command, commits, machine and versions; the commits are those that the trainings wrote down."""
     commits, starts = set(), []
-    for cell in findings.cells.values():
-        if (cell.folder / "run.json").is_file():
-            facts = json.loads((cell.folder / "run.json").read_text(encoding="utf-8"))
+    for run in findings.runs.values():
+        if (run.folder / "run.json").is_file():
+            facts = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
             commits.add(str(facts.get("git_commit"))[:10])
             starts += [start["time"] for start in facts["starts"]]
     versions = ", ".join(f"{name} {version}" for name, version in library_versions().items() if version)
@@ -230,10 +230,10 @@ def _slopes(findings: Findings):
 
 def _slope_settings(findings: Findings) -> tuple[dict[str, float], float, tuple[float, float]] | None:
     """β and η, the reference's error, and the range of d at the end, of the xDPO methods; None without any."""
-    own = [n for n in findings.methods if findings.cells[n, findings.plan.seeds[0]].settings.loss.name == "xdpo"]
+    own = [n for n in findings.methods if findings.runs[n, findings.plan.seeds[0]].settings.loss.name == "xdpo"]
     if not own:
         return None
-    loss = findings.cells[own[0], findings.plan.seeds[0]].settings.loss
+    loss = findings.runs[own[0], findings.plan.seeds[0]].settings.loss
     ends = np.concatenate([findings.logged(n, f"eval/d_{side}") for n in own for side in ("chosen", "rejected")])
     if not np.isfinite(ends).all():
         return None

@@ -1,7 +1,7 @@
 """What a plan makes: trainings, their images, their scores; each stage a list of tasks that can be interrupted.
 
-OUTPUT/runs/{cell}, OUTPUT/runs/cache        trainings; caches of examples and of the reference's errors
-OUTPUT/images/{cell}-step{step}, …/base      generate.py's folders
+OUTPUT/runs/{run}, OUTPUT/runs/cache         trainings; caches of examples and of the reference's errors
+OUTPUT/images/{run}-step{step}, …/base       generate.py's folders
 OUTPUT/tuning, OUTPUT/results                evaluate.py's folders
 """
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from xdpo.checkpoint import checkpoint_path
-from xdpo.experiments.cells import ROOT, Cell, make_cell
 from xdpo.experiments.plan import BASE, Plan
+from xdpo.experiments.runs import ROOT, Run, make_run
 from xdpo.experiments.tasks import Task, launcher, once
 from xdpo.scores.results import benchmarks_of
 from xdpo.scores.table import ScoreTable
@@ -28,16 +28,16 @@ class Reproduction:
     output: Path
     num_processes: int = 1
 
-    def tuning_cells(self) -> dict[tuple[str, str], Cell]:
+    def tuning_runs(self) -> dict[tuple[str, str], Run]:
         """A training for each tuned method and value. Raises ConfigError."""
         tuning = self.plan.tuning
         return {
-            (method, value): self._cell(f"tuning-{method}-{value}", method, value, tuning.seed, (self.plan.steps,))
+            (method, value): self._run(f"tuning-{method}-{value}", method, value, tuning.seed, (self.plan.steps,))
             for method in self.plan.tuned
             for value in tuning.values
         }
 
-    def cells(self, chosen: Mapping[str, str]) -> dict[tuple[str, int], Cell]:
+    def runs(self, chosen: Mapping[str, str]) -> dict[tuple[str, int], Run]:
         """A training for each method and seed, at the values `chosen` for the tuned ones. Raises ConfigError.
 
         Methods whose tuning chose nothing are left out.
@@ -47,10 +47,10 @@ class Reproduction:
             value = chosen.get(method.tuned_as or name)
             for seed in self.plan.seeds if value is not None else ():
                 steps = self.plan.measured_steps(name)
-                found[name, seed] = self._cell(f"{name}-seed{seed}", name, value, seed, steps)
+                found[name, seed] = self._run(f"{name}-seed{seed}", name, value, seed, steps)
         return found
 
-    def _cell(self, name: str, method: str, value: str, seed: int, steps: Sequence[int]) -> Cell:
+    def _run(self, name: str, method: str, value: str, seed: int, steps: Sequence[int]) -> Run:
         plan = self.plan
         overrides = [f"train.max_steps={plan.steps}", "checkpoint.keep=1"]
         if len(steps) > 1:  # those that are measured stay
@@ -58,14 +58,14 @@ class Reproduction:
             # All of them: a run that is asked to stop saves one more, and none that is measured may go for it.
             overrides = [overrides[0], f"checkpoint.every={every}", f"checkpoint.keep={plan.steps}"]
         own = (*plan.methods[method].set, f"{plan.tuning.key}={value}", f"seed={seed}")
-        return make_cell(name, plan.methods[method].config, (*overrides, *plan.common, *own), self.output / "runs")
+        return make_run(name, plan.methods[method].config, (*overrides, *plan.common, *own), self.output / "runs")
 
     # --- images and scores -----------------------------------------------------------------------------
 
-    def images(self, cell: Cell, step: int, prompts: Sequence[str]) -> Task:
-        """The images of a cell's model after `step` optimizer steps."""
-        checkpoint = checkpoint_path(cell.folder, step)
-        name = model_name(cell, step)
+    def images(self, run: Run, step: int, prompts: Sequence[str]) -> Task:
+        """The images of a run's model after `step` optimizer steps."""
+        checkpoint = checkpoint_path(run.folder, step)
+        name = model_name(run, step)
         return self._images(name, str(checkpoint), prompts, (checkpoint / "policy.safetensors",))
 
     def base_images(self, pipeline: str, prompts: Sequence[str], name: str = BASE) -> Task:
@@ -103,8 +103,8 @@ class Reproduction:
         }
 
 
-def model_name(cell: Cell, step: int) -> str:
-    return f"{cell.name}-step{step}"
+def model_name(run: Run, step: int) -> str:
+    return f"{run.name}-step{step}"
 
 
 def choose(scores: Mapping[tuple[str, str], float]) -> dict[str, str]:
