@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
 
 from xdpo.files import check_writable, write_text
+from xdpo.images.reading import Problem, by_prompt, name_folders, read_models
 from xdpo.paths import expanded, user_path
 from xdpo.scorers import PAPER_SCORERS, SCORER_NAMES
 
@@ -94,20 +95,8 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-# --- the whole of it -----------------------------------------------------------------------------------
-
-
 def evaluate(options: argparse.Namespace) -> int:
     """Check what is cheap to check, score what is new, write the report."""
-    from xdpo.images.reading import Problem, by_prompt, name_folders, read_models
-    from xdpo.report import curves, grids
-    from xdpo.report.sections import Evaluation
-    from xdpo.runlog import read_rows
-    from xdpo.scorers.loading import scorer_version
-    from xdpo.scores.results import benchmarks_of
-    from xdpo.scores.scoring import choose_device, left_out, score_missing
-    from xdpo.scores.table import ScoreTable
-
     check_writable(options.output, "--output")
     folders = name_folders(options.images)
     scorers = list(dict.fromkeys(expanded(name.strip()) for name in options.scorers.split(",") if name.strip()))
@@ -117,6 +106,15 @@ def evaluate(options: argparse.Namespace) -> int:
             raise ValueError(f"unknown model {baseline!r} in --baseline; choose from {', '.join(folders)}")
     if not scorers:
         raise ValueError(f"--scorers names none; choose from {', '.join(SCORER_NAMES)}")
+
+    from xdpo.report import curves, grids
+    from xdpo.report.sections import Evaluation
+    from xdpo.runlog import read_rows
+    from xdpo.scorers.loading import scorer_version
+    from xdpo.scores.results import benchmarks_of
+    from xdpo.scores.scoring import choose_device, left_out, score_missing
+    from xdpo.scores.table import ScoreTable
+
     device = choose_device(options.device)
     versions = {name: scorer_version(name, options.weights) for name in scorers}
     table = ScoreTable(options.output, for_writing=True)

@@ -32,7 +32,7 @@ XDPO, SFT = ROOT / "configs/tiny/xdpo.yaml", ROOT / "configs/tiny/sft.yaml"
 # --- runs --------------------------------------------------------------------------------------------------
 
 
-def test_cells_are_configs_by_values_by_seeds(tmp_path):
+def test_runs_are_configs_by_values_by_seeds(tmp_path):
     runs = make_runs([XDPO, SFT], tmp_path, seeds=[0, 1], grid={"optim.weight_decay": ["0", "0.1"]})
     assert [run.name for run in runs[:3]] == [
         "xdpo-weight_decay=0-seed=0", "xdpo-weight_decay=0-seed=1", "xdpo-weight_decay=0.1-seed=0"
@@ -41,7 +41,7 @@ def test_cells_are_configs_by_values_by_seeds(tmp_path):
     assert runs[3].settings.optim.weight_decay == 0.1 and runs[3].settings.seed == 1
 
 
-def test_cells_share_the_caches_that_they_can_share(tmp_path):
+def test_runs_share_the_caches_that_they_can_share(tmp_path):
     def caches(config, *common):
         (run,) = make_runs([config], tmp_path, common=common)
         return run.settings.cache.examples, run.settings.cache.reference
@@ -57,7 +57,7 @@ def test_cells_share_the_caches_that_they_can_share(tmp_path):
     assert caches(XDPO, "cache.examples=mine") == ("mine", reference)
 
 
-def test_every_problem_of_every_cell_is_told_before_any_starts(tmp_path):
+def test_every_problem_of_every_run_is_told_before_any_starts(tmp_path):
     with pytest.raises(ConfigError) as error:
         make_runs([XDPO, SFT], tmp_path, grid={"loss.eta": ["0.1", "much"]})
     assert "xdpo-eta=much-seed=0" in str(error.value) and "sft-eta=0.1-seed=0" in str(error.value)
@@ -106,7 +106,7 @@ def test_a_sweep_shares_its_caches_skips_what_is_done_and_names_what_failed(smal
     assert "the cells are 0 to 1" in capsys.readouterr().err
 
 
-def test_a_cell_that_fails_is_named_with_its_error_and_the_others_go_on(small_config, tmp_path):
+def test_a_run_that_fails_is_named_with_its_error_and_the_others_go_on(small_config, tmp_path):
     runs = make_runs([small_config], tmp_path, grid={"model.pipeline": ["nowhere/at/all", "PIPELINE"]})
     good = make_runs([small_config], tmp_path / "good")
     said = []

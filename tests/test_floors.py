@@ -38,6 +38,7 @@ HEAVY = {"torch", "diffusers", "transformers", "accelerate", "matplotlib"}
 WITHOUT_HEAVY = {
     "evaluate.py --help": ["evaluate.py", "--help"],
     "evaluate.py and a bad argument": ["evaluate.py", "--output", "x", "--batch-size", "0"],
+    "evaluate.py and a model that isn't there": ["evaluate.py", "--images", "a", "--baseline", "b", "--output", "x"],
     "generate.py --help": ["generate.py", "--help"],
     "generate.py grid --help": ["generate.py", "grid", "--help"],
     "generate.py and a bad argument": ["generate.py", "--steps", "0"],
