@@ -167,17 +167,18 @@ def test_a_full_disk_is_said_of_an_image_and_of_the_manifest(tmp_path, full_disk
         record(tmp_path, 0, [row(0)])
 
 
-@pytest.mark.parametrize(("name", "content"), [(SETTINGS, "{"), (SETTINGS, "[]"), (SETTINGS, '{"settings": {}}')])
-def test_damaged_settings_are_refused(tmp_path, name, content):
+@pytest.mark.parametrize("content", ["{", "[]", '{"settings": {}}'])
+def test_damaged_settings_are_refused(tmp_path, content):
     folder = opened(tmp_path / "set")
-    (folder / name).write_text(content)
+    (folder / SETTINGS).write_text(content)
     with pytest.raises(ImageFolderError, match="is damaged"):
         check_image_folder(folder, SETTINGS_A)
 
 
-def test_a_damaged_manifest_is_named_with_the_line(tmp_path):
+@pytest.mark.parametrize("line", ["{nonsense", '{"file": "x/00000.png"}', "7"])
+def test_a_damaged_manifest_is_named_with_the_line(tmp_path, line):
     folder = opened(tmp_path / "set")
-    (folder / MANIFEST).write_text(row(0).to_line() + "{nonsense\n")
+    (folder / MANIFEST).write_text(row(0).to_line() + line + "\n")
     with pytest.raises(ImageFolderError, match="line 2 is damaged"):
         read_manifest(folder)
 
@@ -231,6 +232,28 @@ def test_a_whole_folder_has_no_problems(tmp_path):
         ("hpsv2", "anime/1", "anime", "a dog"),
         ("hpsv2", "photo/0", "photo", "a tree"),
     ]
+
+
+def test_a_reader_takes_from_a_manifest_what_the_writer_put_there(tmp_path):
+    folder = opened(tmp_path / "sd15" / "set", [0])
+    record(folder, 0, [row(0)])
+    collect_manifest(folder)
+    ((picture,), problems) = read_model_folder(tmp_path / "sd15", "sd15")
+    assert problems == []
+    found = picture.name, picture.category, picture.prompt, picture.sha256, picture.source
+    assert found == (row(0).file, row(0).category, row(0).prompt, row(0).sha256, row(0).model)
+
+
+def test_other_programs_names_for_category_and_checksum_are_understood(tmp_path):
+    folder = tmp_path / "sd15" / "hpsv2"
+    write_images(folder, PROMPTS, manifest=False)
+    lines = [
+        {"file": "anime/00000.png", "style": "drawn", "checksum": "ab"},
+        {"file": "anime/00001.png", "style": "drawn", "category": "ours", "checksum": "ab", "sha256": "cd"},
+    ]
+    (folder / MANIFEST).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found, _ = read_model_folder(tmp_path / "sd15", "sd15")
+    assert [(p.category, p.sha256, p.prompt) for p in found] == [("drawn", "ab", None), ("ours", "cd", None)]
 
 
 def test_the_folder_of_one_set_can_be_named_itself(tmp_path):
