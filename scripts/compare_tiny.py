@@ -19,12 +19,13 @@ from PIL import Image
 
 from xdpo.config import Config, load_config
 from xdpo.files import replacing, write_text
+from xdpo.images.sheets import contact_sheet, save_sheet
 from xdpo.models import load_model, read_model_spec, resolve_model
 from xdpo.paths import user_path
-from xdpo.report import compare
 from xdpo.runlog import read_rows
-from xdpo.sampling import contact_sheet, sample_images, save_sheet
-from xdpo.scorers import load_scorer
+from xdpo.sampling.images import sample_images
+from xdpo.scorers.loading import load_scorer
+from xdpo.scores.statistics import compare
 from xdpo.tiny.world import tiny_prompts
 
 SCORERS = ("tiny_reward", "tiny_alignment", "tiny_appeal")

@@ -30,7 +30,8 @@ from xdpo.data.images import UnreadableImageError, decode_rgb
 from xdpo.data.table import kind_of
 from xdpo.files import reading, replacing
 from xdpo.paths import expanded, matching, user_path
-from xdpo.scorers import Scorer, load_scorer, scorer_version
+from xdpo.scorers.interface import Scorer
+from xdpo.scorers.loading import load_scorer, scorer_version
 from xdpo.tables import parquet_schema
 
 NEEDED = ("jpg_0", "jpg_1", "caption")

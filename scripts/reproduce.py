@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xdpo.experiments import page
-from xdpo.experiments.cells import ROOT, Cell, train_all
 from xdpo.experiments.findings import Findings
 from xdpo.experiments.plan import BASE, load_plan
+from xdpo.experiments.runs import ROOT, Run, train_all
 from xdpo.experiments.stages import Reproduction, choose, model_name
 from xdpo.experiments.tasks import Interrupted, Task, run_all, tell
 from xdpo.paths import user_path
@@ -69,36 +69,36 @@ def build_parser() -> argparse.ArgumentParser:
 def reproduce(reproduction: Reproduction, jobs: int) -> Findings:
     """All stages. A training that fails is left out and reported; images or scores that fail end it with StageError."""
     plan, processes = reproduction.plan, reproduction.num_processes
-    candidates = reproduction.tuning_cells()  # checks all configs that are tuned
-    reproduction.cells(dict.fromkeys(plan.tuned, plan.tuning.values[0]))  # and all others
+    candidates = reproduction.tuning_runs()  # checks all configs that are tuned
+    reproduction.runs(dict.fromkeys(plan.tuned, plan.tuning.values[0]))  # and all others
 
     # Tuning: one run for each value, on prompts of its own.
     tell(f"tuning: {len(candidates)} trainings")
     failed = train_all(list(candidates.values()), jobs, processes)
-    made = {place: cell for place, cell in candidates.items() if cell.name not in failed}
-    images = [reproduction.images(cell, plan.steps, plan.tuning.prompts) for cell in made.values()]
+    made = {place: run for place, run in candidates.items() if run.name not in failed}
+    images = [reproduction.images(run, plan.steps, plan.tuning.prompts) for run in made.values()]
     finish(images, jobs, processes)
     finish([reproduction.evaluation("tuning", images)], 1, 1)
-    names = {place: model_name(cell, plan.steps) for place, cell in made.items()}
+    names = {place: model_name(run, plan.steps) for place, run in made.items()}
     scores = reproduction.scores("tuning", list(names.values()))
     found = {place: float(scores[name, plan.score].mean()) for place, name in names.items()}
     chosen = choose(found)
 
     # The methods, with every seed.
-    cells = reproduction.cells(chosen)
-    tell(f"methods: {len(cells)} trainings")
-    failed |= train_all(list(cells.values()), jobs, processes)
+    runs = reproduction.runs(chosen)
+    tell(f"methods: {len(runs)} trainings")
+    failed |= train_all(list(runs.values()), jobs, processes)
     pipeline = next(iter(candidates.values())).settings.model.pipeline
     images = [reproduction.base_images(pipeline, plan.prompts)]
     models = [BASE]
-    for (method, _), cell in cells.items():
-        for step in plan.measured_steps(method) if cell.name not in failed else ():
-            images.append(reproduction.images(cell, step, plan.prompts))
-            models.append(model_name(cell, step))
+    for (method, _), run in runs.items():
+        for step in plan.measured_steps(method) if run.name not in failed else ():
+            images.append(reproduction.images(run, step, plan.prompts))
+            models.append(model_name(run, step))
     finish(images, jobs, processes)
     finish([reproduction.evaluation("results", images)], 1, 1)
     tuning = {place: found.get(place, float("nan")) for place in candidates}
-    return Findings(plan, candidates, tuning, chosen, cells, reproduction.scores("results", models), failed)
+    return Findings(plan, candidates, tuning, chosen, runs, reproduction.scores("results", models), failed)
 
 
 def finish(tasks: Sequence[Task], jobs: int, processes: int) -> None:
@@ -110,19 +110,19 @@ def finish(tasks: Sequence[Task], jobs: int, processes: int) -> None:
 def what_would_run(reproduction: Reproduction) -> str:
     """Every command, and how much work they are."""
     plan = reproduction.plan
-    tuning = list(reproduction.tuning_cells().values())
-    cells = reproduction.cells(dict.fromkeys(plan.tuned, plan.tuning.values[0]))
+    tuning = list(reproduction.tuning_runs().values())
+    runs = reproduction.runs(dict.fromkeys(plan.tuned, plan.tuning.values[0]))
     lines = [f"# Tuning: {len(tuning)} trainings, then their images of {', '.join(plan.tuning.prompts)}"]
-    for cell in tuning:
-        lines += commands(reproduction, cell, (plan.steps,), plan.tuning.prompts)
-    lines.append(f"# Methods: {len(cells)} trainings, with the best {plan.tuning.key} in place of the first one")
+    for run in tuning:
+        lines += commands(reproduction, run, (plan.steps,), plan.tuning.prompts)
+    lines.append(f"# Methods: {len(runs)} trainings, with the best {plan.tuning.key} in place of the first one")
     pipeline = tuning[0].settings.model.pipeline
     lines.append(shlex.join(reproduction.base_images(pipeline, plan.prompts).command))
-    for (method, _), cell in cells.items():
-        lines += commands(reproduction, cell, plan.measured_steps(method), plan.prompts)
-    trains = [cell.settings.train for cell in [*tuning, *cells.values()]]
+    for (method, _), run in runs.items():
+        lines += commands(reproduction, run, plan.measured_steps(method), plan.prompts)
+    trains = [run.settings.train for run in [*tuning, *runs.values()]]
     pairs = sum(train.max_steps * train.total_batch_pairs for train in trains)
-    sets = sum(len(plan.measured_steps(method)) for method, _ in cells) + 1
+    sets = sum(len(plan.measured_steps(method)) for method, _ in runs) + 1
     lines.append(
         f"# In all {len(trains)} trainings with {pairs:,} pairs seen, and images of {len(tuning)} models for "
         f"the tuning and of {sets} for the results. docs/performance.md tells what a pair costs. --go runs it"
@@ -130,9 +130,9 @@ def what_would_run(reproduction: Reproduction) -> str:
     return "\n".join(lines)
 
 
-def commands(reproduction: Reproduction, cell: Cell, steps: Sequence[int], prompts: Sequence[str]) -> list[str]:
-    training = shlex.join(cell.task(reproduction.num_processes).command)
-    return [training, *(shlex.join(reproduction.images(cell, step, prompts).command) for step in steps)]
+def commands(reproduction: Reproduction, run: Run, steps: Sequence[int], prompts: Sequence[str]) -> list[str]:
+    training = shlex.join(run.task(reproduction.num_processes).command)
+    return [training, *(shlex.join(reproduction.images(run, step, prompts).command) for step in steps)]
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from xdpo.paths import user_path
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
     "train.max_steps=4",
@@ -76,8 +78,8 @@ RUNS: Mapping[str, list[str]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run everything, write the checksums, compare. Returns 1 where something differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="JSON file for the checksums")
-    parser.add_argument("--compare", type=Path, metavar="FILE", help="checksums of before")
+    parser.add_argument("output", type=user_path, help="JSON file for the checksums")
+    parser.add_argument("--compare", type=user_path, metavar="FILE", help="checksums of before")
     parser.add_argument("--only", nargs="+", choices=[*RUNS, "resumed", "two processes", "images"], metavar="RUN")
     options = parser.parse_args(arguments)
     found = {}

@@ -16,36 +16,36 @@ import sys
 from collections.abc import Sequence
 
 from xdpo.config import ConfigError
-from xdpo.experiments.cells import make_cells, progress, train_all
+from xdpo.experiments.runs import make_runs, progress, train_all
 from xdpo.experiments.tasks import Interrupted
 from xdpo.paths import user_path
 from xdpo.report.grids import to_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the sweep. Returns the exit status: 1 if a cell failed, 130 if it was asked to stop."""
+    """Run the sweep. Returns the exit status: 1 if a run failed, 130 if it was asked to stop."""
     options = build_parser().parse_args(arguments)
     try:
-        cells = make_cells(
+        runs = make_runs(
             options.configs, options.output, seeds=options.seeds, grid=dict(options.grid), common=options.set
         )
         if options.array is not None:
-            if not 0 <= options.array < len(cells):
-                raise ConfigError(f"--array {options.array}: the cells are 0 to {len(cells) - 1}")
-            cells = cells[options.array : options.array + 1]
+            if not 0 <= options.array < len(runs):
+                raise ConfigError(f"--array {options.array}: the cells are 0 to {len(runs) - 1}")
+            runs = runs[options.array : options.array + 1]
         if options.dry_run:
-            for number, cell in enumerate(cells):
-                print(f"{number}: {shlex.join(cell.task(options.processes).command)}")
-            print(to_text(progress(cells)))
+            for number, run in enumerate(runs):
+                print(f"{number}: {shlex.join(run.task(options.processes).command)}")
+            print(to_text(progress(runs)))
             return 0
-        failed = train_all(cells, options.jobs, options.processes)
+        failed = train_all(runs, options.jobs, options.processes)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (Interrupted, KeyboardInterrupt):
         print("stopped; the training in work has saved, and the same command goes on", file=sys.stderr)
         return 130
-    print(to_text(progress(cells, failed)))
+    print(to_text(progress(runs, failed)))
     return 1 if failed else 0
 
 

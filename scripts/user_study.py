@@ -128,9 +128,9 @@ def add_address(parser: argparse.ArgumentParser) -> None:
 
 
 def run_build(options: argparse.Namespace) -> None:
-    from xdpo.study.build import Plan, build_study
+    from xdpo.study.build import StudyPlan, build_study
 
-    plan = Plan(
+    plan = StudyPlan(
         sample=_sample(options.sample, options.a),
         seed=options.seed,
         votes_per_pair=options.annotators,
@@ -224,14 +224,14 @@ def run_plan(options: argparse.Namespace) -> None:
 
 
 def run_demo(options: argparse.Namespace) -> None:
-    from xdpo.study.build import Plan, build_study
+    from xdpo.study.build import StudyPlan, build_study
     from xdpo.study.server import serve
 
     if not (options.output / "study.json").is_file():
         folders = [options.images / name for name in ("xdpo", "base", "diffusion_dpo")]
         if absent := [folder for folder in folders if not folder.is_dir()]:
             raise StudyError(f"no images in {absent[0]}; make them with: bash scripts/tiny_chain.sh")
-        plan = Plan({"tinyprompts": 12}, 0, votes_per_pair=2, annotators=2, repeats=2, obvious=2, image_side=256)
+        plan = StudyPlan({"tinyprompts": 12}, 0, votes_per_pair=2, annotators=2, repeats=2, obvious=2, image_side=256)
         model, *baselines = ((folder.name, folder) for folder in folders)
         tell_built(build_study(options.output, model, baselines, plan))
 
@@ -263,7 +263,7 @@ def _sample(words: Sequence[str] | None, folder: str) -> dict[str, int] | None:
         named[name] = int(count)
     if "" not in named:
         return named
-    from xdpo.report.images import read_model_folder
+    from xdpo.images.reading import read_model_folder
 
     name, path = _named(folder)
     pictures, _ = read_model_folder(path, name)

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 import evaluate
-from xdpo.report.images import Picture, file_sha256, of_one_colour
-from xdpo.report.table import ScoreTable
+from xdpo.files import file_sha256
+from xdpo.scores import scoring
+from xdpo.scores.table import ScoreTable
 
 # A scorer of one's own: the mean of the red channel. It writes down how many images each call had.
 RED = """
@@ -84,12 +85,17 @@ def world(tmp_path):
     return World()
 
 
+def scores(world):
+    """(model, key of the prompt) → score."""
+    return {(row.placement.model, row.placement.key): row.score for row in ScoreTable(world.output).placed}
+
+
 def test_two_folders_become_scores_tables_figures_and_a_page(world, capsys):
     assert world.run() == 0
     assert {path.name for path in world.output.iterdir()} == {"scores.parquet", "report.md", "report.html", "figures"}
     assert {path.suffix for path in (world.output / "figures").iterdir()} == {".png", ".svg"}
     table = ScoreTable(world.output)
-    assert sorted((row.model, row.key, row.score) for row in table.placed)[:2] == [
+    assert sorted((row.placement.model, row.placement.key, row.score) for row in table.placed)[:2] == [
         ("sd15", "cats/0", 100.0),
         ("sd15", "cats/1", 101.0),
     ]
@@ -110,18 +116,6 @@ def test_images_of_one_colour_are_named_in_the_report_and_on_the_console(world, 
     assert said in (world.output / "report.md").read_text()
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
-@pytest.mark.parametrize("side", [16, 512])
-def test_one_colour_is_seen_in_every_format_and_size(tmp_path, format, side):
-    plain, busy = tmp_path / "plain", tmp_path / "busy"
-    Image.new("RGB", (side, side), (0, 40, 0)).save(plain, format, quality=100)
-    image = Image.new("RGB", (side, side), (0, 40, 0))
-    image.paste((200, 0, 0), (0, 0, side // 2, side // 2))
-    image.save(busy, format, quality=100)
-    pictures = [Picture("m", "s", "", path.name, 0, path, path.name) for path in (plain, busy)]
-    assert [problem.names for problem in of_one_colour(pictures)] == [("plain",)]
-
-
 def test_nothing_is_scored_twice_and_a_new_model_costs_only_its_own(world):
     world.run()
     assert world.calls() == 12
@@ -130,7 +124,7 @@ def test_nothing_is_scored_twice_and_a_new_model_costs_only_its_own(world):
     make_model(world.folder / "images" / "kto", 170)
     world.run(models=("sd15", "kto"))
     assert world.calls() == 6
-    assert {row.model for row in ScoreTable(world.output).placed} == {"sd15", "xdpo", "kto"}
+    assert {row.placement.model for row in ScoreTable(world.output).placed} == {"sd15", "xdpo", "kto"}
 
 
 def test_a_changed_scorer_scores_anew(world):
@@ -143,7 +137,7 @@ def test_a_changed_scorer_scores_anew(world):
 
 
 def test_killed_and_restarted_it_goes_on_where_it_was(world, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(scoring, "SAVE_SECONDS", -1)
     (world.folder / "fail").touch()
     assert world.run() == 130
     assert "goes on" in capsys.readouterr().err
@@ -159,7 +153,7 @@ def test_images_are_scored_as_training_sees_them(world):
     path = world.folder / "images" / "sd15" / "mine" / "cats" / "00000.png"
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(path)
     assert world.run() == 0
-    assert {row.key: row.score for row in ScoreTable(world.output).placed if row.model == "sd15"}["cats/0"] == 255.0
+    assert scores(world)["sd15", "cats/0"] == 255.0
 
 
 def test_two_files_for_one_image_are_told(world, capsys):
@@ -182,10 +176,10 @@ def test_identical_images_are_scored_once(world):
 
 def test_worker_processes_give_the_same_numbers_as_none(world):
     world.run()
-    alone = {(row.model, row.key): row.score for row in ScoreTable(world.output).placed}
+    alone = scores(world)
     world.output = world.folder / "with_workers"
     world.run("--workers", "2")
-    assert {(row.model, row.key): row.score for row in ScoreTable(world.output).placed} == alone
+    assert scores(world) == alone
 
 
 def test_broken_and_missing_images_are_named_and_the_comparison_says_how_many_are_left(world, capsys):
@@ -365,7 +359,7 @@ def test_what_generate_makes_evaluate_reads(small_pipeline, tmp_path):
     assert evaluate.main([*arguments, "--output", str(tmp_path / "results")]) == 0
     rows = ScoreTable(tmp_path / "results").placed
     assert len(rows) == 2 * 3 * 2 * 2  # models, prompts, images of each, scorers
-    assert {row.repeat for row in rows} == {0, 1}
+    assert {row.placement.repeat for row in rows} == {0, 1}
     report = (tmp_path / "results" / "report.md").read_text()
     assert "3 prompts, each with images of all 2 models." in report
     assert "Nothing is missing, broken or left out." in report

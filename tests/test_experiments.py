@@ -1,4 +1,4 @@
-"""Sweeps and reproductions: cells, processes, tuning, statistics; a small plan, stopped halfway, that goes on."""
+"""Sweeps and reproductions: runs, processes, tuning, statistics; a small plan, stopped halfway, that goes on."""
 
 import json
 import os
@@ -17,31 +17,31 @@ from training_runs import ROOT, SMALL_RUN
 
 from xdpo.config import ConfigError
 from xdpo.experiments import drawing, measures, page
-from xdpo.experiments.cells import make_cells, progress, train_all
 from xdpo.experiments.findings import Findings
 from xdpo.experiments.plan import load_plan
+from xdpo.experiments.runs import make_runs, progress, train_all
 from xdpo.experiments.stages import Reproduction, choose
 from xdpo.experiments.tasks import Interrupted, Task, launcher, once, run_all
 
 XDPO, SFT = ROOT / "configs/tiny/xdpo.yaml", ROOT / "configs/tiny/sft.yaml"
 
 
-# --- cells -------------------------------------------------------------------------------------------------
+# --- runs --------------------------------------------------------------------------------------------------
 
 
-def test_cells_are_configs_by_values_by_seeds(tmp_path):
-    cells = make_cells([XDPO, SFT], tmp_path, seeds=[0, 1], grid={"optim.weight_decay": ["0", "0.1"]})
-    assert [cell.name for cell in cells[:3]] == [
+def test_runs_are_configs_by_values_by_seeds(tmp_path):
+    runs = make_runs([XDPO, SFT], tmp_path, seeds=[0, 1], grid={"optim.weight_decay": ["0", "0.1"]})
+    assert [run.name for run in runs[:3]] == [
         "xdpo-weight_decay=0-seed=0", "xdpo-weight_decay=0-seed=1", "xdpo-weight_decay=0.1-seed=0"
     ]  # fmt: skip
-    assert len(cells) == 8 and len({cell.folder for cell in cells}) == 8
-    assert cells[3].settings.optim.weight_decay == 0.1 and cells[3].settings.seed == 1
+    assert len(runs) == 8 and len({run.folder for run in runs}) == 8
+    assert runs[3].settings.optim.weight_decay == 0.1 and runs[3].settings.seed == 1
 
 
-def test_cells_share_the_caches_that_they_can_share(tmp_path):
+def test_runs_share_the_caches_that_they_can_share(tmp_path):
     def caches(config, *common):
-        (cell,) = make_cells([config], tmp_path, common=common)
-        return cell.settings.cache.examples, cell.settings.cache.reference
+        (run,) = make_runs([config], tmp_path, common=common)
+        return run.settings.cache.examples, run.settings.cache.reference
 
     examples, reference = caches(XDPO)
     assert examples.startswith(str(tmp_path)) and reference == str(tmp_path / "cache/reference")
@@ -54,9 +54,9 @@ def test_cells_share_the_caches_that_they_can_share(tmp_path):
     assert caches(XDPO, "cache.examples=mine") == ("mine", reference)
 
 
-def test_every_problem_of_every_cell_is_told_before_any_starts(tmp_path):
+def test_every_problem_of_every_run_is_told_before_any_starts(tmp_path):
     with pytest.raises(ConfigError) as error:
-        make_cells([XDPO, SFT], tmp_path, grid={"loss.eta": ["0.1", "much"]})
+        make_runs([XDPO, SFT], tmp_path, grid={"loss.eta": ["0.1", "much"]})
     assert "xdpo-eta=much-seed=0" in str(error.value) and "sft-eta=0.1-seed=0" in str(error.value)
     for grid, seeds, message in (
         ({"loss.etta": ["1"]}, [0], "--grid loss.etta: unknown key"),
@@ -64,7 +64,7 @@ def test_every_problem_of_every_cell_is_told_before_any_starts(tmp_path):
         ({}, [0, 0], "two cells are called xdpo-seed=0"),
     ):
         with pytest.raises(ConfigError, match=message):
-            make_cells([XDPO], tmp_path, grid=grid, seeds=seeds)
+            make_runs([XDPO], tmp_path, grid=grid, seeds=seeds)
 
 
 @pytest.fixture
@@ -90,27 +90,27 @@ def test_a_sweep_shares_its_caches_skips_what_is_done_and_names_what_failed(smal
     assert sweep.main([*arguments, "--jobs", "2"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("finished") == 2
-    cells = make_cells([small_config], tmp_path / "sweep", grid={"loss.beta": ["500", "1000"]})
-    logs = [cell.log.read_text() for cell in cells]
+    runs = make_runs([small_config], tmp_path / "sweep", grid={"loss.beta": ["500", "1000"]})
+    logs = [run.log.read_text() for run in runs]
     assert sum("latents" in log and "finished; 0 unreadable" in log for log in logs) == 1  # one of them encoded
 
     assert sweep.main(arguments) == 0
-    assert [cell.log.read_text() for cell in cells] == logs
+    assert [run.log.read_text() for run in runs] == logs
 
-    (cells[0].folder / "config.yaml").write_text("not a config: [")
+    (runs[0].folder / "config.yaml").write_text("not a config: [")
     assert sweep.main([*arguments, "--array", "1"]) == 0
     assert sweep.main([*arguments, "--array", "2"]) == 1
     assert "the cells are 0 to 1" in capsys.readouterr().err
 
 
-def test_a_cell_that_fails_is_named_with_its_error_and_the_others_go_on(small_config, tmp_path):
-    cells = make_cells([small_config], tmp_path, grid={"model.pipeline": ["nowhere/at/all", "PIPELINE"]})
-    good = make_cells([small_config], tmp_path / "good")
+def test_a_run_that_fails_is_named_with_its_error_and_the_others_go_on(small_config, tmp_path):
+    runs = make_runs([small_config], tmp_path, grid={"model.pipeline": ["nowhere/at/all", "PIPELINE"]})
+    good = make_runs([small_config], tmp_path / "good")
     said = []
-    failed = train_all([cells[0], *good], say=said.append)
-    assert list(failed) == [cells[0].name] and "nowhere/at/all" in failed[cells[0].name]
+    failed = train_all([runs[0], *good], say=said.append)
+    assert list(failed) == [runs[0].name] and "nowhere/at/all" in failed[runs[0].name]
     assert good[0].is_finished
-    states = [row[1].text for row in progress([cells[0], *good], failed).rows]
+    states = [row[1].text for row in progress([runs[0], *good], failed).rows]
     assert states == ["failed", "finished"]
 
 
@@ -241,18 +241,18 @@ def test_several_processes_on_a_cpu_go_through_torchrun():
 
 
 @pytest.mark.parametrize("scale", ["tiny", "sd15"])
-def test_the_shipped_plans_make_cells_that_their_configs_allow(scale, tmp_path):
+def test_the_shipped_plans_make_runs_that_their_configs_allow(scale, tmp_path):
     plan = load_plan(reproduce.PLANS / f"{scale}.yaml")
     reproduction = Reproduction(plan, tmp_path)
-    tuning = reproduction.tuning_cells()
-    cells = reproduction.cells(dict.fromkeys(plan.tuned, plan.tuning.values[0]))
+    tuning = reproduction.tuning_runs()
+    runs = reproduction.runs(dict.fromkeys(plan.tuned, plan.tuning.values[0]))
     assert len(tuning) == len(plan.tuned) * len(plan.tuning.values)
-    assert len(cells) == len(plan.methods) * len(plan.seeds) and len(plan.seeds) >= 3
-    assert {cell.settings.train.max_steps for cell in cells.values()} == {plan.steps}
-    assert {cell.settings.train.total_batch_pairs for cell in cells.values()} == {
-        cells["xdpo", 0].settings.train.total_batch_pairs
+    assert len(runs) == len(plan.methods) * len(plan.seeds) and len(plan.seeds) >= 3
+    assert {run.settings.train.max_steps for run in runs.values()} == {plan.steps}
+    assert {run.settings.train.total_batch_pairs for run in runs.values()} == {
+        runs["xdpo", 0].settings.train.total_batch_pairs
     }
-    rows = {(c.settings.loss.eta, c.settings.loss.n) for (m, _), c in cells.items() if m.startswith("eta")}
+    rows = {(c.settings.loss.eta, c.settings.loss.n) for (m, _), c in runs.items() if m.startswith("eta")}
     assert rows | {(0.05, 6.0)} == {(1, 1), (1, 3), (1, 6), (0.5, 6), (0.1, 6), (0.05, 6)}  # Table 3
 
 
@@ -397,8 +397,8 @@ def test_slopes_are_those_of_the_formulas():
         np.testing.assert_allclose(drawing.reward_slope(d, settings, 0.1, form), expected, rtol=1e-12)
 
 
-class Cell:
-    """What findings ask of a cell."""
+class FakeRun:
+    """What findings ask of a run."""
 
     def __init__(self, name, rows):
         self.name, self.rows = name, lambda: rows
@@ -408,13 +408,13 @@ class Cell:
 def findings(tmp_path):
     plan = load_plan(write_plan(tmp_path / "plan.yaml"))
     logged = [{"step": 2, "eval/d_chosen": 0.5}, {"step": 4, "eval/d_chosen": -0.002}, {"step": 5, "loss": 1.0}]
-    cells = {(method, seed): Cell(f"{method}-seed{seed}", logged) for method in plan.methods for seed in plan.seeds}
+    runs = {(method, seed): FakeRun(f"{method}-seed{seed}", logged) for method in plan.methods for seed in plan.seeds}
     scores = {("base", scorer): np.zeros(4) for scorer in plan.scorers}
-    for (method, seed), _ in cells.items():
+    for (method, seed), _ in runs.items():
         for step in (2, 4):
             for scorer in plan.scorers:
                 scores[f"{method}-seed{seed}-step{step}", scorer] = np.full(4, step + (method == "xdpo"), float)
-    return Findings(plan, {}, {}, {"dpo": "1"}, cells, scores, {})
+    return Findings(plan, {}, {}, {"dpo": "1"}, runs, scores, {})
 
 
 def test_questions_are_answered_by_the_sign_of_an_interval(findings):

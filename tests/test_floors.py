@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,12 +13,12 @@ from xdpo.loss import OBJECTIVES
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {"arguments", "files", "loss", "paths", "processes", "provenance", "tables"},
-    1: {"__init__", "batch", "config", "ending", "noise", "prompts", "report", "runlog"},
+    1: {"__init__", "batch", "config", "ending", "noise", "prompts", "runlog"},
     2: {"cache", "compute", "data", "families", "non_finite", "runs", "scorers", "tiny"},
-    3: {"models", "noisy", "precompute"},
-    4: {"reference", "sampling", "study"},
-    5: {"step"},
-    6: {"learner", "tally"},
+    3: {"images", "models", "noisy", "precompute"},
+    4: {"reference", "sampling", "scores"},
+    5: {"report", "step"},
+    6: {"learner", "study", "tally"},
     7: {"feeds", "find_batch", "watch"},
     8: {"train_xdpo", "generate", "evaluate", "experiments"},
 }
@@ -28,6 +29,16 @@ SIDEWAYS = {
     ("tables", "files"),  # what a failing disk means
 }
 TENSORS_ONLY = {"noise", "loss"}
+HEAVY = {"torch", "diffusers", "transformers", "accelerate", "matplotlib"}
+WITHOUT_HEAVY = {
+    "evaluate.py --help": ["evaluate.py", "--help"],
+    "evaluate.py and a bad argument": ["evaluate.py", "--output", "x", "--batch-size", "0"],
+    "evaluate.py and a model that isn't there": ["evaluate.py", "--images", "a", "--baseline", "b", "--output", "x"],
+    "generate.py --help": ["generate.py", "--help"],
+    "generate.py grid --help": ["generate.py", "grid", "--help"],
+    "generate.py and a bad argument": ["generate.py", "--steps", "0"],
+    "the foundations": ["-c", "import xdpo.files, xdpo.paths, xdpo.prompts, xdpo.scorers, xdpo.tables"],
+}
 
 PACKAGE = sorted((ROOT / "xdpo").rglob("*.py"))
 ENTRIES = [ROOT / f"{name}.py" for name in sorted(FLOORS[ENTRY_FLOOR]) if (ROOT / f"{name}.py").exists()]
@@ -133,6 +144,13 @@ def test_no_objective_is_told_from_others_by_its_name():
             if isinstance(node, ast.Compare | ast.MatchValue):
                 told = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)} & set(OBJECTIVES)
                 assert not told, f"{relative_name(path)}:{node.lineno} compares with {told}: ask the objective"
+
+
+@pytest.mark.parametrize("arguments", WITHOUT_HEAVY.values(), ids=WITHOUT_HEAVY)
+def test_who_only_asks_waits_for_no_library(arguments):
+    ended = subprocess.run([sys.executable, "-X", "importtime", *arguments], cwd=ROOT, capture_output=True, text=True)
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in ended.stderr.splitlines() if "|" in line}
+    assert "xdpo" in imported and not imported & HEAVY, ended.stderr[-3000:]
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from xdpo.config import ConfigError, load_config
 from xdpo.data import DataError, load_pairs
 from xdpo.data.images import UnreadableImageError, decode_rgb, square_pixels
 from xdpo.experiments.plan import load_plan
+from xdpo.images.reading import read_model_folder
 from xdpo.prompts import load_prompts
-from xdpo.report.images import read_model_folder
 from xdpo.tables import TableError, read_table
 
 SECONDS = float(os.environ.get("XDPO_FUZZ_SECONDS", 0))

@@ -17,8 +17,10 @@ from tolerances import ELEMENT, assert_same_output
 
 import generate
 import train_xdpo
-from xdpo import files, models, sampling
+from xdpo import files, models
+from xdpo.images.folder import read_manifest
 from xdpo.models import ModelSpec, load_model, read_model_spec, resolve_model
+from xdpo.sampling import images as sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--steps", "2", "--batch-size", "4"]
@@ -40,12 +42,12 @@ def make(small_pipeline, tmp_path, monkeypatch):
 
 def checksums(folder):
     """Every image's checksum, once as the manifest has it and once as the file has it; they must agree."""
-    rows = sampling.read_manifest(folder)
-    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.suffix in (".png", ".jpg")}
-    assert files.keys() == {row["file"] for row in rows}
+    rows = read_manifest(folder)
+    paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.suffix in (".png", ".jpg")}
+    assert paths.keys() == {row.file for row in rows}
     for row in rows:
-        assert sampling.folder.hashlib.sha256(files[row["file"]].read_bytes()).hexdigest() == row["sha256"]
-    return {row["file"]: row["sha256"] for row in rows}
+        assert files.file_sha256(paths[row.file]) == row.sha256
+    return {row.file: row.sha256 for row in rows}
 
 
 # --- one definite image, whatever happens ----------------------------------------------------------------
@@ -55,15 +57,15 @@ TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_nod
 KILLED = """
 import os, signal, sys
 import generate
-from xdpo import sampling
-original, calls = sampling.{name}, []
+from xdpo.images import folder
+original, calls = folder.{name}, []
 def deadly(*args, **kwargs):
     calls.append(1)
     if len(calls) == {count}:
         {before}
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args, **kwargs)
-sampling.{name} = deadly
+folder.{name} = deadly
 sys.exit(generate.main(sys.argv[1:]))
 """
 TEAR = "path = args[0] / 'manifest.part-00000.jsonl'; path.open('a').write('{\"file\": \"sing')"
@@ -117,7 +119,7 @@ def test_a_killed_run_goes_on_to_the_same_images(
     ended = launch(["-c", script], arguments, tmp_path)
     folder = tmp_path / "killed" / "tinyprompts"
     assert ended.returncode == -signal.SIGKILL, ended.stderr[-3000:]
-    assert sampling.read_manifest(folder) == [] and list(folder.glob("manifest.part*"))
+    assert read_manifest(folder) == [] and list(folder.glob("manifest.part*"))
     before_resuming = {path: path.stat().st_mtime_ns for path in list(folder.rglob("*.png"))[:8]}
 
     if resumed_by == 2:
@@ -162,14 +164,14 @@ def test_an_image_that_was_removed_is_made_again(make):
 
 def test_a_manifest_says_everything_about_an_image(make):
     _, folder = make("images", "--categories", "relation", "--limit", "1", "--seed", "5", "--guidance", "3")
-    (row,) = sampling.read_manifest(folder / "tinyprompts")
+    (row,) = read_manifest(folder / "tinyprompts")
 
-    assert row["file"] == "relation/00100.png" and row["set"] == "tinyprompts"
-    assert (row["category"], row["index"], row["position"], row["image"]) == ("relation", 100, 100, 0)
-    assert row["seed"] == 105 and row["truncated"] and row["batch_size"] == 4
-    assert row["model"] == "epsilon" and row["revision"].startswith("sha256:")
-    assert row["settings"]["guidance_scale"] == 3 and row["settings"]["num_inference_steps"] == 2
-    assert Image.open(folder / "tinyprompts" / row["file"]).size == (16, 16), "the pipeline's own size"
+    assert row.file == "relation/00100.png" and row.set == "tinyprompts"
+    assert (row.category, row.index, row.position, row.image) == ("relation", 100, 100, 0)
+    assert row.seed == 105 and row.truncated and row.batch_size == 4
+    assert row.model == "epsilon" and row.revision.startswith("sha256:")
+    assert row.settings["guidance_scale"] == 3 and row.settings["num_inference_steps"] == 2
+    assert Image.open(folder / "tinyprompts" / row.file).size == (16, 16), "the pipeline's own size"
 
 
 def test_empty_and_truncated_prompts_are_counted_and_still_made(make, tmp_path, capsys):
@@ -178,7 +180,7 @@ def test_empty_and_truncated_prompts_are_counted_and_still_made(make, tmp_path, 
 
     assert status == 0
     assert "odd: 4 of 4 prompts, 2 empty, 1 longer than the 8 tokens" in capsys.readouterr().out
-    assert [row["truncated"] for row in sampling.read_manifest(folder / "odd")] == [False, False, False, True]
+    assert [row.truncated for row in read_manifest(folder / "odd")] == [False, False, False, True]
 
 
 def test_several_sets_go_to_a_folder_each_and_jpegs_have_their_quality(make):
@@ -269,7 +271,7 @@ def test_weights_that_are_not_finite_end_the_run_with_nothing_recorded(make, sma
     error = capsys.readouterr().err
     assert status == 1 and "Traceback" not in error
     assert "model 'broken': 2 of 2 images" in error and "in fp32" in error and "'a white background with" in error
-    assert sampling.read_manifest(folder / "tinyprompts") == [] and not list(folder.rglob("*.png"))
+    assert read_manifest(folder / "tinyprompts") == [] and not list(folder.rglob("*.png"))
     assert make("images", "--limit", "2")[0] == 0, "the folder is still free"
 
 
@@ -315,10 +317,10 @@ def test_memory_that_is_short_ends_the_run_with_what_to_do(make, little_memory, 
 def test_chunks_are_halved_where_the_user_allowed_it_and_the_manifest_says_so(make, little_memory):
     status, folder = make("images", "--limit", "7", "--allow-oom-halving")
 
-    rows = sampling.read_manifest(folder / "tinyprompts")
+    rows = read_manifest(folder / "tinyprompts")
     assert status == 0 and len(checksums(folder / "tinyprompts")) == 7
-    assert {row["batch_size"] for row in rows} == {2}
-    assert [row["seed"] for row in rows] == list(range(7))
+    assert {row.batch_size for row in rows} == {2}
+    assert [row.seed for row in rows] == list(range(7))
 
 
 # --- models ------------------------------------------------------------------------------------------------
@@ -396,7 +398,7 @@ def test_a_run_without_an_export_names_its_checkpoints(small_pipeline, small_pai
     assert "step_00000002" in capsys.readouterr().err
     status, folder = make("images", "--limit", "1", model=run / "checkpoints" / "step_00000002")
     assert status == 0
-    assert sampling.read_manifest(folder / "tinyprompts")[0]["model"] == "run_step_00000002"
+    assert read_manifest(folder / "tinyprompts")[0].model == "run_step_00000002"
 
 
 @pytest.mark.parametrize("subfolder", ["unet", ""])

@@ -64,12 +64,12 @@ def test_every_key_that_is_a_path_expands_the_home_folder(home, tmp_path):
 
 
 def test_command_lines_expand_the_home_folder(home):
-    import evaluate
     import generate
+    from xdpo.images.reading import name_folders
 
     made = generate.build_parser().parse_args(["--model=~/m", "--lora=~/l", "--prompts", "x", "--output=~/images"])
     assert (made.model, made.lora, made.output) == (f"{home}/m", f"{home}/l", home / "images")
-    assert evaluate.name_folders(["ours=~/images"]) == {"ours": home / "images"}
+    assert name_folders(["ours=~/images"]) == {"ours": home / "images"}
 
 
 def test_no_option_takes_a_path_with_its_sign_of_home():

@@ -57,13 +57,14 @@ def go_through_scenes(folder, overrides):
     from accelerate import PartialState
 
     import generate
-    from xdpo import families, models, precompute, processes, sampling
+    from xdpo import families, models, precompute, processes
     from xdpo.compute import build_accelerator
     from xdpo.config import load_config
     from xdpo.data import Split
     from xdpo.families import PipelineParts
     from xdpo.feeds import SelfPlay
     from xdpo.reference import Reference
+    from xdpo.sampling import images as sampling
 
     overrides += ["compute.precision=fp32", "data.source=parquet", f"cache.examples={folder}/cache"]
     overrides += [f"cache.local_copy={folder}/copy", "train.max_steps=3"]

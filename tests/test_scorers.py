@@ -18,10 +18,11 @@ from conftest import Answer
 from PIL import Image
 from tolerances import ELEMENT
 
-from xdpo.scorers import SCORER_NAMES, load_scorer, pixels, scorer_version
+from xdpo.scorers import METRIC_NAMES, SCORER_NAMES, pixels
 from xdpo.scorers.blip import BLIP_VIT_L_16, build_image_reward, load_bert_tokenizer
 from xdpo.scorers.clip import VIT_H_14, VIT_L_14, build_clip, clean, from_open_clip, load_tokenizer
 from xdpo.scorers.interface import full_precision
+from xdpo.scorers.loading import load_scorer, scorer_version
 from xdpo.scorers.metrics import METRICS
 from xdpo.scorers.weights import WeightFile, find_files
 
@@ -449,6 +450,10 @@ def test_half_precision_weights_are_computed_in_float32(altered):
 def test_an_unknown_scorer_lists_the_names_and_the_nearest():
     with pytest.raises(ValueError, match=r"unknown scorer 'hps2'; choose from aesthetic, .*did you mean 'hpsv2'"):
         load_scorer("hps2")
+
+
+def test_every_metric_has_a_name_that_command_lines_show():
+    assert METRICS.keys() == set(METRIC_NAMES)
 
 
 def test_a_prompt_is_needed_for_every_image(metric_weights):

@@ -16,13 +16,13 @@ from PIL.PngImagePlugin import PngInfo
 from scipy.stats import binomtest
 
 from xdpo.study import analysis, power, report
-from xdpo.study.build import Plan, build_study
+from xdpo.study.build import StudyPlan, build_study
 from xdpo.study.folder import QUESTIONS, Key, Links, Study, StudyError
 from xdpo.study.server import Ballots
 from xdpo.study.static import export, import_votes
 from xdpo.study.votes import ConflictError, Vote, VoteStore
 
-PLAN = Plan(sample=None, seed=0, votes_per_pair=3, annotators=4, repeats=1, obvious=1, image_side=None)
+PLAN = StudyPlan(sample=None, seed=0, votes_per_pair=3, annotators=4, repeats=1, obvious=1, image_side=None)
 COLOURS = {"ours": (200, 30, 30), "theirs": (30, 30, 200), "others": (30, 200, 30)}
 PROMPTS = {("set_a", "style"): ["a red fox", "two blue boats"], ("set_b", ""): ["three owls", "one old bridge"]}
 
@@ -102,7 +102,7 @@ def test_a_repeat_comes_after_what_it_repeats_with_its_sides_exchanged(study):
 def test_with_people_enough_nobody_sees_a_prompt_beside_two_baselines(tmp_path):
     """Or the image that comes back would be known to be the tested model's."""
     folders = [make_images(tmp_path / name, name, many_prompts(12), side=4) for name in COLOURS]
-    study = build_study(tmp_path / "study", folders[0], folders[1:], Plan(None, 0, 3, 6, 0, 0, None))
+    study = build_study(tmp_path / "study", folders[0], folders[1:], StudyPlan(None, 0, 3, 6, 0, 0, None))
     key = Key.load(study)
     for tasks in study.tasks:
         prompts = Counter(key.items[task.item].key for task in tasks)
@@ -112,7 +112,7 @@ def test_with_people_enough_nobody_sees_a_prompt_beside_two_baselines(tmp_path):
 
 def test_sides_and_order_are_drawn_for_every_annotator_from_the_seed(tmp_path, folders):
     def order(name, seed):
-        study = build_study(tmp_path / name, folders[0], folders[1:], Plan(None, seed, 4, 4, 0, 0, None))
+        study = build_study(tmp_path / name, folders[0], folders[1:], StudyPlan(None, seed, 4, 4, 0, 0, None))
         key = Key.load(study)
 
         def shown(task):
@@ -129,12 +129,12 @@ def test_sides_and_order_are_drawn_for_every_annotator_from_the_seed(tmp_path, f
 
 
 def test_prompts_are_drawn_from_every_benchmark_as_asked(tmp_path, folders):
-    plan = Plan({"set_a": 1, "set_b": 2}, 0, 1, 1, 0, 0, None)
+    plan = StudyPlan({"set_a": 1, "set_b": 2}, 0, 1, 1, 0, 0, None)
     key = Key.load(build_study(tmp_path / "study", folders[0], folders[1:2], plan))
     assert Counter(item.benchmark for item in key.items.values()) == {"set_a": 1, "set_b": 2}
 
     with pytest.raises(StudyError, match=r"wants 5 prompts of 'set_a'; the folders have set_a 2, set_b 2"):
-        build_study(tmp_path / "more", folders[0], folders[1:2], Plan({"set_a": 5}, 0, 1, 1, 0, 0, None))
+        build_study(tmp_path / "more", folders[0], folders[1:2], StudyPlan({"set_a": 5}, 0, 1, 1, 0, 0, None))
 
 
 def test_nothing_that_an_annotator_gets_tells_the_models_apart(study):
@@ -171,7 +171,7 @@ def test_a_check_looks_like_any_other_pair(study):
 def test_an_obvious_pair_shows_the_image_of_the_prompt_that_is_least_alike_of_each_model_in_turn(tmp_path):
     prompts = {("set_a", ""): ["a red fox", "a red fox at night", "two owls", "a red owl"]}
     folders = [make_images(tmp_path / name, name, prompts) for name in ("ours", "theirs")]
-    study = build_study(tmp_path / "study", folders[0], folders[1:], Plan(None, 0, 1, 1, 0, 4, None))
+    study = build_study(tmp_path / "study", folders[0], folders[1:], StudyPlan(None, 0, 1, 1, 0, 4, None))
     found = []
     for item in Key.load(study).items.values():
         if item.kind == "obvious":
@@ -234,7 +234,7 @@ def test_images_of_different_size_are_refused_unless_scaled(tmp_path, folders):
     larger = make_images(tmp_path / "larger", "theirs", side=32)
     with pytest.raises(StudyError, match="differ in size, which tells them apart"):
         build_study(tmp_path / "study", folders[0], [larger], PLAN)
-    scaled = Plan(None, 0, 1, 1, 0, 0, image_side=24)
+    scaled = StudyPlan(None, 0, 1, 1, 0, 0, image_side=24)
     study = build_study(tmp_path / "study", folders[0], [larger], scaled)
     assert {Image.open(path).size for path in (study.folder / "images").iterdir()} == {(24, 24)}
 
@@ -243,7 +243,7 @@ def test_a_folder_with_something_in_it_too_few_annotators_and_names_twice_are_re
     with pytest.raises(StudyError, match="votes may be in it"):
         build_study(study.folder, folders[0], folders[1:], PLAN)
     with pytest.raises(StudyError, match="nobody votes twice; got 2"):
-        build_study(tmp_path / "new", folders[0], folders[1:], Plan(None, 0, 3, 2, 0, 0, None))
+        build_study(tmp_path / "new", folders[0], folders[1:], StudyPlan(None, 0, 3, 2, 0, 0, None))
     with pytest.raises(StudyError, match="two folders are called 'ours'"):
         build_study(tmp_path / "new", folders[0], [folders[0]], PLAN)
 
@@ -384,7 +384,7 @@ def test_a_time_that_is_none_is_left_out_of_an_imported_vote(tmp_path, study, se
 
 def test_majorities_win_rates_and_single_votes_by_hand(tmp_path, folders):
     """Two pairs, three annotators: 3–0 and 1–2 on preference, 2–1 and 0–3 on alignment."""
-    plan = Plan({"set_a": 2}, 0, 3, 3, 0, 0, None)
+    plan = StudyPlan({"set_a": 2}, 0, 3, 3, 0, 0, None)
     study = build_study(tmp_path / "study", folders[0], folders[1:2], plan)
     key = Key.load(study)
     ours = {("preference", "style/0"): {1, 2, 3}, ("preference", "style/1"): {2}, ("alignment", "style/0"): {1, 3}}
@@ -439,7 +439,7 @@ def test_annotators_with_a_known_preference_are_recovered_within_the_interval(tm
     """An independent count: the same votes by a dictionary of pairs, and the truth behind them."""
     prompts, rate = many_prompts(150), 0.7
     folders = [make_images(tmp_path / name, name, prompts, side=4) for name in ("ours", "theirs")]
-    study = build_study(tmp_path / "study", folders[0], folders[1:], Plan(None, 3, 5, 8, 2, 2, None))
+    study = build_study(tmp_path / "study", folders[0], folders[1:], StudyPlan(None, 3, 5, 8, 2, 2, None))
     key, rng = Key.load(study), np.random.default_rng(0)
 
     def wanted(number, item, question):
@@ -467,7 +467,7 @@ def test_annotators_with_a_known_preference_are_recovered_within_the_interval(tm
 
 def test_intervals_of_many_simulated_studies_hold_the_truth_as_often_as_they_say(tmp_path):
     folders = [make_images(tmp_path / name, name, many_prompts(60), side=4) for name in ("ours", "theirs")]
-    study = build_study(tmp_path / "study", folders[0], folders[1:], Plan(None, 0, 5, 5, 0, 0, None))
+    study = build_study(tmp_path / "study", folders[0], folders[1:], StudyPlan(None, 0, 5, 5, 0, 0, None))
     key, rng, rate, held = Key.load(study), np.random.default_rng(0), 0.6, []
     truth = power.power(60, 5, rate).majority_rate
     blank = analysis.judgements(study, key, vote_for(study, key, lambda number, item, question: "ours"))
@@ -554,7 +554,7 @@ def test_the_report_has_a_table_a_figure_and_every_vote(tmp_path, study):
 def test_the_bars_are_the_win_rates_and_the_diamonds_the_published_ones_and_both_are_named(tmp_path):
     prompts = {("hpsv2", "anime"): ["a fox", "a boat"], ("partiprompts", "Animals"): ["an owl", "a bridge"]}
     folders = [make_images(tmp_path / name, name, prompts, side=4) for name in ("xdpo", "sd15", "diffusion_dpo")]
-    study = build_study(tmp_path / "study", folders[0], folders[1:], Plan(None, 0, 1, 1, 0, 0, None))
+    study = build_study(tmp_path / "study", folders[0], folders[1:], StudyPlan(None, 0, 1, 1, 0, 0, None))
     key = Key.load(study)
     lost = {("preference", "diffusion_dpo", "hpsv2", "anime/0"), ("alignment", "sd15", "partiprompts", "Animals/0")}
 
@@ -577,7 +577,7 @@ def test_the_bars_are_the_win_rates_and_the_diamonds_the_published_ones_and_both
 @pytest.mark.parametrize("prompts", [1, 4])
 def test_a_study_that_one_model_wins_or_loses_throughout_is_drawn(tmp_path, prompts):
     folders = [make_images(tmp_path / name, name, many_prompts(prompts), side=4) for name in ("ours", "theirs")]
-    study = build_study(tmp_path / "study", folders[0], folders[1:], Plan(None, 0, 1, 1, 0, 0, None))
+    study = build_study(tmp_path / "study", folders[0], folders[1:], StudyPlan(None, 0, 1, 1, 0, 0, None))
     key = Key.load(study)
     for winner in ("ours", "theirs"):
         findings = report.find(study, key, vote_for(study, key, lambda *_, winner=winner: winner), 0.25)

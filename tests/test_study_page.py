@@ -16,7 +16,7 @@ import uvicorn
 from browser import needs_browser, start
 from PIL import Image, ImageDraw
 
-from xdpo.study.build import Plan, build_study
+from xdpo.study.build import StudyPlan, build_study
 from xdpo.study.folder import QUESTIONS, Key, Links
 from xdpo.study.server import application
 from xdpo.study.static import export, import_votes
@@ -52,7 +52,7 @@ def study(tmp_path):
     for name, colour in MODELS.items():
         make_images(tmp_path / name, colour)
     (model, *baselines) = [(name, tmp_path / name) for name in MODELS]
-    plan = Plan(None, 0, ANNOTATORS, ANNOTATORS, repeats=0, obvious=0, image_side=None, title=TITLE)
+    plan = StudyPlan(None, 0, ANNOTATORS, ANNOTATORS, repeats=0, obvious=0, image_side=None, title=TITLE)
     return build_study(tmp_path / "study", model, baselines, plan)
 
 

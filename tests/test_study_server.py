@@ -18,7 +18,7 @@ import pytest
 from test_study import COLOURS, make_images, many_prompts
 
 from xdpo.study import server
-from xdpo.study.build import Plan, build_study
+from xdpo.study.build import StudyPlan, build_study
 from xdpo.study.folder import Links
 from xdpo.study.votes import VoteStore
 
@@ -69,7 +69,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory, folders):
-    plan = Plan({"set_a": 2}, 0, 2, 2, 0, 0, None)
+    plan = StudyPlan({"set_a": 2}, 0, 2, 2, 0, 0, None)
     return build_study(tmp_path_factory.mktemp("study") / "study", folders[0], folders[1:], plan)
 
 
@@ -222,7 +222,7 @@ def test_guesses_at_a_link_are_slowed_and_the_right_link_is_not(serving, links):
 
 
 def test_a_full_disk_is_said_in_words_and_voting_goes_on_when_there_is_room(tmp_path, folders):
-    plan = Plan(None, 0, 1, 1, 0, 0, None)
+    plan = StudyPlan(None, 0, 1, 1, 0, 0, None)
     study = build_study(tmp_path / "study", folders[0], folders[1:], plan)
     running, link = Serving(study.folder), f"/a/{Links.load(study.folder).annotators[0]}/vote"
     try:
@@ -251,7 +251,7 @@ def test_a_folder_without_a_study_and_a_taken_port_are_refused_in_words(tmp_path
 
 def test_every_acknowledged_vote_of_200_annotators_outlives_kills_of_the_server(tmp_path, folders):
     """All vote at once; the server is killed three times meanwhile. A vote without an answer is sent again."""
-    plan = Plan(None, 0, 100, 200, 0, 0, None)
+    plan = StudyPlan(None, 0, 100, 200, 0, 0, None)
     study = build_study(tmp_path / "study", folders[0], folders[1:2], plan)
     links, running = Links.load(study.folder), Serving(study.folder)
     acknowledged: dict[str, dict] = {}

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tolerances import ELEMENT
 
-from xdpo.scorers import load_scorer
+from xdpo.scorers.loading import load_scorer
 from xdpo.tiny import world
 from xdpo.tiny.annotator import TIE_WIDTH, Rendering, choose, random_flaws, render, utility
 from xdpo.tiny.judges import HEADS, LAYOUTS, AttributeReader, Judge, alignment, labels_of
@@ -210,7 +210,7 @@ def test_the_reader_has_one_answer_per_head():
 def test_the_shipped_base_is_a_small_stable_diffusion_pipeline_that_follows_its_captions():
     from diffusers import StableDiffusionPipeline
 
-    from xdpo.sampling import sample_images
+    from xdpo.sampling.images import sample_images
 
     folder = PAIRS.parent / "pipeline"
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 12e6

@@ -6,12 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xdpo import data, processes, sampling, step
+from xdpo import data, processes, step
 from xdpo.data import Split
 from xdpo.families import pipeline_with
+from xdpo.images.sheets import contact_sheet, save_sheet
 from xdpo.learner import Learner
 from xdpo.precompute import Pairs, make_dataset
 from xdpo.runlog import RunLog
+from xdpo.sampling.images import sample_images
 
 SAMPLE_CHUNK = 4  # images sampled at once
 
@@ -78,13 +80,13 @@ def draw_samples(learner: Learner, folder: Path, step_number: int) -> Path:
             columns["policy"] = _sample(learner, learner.bare_policy)
         parts.vae.disable_slicing()  # it would round the encoding of training images differently
     path = folder / "samples" / f"step_{step_number:08d}.png"
-    sampling.save_sheet(path, sampling.contact_sheet(columns, wanted.prompts))
+    save_sheet(path, contact_sheet(columns, wanted.prompts))
     return path
 
 
 def _sample(learner: Learner, denoiser: torch.nn.Module) -> list:
     wanted = learner.settings.samples
-    return sampling.sample_images(
+    return sample_images(
         pipeline_with(learner.parts, denoiser),
         wanted.prompts,
         seed=wanted.seed,

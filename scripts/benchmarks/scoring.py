@@ -19,8 +19,9 @@ from benchmarks.folders import working_folder
 from benchmarks.pairs import WORDS, make_caption, make_image
 from benchmarks.results import Outcome, Spread, ratios, time_in_turn
 from xdpo.report.grids import Cell, Grid
-from xdpo.scorers import Scorer, load_scorer
 from xdpo.scorers.clip import VIT_H_14
+from xdpo.scorers.interface import Scorer
+from xdpo.scorers.loading import load_scorer
 from xdpo.scorers.metrics import CLIP_TOKENIZER, PICKSCORE_V1
 from xdpo.scorers.pixels import CHANNEL_MEANS, CHANNEL_STDS, SIDE
 

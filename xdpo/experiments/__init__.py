@@ -1,1 +1,1 @@
-"""Many runs: configs × values × seeds as cells, trained one after another with shared caches, resumable."""
+"""Many runs: configs × values × seeds trained one after another with shared caches, resumable."""

@@ -7,9 +7,9 @@ from functools import cached_property
 import numpy as np
 
 from xdpo.experiments import measures
-from xdpo.experiments.cells import Cell
 from xdpo.experiments.measures import Estimate
 from xdpo.experiments.plan import BASE, Plan, Question
+from xdpo.experiments.runs import Run
 from xdpo.experiments.stages import model_name
 
 
@@ -18,14 +18,14 @@ class Findings:
     """Everything that the results page says.
 
     candidates, tuning: (method, value) → the tuning's training, and its mean score on the tuning's prompts, NaN where
-    it failed. scores: (model, scorer) → (prompts,) at a model's name, or BASE. failed: cell → the end of its log.
+    it failed. scores: (model, scorer) → (prompts,) at a model's name, or BASE. failed: run → the end of its log.
     """
 
     plan: Plan
-    candidates: Mapping[tuple[str, str], Cell]
+    candidates: Mapping[tuple[str, str], Run]
     tuning: Mapping[tuple[str, str], float]
     chosen: Mapping[str, str]
-    cells: Mapping[tuple[str, int], Cell]
+    runs: Mapping[tuple[str, int], Run]
     scores: Mapping[tuple[str, str], np.ndarray]
     failed: Mapping[str, str]
 
@@ -39,9 +39,9 @@ class Findings:
         ]
 
     def model(self, method: str, seed: int, step: int | None = None) -> str:
-        if (method, seed) not in self.cells:
+        if (method, seed) not in self.runs:
             return ""
-        return model_name(self.cells[method, seed], step or self.plan.steps)
+        return model_name(self.runs[method, seed], step or self.plan.steps)
 
     def of(self, method: str, scorer: str, step: int | None = None) -> np.ndarray:
         """Scores (seeds, prompts) of a method; of BASE the same for every seed."""
@@ -55,7 +55,7 @@ class Findings:
 
     def pairs_at(self, method: str) -> list[int]:
         """Training pairs seen at the points of `curve`."""
-        batch = self.cells[method, self.plan.seeds[0]].settings.train.total_batch_pairs
+        batch = self.runs[method, self.plan.seeds[0]].settings.train.total_batch_pairs
         return [step * batch for step in (0, *self.plan.checkpoints)]
 
     def logged(self, method: str, key: str) -> np.ndarray:
@@ -64,14 +64,14 @@ class Findings:
             return np.zeros((len(self.plan.seeds), 1))
         found = []
         for seed in self.plan.seeds:
-            values = [row[key] for row in self.cells[method, seed].rows() if key in row]
+            values = [row[key] for row in self.runs[method, seed].rows() if key in row]
             found.append([values[-1] if values else np.nan])
         return np.array(found)
 
     def logged_curve(self, method: str, key: str) -> tuple[list[int], np.ndarray]:
         """Optimizer steps, and a logged number at them, (seeds, steps)."""
         series = [
-            {row["step"]: row[key] for row in self.cells[method, seed].rows() if key in row} for seed in self.plan.seeds
+            {row["step"]: row[key] for row in self.runs[method, seed].rows() if key in row} for seed in self.plan.seeds
         ]
         steps = sorted(set.intersection(*map(set, series)))
         return steps, np.array([[values[step] for step in steps] for values in series])
@@ -81,8 +81,8 @@ class Findings:
 
         The fastest, since others record the reference's errors, which later runs find, or share the machine with more.
         """
-        runs = [cell for (name, _), cell in [*self.candidates.items(), *self.cells.items()] if name == method]
-        speeds = [[row["pairs_per_second"] for row in cell.rows() if "pairs_per_second" in row] for cell in runs]
+        runs = [run for (name, _), run in [*self.candidates.items(), *self.runs.items()] if name == method]
+        speeds = [[row["pairs_per_second"] for row in run.rows() if "pairs_per_second" in row] for run in runs]
         return min(float(np.mean(1 / np.array(each))) for each in speeds if len(each) >= self.plan.steps)
 
     def speed_up(self, method: str) -> Estimate:

@@ -76,9 +76,9 @@ def _parts(findings: Findings, figures: str, command: str, slopes: SlopeSettings
 def _made_by(findings: Findings, command: str) -> str:
     """Command, commits, machine and versions; the commits are those that the trainings wrote down."""
     commits, starts = set(), []
-    for cell in findings.cells.values():
-        if (cell.folder / "run.json").is_file():
-            facts = json.loads((cell.folder / "run.json").read_text(encoding="utf-8"))
+    for run in findings.runs.values():
+        if (run.folder / "run.json").is_file():
+            facts = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
             commits.add(str(facts.get("git_commit"))[:10])
             starts += [start["time"] for start in facts["starts"]]
     versions = ", ".join(f"{name} {version}" for name, version in library_versions().items() if version)
@@ -229,7 +229,7 @@ def tuning(findings: Findings) -> Grid:
 
 def _slope_settings(findings: Findings) -> SlopeSettings | None:
     """Those of the xDPO methods; None without any."""
-    first = {n: findings.cells[n, findings.plan.seeds[0]].settings for n in findings.methods}
+    first = {n: findings.runs[n, findings.plan.seeds[0]].settings for n in findings.methods}
     own = [n for n, settings in first.items() if "reward" in settings.loss.objective.keys]
     if not own:
         return None

@@ -1,7 +1,7 @@
 """What a plan makes: trainings, their images, their scores; each stage a list of tasks that can be interrupted.
 
-OUTPUT/runs/{cell}, OUTPUT/runs/cache        trainings; caches of examples and of the reference's errors
-OUTPUT/images/{cell}-step{step}, …/base      generate.py's folders
+OUTPUT/runs/{run}, OUTPUT/runs/cache         trainings; caches of examples and of the reference's errors
+OUTPUT/images/{run}-step{step}, …/base       generate.py's folders
 OUTPUT/tuning, OUTPUT/results                evaluate.py's folders
 """
 
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from xdpo.experiments.cells import ROOT, Cell, make_cell
 from xdpo.experiments.plan import BASE, Plan
+from xdpo.experiments.runs import ROOT, Run, make_run
 from xdpo.experiments.tasks import Task, launcher, once
-from xdpo.report.results import benchmarks
-from xdpo.report.table import ScoreTable
 from xdpo.runs import checkpoint_path
+from xdpo.scores.results import benchmarks_of
+from xdpo.scores.table import ScoreTable
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,16 @@ class Reproduction:
     output: Path
     num_processes: int = 1
 
-    def tuning_cells(self) -> dict[tuple[str, str], Cell]:
+    def tuning_runs(self) -> dict[tuple[str, str], Run]:
         """A training for each tuned method and value. Raises ConfigError."""
         tuning = self.plan.tuning
         return {
-            (method, value): self._cell(f"tuning-{method}-{value}", method, value, tuning.seed, (self.plan.steps,))
+            (method, value): self._run(f"tuning-{method}-{value}", method, value, tuning.seed, (self.plan.steps,))
             for method in self.plan.tuned
             for value in tuning.values
         }
 
-    def cells(self, chosen: Mapping[str, str]) -> dict[tuple[str, int], Cell]:
+    def runs(self, chosen: Mapping[str, str]) -> dict[tuple[str, int], Run]:
         """A training for each method and seed, at the values `chosen` for the tuned ones. Raises ConfigError.
 
         Methods whose tuning chose nothing are left out.
@@ -49,10 +49,10 @@ class Reproduction:
                 continue
             for seed in self.plan.seeds:
                 steps = self.plan.measured_steps(name)
-                found[name, seed] = self._cell(f"{name}-seed{seed}", name, value, seed, steps)
+                found[name, seed] = self._run(f"{name}-seed{seed}", name, value, seed, steps)
         return found
 
-    def _cell(self, name: str, method: str, value: str, seed: int, steps: Sequence[int]) -> Cell:
+    def _run(self, name: str, method: str, value: str, seed: int, steps: Sequence[int]) -> Run:
         plan = self.plan
         overrides = [f"train.max_steps={plan.steps}", "checkpoint.keep=1"]
         if len(steps) > 1:  # those that are measured stay
@@ -60,14 +60,14 @@ class Reproduction:
             # All of them: a run that is asked to stop saves one more, and none that is measured may go for it.
             overrides = [overrides[0], f"checkpoint.every={every}", f"checkpoint.keep={plan.steps}"]
         own = (*plan.methods[method].set, f"{plan.tuning.key}={value}", f"seed={seed}")
-        return make_cell(name, plan.methods[method].config, (*overrides, *plan.common, *own), self.output / "runs")
+        return make_run(name, plan.methods[method].config, (*overrides, *plan.common, *own), self.output / "runs")
 
     # --- images and scores -----------------------------------------------------------------------------
 
-    def images(self, cell: Cell, step: int, prompts: Sequence[str]) -> Task:
-        """The images of a cell's model after `step` optimizer steps."""
-        checkpoint = checkpoint_path(cell.folder, step)
-        name = model_name(cell, step)
+    def images(self, run: Run, step: int, prompts: Sequence[str]) -> Task:
+        """The images of a run's model after `step` optimizer steps."""
+        checkpoint = checkpoint_path(run.folder, step)
+        name = model_name(run, step)
         return self._images(name, str(checkpoint), prompts, (checkpoint / "policy.safetensors",))
 
     def base_images(self, pipeline: str, prompts: Sequence[str], name: str = BASE) -> Task:
@@ -94,10 +94,10 @@ class Reproduction:
 
         Raises ValueError where a model has no scores.
         """
-        rows = [row for row in ScoreTable(self.output / folder).placed if row.model in set(models)]
-        if absent := sorted(set(models) - {row.model for row in rows}):
+        rows = [row for row in ScoreTable(self.output / folder).placed if row.placement.model in set(models)]
+        if absent := sorted(set(models) - {row.placement.model for row in rows}):
             raise ValueError(f"no scores of {absent[0]} in {self.output / folder}")
-        found = benchmarks(rows, list(models), list(self.plan.scorers))
+        found = benchmarks_of(rows, list(models), list(self.plan.scorers))
         return {
             (model, scorer): np.concatenate([benchmark.of(model, scorer) for benchmark in found])
             for model in models
@@ -105,8 +105,8 @@ class Reproduction:
         }
 
 
-def model_name(cell: Cell, step: int) -> str:
-    return f"{cell.name}-step{step}"
+def model_name(run: Run, step: int) -> str:
+    return f"{run.name}-step{step}"
 
 
 def choose(scores: Mapping[tuple[str, str], float]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xdpo.report.results import Benchmark
+from xdpo.scores.results import Benchmark
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from xdpo.files import replacing
 from xdpo.report.curves import Curve
 from xdpo.report.grids import number, percent, title_of
 from xdpo.report.published import published_score
-from xdpo.report.results import Benchmark
+from xdpo.scores.results import Benchmark
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; grey is the baseline's.
 BASELINE_COLOUR = "#8a919e"

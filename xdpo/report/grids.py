@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from html import escape
 from math import isfinite
 
-from xdpo.report.results import Benchmark
-from xdpo.report.statistics import Comparison
+from xdpo.scores.results import Benchmark
+from xdpo.scores.statistics import Comparison
 
 TITLES = {
     "pickscore": "PickScore",

@@ -14,9 +14,9 @@ import numpy as np
 from xdpo.report import grids
 from xdpo.report.figures import colours_of
 from xdpo.report.grids import Grid, to_html
-from xdpo.report.results import Benchmark
 from xdpo.report.sections import Evaluation, FigureFile, Section
 from xdpo.report.thumbnails import embed
+from xdpo.scores.results import Benchmark
 
 _HERE = Path(__file__).parent
 _FIRST_EMBEDDED = 24  # prompts from either end of every ranking come before all others

@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 
 from xdpo.report.grids import Cell, Grid, number
-from xdpo.report.results import Benchmark
+from xdpo.scores.results import Benchmark
 
 _FILE = Path(__file__).resolve().parents[2] / "assets" / "published_tables.yaml"
 _COLUMNS = {"hpsv2": "HPSV2 ↑", "pickscore": "PickScore ↑", "image_reward": "Image Reward ↑", "clip": "CLIP ↑"}

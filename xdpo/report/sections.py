@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from xdpo.images.reading import Picture, Problem
 from xdpo.report import figures, grids, published
 from xdpo.report.curves import Curve, pairs_to_reach
 from xdpo.report.grids import Cell, Grid
-from xdpo.report.images import Picture, Problem
-from xdpo.report.results import Benchmark
+from xdpo.scores.results import Benchmark
 
 EXTREMES = 5  # best and worst prompts listed
 SHORT = 12  # rows of a table that stands open on the page beside a figure of the same

@@ -1,101 +1,14 @@
 """Scorers behind one small interface: `load_scorer(name).score(images, prompts)`, one float per image.
 
-The paper's five metrics, the embedded world's judges, and any class in a file of the user's own. `weights` is a
-folder for machines without a hub, laid out as {repository}/{file}; what is missing is named with the command to get it.
+The paper's five metrics, the embedded world's judges, and any class in a file of the user's own. `xdpo.scorers.loading`
+has `load_scorer`; the names alone are here, where a command line finds them without importing torch.
 """
 
-import difflib
-import hashlib
-from pathlib import Path
-
-import torch
-
-from xdpo.scorers.custom import custom_version, is_custom, load_custom
-from xdpo.scorers.interface import Scorer, as_rgb, full_precision
-from xdpo.scorers.metrics import ARCHITECTURES, COMPUTATION, METRICS
-from xdpo.scorers.weights import SIZES_FILE, digest, find_files, read_sizes
-
-__all__ = ["SCORER_NAMES", "Scorer", "load_scorer", "scorer_version"]
-
-_TINY_SCALES = {
+PAPER_SCORERS = ("pickscore", "hpsv2", "image_reward", "clip", "aesthetic")
+METRIC_NAMES = (*PAPER_SCORERS, "hpsv2.1")
+TINY_SCALES = {  # quantity → what its numbers are
     "alignment": "expected share of the caption's claims that hold, 0 to 1",
     "appeal": "estimated cleanness, 0 to 1",
     "reward": "the embedded annotator's utility, 0 to 7",
 }
-SCORER_NAMES = tuple(sorted([*METRICS, *(f"tiny_{quantity}" for quantity in _TINY_SCALES)]))
-
-
-def load_scorer(name: str, device: str | torch.device = "cpu", weights: str | Path | None = None) -> Scorer:
-    """Load a scorer by its name, or by path/to/file.py:ClassName.
-
-    `weights` is a folder that takes the hub's place; for a tiny judge it may be the file itself. Raises ValueError for
-    an unknown name and for files that are missing, altered or broken.
-    """
-    version = scorer_version(name, weights)
-    if is_custom(name):
-        return load_custom(name, device, weights)
-    if name.startswith("tiny_"):
-        from xdpo.tiny.judges import Judge
-
-        quantity = name.removeprefix("tiny_")
-        judge = Judge(quantity, device, _judge_weights(weights))
-        return Scorer(name, version, _TINY_SCALES[quantity], as_rgb, full_precision(judge.score))
-    metric = METRICS[name]
-    score_batch = metric.load(find_files(name, metric.files, weights), _sizes_of(metric.architecture, weights), device)
-    return Scorer(name, version, metric.scale, metric.preprocess, full_precision(score_batch))
-
-
-def scorer_version(name: str, weights: str | Path | None = None) -> str:
-    """The version that load_scorer would give, from the files' checksums, without reading a model into memory.
-
-    Fetches and checks every file, so that calling it for all scorers first lets nothing fail halfway. Raises as
-    load_scorer does.
-    """
-    if is_custom(name):
-        return custom_version(name)
-    if name not in SCORER_NAMES:
-        near = difflib.get_close_matches(name, SCORER_NAMES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        choices = ", ".join(SCORER_NAMES)
-        raise ValueError(f"unknown scorer {name!r}; choose from {choices}, or path/to/file.py:ClassName{hint}")
-    if name.startswith("tiny_"):
-        from xdpo.tiny.judges import JUDGE_WEIGHTS
-
-        path = _judge_weights(weights) or JUDGE_WEIGHTS
-        if not path.is_file():
-            raise ValueError(
-                f"{name}: no judge at {path}; it ships in assets/tiny, or make it: scripts/train_tiny_judge.py"
-            )
-        paths = {"judge": path}
-    else:
-        metric = METRICS[name]
-        _sizes_of(metric.architecture, weights)
-        paths = find_files(name, metric.files, weights)
-    checksums = "\n".join(f"{key} {digest(path)}" for key, path in sorted(paths.items()))
-    sizes = read_sizes(weights if not name.startswith("tiny_") else None)
-    content = f"{name} computation {COMPUTATION}\n{checksums}\n{sizes or ''}"
-    return f"{name} {COMPUTATION}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-
-
-def _judge_weights(weights: str | Path | None) -> Path | None:
-    """None for a folder too: it is for the metrics, the judges ship with the project."""
-    return Path(weights) if weights is not None and not Path(weights).is_dir() else None
-
-
-def _sizes_of(architecture: str, weights: str | Path | None) -> dict:
-    """An architecture's sizes, with what a weights folder's sizes.json says of it."""
-    changes = read_sizes(weights)
-    if weights is None or changes is None:
-        return ARCHITECTURES[architecture]
-    unknown = sorted(changes.keys() - ARCHITECTURES.keys())
-    if unknown:
-        known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"{Path(weights) / SIZES_FILE} speaks of unknown {unknown[0]!r}; choose from {known}")
-    return _merge(ARCHITECTURES[architecture], changes.get(architecture, {}))
-
-
-def _merge(base: dict, changes: dict) -> dict:
-    return base | {
-        key: _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
-        for key, value in changes.items()
-    }
+SCORER_NAMES = tuple(sorted([*METRIC_NAMES, *(f"tiny_{quantity}" for quantity in TINY_SCALES)]))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from xdpo.report.statistics import sign_test, wilson_interval
+from xdpo.scores.statistics import sign_test, wilson_interval
 from xdpo.study.folder import Key, Study
 from xdpo.study.votes import Vote
 

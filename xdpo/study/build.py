@@ -12,14 +12,14 @@ from PIL import Image
 
 from xdpo.data.images import UnreadableImageError, decode_rgb
 from xdpo.files import replacing_folder
-from xdpo.report.images import Picture, natural_order, read_model_folder
+from xdpo.images.reading import Picture, natural_order, read_model_folder
 from xdpo.study.folder import DEFAULT_TITLE, QUESTIONS, Item, Key, Links, Study, StudyError, Task
 
-Prompt = tuple[str, str]  # (benchmark, key of the prompt in it)
+PromptKey = tuple[str, str]  # (benchmark, key of the prompt in it)
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """What is asked for. sample: prompts drawn of each benchmark, by name; a benchmark that isn't in it is left out,
     and None takes all prompts of all."""
 
@@ -33,7 +33,7 @@ class Plan:
     title: str = DEFAULT_TITLE
 
 
-def build_study(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple[str, Path]], plan: Plan) -> Study:
+def build_study(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple[str, Path]], plan: StudyPlan) -> Study:
     """Write the study of a model's images against each baseline's to `folder`; whole or not at all.
 
     Raises StudyError for folders whose prompts do not match, images that can't be read or differ in size, and numbers
@@ -65,7 +65,7 @@ def build_study(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple
     return Study.load(folder)
 
 
-def _check(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple[str, Path]], plan: Plan) -> None:
+def _check(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple[str, Path]], plan: StudyPlan) -> None:
     names = [model[0], *(name for name, _ in baselines)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise StudyError(f"two folders are called {twice[0]!r}; name them: NAME=FOLDER")
@@ -77,7 +77,7 @@ def _check(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple[str,
         )
 
 
-def _pictures(model: str, folder: Path) -> dict[Prompt, Picture]:
+def _pictures(model: str, folder: Path) -> dict[PromptKey, Picture]:
     """The first image of every prompt. Raises StudyError for a folder without prompts or with images missing."""
     pictures, problems = read_model_folder(folder, model)
     fatal = ("missing", "unreadable", "clashes")
@@ -90,7 +90,7 @@ def _pictures(model: str, folder: Path) -> dict[Prompt, Picture]:
     return {(picture.prompt_set, picture.key): picture for picture in pictures if picture.repeat == 0}
 
 
-def _common_prompts(model: str, shown: Mapping[str, Mapping[Prompt, Picture]]) -> dict[str, list[Prompt]]:
+def _common_prompts(model: str, shown: Mapping[str, Mapping[PromptKey, Picture]]) -> dict[str, list[PromptKey]]:
     """The prompts of each benchmark, in order. Raises StudyError, naming some, where models have different ones."""
     own = shown[model]
     for name, pictures in shown.items():
@@ -107,18 +107,18 @@ def _common_prompts(model: str, shown: Mapping[str, Mapping[Prompt, Picture]]) -
                     f"{' '.join(prompt)} is {own[prompt].prompt!r} in {model} and {picture.prompt!r} in {name}; "
                     "a pair needs one prompt"
                 )
-    by_benchmark: dict[str, list[Prompt]] = {}
+    by_benchmark: dict[str, list[PromptKey]] = {}
     for prompt in sorted(own, key=lambda prompt: (prompt[0], natural_order(prompt[1]))):
         by_benchmark.setdefault(prompt[0], []).append(prompt)
     return by_benchmark
 
 
 def _draw(
-    prompts: Mapping[str, Sequence[Prompt]], sample: Mapping[str, int] | None, rng: np.random.Generator
-) -> list[Prompt]:
+    prompts: Mapping[str, Sequence[PromptKey]], sample: Mapping[str, int] | None, rng: np.random.Generator
+) -> list[PromptKey]:
     """Prompts of each benchmark drawn without replacement, in their order."""
     sample = {name: len(found) for name, found in prompts.items()} if sample is None else sample
-    drawn: list[Prompt] = []
+    drawn: list[PromptKey] = []
     for benchmark, count in sample.items():
         found = prompts.get(benchmark, ())
         if count > len(found):
@@ -133,14 +133,14 @@ def _draw(
 def _items(
     model: str,
     baselines: Sequence[str],
-    shown: Mapping[str, Mapping[Prompt, Picture]],
-    prompts: Sequence[Prompt],
+    shown: Mapping[str, Mapping[PromptKey, Picture]],
+    prompts: Sequence[PromptKey],
     obvious: int,
 ) -> tuple[dict[str, Item], dict[str, Picture]]:
     """All items by their random names, and the source of every image."""
     items, sources = {}, {}
 
-    def add(prompt: Prompt, kind: str, pictures: Mapping[str, Picture], baseline: str | None) -> None:
+    def add(prompt: PromptKey, kind: str, pictures: Mapping[str, Picture], baseline: str | None) -> None:
         names = {label: secrets.token_hex(8) for label in pictures}  # of every item anew: a name must not recur
         picture = shown[model][prompt]
         items[secrets.token_hex(8)] = Item(
@@ -173,11 +173,11 @@ def _text(picture: Picture) -> str:
     return picture.prompt
 
 
-def _least_alike(prompt: Prompt, prompts: Sequence[Prompt], pictures: Mapping[Prompt, Picture]) -> Prompt:
+def _least_alike(prompt: PromptKey, prompts: Sequence[PromptKey], pictures: Mapping[PromptKey, Picture]) -> PromptKey:
     """The prompt that shares the fewest words with `prompt`. Raises StudyError where there is no other."""
     words = set(_text(pictures[prompt]).lower().split())
 
-    def shared(other: Prompt) -> float:
+    def shared(other: PromptKey) -> float:
         theirs = set(_text(pictures[other]).lower().split())
         return len(words & theirs) / max(1, len(words | theirs))
 
@@ -187,7 +187,9 @@ def _least_alike(prompt: Prompt, prompts: Sequence[Prompt], pictures: Mapping[Pr
     return min(others, key=shared)
 
 
-def _deal(items: Mapping[str, Item], plan: Plan, rng: np.random.Generator) -> tuple[list[list[Task]], dict[str, str]]:
+def _deal(
+    items: Mapping[str, Item], plan: StudyPlan, rng: np.random.Generator
+) -> tuple[list[list[Task]], dict[str, str]]:
     """Every pair to `votes_per_pair` annotators, shares equal to one; checks to all. Tasks, and which repeats which."""
     pairs = _prompt_by_prompt(items, rng)
     checks = [name for name, item in items.items() if item.kind == "obvious"]
@@ -216,7 +218,7 @@ def _prompt_by_prompt(items: Mapping[str, Item], rng: np.random.Generator) -> li
     Dealt out in turn, they go to different people where there are enough: who sees the tested model's image of a
     prompt beside one baseline's and then another's, knows which of the images is the tested model's.
     """
-    of_prompt: dict[Prompt, list[str]] = defaultdict(list)
+    of_prompt: dict[PromptKey, list[str]] = defaultdict(list)
     for name, item in items.items():
         if item.kind == "pair":
             of_prompt[item.benchmark, item.key].append(name)

@@ -20,7 +20,7 @@ PUBLISHED = "xDPO, published"  # whatever model this study tests
 
 
 @dataclass(frozen=True)
-class Findings:
+class StudyFindings:
     """All that the report says. `without_inattentive`: the results when the annotators in `excluded` are left out."""
 
     study: Study
@@ -32,17 +32,17 @@ class Findings:
     without_inattentive: Sequence[Result]
 
 
-def find(study: Study, key: Key, votes: Sequence[Vote], allowed_share: float) -> Findings:
+def find(study: Study, key: Key, votes: Sequence[Vote], allowed_share: float) -> StudyFindings:
     """Analyse the votes; annotators who failed more than `allowed_share` of their checks are left out once."""
     given, checks = judgements(study, key, votes), attention(study, key, votes)
     excluded = [each.annotator for each in checks if each.is_inattentive(allowed_share)]
     kept = [judgement for judgement in given if judgement.annotator not in excluded]
     without = results(study, key, kept) if excluded else ()
-    return Findings(study, key, votes, results(study, key, given), checks, excluded, without)
+    return StudyFindings(study, key, votes, results(study, key, given), checks, excluded, without)
 
 
-def write(findings: Findings, folder: Path) -> Path:
-    """Write report.md, figures and votes.parquet to `folder`; returns the report's path."""
+def write(findings: StudyFindings, folder: Path) -> Path:
+    """Write report.md, figures and votes.parquet to `folder`; returns the report's path. Raises StorageError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -57,7 +57,7 @@ def write(findings: Findings, folder: Path) -> Path:
     return path
 
 
-def markdown(findings: Findings) -> str:
+def markdown(findings: StudyFindings) -> str:
     """The report as text."""
     study, key = findings.study, findings.key
     wanted = sum(map(len, study.tasks))
@@ -126,7 +126,7 @@ def checks_grid(checks: Sequence[Checks], excluded: Sequence[int]) -> Grid:
     return Grid("Checks", ("annotator", "votes", "obvious failed", "repeats changed", ""), rows)
 
 
-def _attention_text(findings: Findings) -> str:
+def _attention_text(findings: StudyFindings) -> str:
     shares = ", ".join(f"{question} {percent(share)}" for question, share in left_share(findings.votes).items())
     sides = f"Share of votes for the left image: {shares}. " if shares else ""
     if not any(each.obvious + each.repeats for each in findings.checks):
@@ -137,7 +137,7 @@ def _attention_text(findings: Findings) -> str:
     return sides + f"Annotators {numbers} failed too many checks; the last table leaves them out."
 
 
-def win_rate_bars(findings: Findings) -> Figure:
+def win_rate_bars(findings: StudyFindings) -> Figure:
     """Win rates by question and baseline with intervals, published ones as diamonds (as the paper's Figure 3, top)."""
     shown = [result for result in findings.results if result.category == ALL]
     questions = [question["id"] for question in findings.study.questions]
@@ -159,7 +159,7 @@ def win_rate_bars(findings: Findings) -> Figure:
     return figure
 
 
-def _bars(axes, findings: Findings, benchmark: str, questions: Sequence[str]) -> None:
+def _bars(axes, findings: StudyFindings, benchmark: str, questions: Sequence[str]) -> None:
     by_place = {(r.question, r.baseline): r for r in findings.results if r.benchmark == benchmark and r.category == ALL}
     row, ticks = 0.0, []
     for baseline in findings.key.baselines:
@@ -169,8 +169,7 @@ def _bars(axes, findings: Findings, benchmark: str, questions: Sequence[str]) ->
             if result is not None and result.win_rate is not None and result.interval is not None:
                 low, high = result.interval
                 axes.barh(row, result.win_rate, color=COLOURS[place], height=0.8, label=question)
-                # max: of a rate of 100 % the upper bound can be below it by a rounding error, which matplotlib refuses.
-                reach = [[max(0.0, result.win_rate - low)], [max(0.0, high - result.win_rate)]]
+                reach = [[result.win_rate - low], [high - result.win_rate]]
                 axes.errorbar(result.win_rate, row, xerr=reach, color="#222222", linewidth=1, capsize=2)
                 beside = dict(xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points")
                 text = percent(result.win_rate, decimals=0)

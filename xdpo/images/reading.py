@@ -7,8 +7,8 @@
 A folder without a manifest is read by this layout alone; its prompts then come from elsewhere (`with_prompts`).
 """
 
-import json
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +18,11 @@ from pathlib import Path
 from PIL import Image
 
 from xdpo.files import file_sha256
-from xdpo.tables import as_text
+from xdpo.images.manifest import MANIFEST, ListedImage
+from xdpo.paths import user_path
+from xdpo.prompts import load_prompts
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-MANIFEST = "manifest.jsonl"
-_TEXTS = ("file", "category", "style", "prompt", "sha256", "checksum", "model")  # of a row of the manifest
 _NUMBERED = re.compile(r"(\d+)(?:[-_](\d+))?")
 
 
@@ -58,6 +58,58 @@ class Problem:
             return f"{self.model}, {self.prompt_set}: {self.kind}"
         more = f", … {len(self.names) - shown} more" if len(self.names) > shown else ""
         return f"{self.model}, {self.prompt_set}: {len(self.names)} {self.kind} ({', '.join(self.names[:shown])}{more})"
+
+
+def name_folders(words: Sequence[str]) -> dict[str, Path]:
+    """Model name → folder, from "images/sd15" or "sd15=images/first run". Raises ValueError for a name given twice."""
+    folders: dict[str, Path] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not equals or user_path(word).is_dir():
+            name, path = "", word
+        folder = user_path(path)
+        if not name:
+            own = (folder / MANIFEST).is_file()  # a prompt set's own folder: its parent is the model
+            name = folder.resolve().parent.name if own else folder.resolve().name
+        if "/" in name or "\\" in name:
+            raise ValueError(f"a model cannot be called {name!r}: its name becomes part of file names")
+        if name in folders:
+            raise ValueError(f"two models are called {name!r}: {folders[name]} and {folder}; write NAME={folder}")
+        folders[name] = folder
+    return folders
+
+
+def read_models(folders: Mapping[str, Path], sets: Sequence[str] | None) -> tuple[list[Picture], list[Problem]]:
+    """The pictures that can be scored, with prompts and checksums, and an account of the others.
+
+    sets: only these prompt sets; None: all. Raises ValueError for a set without images, and as `read_model_folder`.
+    """
+    pictures: list[Picture] = []
+    problems: list[Problem] = []
+    for model, folder in folders.items():
+        found, wrong = read_model_folder(folder, model)
+        pictures += found
+        problems += wrong
+    if sets is not None:
+        known = sorted({picture.prompt_set for picture in pictures})
+        if unknown := [name for name in sets if name not in known]:
+            raise ValueError(f"no images of prompt set {unknown[0]!r} in these folders; there are {', '.join(known)}")
+        pictures = [picture for picture in pictures if picture.prompt_set in sets]
+        problems = [problem for problem in problems if problem.prompt_set in sets]
+    pictures, without_prompt = with_prompts(pictures, known_prompts)
+    pictures, changed = with_checksums(pictures)
+    plain, missing = of_one_colour(pictures), missing_against_others(pictures)
+    return pictures, [*problems, *without_prompt, *changed, *plain, *missing]
+
+
+def known_prompts(prompt_set: str) -> dict[str, tuple[str, str]]:
+    """(category, prompt) of every key of a set known by name; nothing for other sets, and where it cannot be had."""
+    try:
+        prompts = load_prompts(prompt_set).prompts
+    except ValueError as error:
+        print(f"note: no manifest, and {error}", file=sys.stderr)
+        return {}
+    return {f"{prompt.folder}/{prompt.index}": (prompt.category, prompt.text) for prompt in prompts}
 
 
 def read_model_folder(folder: Path, model: str) -> tuple[list[Picture], list[Problem]]:
@@ -112,9 +164,8 @@ def _read_set(folder: Path, model: str) -> tuple[list[Picture], list[Problem]]:
     pictures = []
     for name, row in sorted(rows.items()):
         if name in on_disk:
-            picture = _picture(model, prompt_set, folder, name, row.get("category") or row.get("style"))
-            checksum = row.get("sha256") or row.get("checksum")
-            pictures.append(replace(picture, prompt=row.get("prompt"), sha256=checksum, source=row.get("model")))
+            picture = _picture(model, prompt_set, folder, name, row.category)
+            pictures.append(replace(picture, prompt=row.prompt, sha256=row.sha256, source=row.model))
     problems = [
         Problem(model, prompt_set, "listed in the manifest but missing", tuple(sorted(set(rows) - on_disk))),
         Problem(model, prompt_set, "left out: not in the manifest", tuple(sorted(on_disk - set(rows)))),
@@ -153,18 +204,17 @@ def _without_clashes(pictures: Sequence[Picture]) -> list[Picture]:
     return [same[0] for same in _by_place(pictures) if len(same) == 1]
 
 
-def _manifest_rows(path: Path) -> tuple[dict[str, dict], list[str]]:
+def _manifest_rows(path: Path) -> tuple[dict[str, ListedImage], list[str]]:
     """Rows by file name, later ones replacing earlier ones, and the numbers of lines that say nothing."""
-    rows: dict[str, dict] = {}
+    rows: dict[str, ListedImage] = {}
     unreadable = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):  # str.splitlines would cut within a text
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            row |= {name: as_text(row[name], name) for name in _TEXTS if name in row}
-            rows[Path(row["file"]).as_posix()] = row
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            row = ListedImage.from_line(line)
+            rows[Path(row.file).as_posix()] = row
+        except (ValueError, TypeError, RecursionError):
             unreadable.append(f"line {number}")
     return rows, unreadable
 
@@ -271,6 +321,14 @@ def missing_against_others(pictures: Iterable[Picture]) -> list[Problem]:
                 names = tuple(sorted(lacking, key=natural_order))
                 problems.append(Problem(model, prompt_set, "prompts without an image that others have", names))
     return problems
+
+
+def by_prompt(pictures: Iterable[Picture]) -> dict[tuple[str, str, str], list[Picture]]:
+    """(prompt set, model, key) → that prompt's images, in the order of their `repeat`."""
+    found: dict[tuple[str, str, str], list[Picture]] = defaultdict(list)
+    for picture in sorted(pictures, key=lambda picture: picture.repeat):
+        found[picture.prompt_set, picture.model, picture.key].append(picture)
+    return found
 
 
 def natural_order(key: str) -> tuple:

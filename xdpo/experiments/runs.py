@@ -1,4 +1,4 @@
-"""Configs × values × seeds → cells, each a run of its own; checked all together before the first one starts."""
+"""Configs × values × seeds → runs, checked all together before the first one starts."""
 
 import hashlib
 import itertools
@@ -14,8 +14,7 @@ from xdpo.config import KEYS, Config, ConfigError, changed_keys, load_config
 from xdpo.data import Split
 from xdpo.experiments.tasks import Task, launcher, run_all, tell
 from xdpo.precompute.keys import examples_folder
-from xdpo.report.grids import Cell as TableCell
-from xdpo.report.grids import Grid
+from xdpo.report.grids import Cell, Grid
 from xdpo.runlog import read_rows
 from xdpo.runs import finished_checkpoints, step_of
 
@@ -23,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run: `overrides` on `config` give `settings`, whose output_dir is the cell's own folder."""
+class Run:
+    """One run: `overrides` on `config` give `settings`, whose output_dir is the run's own folder."""
 
     name: str
     config: Path
@@ -63,32 +62,32 @@ class Cell:
         return Task(self.name, (*launcher(num_processes), *training), self.log, lambda: self.is_finished)
 
 
-def make_cell(name: str, config: Path, overrides: Sequence[str], output: Path) -> Cell:
+def make_run(name: str, config: Path, overrides: Sequence[str], output: Path) -> Run:
     """A run of `config` in the folder `output`/`name`, with caches below `output` where it can share them.
 
     Raises ConfigError.
     """
     own = (*overrides, f"output_dir={output / name}")
     own += shared_caches(load_config(config, own), output / "cache")
-    return Cell(name, config, own, load_config(config, own))
+    return Run(name, config, own, load_config(config, own))
 
 
-def make_cells(
+def make_runs(
     configs: Sequence[Path],
     output: Path,
     *,
     seeds: Sequence[int] = (0,),
     grid: Mapping[str, Sequence[str]] | None = None,
     common: Sequence[str] = (),
-) -> list[Cell]:
-    """All cells, config by config, then value by value, then seed by seed, in folders below `output`.
+) -> list[Run]:
+    """All runs, config by config, then value by value, then seed by seed, in folders below `output`.
 
-    grid: key → values as on the command line; common: overrides of all cells. Caches are shared below `output`, unless
-    a config names its own or can't have one. Raises ConfigError with every problem of every cell, and for two cells
+    grid: key → values as on the command line; common: overrides of all runs. Caches are shared below `output`, unless
+    a config names its own or can't have one. Raises ConfigError with every problem of every run, and for two runs
     of one name.
     """
     grid = dict(grid or {})
-    cells, problems = [], []
+    runs, problems = [], []
     for key, values in grid.items():
         if key not in KEYS:
             problems.append(f"--grid {key}: unknown key")
@@ -103,14 +102,14 @@ def make_cells(
                 shown = [f"{key.rpartition('.')[2]}={value}" for key, value in zip(grid, values, strict=True)]
                 name = "-".join([config.stem, *shown, f"seed={seed}"]).replace("/", "_").replace(" ", "")
                 try:
-                    cells.append(make_cell(name, config, (*common, *chosen, f"seed={seed}"), output))
+                    runs.append(make_run(name, config, (*common, *chosen, f"seed={seed}"), output))
                 except ConfigError as error:
                     problems.append(f"{name}: {error}")
-    if repeated := [name for name, count in Counter(cell.name for cell in cells).items() if count > 1]:
+    if repeated := [name for name, count in Counter(run.name for run in runs).items() if count > 1]:
         problems.append(f"two cells are called {repeated[0]}: rename one of the config files")
     if problems:
         raise ConfigError("\n".join(problems))
-    return cells
+    return runs
 
 
 def shared_caches(settings: Config, folder: Path) -> tuple[str, ...]:
@@ -131,15 +130,15 @@ def shared_caches(settings: Config, folder: Path) -> tuple[str, ...]:
 
 
 def train_all(
-    cells: Sequence[Cell], jobs: int = 1, num_processes: int = 1, say: Callable[[str], None] = tell
+    runs: Sequence[Run], jobs: int = 1, num_processes: int = 1, say: Callable[[str], None] = tell
 ) -> dict[str, str]:
-    """Train all cells that are not finished, `jobs` at a time. Returns those that failed, with the end of their log.
+    """Train all runs that are not finished, `jobs` at a time. Returns those that failed, with the end of their log.
 
-    The first cell of each example cache that isn't there yet builds it, before others run beside it.
+    The first run of each example cache that isn't there yet builds it, before others run beside it.
     """
-    builders = {cell.settings.cache.examples: cell for cell in reversed(cells) if _builds_examples(cell.settings)}
-    failed = run_all([cell.task(num_processes) for cell in builders.values()], 1, num_processes, say)
-    rest = [cell.task(num_processes) for cell in cells if cell.name not in failed]
+    builders = {run.settings.cache.examples: run for run in reversed(runs) if _builds_examples(run.settings)}
+    failed = run_all([run.task(num_processes) for run in builders.values()], 1, num_processes, say)
+    rest = [run.task(num_processes) for run in runs if run.name not in failed]
     return failed | run_all(rest, jobs, num_processes, say)
 
 
@@ -149,26 +148,26 @@ def _builds_examples(settings: Config) -> bool:
     )
 
 
-def progress(cells: Sequence[Cell], failed: Collection[str] = ()) -> Grid:
-    """A row for each cell: how far it is, how fast, what its held-out pairs say; and how long the rest may take."""
+def progress(runs: Sequence[Run], failed: Collection[str] = ()) -> Grid:
+    """A row for each run: how far it is, how fast, what its held-out pairs say; and how long the rest may take."""
     rows, speeds, left_pairs = [], [], 0
-    for cell in cells:
-        train, logged = cell.settings.train, cell.rows()
+    for run in runs:
+        train, logged = run.settings.train, run.rows()
         speed = median([row["pairs_per_second"] for row in logged if "pairs_per_second" in row] or [0.0])
         steps = max((row["step"] for row in logged if "loss" in row), default=0)
         accuracy = [row["eval/implicit_accuracy"] for row in logged if "eval/implicit_accuracy" in row]
-        state = "finished" if cell.is_finished else "failed" if cell.name in failed else "begun" if logged else ""
+        state = "finished" if run.is_finished else "failed" if run.name in failed else "begun" if logged else ""
         if state != "finished":
             left_pairs += (train.max_steps - steps) * train.total_batch_pairs
         if speed:
             speeds.append(speed)
         rows.append(
             (
-                TableCell(cell.name),
-                TableCell(state),
-                TableCell(f"{steps:,} of {train.max_steps:,}", steps),
-                TableCell(f"{speed:.3g}" if speed else "", speed or None),
-                TableCell(f"{accuracy[-1]:.3f}" if accuracy else "", accuracy[-1] if accuracy else None),
+                Cell(run.name),
+                Cell(state),
+                Cell(f"{steps:,} of {train.max_steps:,}", steps),
+                Cell(f"{speed:.3g}" if speed else "", speed or None),
+                Cell(f"{accuracy[-1]:.3f}" if accuracy else "", accuracy[-1] if accuracy else None),
             )
         )
     note = ""

@@ -6,8 +6,7 @@ Each file is written aside and renamed, so a kill at any moment loses only the s
 """
 
 import fcntl
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 from uuid import uuid4
@@ -17,35 +16,36 @@ from xdpo.files import reading, replacing, writing
 TABLE, PARTS, LOCK = "scores.parquet", "scores.parts", ".writing"
 
 
+class Placement(NamedTuple):
+    """Where an image stands: in a model's folder of a prompt set. `key` names its prompt there, as in `Picture`."""
+
+    prompt_set: str
+    model: str
+    category: str
+    key: str
+    repeat: int
+    file: str
+
+
 class ScoreKey(NamedTuple):
     """What decides a score."""
 
-    sha256: str
-    prompt: str
-    scorer: str
-    version: str
-
-
-@dataclass(frozen=True)
-class Score:
-    """One row: a score and where its image stands. The place is None where later images took it."""
-
-    prompt_set: str | None
-    model: str | None
-    category: str | None
-    key: str | None
-    repeat: int | None
-    file: str | None
     prompt: str
     sha256: str
     scorer: str
     version: str
+
+
+class PlacedScore(NamedTuple):
+    """A score of an image that stands in a model's folder."""
+
+    placement: Placement
+    key: ScoreKey
     score: float
 
-    @property
-    def place(self) -> tuple | None:
-        """Which image of which model, and by which scorer; None for a score that is only remembered."""
-        return None if self.model is None else (self.prompt_set, self.model, self.key, self.repeat, self.scorer)
+
+_COLUMNS = (*Placement._fields, *ScoreKey._fields, "score")
+_Row = tuple[Placement | None, ScoreKey, float]  # None: only remembered, as another image took the place
 
 
 class ScoreTable:
@@ -58,48 +58,44 @@ class ScoreTable:
         """
         self.folder = folder
         self._lock = _locked(folder) if for_writing else None
-        self.known: dict[ScoreKey, float] = {}
-        self._placed: dict[tuple, Score] = {}
+        self.scores: dict[ScoreKey, float] = {}
+        self._placed: dict[tuple, tuple[Placement, ScoreKey]] = {}
         self._unsaved: dict[ScoreKey, float] = {}
         for path in [folder / TABLE, *sorted((folder / PARTS).glob("*.parquet"))]:
             if path.exists():
-                for row in _read(path):
-                    self.known[_key_of(row)] = row.score
-                    if row.place is not None:
-                        self._placed[row.place] = row
+                for placement, key, score in _read(path):
+                    self.scores[key] = score
+                    if placement is not None:
+                        self._placed[_slot(placement, key)] = placement, key
 
     @property
-    def placed(self) -> list[Score]:
+    def placed(self) -> list[PlacedScore]:
         """The scores of all images at their latest known state."""
-        return list(self._placed.values())
+        return [PlacedScore(placement, key, self.scores[key]) for placement, key in self._placed.values()]
 
     def add(self, scores: Mapping[ScoreKey, float]) -> None:
         """Remember new scores; `save_part` or `close` brings them to disk."""
-        self.known.update(scores)
+        self.scores.update(scores)
         self._unsaved.update(scores)
-
-    @property
-    def unsaved_count(self) -> int:
-        return len(self._unsaved)
 
     def save_part(self) -> None:
         """Write the scores since the last part as one more file."""
         if self._unsaved:
-            rows = [_unplaced(key, score) for key, score in self._unsaved.items()]
+            rows = [(None, key, score) for key, score in self._unsaved.items()]
             _write(self.folder / PARTS / f"{uuid4().hex}.parquet", rows)
             self._unsaved = {}
 
-    def close(self, places: Iterable[Score], replaced: Iterable[tuple[str, str, str]]) -> None:
-        """Put `places` in, merge all into scores.parquet and remove the parts.
+    def close(self, images: Iterable[tuple[Placement, ScoreKey]], replaced: Iterable[tuple[str, str, str]]) -> None:
+        """Say where scored images stand, merge all into scores.parquet and remove the parts.
 
-        `replaced` holds (prompt set, model, scorer) triples whose earlier places no longer count.
+        `replaced` holds (prompt set, model, scorer) triples whose earlier placements no longer count.
         """
         outdated = set(replaced)
-        kept = [row for row in self.placed if (row.prompt_set, row.model, row.scorer) not in outdated]
-        self._placed = {row.place: row for row in [*kept, *places]}
-        shown = {_key_of(row) for row in self._placed.values()}
-        rest = [_unplaced(key, score) for key, score in self.known.items() if key not in shown]
-        _write(self.folder / TABLE, [*self._placed.values(), *rest])
+        kept = [(at, key) for at, key in self._placed.values() if (at.prompt_set, at.model, key.scorer) not in outdated]
+        self._placed = {_slot(placement, key): (placement, key) for placement, key in [*kept, *images]}
+        shown = {key for _, key in self._placed.values()}
+        rest = [(None, key, score) for key, score in self.scores.items() if key not in shown]
+        _write(self.folder / TABLE, [*self.placed, *rest])
         self._unsaved = {}
         if (self.folder / PARTS).is_dir():
             for part in (self.folder / PARTS).iterdir():
@@ -125,22 +121,19 @@ def _locked(folder: Path) -> IO[str]:
     return file
 
 
-def _key_of(row: Score) -> ScoreKey:
-    return ScoreKey(row.sha256, row.prompt, row.scorer, row.version)
-
-
-def _unplaced(key: ScoreKey, score: float) -> Score:
-    return Score(None, None, None, None, None, None, key.prompt, key.sha256, key.scorer, key.version, score)
+def _slot(placement: Placement, key: ScoreKey) -> tuple:
+    """What holds one score at a time: an image of a model, by one scorer."""
+    return placement.prompt_set, placement.model, placement.key, placement.repeat, key.scorer
 
 
 def _schema():
     import pyarrow as pa
 
     special = {"repeat": pa.int32(), "score": pa.float64()}
-    return pa.schema([(field.name, special.get(field.name, pa.string())) for field in fields(Score)])
+    return pa.schema([(name, special.get(name, pa.string())) for name in _COLUMNS])
 
 
-def _read(path: Path) -> list[Score]:
+def _read(path: Path) -> list[_Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -153,16 +146,22 @@ def _read(path: Path) -> list[Score]:
         raise ValueError(f"{path} is not a score table that can be read ({error}); {remedy}") from None
     if table.schema.names != _schema().names:
         raise ValueError(f"{path} is not a score table of this version: its columns are {table.schema.names}; {remedy}")
-    return [Score(*row) for row in zip(*table.to_pydict().values(), strict=True)]
+    width, rows = len(Placement._fields), []
+    for *values, score in zip(*table.to_pydict().values(), strict=True):
+        placement, key = Placement(*values[:width]), ScoreKey(*values[width:])
+        rows.append((None if placement.model is None else placement, key, score))
+    return rows
 
 
-def _write(path: Path, rows: list[Score]) -> None:
+def _write(path: Path, rows: Sequence[_Row]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    schema = _schema()
-    table = pa.Table.from_pydict({name: [getattr(row, name) for row in rows] for name in schema.names}, schema=schema)
+    nowhere = (None,) * len(Placement._fields)
+    lines = [(*(placement or nowhere), *key, score) for placement, key, score in rows]
+    columns = {name: [line[column] for line in lines] for column, name in enumerate(_COLUMNS)}
+    table = pa.Table.from_pydict(columns, schema=_schema())
     with replacing(path, "wb") as file:
         pq.write_table(table, file, compression="zstd", write_page_checksum=True)

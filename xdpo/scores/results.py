@@ -8,13 +8,15 @@ from math import isfinite
 
 import numpy as np
 
-from xdpo.report.images import natural_order
-from xdpo.report.statistics import Comparison, Summary, compare, summarize
-from xdpo.report.table import Score
+from xdpo.images.reading import natural_order
+from xdpo.scores.statistics import Comparison, Summary, compare, summarize
+from xdpo.scores.table import PlacedScore
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ScoredPrompt:
+    """A prompt as scores know it: its key in its set, such as \"anime/12\"."""
+
     key: str
     category: str
     text: str
@@ -30,7 +32,7 @@ class Benchmark:
 
     name: str
     models: tuple[str, ...]
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[ScoredPrompt, ...]
     scores: dict[str, np.ndarray]
     prompts_seen: int
     limited_by: dict[str, int]
@@ -74,7 +76,7 @@ class Benchmark:
         return {}
 
 
-def benchmarks(rows: Iterable[Score], models: Sequence[str], scorers: Sequence[str]) -> list[Benchmark]:
+def benchmarks_of(rows: Iterable[PlacedScore], models: Sequence[str], scorers: Sequence[str]) -> list[Benchmark]:
     """One Benchmark per prompt set in which at least one prompt is common to all models that have images there.
 
     Models and scorers keep the order given; a set leaves out models and scorers without any score in it.
@@ -82,11 +84,11 @@ def benchmarks(rows: Iterable[Score], models: Sequence[str], scorers: Sequence[s
     by_set: dict[str, dict[tuple[str, str], dict[str, list[float]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
     )
-    prompts: dict[tuple[str, str], Prompt] = {}
-    for row in rows:
-        if row.model in models and row.scorer in scorers:
-            by_set[row.prompt_set][row.model, row.scorer][row.key].append(row.score)
-            prompts.setdefault((row.prompt_set, row.key), Prompt(row.key, row.category, row.prompt))
+    prompts: dict[tuple[str, str], ScoredPrompt] = {}
+    for image, key, score in rows:
+        if image.model in models and key.scorer in scorers:
+            by_set[image.prompt_set][image.model, key.scorer][image.key].append(score)
+            prompts.setdefault((image.prompt_set, image.key), ScoredPrompt(image.key, image.category, key.prompt))
 
     found = []
     for name, cells in sorted(by_set.items()):
@@ -115,7 +117,7 @@ def benchmarks(rows: Iterable[Score], models: Sequence[str], scorers: Sequence[s
     return found
 
 
-def _categories(prompts: dict[tuple[str, str], Prompt], prompt_set: str, keys: set[str]) -> list[str]:
+def _categories(prompts: dict[tuple[str, str], ScoredPrompt], prompt_set: str, keys: set[str]) -> list[str]:
     """Categories in the order of their lowest prompt number, then by name."""
     lowest: dict[str, tuple] = {}
     for key in keys:

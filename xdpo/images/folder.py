@@ -14,7 +14,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,9 +23,10 @@ from typing import Any
 from PIL import Image
 
 from xdpo.files import PART, check_writable, is_own, reading, replacing, sweep, write_text, writing
+from xdpo.images.manifest import MANIFEST, PARTS, ManifestRow
 from xdpo.provenance import library_versions
 
-SETTINGS, MANIFEST, PARTS = "settings.json", "manifest.jsonl", "manifest.part-*.jsonl"
+SETTINGS = "settings.json"
 
 
 class ImageFolderError(ValueError):
@@ -101,36 +102,36 @@ def save_image(path: Path, image: Image.Image, quality: int) -> str:
     return hashlib.sha256(buffer.getbuffer()).hexdigest()
 
 
-def record(folder: Path, rank: int, rows: Iterable[Mapping[str, Any]]) -> None:
+def record(folder: Path, rank: int, rows: Iterable[ManifestRow]) -> None:
     """Append the rows of finished images to this process's part of the manifest. Raises StorageError."""
     path = folder / PARTS.replace("*", f"{rank:05d}")
     with writing(path), path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)  # ASCII: no separator that a reader might split at
+        file.writelines(row.to_line() for row in rows)
         file.flush()
         os.fsync(file.fileno())
 
 
-def read_manifest(folder: Path) -> list[dict[str, Any]]:
+def read_manifest(folder: Path) -> list[ManifestRow]:
     """The rows of manifest.jsonl; none where there is no such file. Raises ImageFolderError for a damaged one."""
     if not (folder / MANIFEST).is_file():
         return []
     return list(_rows(folder / MANIFEST, may_be_torn=False))
 
 
-def collect_manifest(folder: Path) -> list[dict[str, Any]]:
+def collect_manifest(folder: Path) -> list[ManifestRow]:
     """Merge the processes' parts into manifest.jsonl and return its rows, in order of position and image number.
 
     Rows whose image is gone are dropped, so that it is made again. One process calls it while none makes images.
     """
     parts = sorted(folder.glob(PARTS))
-    rows = {row["file"]: row for row in read_manifest(folder)}
+    rows = {row.file: row for row in read_manifest(folder)}
     for part in parts:
-        rows |= {row["file"]: row for row in _rows(part, may_be_torn=True)}
+        rows |= {row.file: row for row in _rows(part, may_be_torn=True)}
     finished = sorted(
         (row for file, row in rows.items() if (folder / file).is_file()),
-        key=lambda row: (row["image"], row["position"]),
+        key=lambda row: (row.image, row.position),
     )
-    write_text(folder / MANIFEST, "".join(json.dumps(row) + "\n" for row in finished))
+    write_text(folder / MANIFEST, "".join(row.to_line() for row in finished))
     for part in parts:
         part.unlink()
     return finished
@@ -143,14 +144,14 @@ def _holds_images(folder: Path) -> bool:
     return any(not any(fnmatch(path.name, pattern) for pattern in ours) for path in files)
 
 
-def _rows(path: Path, may_be_torn: bool) -> Iterable[dict[str, Any]]:
+def _rows(path: Path, may_be_torn: bool) -> Iterator[ManifestRow]:
     with reading(path):
         content = path.read_bytes()
     for number, line in enumerate(content.split(b"\n"), start=1):
         try:
             if line:
-                yield json.loads(line)
-        except ValueError as error:  # not JSON, or cut within a character: the process was killed while appending
+                yield ManifestRow.from_line(line)
+        except (ValueError, TypeError) as error:  # not JSON, or cut within a character: killed while appending
             if not may_be_torn:
                 message = f"{path}: line {number} is damaged: {error}; remove the file to make its images again"
                 raise ImageFolderError(message) from error

@@ -1,14 +1,52 @@
 """Sheets of images side by side: models as columns, prompts as rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from xdpo.data.images import UnreadableImageError, decode_rgb
 from xdpo.files import replacing, writing
+from xdpo.images.folder import read_manifest
+from xdpo.images.manifest import MANIFEST, ManifestRow
 
 _MARGIN, _LINE, _HEADER, _GAP = 8, 15, 26, 6
 _FONT_SIZE, _TITLE_SIZE = 11, 14
+
+
+def first_images(folder: Path, prompt_set: str) -> dict[tuple[int, str], ManifestRow]:
+    """The first image of every prompt of a set in a model's folder, by the prompt's position and text.
+
+    Raises ValueError for a folder without images of that set, ImageFolderError for a damaged manifest.
+    """
+    rows = read_manifest(folder / prompt_set)
+    if not rows:
+        sets = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))) or "none"
+        raise ValueError(f"no images of {prompt_set!r} in {folder}; sets there: {sets}")
+    return {(row.position, row.prompt): row for row in rows if row.image == 0}
+
+
+def write_sheets(
+    columns: Mapping[str, Sequence[Path]], captions: Sequence[str], output: Path, rows: int, cell: int | None = None
+) -> Iterator[tuple[Path, int]]:
+    """Write contact sheets of image files, `rows` prompts on each; yields a sheet's file and its number of prompts.
+
+    Sheets after the first get _2, _3, … at the end of their name. Raises ValueError for an image that can't be read.
+    """
+    for number, start in enumerate(range(0, len(captions), rows), start=1):
+        part = slice(start, start + rows)
+        images = {title: [_open(path) for path in paths[part]] for title, paths in columns.items()}
+        sheet = contact_sheet(images, captions[part], cell=cell, caption_lines=3)
+        path = output.with_stem(f"{output.stem}_{number}") if number > 1 else output
+        save_sheet(path, sheet)
+        yield path, len(captions[part])
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return decode_rgb(str(path))
+    except UnreadableImageError as error:
+        raise ValueError(f"an image can't be read: {error}; remove it and make it again") from None
 
 
 def save_sheet(path: Path, sheet: Image.Image) -> None:

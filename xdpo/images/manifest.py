@@ -1,0 +1,58 @@
+"""The manifest of an image folder: one JSON object a line for each image. Its keys are said here and nowhere else."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Self
+
+from xdpo.tables import as_text
+
+MANIFEST, PARTS = "manifest.jsonl", "manifest.part-*.jsonl"
+_OTHER_NAMES = {"category": "style", "sha256": "checksum"}  # for the same, in manifests of other programs
+
+
+@dataclass(frozen=True)
+class ManifestRow:
+    """All that a line of our own says about its image. The fields' names and order are the line's keys."""
+
+    file: str  # path below the set's folder
+    category: str
+    index: int  # of the prompt in its category
+    position: int  # of the prompt in the whole set
+    image: int  # counts several images of one prompt, from 0
+    prompt: str
+    truncated: bool  # whether the text encoder did not see the prompt's end
+    seed: int
+    model: str
+    revision: str | None
+    settings: dict[str, Any]  # the fields of SamplingSettings
+    set: str
+    batch_size: int
+    sha256: str  # of the file
+
+    @classmethod
+    def from_line(cls, line: bytes) -> Self:
+        """Raises ValueError for what is no JSON in UTF-8, TypeError for other keys."""
+        return cls(**json.loads(line))
+
+    def to_line(self) -> str:
+        return json.dumps(asdict(self)) + "\n"  # ASCII: no separator that a reader might split at
+
+
+class ListedImage(NamedTuple):
+    """What a reader takes from a line, which may be another program's: only the file must be there."""
+
+    file: str
+    category: str | None = None
+    prompt: str | None = None
+    sha256: str | None = None
+    model: str | None = None
+
+    @classmethod
+    def from_line(cls, line: bytes) -> Self:
+        """Raises ValueError, TypeError or RecursionError for a line that does not name an image, or not in texts."""
+        row = json.loads(line)
+        texts = {name: as_text(row[name], name) for name in (*cls._fields, *_OTHER_NAMES.values()) if name in row}
+        for name, other in _OTHER_NAMES.items():
+            synonym = texts.pop(other, None)
+            texts[name] = texts.get(name) or synonym
+        return cls(**texts)

@@ -1,0 +1,1 @@
+"""Scores of images: computing them, the table that keeps them, and what they say, in numbers with intervals."""

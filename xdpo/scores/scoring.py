@@ -1,0 +1,152 @@
+"""Pictures → scores in the table: only what is new, one scorer in memory at a time, saved as it goes."""
+
+import gc
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from xdpo.data.images import UnreadableImageError, decode_rgb
+from xdpo.images.reading import Picture, Problem
+from xdpo.scorers.interface import Scorer
+from xdpo.scorers.loading import load_scorer
+from xdpo.scores.table import Placement, ScoreKey, ScoreTable
+
+SAVE_SECONDS = 20  # between parts of the score table: what a kill can cost
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device named, else the accelerator where there is one. Raises ValueError for one that does not work."""
+    if name is None:
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def score_missing(
+    pictures: Sequence[Picture],
+    versions: Mapping[str, str],
+    table: ScoreTable,
+    *,
+    device: torch.device,
+    batch_size: int,
+    workers: int | None = None,
+    weights: Path | None = None,
+) -> set[str]:
+    """Add the scores that the table lacks of pictures with prompts and checksums; closes the table.
+
+    versions: of each scorer, by name. workers: processes that decode; None: none on a CPU, up to 8 beside a GPU.
+    Returns the checksums of pictures that cannot be decoded.
+    """
+    if workers is None:
+        workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+    broken: set[str] = set()
+    for name, version in versions.items():
+        todo = [p for p in pictures if _key(p, name, version) not in table.scores and p.sha256 not in broken]
+        todo = list({(p.sha256, p.prompt): p for p in todo}.values())
+        print(f"{name}: {len(pictures):,} images, {len(todo):,} of them to score")
+        if todo:
+            scorer = load_scorer(name, device, weights)
+            try:
+                broken |= _score(scorer, version, todo, table, batch_size, workers)
+            finally:
+                table.save_part()
+            del scorer
+            gc.collect()
+            if device.type != "cpu":
+                torch.accelerator.empty_cache()
+    keys = [(picture, _key(picture, name, version)) for name, version in versions.items() for picture in pictures]
+    table.close(
+        [(_placement(picture), key) for picture, key in keys if key in table.scores],
+        replaced={(picture.prompt_set, picture.model, key.scorer) for picture, key in keys},
+    )
+    return broken
+
+
+def left_out(
+    pictures: Sequence[Picture], broken: set[str], versions: Mapping[str, str], table: ScoreTable
+) -> list[Problem]:
+    """Pictures that could not be decoded, and those that a scorer gave no finite number."""
+    undecodable, not_finite = defaultdict(list), defaultdict(list)
+    for picture in pictures:
+        owner = picture.model, picture.prompt_set
+        if picture.sha256 in broken:
+            undecodable[owner].append(picture.name)
+        for name, version in versions.items():
+            number = table.scores.get(_key(picture, name, version), 0.0)
+            if not abs(number) < float("inf"):
+                not_finite[*owner, name].append(picture.name)
+    problems = [Problem(*owner, "left out: cannot be decoded", tuple(names)) for owner, names in undecodable.items()]
+    problems += [
+        Problem(model, prompt_set, f"left out: no finite score by {name}", tuple(names))
+        for (model, prompt_set, name), names in not_finite.items()
+    ]
+    for problem in problems:
+        print(f"note: {problem.describe()}", file=sys.stderr)
+    return problems
+
+
+def _score(
+    scorer: Scorer, version: str, pictures: Sequence[Picture], table: ScoreTable, batch_size: int, workers: int
+) -> set[str]:
+    broken, saved = set(), time.monotonic()
+    with tqdm(total=len(pictures), desc=scorer.name, unit="image") as progress:
+        for batch in _prepared_batches(scorer, pictures, batch_size, workers):
+            good = [(picture, item) for picture, item in batch if not isinstance(item, _Undecodable)]
+            broken |= {picture.sha256 for picture, item in batch if isinstance(item, _Undecodable)}
+            if good:
+                numbers = scorer.score_batch([item for _, item in good], [picture.prompt for picture, _ in good])
+                keys = [_key(picture, scorer.name, version) for picture, _ in good]
+                table.add(dict(zip(keys, map(float, numbers), strict=True)))
+            progress.update(len(batch))
+            if time.monotonic() - saved > SAVE_SECONDS:
+                table.save_part()
+                saved = time.monotonic()
+    return broken
+
+
+class _Undecodable:
+    """Stands where a broken image's pixels would."""
+
+
+class _Prepared(torch.utils.data.Dataset):
+    """Decoding and preprocessing, one image per item, so that a DataLoader's workers can do it."""
+
+    def __init__(self, scorer: Scorer, paths: Sequence[Path]):
+        self.preprocess, self.paths = scorer.preprocess, paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int):
+        try:
+            image = decode_rgb(str(self.paths[index]))
+        except UnreadableImageError:
+            return _Undecodable()
+        return self.preprocess(image)
+
+
+def _prepared_batches(
+    scorer: Scorer, pictures: Sequence[Picture], batch_size: int, workers: int
+) -> Iterator[list[tuple[Picture, object]]]:
+    """Batches of (picture, what the scorer takes of it), in order."""
+    items = _Prepared(scorer, [picture.path for picture in pictures])
+    loader = DataLoader(items, batch_size=batch_size, num_workers=workers, collate_fn=list)
+    for number, batch in enumerate(loader):
+        yield list(zip(pictures[number * batch_size :], batch, strict=False))
+
+
+def _key(picture: Picture, scorer: str, version: str) -> ScoreKey:
+    return ScoreKey(picture.prompt, picture.sha256, scorer, version)
+
+
+def _placement(picture: Picture) -> Placement:
+    return Placement(picture.prompt_set, picture.model, picture.category, picture.key, picture.repeat, picture.name)
