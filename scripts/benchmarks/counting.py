@@ -343,7 +343,8 @@ class Training:
 
     def _fresh_batch(self) -> Batch:
         """The batch, new on the device."""
-        return tree_map_only(Tensor, torch.clone, self.batch)
+        captions = type(self.batch.captions)({name: value.clone() for name, value in self.batch.captions.items()})
+        return tree_map_only(Tensor, torch.clone, self.batch._replace(captions=captions))
 
     def _sample(self, denoiser: nn.Module, conditioning: Conditioning, guidance_scale: float) -> Tensor:
         """Latents after one of a sampler's steps; `conditioning` of N images, twice as many with guidance."""
