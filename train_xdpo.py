@@ -1,4 +1,4 @@
-"""Align a text-to-image UNet to preference pairs with xDPO or Diffusion-DPO.
+"""Align a text-to-image model to preference pairs: xDPO, Diffusion-DPO and eleven other objectives.
 
     accelerate launch train_xdpo.py --config configs/xdpo_sd15.yaml [section.key=value …]
     python train_xdpo.py --config configs/tiny/xdpo.yaml          (the embedded default, minutes on a CPU)
@@ -6,91 +6,34 @@
 The same command resumes a run that was stopped or killed.
 """
 
-import argparse
-import hashlib
 import importlib.util
 import os
 import signal
 import sys
-import time
-from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
-
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-
-from xdpo import config, data, ending, families, feeds, files, precompute, processes, runs
-from xdpo.compute import build_accelerator
-from xdpo.config import Config, ConfigError
-from xdpo.data import Split
-from xdpo.families import PipelineParts
-from xdpo.feeds import build_feed
-from xdpo.find_batch import find_batch
-from xdpo.learner import build_learner, build_optimizer, open_recorded_errors
-from xdpo.non_finite import NonFiniteError, refuse_non_finite
-from xdpo.precompute import Pairs, make_dataset, open_pairs
-from xdpo.runlog import RunLog, peak_memory_gb
-from xdpo.tally import Tally
-from xdpo.watch import Watch
+from xdpo import config
+from xdpo.config import Config
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, check everything that is cheap to check, build, train. Returns the exit status."""
+    """Parse, check what needs no library, then train. Returns the exit status."""
     options = config.build_parser(__doc__).parse_intermixed_args(arguments)
     try:
         settings = config.load_config(options.config, options.overrides)
         check_optional_packages(settings)
-        accelerator = build_accelerator(settings)
-        with ending.together():
-            return run(settings, accelerator, options)
-    except (ConfigError, data.DataError, runs.CheckpointError, NonFiniteError, ValueError) as error:
+        plan = config.describe(settings, int(os.environ.get("WORLD_SIZE", "1")))  # as launchers set it
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted before the training began; nothing was lost", file=sys.stderr)
         return 128 + signal.SIGINT
-
-
-def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace) -> int:
-    """Everything behind the config: check, open, load, train. Returns the exit status."""
-    plan = config.describe(settings, accelerator.num_processes)
     if options.dry_run:
-        accelerator.print(config.dump_config(settings) + "\n" + plan)
+        if os.environ.get("RANK", "0") == "0":
+            print(config.dump_config(settings) + "\n" + plan)
         return 0
-    digest = hashlib.sha256(config.dump_config(settings).encode()).hexdigest()[:16]
-    processes.refuse_differences({"config": digest}, "Start the same command, with the same files, on every machine")
-    runs.check_optimizer(lambda parameters: build_optimizer(settings, parameters), accelerator.device)
-    folder = Path(settings.output_dir)
-    runs.check_run_folder(folder, settings, options.allow_config_change)
-    resume_from = runs.agree_on_checkpoint(folder)
-    if settings.loss.samples_rejected:
-        feeds.check_snapshots(settings, folder, runs.step_of(resume_from) if resume_from else 0)
-    families.check_pipeline_folder(settings.model.pipeline, settings.model.revision)
-    if settings.cache.examples and settings.cache.build:
-        precompute.build_missing_examples(settings, accelerator, accelerator.print)
-    train_pairs = open_pairs(settings, accelerator, Split.TRAIN)
-    held_out_pairs = open_pairs(settings, accelerator, Split.HELD_OUT) if settings.eval.every else None
-    if accelerator.num_processes > 1:
-        facts = {"training pairs": train_pairs.fingerprint}
-        processes.refuse_differences(facts, "Give every machine the same data")
-    if resume_from:
-        runs.check_pairs(folder, train_pairs.fingerprint, options.allow_config_change, accelerator.print)
-    margin_weights = data.weigh_pairs(settings.loss.margin_weight, train_pairs, held_out_pairs)
-    accelerator.print(config.describe(settings, accelerator.num_processes, len(train_pairs)))
-    accelerator.print(f"training pairs: {data.PairCounts(**vars(train_pairs.counts))}")
-    if margin_weights.train is not None:
-        accelerator.print(f"margin weights: {margin_weights.train}")
-    if held_out_pairs and accelerator.is_main_process:
-        note_shared_pairs(train_pairs, held_out_pairs)
-    parts = families.load_parts(settings.model, encoders=not settings.cache.examples or settings.samples.every > 0)
-    processes.wait()  # for whoever downloads more slowly
-    if options.find_batch:
-        return find_batch(settings, accelerator, parts, train_pairs, margin_weights)
-    with files.only_run([folder], "a training", is_main=accelerator.is_main_process):
-        if runs.agree_on_checkpoint(folder) != resume_from:
-            raise ValueError(f"output_dir: another process has just saved in {folder}; run the same command again")
-        return train(settings, accelerator, folder, resume_from, parts, train_pairs, held_out_pairs, margin_weights)
+    from xdpo import training  # not before: with PyTorch and diffusers it takes seconds
+
+    return training.main(settings, options)
 
 
 def check_optional_packages(settings: Config) -> None:
@@ -101,168 +44,6 @@ def check_optional_packages(settings: Config) -> None:
     for key, package in wanted.items():
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"{key} needs {package}, which is not installed; pip install {package}")
-
-
-def note_shared_pairs(train_pairs: Pairs, held_out_pairs: Pairs) -> None:
-    """Say where held-out pairs are trained on."""
-    shared, count = precompute.count_shared(train_pairs, held_out_pairs), len(held_out_pairs)
-    if shared:
-        print(
-            f"note: {shared} of the {count} held-out pairs are training pairs too, and eval/ says little of others; "
-            "name others with eval.path or eval.split"
-        )
-
-
-def train(
-    settings: Config,
-    accelerator: Accelerator,
-    folder: Path,
-    resume_from: Path | None,
-    parts: PipelineParts,
-    train_pairs: Pairs,
-    held_out_pairs: Pairs | None,
-    margin_weights: data.PairWeights,
-) -> int:
-    """The training loop. Returns 0 when the run is finished, 128 + signal when it was asked to stop."""
-    total_batch, max_steps = settings.train.total_batch_pairs, settings.train.max_steps
-    start_step = runs.step_of(resume_from) if resume_from else 0
-
-    # What is trained, and what it is measured against.
-    set_seed(settings.seed)
-    recorded = open_recorded_errors(settings, accelerator, train_pairs, held_out_pairs, start_step)
-    learner = build_learner(settings, accelerator, parts, recorded, margin_weights)
-    dataset = make_dataset(train_pairs, parts.tokenize, settings, Split.TRAIN)
-    sampler = build_sampler(settings, accelerator, start_step)
-    first_batch = dataset.batch(next(iter(sampler)))
-    learner.settle_gradients(first_batch)
-    learner.refuse_errors_of_others(first_batch)  # before a checkpoint is loaded the policy is still the reference
-    if resume_from:
-        learner.load(resume_from)
-    learner.refuse_other_weights(start_step)
-
-    # What it trains on, and who watches.
-    log = open_log(settings, accelerator, folder, start_step, train_pairs, held_out_pairs, margin_weights)
-    if resume_from:
-        log.say(f"resumed from {resume_from}")
-    stop = ending.StopRequest()
-    if (grace := ending.launcher_grace_seconds()) is not None:
-        log.say(f"asked to stop, the run finishes its step and saves; the launcher leaves it {grace} s for both")
-    feed = build_feed(learner, train_pairs, dataset, sampler, folder, log.say, lambda: bool(stop.received))
-    watch = Watch(learner, held_out_pairs, folder, log)
-    if start_step == 0:
-        watch.look(0)
-
-    stop_is_described = False
-    for step_number in range(start_step, max_steps):
-        started = time.perf_counter()
-        if not feed.begin_step(step_number, learner.bare_policy):
-            if step_number > start_step:
-                learner.save(folder, step_number)
-            log.say(
-                f"stopped before step {step_number + 1} as asked; what was sampled is kept, the same command resumes"
-            )
-            return leave(log, stop)
-
-        # Accumulate gradients; nothing here waits for the device.
-        tally = Tally(settings, accelerator)
-        for batch in feed.micro_batches():
-            tally.add(batch, learner.micro_step(batch))
-
-        # One exchange between processes and one wait for the device per optimizer step.
-        gradient_norm = learner.clip_gradients()
-        metrics, is_asked_to_stop = tally.exchange(stop.received)
-        metrics["gradient_norm"] = float(gradient_norm)
-        refuse_non_finite(step_number, metrics, tally.window, is_scaled=accelerator.scaler is not None)
-        learner.reference.commit()
-
-        # Update and log.
-        metrics |= learner.update(step_number, metrics.get("gain"))
-        seconds = time.perf_counter() - started
-        if (effective_beta := config.effective_beta(settings)) is not None:
-            metrics["effective_beta"] = effective_beta
-        metrics["pairs_seen"] = (step_number + 1) * total_batch
-        metrics["pairs_per_second"] = total_batch / seconds
-        metrics["data_wait_share"] = feed.wait_seconds / seconds  # of this process
-        metrics["peak_memory_gb"] = peak_memory_gb(accelerator.device)
-        log.row(step_number + 1, metrics, advance=True)
-        if learner.skipped_steps.in_a_row:
-            log.say(f"step {step_number + 1}: gradients overflowed in fp16; skipped, the loss scale is lowered")
-            learner.skipped_steps.refuse_too_many(step_number)
-
-        # Save it, look at it, or leave. Whoever is asked to stop saves first: the launcher may not wait for a look.
-        is_last = step_number + 1 == max_steps
-        if is_asked_to_stop:
-            learner.save(folder, step_number + 1)
-        watch.look(step_number + 1)
-        if not is_asked_to_stop and (is_last or (step_number + 1) % settings.checkpoint.every == 0):
-            saving = time.perf_counter()
-            learner.save(folder, step_number + 1)
-            if not stop_is_described:
-                saving = time.perf_counter() - saving
-                log.say(ending.describe_stop(seconds, saving, watch.longest_seconds))
-                stop_is_described = True
-        if is_asked_to_stop and not is_last:
-            log.say(f"stopped after step {step_number + 1} as asked and saved; the same command resumes")
-            return leave(log, stop)
-
-    exported = learner.export(folder)
-    if accelerator.is_main_process:
-        feed.close()
-    log.say(f"finished: {max_steps} steps; the model is in {exported}, everything else in {folder}")
-    processes.wait()
-    log.close()
-    return 0
-
-
-def leave(log: RunLog, stop: ending.StopRequest) -> int:
-    """Close the log of a run that was asked to stop. Returns 128 + signal."""
-    log.close()
-    return 128 + (stop.received or signal.SIGTERM)  # another process may have received it
-
-
-def build_sampler(settings: Config, accelerator: Accelerator, start_step: int) -> data.StepSampler:
-    """The positions of this process's micro-batches."""
-    return data.StepSampler(
-        start_step=start_step,
-        total_batch_pairs=settings.train.total_batch_pairs,
-        micro_batch_pairs=settings.train.micro_batch_pairs,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
-
-
-def open_log(
-    settings: Config,
-    accelerator: Accelerator,
-    folder: Path,
-    start_step: int,
-    train_pairs: Pairs,
-    held_out_pairs: Pairs | None,
-    margin_weights: data.PairWeights,
-) -> RunLog:
-    """Describe the run in its folder, and open its metrics and trackers."""
-    run_id, weights = None, margin_weights.train
-    if accelerator.is_main_process:
-        run_id = runs.describe_run(
-            folder,
-            settings,
-            pairs_fingerprint=train_pairs.fingerprint,
-            training_pairs=vars(train_pairs.counts),
-            held_out_pairs=vars(held_out_pairs.counts) if held_out_pairs else None,
-            score_range=weights.score_range if weights is not None else None,
-            processes=accelerator.num_processes,
-            device=str(accelerator.device),
-            precision=accelerator.mixed_precision,
-        )
-    return RunLog(
-        accelerator,
-        folder,
-        run_id=run_id,
-        project=settings.log.project,
-        config=config.flatten(settings),
-        start_step=start_step,
-        max_steps=settings.train.max_steps,
-    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ FLOORS = {
     5: {"report", "step"},
     6: {"learner", "study", "tally"},
     7: {"feeds", "find_batch", "watch"},
-    8: {"train_xdpo", "generate", "evaluate", "experiments"},
+    8: {"experiments", "training"},
+    9: {"train_xdpo", "generate", "evaluate"},
 }
 ENTRY_FLOOR = max(FLOORS)
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}

@@ -8,14 +8,13 @@ import torch
 from safetensors.torch import load_file
 from training_runs import policy_of, rows_of
 
-import train_xdpo
-from xdpo import runs
+from xdpo import runs, training
 
 
 @pytest.fixture
 def scaled(monkeypatch):
     """scaled(bad): training steps, from 1, for which bad(step) holds get a gradient that is no number."""
-    build = train_xdpo.build_accelerator
+    build = training.build_accelerator
 
     def install(is_bad, fused=True):
         def scaling(settings):
@@ -41,7 +40,7 @@ def scaled(monkeypatch):
             start = runs.step_of(finished[-1]) if finished else 0
             return accelerator
 
-        monkeypatch.setattr(train_xdpo, "build_accelerator", scaling)
+        monkeypatch.setattr(training, "build_accelerator", scaling)
         if not fused:
             unfused = torch.optim.AdamW
             monkeypatch.setattr(torch.optim, "AdamW", lambda *given, fused, **named: unfused(*given, **named))
