@@ -25,6 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from xdpo import ending, files, models, processes, sampling
+from xdpo.compute import check_compiler
 from xdpo.data.images import UnreadableImageError, decode_rgb
 from xdpo.paths import expanded, user_path
 from xdpo.prompts import PROMPT_SETS, PromptSet, load_prompts
@@ -146,6 +147,8 @@ def generate(options: argparse.Namespace) -> int:
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=processes.COLLECTIVE_TIMEOUT)
     if settings.precision == "fp16" and state.device.type == "cpu":
         raise ValueError("--precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    if settings.compile:
+        check_compiler("--compile")
     processes.connect()
     with ending.together():
         return make_missing(options, settings, state)

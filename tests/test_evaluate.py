@@ -1,13 +1,19 @@
 """evaluate.py from image folders to report: nothing is scored twice, nothing is lost, and everything odd is named."""
 
+import base64
+import io
 import json
 import re
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
-from PIL import Image
+from conftest import held_elsewhere
+from PIL import ExifTags, Image
 
 import evaluate
+from xdpo.files import is_own
+from xdpo.report import thumbnails
 from xdpo.report.images import Picture, file_sha256, of_one_colour
 from xdpo.report.table import ScoreTable
 
@@ -86,7 +92,8 @@ def world(tmp_path):
 
 def test_two_folders_become_scores_tables_figures_and_a_page(world, capsys):
     assert world.run() == 0
-    assert {path.name for path in world.output.iterdir()} == {"scores.parquet", "report.md", "report.html", "figures"}
+    made = {path.name for path in world.output.iterdir() if not is_own(path)}
+    assert made == {"scores.parquet", "report.md", "report.html", "figures"}
     assert {path.suffix for path in (world.output / "figures").iterdir()} == {".png", ".svg"}
     table = ScoreTable(world.output)
     assert sorted((row.model, row.key, row.score) for row in table.placed)[:2] == [
@@ -120,6 +127,44 @@ def test_one_colour_is_seen_in_every_format_and_size(tmp_path, format, side):
     image.save(busy, format, quality=100)
     pictures = [Picture("m", "s", "", path.name, 0, path, path.name) for path in (plain, busy)]
     assert [problem.names for problem in of_one_colour(pictures)] == [("plain",)]
+
+
+def deep_image(path, low, high):
+    """A gradient in 16-bit grey."""
+    grey = np.linspace(low, high, 16 * 16).reshape(16, 16).astype(np.uint16)
+    Image.fromarray(grey).save(path)
+
+
+def test_a_16_bit_image_is_no_image_of_one_colour(tmp_path):
+    """Cut at 255 it would be white."""
+    path = tmp_path / "00000.png"
+    deep_image(path, 1000, 65_000)
+    assert of_one_colour([Picture("m", "s", "", "0", 0, path, path.name)]) == []
+
+
+def test_a_thumbnail_shows_what_was_scored(tmp_path):
+    """16 bits are scaled, transparency lies over white, and a photograph stands upright."""
+
+    def shown(path):
+        head, _, content = thumbnails.data_uri(path).partition(",")
+        image = Image.open(io.BytesIO(base64.b64decode(content)))
+        assert head == f"data:image/{image.format.lower()};base64"
+        return image
+
+    deep = tmp_path / "deep.tiff"
+    deep_image(deep, 0, 65_535)
+    assert 120 < np.asarray(shown(deep)).mean() < 135
+    clear = tmp_path / "clear.webp"
+    Image.new("RGBA", (16, 16), (255, 0, 0, 0)).save(clear, lossless=True)
+    assert np.asarray(shown(clear)).min() == 255
+    turned, exif = tmp_path / "turned.jpg", Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (600, 300)).save(turned, exif=exif)
+    assert shown(turned).size == (128, 256)
+    small = tmp_path / "small.png"  # a JPEG by its content
+    Image.new("RGB", (16, 16)).save(small, "JPEG")
+    assert shown(small).size == (16, 16)
+    assert thumbnails.embed([small, deep, small], 10**6).keys() == {small, deep}
 
 
 def test_nothing_is_scored_twice_and_a_new_model_costs_only_its_own(world):
@@ -341,11 +386,10 @@ def test_no_permission_is_said_before_anything_is_scored(world, capsys, monkeypa
 
 
 def test_a_second_evaluation_into_the_same_folder_waits_its_turn(world, capsys):
-    table = ScoreTable(world.output, for_writing=True)
-    assert world.run() == 1
-    assert "another evaluate.py is writing there" in capsys.readouterr().err
+    with held_elsewhere(world.output, "evaluate.py") as holder:
+        assert world.run() == 1
+    assert f"{world.output} is in use: evaluate.py, process {holder.pid} on " in capsys.readouterr().err
     assert world.calls() == 0
-    table.close([], replaced=[])
     assert world.run() == 0
 
 

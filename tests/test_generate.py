@@ -442,7 +442,12 @@ BAD_SPECS = {
     "a revision of nothing": ("{base: a/b, revision: main}", "base_revision"),
     "a misspelt key": ("{base: a/b, untet: c/d}", "untet"),
     "a list": ("[a]", "must be a mapping"),
-    "not YAML": ("{", "can't read"),
+    "not YAML": ("{", "can't read .*line 1"),
+    "a value that its tag does not fit": ("base: !!bool maybe", "can't read .*does not fit its `!!` tag"),
+    "digits without end": (f"base: {'9' * 5000}", "can't read .*not valid YAML"),
+    "a character that YAML forbids": ("base: a\x01b", "can't read .*not valid YAML"),
+    "a key twice": ("base: a/b\nbase: c/d", r"line 2: key 'base' is given twice"),
+    "brackets without end": ("[" * 5000, "can't read .*nested too deeply"),
 }
 
 

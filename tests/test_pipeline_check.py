@@ -258,6 +258,27 @@ def test_a_unet_is_checked_against_the_pipeline_that_it_goes_with(small_pipeline
         resolve_model(*read_model_spec(small_pipeline, unet=str(unet)))
 
 
+def test_a_unet_of_pickled_weights_is_refused_and_not_opened(small_pipeline, pipeline, cached, monkeypatch):
+    from xdpo.models import load_model
+
+    monkeypatch.setattr("torch.load", lambda *_, **__: pytest.fail("it was unpickled"))
+    weights = load_file(pipeline / UNET)
+    (pipeline / UNET).unlink()
+    with pytest.raises(ValueError, match=r"lacks unet/\*\.safetensors .* found there: config\.json\. Save it"):
+        resolve_model(*read_model_spec(small_pipeline, unet=str(pipeline)))
+    torch.save(weights, pipeline / "unet/diffusion_pytorch_model.bin")
+    for unet in (pipeline, pipeline / "unet"):
+        with pytest.raises(
+            ValueError, match=r"(?s)model\.unet: .*diffusion_pytorch_model\.bin.*Pickled weights are not"
+        ):
+            resolve_model(*read_model_spec(small_pipeline, unet=str(unet)))
+
+    cached(pipeline, "org/pickled")
+    model = resolve_model(*read_model_spec(small_pipeline, unet="org/pickled"))
+    with pytest.raises(ValueError, match=r"can't load unet weights of org/pickled: .*safetensors"):
+        load_model(model)
+
+
 def test_a_unet_as_a_variant_alone_is_loaded(small_pipeline, pipeline):
     from xdpo.models import load_model
 

@@ -125,6 +125,27 @@ def test_half_precision_changes_pixels_but_little(small_pipeline):
     assert 0 < difference.mean() < 16
 
 
+@pytest.fixture
+def switches():
+    """PyTorch's switches of kernels as they were, afterwards."""
+    places = [(torch.backends.cuda.matmul, "allow_tf32")]
+    places += [(torch.backends.cudnn, name) for name in ("allow_tf32", "benchmark", "deterministic")]
+    before = [getattr(*place) for place in places]
+    yield
+    for place, value in zip(places, before, strict=True):
+        setattr(*place, value)
+
+
+def test_on_a_gpu_float32_is_float32_in_products_and_convolutions(switches):
+    class Pipeline:
+        def to(self, *_):
+            return self
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    sampling.prepare_pipeline(Pipeline(), SamplingSettings(), torch.device("cuda"))
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+
+
 def test_a_prompt_is_truncated_where_its_tokens_are_more_than_are_read(tiny_tokenizer):
     assert not sampling.is_truncated(tiny_tokenizer, "a b c d e f")  # 6 and the two ends: 8
     assert sampling.is_truncated(tiny_tokenizer, "a b c d e f g")

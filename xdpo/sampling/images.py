@@ -98,6 +98,7 @@ def prepare_pipeline(pipeline, settings: SamplingSettings, device: torch.device)
     pipeline.to(device, DTYPES[settings.precision])
     if device.type == "cuda":
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means float32
     if settings.compile:
         pipeline.unet.compile(fullgraph=True, dynamic=False)  # a chunk has one size
     return pipeline
