@@ -242,6 +242,7 @@ def listed_folder(tmp_path, name, content):
 
 
 CHOICE = "chosen,rejected,caption\n"
+JSON_PAIR = '{"chosen": "a", "rejected": "b", "caption": "c"}\n'
 
 
 @pytest.mark.parametrize(
@@ -449,8 +450,25 @@ def test_a_folder_without_a_list_of_pairs_is_named(tmp_path):
         load_pairs(data_config(str(tmp_path), source="folder"))
 
 
+def test_a_list_of_pairs_may_be_named_itself_and_two_of_them_are_a_clash(tmp_path):
+    for name, content in (
+        ("pairs.csv", CHOICE + "a,b,of csv\n"),
+        ("pairs.jsonl", JSON_PAIR),
+        ("Mine.CSV", CHOICE + "a,b,mine\n"),
+    ):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=r"holds both pairs\.csv and pairs\.jsonl; name the one"):
+        load_pairs(data_config(str(tmp_path), source="folder"))
+    for name, caption in (("pairs.csv", "of csv"), ("pairs.jsonl", "c"), ("Mine.CSV", "mine")):
+        table = load_pairs(data_config(str(tmp_path / name), source="folder"))
+        assert table.captions() == [caption] and table.dataset[0]["jpg_0"] == str(tmp_path / "a")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "pairs.csv").write_text(CHOICE + "a,b,of the split\n")
+    assert load_pairs(data_config(str(tmp_path), source="folder")).captions() == ["of the split"]
+
+
 def test_a_line_that_is_not_json_is_named(tmp_path):
-    (tmp_path / "pairs.jsonl").write_text('{"chosen": "a", "rejected": "b", "caption": "c"}\n{"chosen"\n')
+    (tmp_path / "pairs.jsonl").write_text(JSON_PAIR + '{"chosen"\n')
     with pytest.raises(DataError, match=r"pairs\.jsonl line 2 is not JSON"):
         load_pairs(data_config(str(tmp_path), source="folder"))
 

@@ -336,6 +336,13 @@ def parquet_schema(path: Path) -> Any:
     return _from_parquet(path, lambda: pq.read_schema(path))
 
 
+def parquet_rows(path: Path) -> int:
+    """How many rows a parquet file has, by its footer. Raises TableError where it is none."""
+    import pyarrow.parquet as pq
+
+    return _from_parquet(path, lambda: pq.read_metadata(path).num_rows)
+
+
 def _read_parquet(path: Path, wanted: Callable[[str], bool]) -> Table:
     import pyarrow.parquet as pq
 
