@@ -369,6 +369,8 @@ def device_name(device: torch.device) -> str:
 
 def grid(options: argparse.Namespace) -> int:
     """Sheets of the prompts that all folders have images of."""
+    if options.output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise ValueError(f"--output must end in .png or .jpg, got {str(options.output)!r}")
     titles = options.titles or [folder.resolve().name for folder in options.images]
     if len(titles) != len(options.images) or len(set(titles)) != len(titles):
         raise ValueError(f"--titles must name each of the {len(options.images)} columns differently, got {titles}")
@@ -394,8 +396,7 @@ def grid(options: argparse.Namespace) -> int:
         path = options.output
         if number > 1:
             path = path.with_stem(f"{path.stem}_{number}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
+        sampling.save_image(path, sheet)
         print(f"{path}: {len(keys)} prompts × {len(titles)} models")
     everywhere = max(len(manifest) for manifest in manifests.values())
     print(f"{len(wanted)} of {everywhere} prompts shown; {len(shared)} have an image in every folder")

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from xdpo.paths import user_path
+from xdpo.files import replacing
+from xdpo.paths import expanded, user_path
 from xdpo.tiny.annotator import Rendering, random_flaws, render
 from xdpo.tiny.judges import HEADS, JUDGE_WEIGHTS, AttributeReader, Judge, alignment, labels_of
 from xdpo.tiny.world import Scene, random_scene
@@ -97,7 +98,9 @@ def train(vae: AutoencoderKL, options: argparse.Namespace) -> AttributeReader:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", default="assets/tiny/pipeline", help="whose autoencoder images pass through")
+    parser.add_argument(
+        "--pipeline", type=expanded, default="assets/tiny/pipeline", help="whose autoencoder images pass through"
+    )
     parser.add_argument(
         "--out", type=user_path, default=JUDGE_WEIGHTS, help="where the weights go; the measures beside them"
     )
@@ -116,7 +119,8 @@ def main() -> None:
     else:
         reader = train(vae, options)
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.half().contiguous() for name, tensor in reader.state_dict().items()}, options.out)
+        with replacing(options.out, "wb") as file:
+            file.write(save({name: tensor.half().contiguous() for name, tensor in reader.state_dict().items()}))
         reader = reader.eval().half().float()  # what half precision keeps is what gets measured
     numbers = {
         "drawn": measure(reader, None, options.test_images, options.seed + 1_000),

@@ -8,6 +8,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from xdpo.files import replacing, write_text
 from xdpo.report.figures import BASELINE_COLOUR, COLOURS, STYLE, save
 from xdpo.report.grids import Cell, Grid, p_value, percent, to_markdown
 from xdpo.report.published import published_user_study, user_study
@@ -41,17 +42,16 @@ def find(study: Study, key: Key, votes: Sequence[Vote], allowed_share: float) ->
 
 
 def write(findings: Findings, folder: Path) -> Path:
-    """Write report.md, figures and votes.parquet to `folder`; returns the report's path."""
+    """Write report.md, figures and votes.parquet to `folder`; returns the report's path. Raises StorageError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = vote_rows(findings.study, findings.key, findings.votes)
-    if rows:
-        pq.write_table(pa.Table.from_pylist(rows), folder / "votes.parquet")
     save(win_rate_bars(findings), folder / "win_rates")
+    if rows := vote_rows(findings.study, findings.key, findings.votes):
+        with replacing(folder / "votes.parquet", "wb") as file:
+            pq.write_table(pa.Table.from_pylist(rows), file)
     path = folder / "report.md"
-    path.write_text(markdown(findings), encoding="utf-8")
+    write_text(path, markdown(findings))
     return path
 
 
