@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 
 from xdpo import models, sampling
@@ -113,6 +114,15 @@ def test_every_scheduler_samples_from_its_generators_alone(small_pipeline, name)
     assert pixels(first) == pixels(second) and np.asarray(first[0]).std() > 0
 
 
+@pytest.mark.parametrize("name", ["pipeline", "euler", "unipc", "dpm++"])
+def test_more_steps_than_timesteps_are_refused(small_pipeline, name):
+    """Whatever a scheduler would do with them: raise, assert, or sample noise."""
+    parts = models.load_parts(ModelConfig(pipeline=small_pipeline), encoders=False)
+    settings = SamplingSettings(num_inference_steps=1001, scheduler=name)
+    with pytest.raises(ValueError, match="1001 sampling steps are more than the 1000 timesteps"):
+        sampling.prepare_pipeline(models.pipeline_with(parts, parts.unet), settings, torch.device("cpu"))
+
+
 def test_half_precision_changes_pixels_but_little(small_pipeline):
     images = {}
     for precision in ("fp32", "bf16"):
@@ -138,6 +148,8 @@ def switches():
 
 def test_on_a_gpu_float32_is_float32_in_products_and_convolutions(switches):
     class Pipeline:
+        scheduler = DDIMScheduler()
+
         def to(self, *_):
             return self
 
