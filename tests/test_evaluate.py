@@ -3,15 +3,17 @@
 import base64
 import io
 import json
+import os
 import re
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
 from conftest import held_elsewhere
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, features
 
 import evaluate
+from xdpo import files
 from xdpo.files import is_own
 from xdpo.report import thumbnails
 from xdpo.report.images import Picture, file_sha256, of_one_colour
@@ -165,6 +167,116 @@ def test_a_thumbnail_shows_what_was_scored(tmp_path):
     Image.new("RGB", (16, 16)).save(small, "JPEG")
     assert shown(small).size == (16, 16)
     assert thumbnails.embed([small, deep, small], 10**6).keys() == {small, deep}
+
+
+@pytest.mark.parametrize("kind", ["16 bits", "a palette with transparency", "CMYK", "grey with alpha", "32-bit floats"])
+def test_images_of_every_mode_are_scored_by_the_pixels_that_they_show(world, kind):
+    """Each is a flat red of 128, or a grey of 128, whatever it is kept in."""
+    folder = world.folder / "images" / "xdpo" / "mine" / "cats"
+    path = folder / "00000.png"
+    grey = Image.new("L", (8, 8), 128)
+    match kind:
+        case "16 bits":
+            Image.fromarray(np.full((8, 8), 128 * 257, np.uint16)).save(path)
+        case "a palette with transparency":
+            clear = Image.new("P", (8, 8), 0)
+            clear.putpalette([0, 0, 0])
+            clear.save(path, transparency=0)  # white shows
+        case "CMYK":
+            Image.new("CMYK", (8, 8), (127, 127, 127, 0)).save(path, "TIFF")  # whatever its name says
+        case "grey with alpha":
+            Image.merge("LA", (grey, Image.new("L", (8, 8), 255))).save(path)
+        case "32-bit floats":
+            Image.fromarray(np.full((8, 8), 128 / 255, np.float32)).save(path, "TIFF")
+    assert world.run() == 0
+    (row,) = (row for row in ScoreTable(world.output).placed if (row.model, row.file) == ("xdpo", "cats/00000.png"))
+    assert row.score == pytest.approx(255 if "palette" in kind else 128, abs=1)
+
+
+@pytest.mark.parametrize("format", ["AVIF", "DDS", "WEBP", "JPEG2000", "TIFF"])
+def test_whatever_a_decoder_raises_leaves_one_image_out(world, format, capsys):
+    if format == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    path = world.folder / "images" / "xdpo" / "mine" / "cats" / "00001.png"
+    buffer = io.BytesIO()
+    Image.radial_gradient("L").convert("RGB").save(buffer, format)
+    path.write_bytes(buffer.getvalue()[: buffer.tell() // 3])
+    assert world.run() == 0
+    assert "1 left out: cannot be decoded (cats/00001.png)" in capsys.readouterr().err
+    assert "5 of 6 prompts have scored images of all models" in (world.output / "report.md").read_text()
+
+
+def test_one_name_in_two_cases_or_widths_is_a_clash(world, capsys):
+    """Files that a case-insensitive disk would not hold side by side, without a manifest to say which is meant."""
+    folder = world.folder / "images" / "xdpo" / "mine"
+    (folder / "manifest.jsonl").unlink()
+    for name in ("00000.PNG", "1.png", "000002.jpeg"):
+        Image.new("RGB", (8, 8)).save(folder / "cats" / name)
+    assert world.run() == 0
+    said = capsys.readouterr().err
+    for names in (
+        "cats/00000.PNG and cats/00000.png",
+        "cats/00001.png and cats/1.png",
+        "cats/000002.jpeg and cats/00002.png",
+    ):
+        assert names in said
+    assert "xdpo, mine: 3 clashes, left out: files for one image" in said
+
+
+def test_its_own_output_is_no_model(world, capsys):
+    """Figures are images too."""
+    assert world.run() == 0
+    assert (
+        evaluate.main(["--images", str(world.output), "--scorers", world.scorer, "--output", str(world.folder / "r")])
+        == 1
+    )
+    assert "nothing to compare" in (said := capsys.readouterr().err) and "2 left out: no prompt is known" in said
+    inside = world.folder / "images" / "sd15"
+    for _ in range(2):
+        arguments = ["--images", *world.images(), "--scorers", world.scorer, "--output", str(inside)]
+        assert evaluate.main(arguments) == 0
+        assert capsys.readouterr().err.count("note:") == 0
+    assert {row.prompt_set for row in ScoreTable(inside).placed} == {"mine"}
+
+
+def test_a_full_disk_is_said_of_figures_and_pages_and_scores_stay(world, capsys, request, monkeypatch):
+    assert world.run() == 0
+    before = (world.output / "report.md").read_text()
+    with monkeypatch.context() as patched:
+        original = files.aside_of
+        patched.setattr(files, "aside_of", lambda path: full if path.suffix in (".png", ".md") else original(path))
+        (full := world.folder / "full.part").symlink_to("/dev/full")
+        assert world.run("--title", "Another") == 1
+        assert re.search(r"error: could not write \S+\.png: the disk is full", capsys.readouterr().err)
+    assert (world.output / "report.md").read_text() == before
+    world.calls()
+    assert world.run("--title", "Another") == 0 and world.calls() == 0
+
+
+def test_what_is_written_may_be_read_by_whom_the_umask_lets(world):
+    before = os.umask(0o027)
+    try:
+        assert world.run() == 0
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in world.output.rglob("*") if path.is_file()} == {0o640}
+
+
+def test_a_start_that_failed_binds_the_output_to_nothing(world):
+    (world.folder / "wrong.py").write_text(
+        "class Wrong:\n    def score(self, images, prompts):\n        return ['a']\n"
+    )
+    assert world.run(scorers=f"{world.folder / 'wrong.py'}:Wrong") == 1
+    assert world.run() == 0
+    assert {row.scorer for row in ScoreTable(world.output).placed} == {world.scorer}
+
+
+def test_a_scorer_that_gives_no_numbers_is_named(world, capsys):
+    for number, result in enumerate(("['a'] * len(images)", "[None] * len(images)", "[[1, 2]] * len(images)")):
+        path = world.folder / f"wrong{number}.py"
+        path.write_text(f"class Wrong:\n    def score(self, images, prompts):\n        return {result}\n")
+        assert world.run(scorers=f"{path}:Wrong") == 1
+        assert f"wrong{number}.py:Wrong' must return a number for each image" in capsys.readouterr().err
 
 
 def test_nothing_is_scored_twice_and_a_new_model_costs_only_its_own(world):

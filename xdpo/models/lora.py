@@ -35,8 +35,8 @@ class _Pair:
 def check_lora(file: Path, base: Path, label: str) -> None:
     """Refuse a LoRA file that would change another model, only a part of this one, or nothing.
 
-    base: a folder with the configs of the pipeline to adapt, whose weights aren't read. Names are those of diffusers, of PEFT below `unet.` and `text_encoder.`, or of kohya's scripts. Raises ValueError with counts
-    and examples.
+    base: a folder with the configs of the pipeline to adapt, whose weights aren't read. Names are those of diffusers,
+    of PEFT below `unet.` and `text_encoder.`, or of kohya's scripts. Raises ValueError with counts and examples.
     """
     header = read_header(file)
     layers = {part: dict(build_empty(base, part).named_modules()) for part in _PARTS}

@@ -100,8 +100,8 @@ def prepare_pipeline(pipeline, settings: SamplingSettings, device: torch.device)
         pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **options)
     if settings.num_inference_steps > (most := pipeline.scheduler.config.num_train_timesteps):
         raise ValueError(
-            f"{settings.num_inference_steps} sampling steps are more than the {most} timesteps that the model was trained "
-            "on; use fewer"
+            f"{settings.num_inference_steps} sampling steps are more than the {most} timesteps that the model was "
+            "trained on; use fewer"
         )
     pipeline.to(device, DTYPES[settings.precision])
     if device.type == "cuda":
