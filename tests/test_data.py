@@ -1,6 +1,7 @@
 """Preference rows → oriented pairs → examples. In the fixtures the preferred image is lime, the other one red."""
 
 import csv
+import errno
 import io
 import itertools
 import json
@@ -12,7 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import encoded_image, pick_a_pic_row, write_pick_a_pic
+from conftest import encoded_image, failing, pick_a_pic_row, write_pick_a_pic
 from PIL import Image
 
 from xdpo.data import (
@@ -465,6 +466,31 @@ def test_a_list_of_pairs_may_be_named_itself_and_two_of_them_are_a_clash(tmp_pat
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "pairs.csv").write_text(CHOICE + "a,b,of the split\n")
     assert load_pairs(data_config(str(tmp_path), source="folder")).captions() == ["of the split"]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, r"the disk is full .* make room"),
+        (errno.EROFS, r"the file system is read-only; name a folder that can be written to"),
+        (errno.EACCES, r"there is no permission"),
+    ],
+)
+def test_a_cache_of_datasets_that_cannot_be_written_is_named(tmp_path, monkeypatch, number, words):
+    """Whether `datasets` says so itself or as the cause of another error."""
+    from datasets.config import HF_DATASETS_CACHE
+
+    def fail(*arguments, **options):
+        try:
+            failing(number)()
+        except OSError as error:
+            raise RuntimeError("An error occurred while generating the dataset") from error
+
+    write_pick_a_pic(tmp_path / "train.parquet", [pick_a_pic_row(0)])
+    for raising in (fail, failing(number)):
+        monkeypatch.setattr("datasets.load_dataset", raising)
+        with pytest.raises(DataError, match=rf"into the cache {HF_DATASETS_CACHE} \(HF_DATASETS_CACHE names .*{words}"):
+            load_pairs(data_config(str(tmp_path)))
 
 
 def test_a_line_that_is_not_json_is_named(tmp_path):

@@ -86,7 +86,7 @@ def check_pairs(folder: Path, fingerprint: str, allow_change: bool, say: Callabl
 
     fingerprint: of the training pairs. A run from before it was kept passes.
     """
-    before = json.loads((folder / "run.json").read_text()).get("pairs_fingerprint")
+    before = _read_record(folder / "run.json").get("pairs_fingerprint")
     if before in (None, fingerprint):
         return
     change = f"the data have changed: the training pairs are not those that the run in {folder} began with"
@@ -107,7 +107,7 @@ def describe_run(folder: Path, config: Config, **facts: object) -> str:
         folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", dump_config(config))
     path = folder / "run.json"
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    before = _read_record(path)
     start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv}
     identifier = before.get("id") or uuid.uuid4().hex[:12]
     record = {
@@ -119,6 +119,20 @@ def describe_run(folder: Path, config: Config, **facts: object) -> str:
     }
     write_text(path, json.dumps(record, indent=2) + "\n")
     return identifier
+
+
+def _read_record(path: Path) -> dict:
+    """What run.json holds, nothing where there is none. Raises ValueError for a damaged one."""
+    try:
+        record = json.loads(path.read_bytes()) if path.is_file() else {}
+        if not isinstance(record, dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}). Put back a copy, or remove it: the run goes on, its earlier starts are "
+            "forgotten, and whether its pairs are still the same is not checked"
+        ) from None
+    return record
 
 
 def library_versions() -> dict[str, str]:
@@ -256,7 +270,9 @@ def load_checkpoint(
     Raises CheckpointError for a damaged checkpoint or one of another model.
     """
     try:
-        progress = json.loads((path / "progress.json").read_text())
+        progress = dict(json.loads((path / "progress.json").read_bytes()))
+        if absent := {"step", "extra"} - progress.keys():
+            raise KeyError(f"progress.json lacks {min(absent)}")
         weights = trainable_weights(policy)
         _copy_into(weights, path / "policy.safetensors")
         optimizer_state.load(_bare(optimizer), weights, path / "optimizer.safetensors")
@@ -265,7 +281,7 @@ def load_checkpoint(
             ema.optimization_step = progress["ema_step"]
         if reference is not None:
             _copy_into(reference.state_dict(), path / "reference.safetensors")
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+    except (OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         others = ", ".join(other.name for other in sorted(path.parent.glob("step_????????")) if other != path)
         cause = _os_error(error)
         if cause is not None:

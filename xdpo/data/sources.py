@@ -4,6 +4,7 @@ Rows are memory-mapped Arrow (the `datasets` library), so a table larger than me
 and tars are converted on first use into the `datasets` cache (HF_DATASETS_CACHE), about as large again as the files.
 """
 
+import errno
 import glob
 import os
 import re
@@ -22,6 +23,7 @@ from xdpo.data.table import (
     usable_pairs,
     with_house_columns,
 )
+from xdpo.files import storage_fault
 from xdpo.paths import expanded, matching, user_path
 from xdpo.tables import TableError, read_table
 
@@ -121,6 +123,7 @@ def _load_hub(paths: list[str], split: str, revision: str | None, num_proc: int 
             num_proc=num_proc,
         )
     except Exception as error:
+        _refuse_bad_cache(error.__cause__ or error, f"split {split!r} of the hub data set {name!r}")
         raise DataError(
             f"cannot load split {split!r} of the hub data set {name!r}: {first_line(error)}\n{HUB_HELP}"
         ) from error
@@ -170,12 +173,31 @@ def _load_files(builder: str, files: list[str], split: str, read: Callable[[str]
         return load_dataset(builder, data_files={split: names}, split=split, **settings)
     except Exception as error:  # pyarrow, tarfile and datasets have no error in common
         cause = error.__cause__ or error
+        _refuse_bad_cache(cause, f"{builder} data of {len(files)} files, first {files[0]},")
         is_storage = isinstance(cause, OSError) and cause.errno is not None
         at_fault = None if is_storage else file_at_fault(files, read)
         raise DataError(
             f"cannot read {builder} data from {len(files)} files, "
             + (at_fault or f"first {files[0]}: {first_line(cause)}")
         ) from error
+
+
+def _refuse_bad_cache(cause: BaseException, data: str) -> None:
+    """Raise DataError where `datasets` could not write what it converts `data` into, naming its folder."""
+    if isinstance(cause, OSError) and cause.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+    ):
+        from datasets.config import HF_DATASETS_CACHE
+
+        place = Path(cause.filename or HF_DATASETS_CACHE)
+        raise DataError(
+            f"cannot convert {data} into the cache {HF_DATASETS_CACHE} (HF_DATASETS_CACHE names another): "
+            f"{place}: {storage_fault(cause, place)}"
+        ) from cause
 
 
 def _listing(paths: list[str], split: str) -> Path:
