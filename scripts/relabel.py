@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from xdpo.data.images import UnreadableImageError, decode_rgb
 from xdpo.data.table import check_images, kind_of
-from xdpo.files import only_writer, reading, replacing
+from xdpo.files import check_writable, only_writer, reading, replacing
 from xdpo.paths import expanded, matching, user_path
 from xdpo.scorers import Scorer, load_scorer, scorer_version
 from xdpo.tables import parquet_rows, parquet_schema
@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--weights", type=user_path, help="folder of the scorer's weights, for machines without a hub")
     options = parser.parse_args(arguments)
     try:
+        check_writable(options.output, "--output")
         files = input_files(options.data, options.output)
         version = scorer_version(options.scorer, options.weights)
         counts: Counter[str] = Counter()

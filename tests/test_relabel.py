@@ -1,6 +1,7 @@
 """AI feedback: new labels from a scorer, old ones kept, nothing half written."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import encoded_image, held_elsewhere, pick_a_pic_row, write_pick_a_pic
+from PIL import features
 
 from xdpo.data import load_pairs
 from xdpo.files import is_untouched
@@ -208,6 +210,44 @@ def test_a_second_relabelling_into_a_folder_is_refused_by_the_name_of_the_first(
         assert call() == 1
     assert f"{call.output} is in use: relabel.py, process {holder.pid} on " in capsys.readouterr().err
     assert is_untouched(call.output) and call() == 0
+
+
+def test_a_start_that_failed_binds_its_folder_to_nothing(call, tmp_path, capsys):
+    (tmp_path / "wrong.py").write_text("class Wrong:\n    def score(self, images, prompts):\n        return ['a']\n")
+    assert call(scorer=f"{tmp_path / 'wrong.py'}:Wrong") == 1
+    assert "wrong.py:Wrong' must return a number for each image" in capsys.readouterr().err
+    assert is_untouched(call.output) and call() == 0
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_scored(call, relabel, capsys, monkeypatch):
+    monkeypatch.setattr(relabel, "load_scorer", lambda *_: pytest.fail("a scorer was loaded"))
+    assert call("--output", str(call.data / "train-0.parquet")) == 1
+    assert "--output: " in (said := capsys.readouterr().err) and "train-0.parquet is a file; choose another" in said
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert call() == 1
+    assert "--output: no permission to write in" in capsys.readouterr().err
+
+
+def test_what_is_written_may_be_read_by_whom_the_umask_lets(call):
+    before = os.umask(0o027)
+    try:
+        assert call() == 0
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in call.output.iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("format", ["AVIF", "DDS", "TIFF"])
+def test_whatever_a_decoder_raises_makes_one_pair_unreadable(call, format, capsys):
+    if format == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    whole = encoded_image((9, 0, 0), (64, 64), format)
+    path = call.data / "train-0.parquet"
+    table = pq.read_table(path)
+    images = [whole[: len(whole) // 3], *table["jpg_0"].to_pylist()[1:]]
+    pq.write_table(table.set_column(table.column_names.index("jpg_0"), "jpg_0", pa.array(images)), path)
+    assert call() == 0
+    assert "unreadable: 3" in capsys.readouterr().out  # two pairs have an image that is none
 
 
 def test_a_damaged_output_is_named(call, capsys):
