@@ -297,6 +297,12 @@ def test_tars_of_a_mac_and_compressed_ones_are_read(tars, tmp_path):
     assert len(tars()) == 1
 
 
+def test_a_pointer_of_git_lfs_is_told_from_a_tar(tars, tmp_path):
+    (tmp_path / "train-9.tar").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(DataError, match=r"train-9\.tar is not a readable tar: it is Git LFS's pointer"):
+        tars(sample("0"))
+
+
 def test_a_tar_whose_text_is_no_utf8_is_named(tars):
     with pytest.raises(DataError, match=r"from 2 files, .*train-1\.tar: 'utf-8' codec"):
         tars(sample("0"), sample("1", **{"caption.txt": "café".encode("cp1252")}))

@@ -22,6 +22,7 @@ from xdpo.data.table import (
     kind_of,
     require_columns,
 )
+from xdpo.files import lfs_pointer
 from xdpo.tables import parquet_rows, parquet_schema
 
 if TYPE_CHECKING:
@@ -123,7 +124,9 @@ def with_members(files: Sequence[str]) -> list[str]:
         try:
             names = _first_sample(file)
         except (tarfile.TarError, OSError, EOFError) as error:
-            raise DataError(f"{file} is not a readable tar: {first_line(error)}") from error
+            with open(file, "rb") as opened:
+                fault = lfs_pointer(opened.read(40)) or first_line(error)
+            raise DataError(f"{file} is not a readable tar: {fault}") from error
         if not names:
             continue
         filled.append(file)
