@@ -206,6 +206,38 @@ def test_whatever_a_decoder_raises_leaves_one_image_out(world, format, capsys):
     assert "5 of 6 prompts have scored images of all models" in (world.output / "report.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda text: text.encode("utf-8-sig"), None),
+        (lambda text: text.replace('"cats/00000.png"', '"./cats/00000.png"').encode(), None),
+        (
+            lambda text: text.replace("prompt</i> 0", "caf\xe9").encode("cp1252"),
+            "1 unreadable lines of the manifest (line 1)",
+        ),
+        (lambda text: text.replace("prompt</i> 0", "a\0b").encode(), "1 unreadable lines of the manifest (line 1)"),
+        (lambda text: text.replace('"cats/00000.png"', "5").encode(), "1 unreadable lines of the manifest (line 1)"),
+        (lambda text: text.encode("utf-16"), "6 unreadable lines of the manifest"),
+        (
+            lambda text: text.replace('"cats/', '"cats\\\\').encode(),
+            "3 listed in the manifest but missing (cats\\00000.png",
+        ),
+        (
+            lambda text: text.replace('"cats/', '"../cats/').encode(),
+            "3 listed in the manifest but missing (../cats/00000.png",
+        ),
+    ],
+)
+def test_a_manifest_that_an_editor_saved_anew_is_read_or_its_lines_are_named(world, capsys, change, named):
+    manifest = world.folder / "images" / "xdpo" / "mine" / "manifest.jsonl"
+    manifest.write_bytes(change(manifest.read_text()))
+    assert world.run() == 0
+    said = capsys.readouterr().err
+    assert (
+        ("note:" not in said) if named is None else (f"xdpo, mine: {named}" in said and "left out: not in the" in said)
+    )
+
+
 def test_one_name_in_two_cases_or_widths_is_a_clash(world, capsys):
     """Files that a case-insensitive disk would not hold side by side, without a manifest to say which is meant."""
     folder = world.folder / "images" / "xdpo" / "mine"

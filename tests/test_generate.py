@@ -478,6 +478,7 @@ BAD_SPECS = {
     "a value that its tag does not fit": ("base: !!bool maybe", "can't read .*does not fit its `!!` tag"),
     "digits without end": (f"base: {'9' * 5000}", "can't read .*not valid YAML"),
     "a character that YAML forbids": ("base: a\x01b", "can't read .*not valid YAML"),
+    "no UTF-8": ("base: a/b # caf\udce9", "can't read .*0xe9"),
     "a key twice": ("base: a/b\nbase: c/d", r"line 2: key 'base' is given twice"),
     "brackets without end": ("[" * 5000, "can't read .*nested too deeply"),
 }
@@ -485,7 +486,7 @@ BAD_SPECS = {
 
 @pytest.mark.parametrize(("text", "message"), BAD_SPECS.values(), ids=BAD_SPECS)
 def test_a_model_file_that_names_no_model_is_refused(tmp_path, text, message):
-    (tmp_path / "model.yaml").write_text(text)
+    (tmp_path / "model.yaml").write_text(text, "utf-8", errors="surrogateescape")
     with pytest.raises(ValueError, match=message) as refused:
         read_model_spec(str(tmp_path / "model.yaml"))
     assert "model.yaml" in str(refused.value)

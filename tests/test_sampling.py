@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -268,6 +269,19 @@ def test_what_was_written_aside_before_a_kill_does_not_make_a_folder_something_e
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / f"{SETTINGS}.0123456789ab.part").write_text('{"sett')
     sampling.check_image_folder(tmp_path / "set", SETTINGS_A)
+
+
+def test_images_and_manifests_may_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        sampling.open_image_folder(tmp_path / "set", {}, {})
+        sampling.save_image(tmp_path / "set" / "a" / "0.png", Image.new("RGB", (8, 8)))
+        sampling.record(tmp_path / "set", 0, [{"file": "a/0.png", "image": 0, "position": 0}])
+        sampling.collect_manifest(tmp_path / "set")
+    finally:
+        os.umask(before)
+    made = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(made) == 3 and {path.stat().st_mode & 0o777 for path in made} == {0o640}
 
 
 def test_a_full_disk_is_said_of_an_image_and_of_the_manifest(tmp_path, full_disk):

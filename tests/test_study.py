@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import itertools
 import json
+import os
 import re
 import sqlite3
 import sys
@@ -267,6 +268,20 @@ def test_images_are_shown_as_they_are_scored(tmp_path, folders, name):
     assert shown.info == {} and not shown.getexif()
 
 
+def test_what_a_study_and_an_evaluation_leave_is_no_model(tmp_path, folders, study):
+    """Their images have no manifest: nobody knows their prompts."""
+    figures = tmp_path / "results" / "figures"
+    figures.mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(figures / "win_rates.png")
+    for name, folder in (("study", study.folder), ("results", tmp_path / "results")):
+        with pytest.raises(StudyError, match=rf"{name} has no manifest, so the prompt of \S+\.png is unknown"):
+            build_study(tmp_path / "new", folders[0], [(name, folder)], PLAN)
+    for own in ("study.json", "key.json", "links.json"):
+        with pytest.raises(StudyError, match=rf"{own} holds (no votes|votes of another study)"):
+            import_votes(study, study.folder / own)
+    assert VoteStore(study).all() == [] and not (tmp_path / "new").exists()
+
+
 def test_a_study_that_another_has_built_meanwhile_is_left_alone(tmp_path, folders, monkeypatch):
     built = []
 
@@ -407,6 +422,28 @@ def test_an_exported_study_has_all_its_images_and_its_votes_come_back_once(tmp_p
         export(study, tmp_path / "static")
     with pytest.raises(StudyError, match="annotators 1 to 4, got 9"):
         export(study, tmp_path / "new", [9])
+
+
+def test_a_study_in_a_folder_with_brackets_is_built_exported_and_analysed(tmp_path, folders):
+    named = [(name, folder.rename(folder.with_name(f"{name}[1]"))) for name, folder in folders]
+    study = build_study(tmp_path / "of[1] *?" / "study[a]", named[0], named[1:], PLAN)
+    assert len(export(study, tmp_path / "static[b]")) == 4
+    findings = report.find(study, Key.load(study), VoteStore(study).all(), 0.25)
+    assert report.write(findings, tmp_path / "report[c]").is_file()
+
+
+def test_only_the_secrets_of_a_study_are_for_their_owner_alone(tmp_path, folders):
+    before = os.umask(0o027)
+    try:
+        study = build_study(tmp_path / "study", folders[0], [folders[1]], PLAN)
+        export(study, tmp_path / "static")
+        report.write(report.find(study, Key.load(study), [], 0.25), tmp_path / "report")
+    finally:
+        os.umask(before)
+    secret = {study.folder / "key.json", study.folder / "links.json"}
+    made = [path for name in ("study", "static", "report") for path in (tmp_path / name).rglob("*") if path.is_file()]
+    assert secret <= {*made}
+    assert all(path.stat().st_mode & 0o777 == (0o600 if path in secret else 0o640) for path in made)
 
 
 def test_foreign_false_and_contradicting_votes_are_refused_whole(tmp_path, study):
