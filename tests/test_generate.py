@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
+from conftest import held_elsewhere
 from PIL import Image
 from tolerances import ELEMENT, assert_same_output
 
 import generate
 import train_xdpo
-from xdpo import files, models, sampling
+from xdpo import models, sampling
 from xdpo.models import ModelSpec, load_model, read_model_spec, resolve_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -545,10 +546,8 @@ def test_a_full_disk_is_said_of_a_sheet_and_leaves_none(make, request, capsys):
     assert "--output must end in .png or .jpg, got 'sheet.gif'" in capsys.readouterr().err
 
 
-def test_a_second_generate_in_a_folder_is_refused_by_the_name_of_the_first(small_pipeline, tmp_path):
-    arguments = ["--model", small_pipeline, "--prompts", "tinyprompts", "--limit", "1", "--output", str(tmp_path)]
-    with files.only_writer(tmp_path / "tinyprompts", "generate.py"):
-        ended = launch([str(ROOT / "generate.py")], [*arguments, *QUICK], ROOT)
-    assert ended.returncode == 1
-    assert f"is in use: generate.py, process {os.getpid()} on " in ended.stderr
-    assert launch([str(ROOT / "generate.py")], [*arguments, *QUICK], ROOT).returncode == 0
+def test_a_second_generate_in_a_folder_is_refused_by_the_name_of_the_first(make, tmp_path, capsys):
+    with held_elsewhere(tmp_path / "images" / "tinyprompts", "generate.py") as holder:
+        assert make("images", "--limit", "1")[0] == 1
+    assert f"is in use: generate.py, process {holder.pid} on " in capsys.readouterr().err
+    assert make("images", "--limit", "1")[0] == 0

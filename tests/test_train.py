@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import held_elsewhere
 from safetensors.torch import load_file
 from tolerances import ERROR, assert_same_but_for_rounding, assert_same_figures, drift, drift_tolerance
 from training_runs import ROOT, TWO_PROCESSES, assert_same_run, command, launch, policy_of, rows_of
@@ -316,13 +317,11 @@ def test_8_bit_adamw_saves_and_resumes_bit_for_bit(small_pipeline, small_pairs, 
     assert {tensor.dtype for name, tensor in state.items() if name.endswith("state1")} == {torch.uint8, torch.float32}
 
 
-def test_a_second_training_in_a_folder_is_refused_by_the_name_of_the_first(run, small_pipeline, small_pairs, tmp_path):
-    with files.only_writer(tmp_path / "run", "a training"):
+def test_a_second_training_in_a_folder_is_refused_by_the_name_of_the_first(run, tmp_path, capsys):
+    with held_elsewhere(tmp_path / "run", "a training") as holder:
         (tmp_path / "run" / "config.yaml").write_text(dump_config(load_config("configs/base.yaml")))
-        arguments = command(small_pipeline, small_pairs, tmp_path / "run", "--allow-config-change")
-        ended = launch(["train_xdpo.py"], arguments)
-    assert ended.returncode == 1
-    assert f"is in use: a training, process {os.getpid()} on " in ended.stderr
+        assert run("run", "--allow-config-change")[0] == 1
+    assert f"is in use: a training, process {holder.pid} on " in capsys.readouterr().err
     assert run("run", "--allow-config-change")[0] == 0  # the lock went with its holder
 
 
