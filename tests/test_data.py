@@ -310,6 +310,22 @@ def test_labels_and_flags_may_be_booleans(tmp_path):
     assert (table.chosen_side.tolist(), table.counts.unlabelled) == ([0, 1], 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("pairs.csv", "note,caption,rejected,chosen\n,a cat,b.png,a.png\n"),
+        ("pairs.jsonl", '{"caption": "a cat", "note": [1], "rejected": "b.png", "chosen": "a.png"}\n'),
+        ("pairs.csv", "label_0,caption,image_1,image_0\n0,a cat,a.png,b.png\n"),
+        ("pairs.jsonl", '{"label_0": false, "image_1": "a.png", "caption": "a cat", "image_0": "b.png"}\n'),
+    ],
+)
+def test_columns_are_found_by_name_in_any_order(tmp_path, name, content):
+    table = listed_folder(tmp_path, name, content)
+    (tmp_path / "a.png").write_bytes(encoded_image("lime"))
+    (tmp_path / "b.png").write_bytes(encoded_image("red"))
+    assert table.images_of(0) == (encoded_image("lime"), encoded_image("red")) and table.captions() == ["a cat"]
+
+
 def test_a_column_that_only_later_lines_have_counts(tmp_path):
     rows = ['{"chosen": "a", "rejected": "b", "caption": "x"', '"ranking_id": 7}']
     table = listed_folder(tmp_path, "pairs.jsonl", f"{rows[0]}}}\n{', '.join(rows)}\n")
