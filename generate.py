@@ -132,10 +132,13 @@ def generate(options: argparse.Namespace) -> int:
     from accelerate import PartialState
 
     from xdpo import ending, processes
+    from xdpo.compute import check_compiler
 
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=processes.COLLECTIVE_TIMEOUT)
     if settings.precision == "fp16" and state.device.type == "cpu":
         raise ValueError("--precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    if settings.compile:
+        check_compiler("--compile")
     processes.connect()
     with ending.together():
         return make_missing(options, settings, state)
@@ -210,6 +213,8 @@ def grid(options: argparse.Namespace) -> int:
     """Sheets of the prompts that all folders have images of."""
     from xdpo.images.sheets import first_images, write_sheets
 
+    if options.output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise ValueError(f"--output must end in .png or .jpg, got {str(options.output)!r}")
     titles = options.titles or [folder.resolve().name for folder in options.images]
     if len(titles) != len(options.images) or len(set(titles)) != len(titles):
         raise ValueError(f"--titles must name each of the {len(options.images)} columns differently, got {titles}")

@@ -11,6 +11,7 @@ file is whole or absent.
 """
 
 import argparse
+import hashlib
 import os
 import sys
 from collections import Counter
@@ -27,14 +28,15 @@ from tqdm import tqdm
 
 from xdpo.arguments import positive
 from xdpo.data.images import UnreadableImageError, decode_rgb
-from xdpo.data.table import kind_of
-from xdpo.files import reading, replacing
+from xdpo.data.table import check_images, kind_of
+from xdpo.files import check_writable, only_writer, reading, replacing
 from xdpo.paths import expanded, matching, user_path
 from xdpo.scorers.interface import Scorer
 from xdpo.scorers.loading import load_scorer, scorer_version
-from xdpo.tables import parquet_schema
+from xdpo.tables import parquet_rows, parquet_schema
 
-NEEDED = ("jpg_0", "jpg_1", "caption")
+IMAGES = ("jpg_0", "jpg_1")
+NEEDED = (*IMAGES, "caption")
 ROWS_AT_ONCE = 64
 
 
@@ -52,19 +54,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--weights", type=user_path, help="folder of the scorer's weights, for machines without a hub")
     options = parser.parse_args(arguments)
     try:
+        check_writable(options.output, "--output")
         files = input_files(options.data, options.output)
-        made_by = {"scorer": scorer_version(options.scorer, options.weights), "tie_threshold": options.tie_threshold}
-        todo = [file for file in files if not is_done(options.output / file.name, made_by)]
+        version = scorer_version(options.scorer, options.weights)
         counts: Counter[str] = Counter()
-        if todo:
-            options.output.mkdir(parents=True, exist_ok=True)
-            device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-            scorer = load_scorer(options.scorer, device, options.weights)
-            for file in tqdm(todo, desc="relabel", unit="file"):
-                try:
-                    counts += relabel(file, options.output / file.name, scorer, made_by, options.batch_size)
-                except (pa.ArrowException, UnicodeDecodeError) as error:
-                    raise ValueError(f"{file} can't be read: {error}") from error
+        with only_writer(options.output, "relabel.py"):
+            made_by = {file: origin(file, version, options.tie_threshold) for file in files}
+            todo = [file for file in files if not is_done(options.output / file.name, made_by[file])]
+            if todo:
+                device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+                scorer = load_scorer(options.scorer, device, options.weights)
+                for file in tqdm(todo, desc="relabel", unit="file"):
+                    try:
+                        counts += relabel(file, options.output / file.name, scorer, made_by[file], options.batch_size)
+                    except (pa.ArrowException, UnicodeDecodeError) as error:
+                        raise ValueError(f"{file} can't be read: {error}") from error
         print(f"{len(files)} files in {options.output}, {len(todo)} of them made now")
         for name in ("chosen by score", "tie", "unreadable", "agrees with the label", "contradicts the label"):
             if todo:
@@ -76,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def input_files(patterns: list[str], output: Path) -> list[Path]:
-    """The files meant, checked by their footers. Raises ValueError naming what is wrong, before any is read."""
+    """The files meant that have rows, checked by their footers. Raises ValueError, before any is read."""
     found = {pattern: matching(pattern) for pattern in patterns}
     if empty := [pattern for pattern in patterns if not found[pattern]]:
         raise ValueError(f"--data: no file matches {', '.join(empty)}")
@@ -100,17 +104,34 @@ def input_files(patterns: list[str], output: Path) -> list[Path]:
             raise ValueError(f"{file} has several columns called {repeated[0]!r}; remove all but one")
         if kind_of(schema.field("caption").type) not in ("text", "nothing"):
             raise ValueError(f"{file}: column caption must hold text, it holds {schema.field('caption').type}")
-    return files
+        check_images({name: schema.field(name).type for name in IMAGES}, str(file))
+    if not (filled := [file for file in files if parquet_rows(file)]):
+        raise ValueError(f"--data: no file has any row, {files[0]} for one")
+    return filled
+
+
+def origin(file: Path, scorer: str, tie_threshold: float) -> dict:
+    """What decides the labels of a file's pairs, as it is written into the new file."""
+    return {"scorer": scorer, "tie_threshold": tie_threshold, "source": footer_sha256(file)}
+
+
+def footer_sha256(file: Path) -> str:
+    """Tells a parquet file from an edited one: its footer has the sizes of all columns' pieces, and text's extremes."""
+    with reading(file), file.open("rb") as opened:
+        opened.seek(-8, os.SEEK_END)
+        length = int.from_bytes(opened.read(4), "little")
+        opened.seek(-8 - length, os.SEEK_END)
+        return hashlib.sha256(opened.read(length)).hexdigest()
 
 
 def is_done(path: Path, made_by: dict) -> bool:
-    """Whether a file is there already. Raises ValueError where another scorer or threshold made it."""
+    """Whether a file is there already. Raises ValueError where it was made by or from something else."""
     if not path.exists():
         return False
-    found = pq.read_schema(path).metadata or {}
-    wanted = {name.encode(): str(value).encode() for name, value in made_by.items()}
-    if any(found.get(name) != value for name, value in wanted.items()):
-        raise ValueError(f"{path} was made by another scorer or --tie-threshold; choose another --output")
+    found = parquet_schema(path).metadata or {}
+    wanted = {name: str(value).encode() for name, value in made_by.items()}
+    if other := [name.replace("_", "-") for name, value in wanted.items() if found.get(name.encode()) != value]:
+        raise ValueError(f"{path} was made with another {' and '.join(other)}; choose another --output, or remove it")
     return True
 
 
@@ -128,8 +149,6 @@ def relabel(source: Path, target: Path, scorer: Scorer, made_by: dict, batch_siz
             table = table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata})
             writer = writer or pq.ParquetWriter(file, table.schema)
             writer.write_table(table)
-        if writer is None:
-            raise ValueError(f"{source} has no rows")
         writer.close()
     return counts
 

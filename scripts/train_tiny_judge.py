@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch.nn.functional import cross_entropy
 
 from xdpo.files import replacing, write_text
-from xdpo.paths import user_path
+from xdpo.paths import expanded, user_path
 from xdpo.tiny.annotator import Rendering, random_flaws, render
 from xdpo.tiny.judges import HEADS, JUDGE_WEIGHTS, AttributeReader, Judge, alignment, labels_of
 from xdpo.tiny.world import Scene, random_scene
@@ -94,7 +94,9 @@ def train(vae: AutoencoderKL, options: argparse.Namespace) -> AttributeReader:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", default="assets/tiny/pipeline", help="whose autoencoder images pass through")
+    parser.add_argument(
+        "--pipeline", type=expanded, default="assets/tiny/pipeline", help="whose autoencoder images pass through"
+    )
     parser.add_argument(
         "--out", type=user_path, default=JUDGE_WEIGHTS, help="where the weights go; the measures beside them"
     )

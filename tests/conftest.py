@@ -20,12 +20,17 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 import http.client  # noqa: E402
 import io  # noqa: E402
 import json  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from xdpo import files  # noqa: E402
 
+ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
@@ -220,6 +225,21 @@ def run(small_pipeline, small_pairs, tmp_path, monkeypatch):
 
     yield call
     PartialState._reset_state()
+
+
+@contextmanager
+def held_elsewhere(folder, work):
+    """Another process that writes into a folder: it has the folder's lock in here."""
+    holding = (
+        "import pathlib, sys\nfrom xdpo import files\n"
+        "with files.only_writer(pathlib.Path(sys.argv[1]), sys.argv[2]):\n    print(flush=True)\n    sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    holder = subprocess.Popen([sys.executable, "-c", holding, str(folder), work], cwd=ROOT, **pipes)
+    with holder:
+        holder.stdout.readline()
+        yield holder
+        holder.stdin.close()
 
 
 def failing(number, function=None, when=lambda *arguments, **options: True):

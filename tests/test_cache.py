@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import encoded_image, failing, pick_a_pic_row, write_pick_a_pic
+from conftest import encoded_image, failing, held_elsewhere, pick_a_pic_row, write_pick_a_pic
 from tolerances import ELEMENT, assert_same_output
 
 from xdpo import families, precompute
@@ -714,6 +714,74 @@ def test_a_local_copy_is_read_and_an_interrupted_one_goes_on(world, tmp_path):
     cache = world.open(settings)
     assert isinstance(cache, ExampleCache) and cache.folder == local / "train"
     cache.latents.verify()
+
+
+def test_a_local_copy_of_a_cache_that_was_made_anew_is_refused(world, tmp_path):
+    """The settings are the same, the images are not."""
+    world.build()
+    settings = world.changed(f"cache.local_copy={tmp_path / 'local'}")
+    world.open(settings)
+    shutil.rmtree(world.folder)
+    world.open(settings)  # the copy alone will do
+    rows = rows_with_shared_images()
+    write_pick_a_pic(Path(world.settings.data.path), [row | {"jpg_0": encoded_image("navy")} for row in rows])
+    world.table = load_pairs(world.settings.data)
+    world.build()
+    with pytest.raises(
+        CacheError, match=r"cache\.local_copy: .*local/train is not a copy of .*cache/train as it is now"
+    ):
+        world.open(settings)
+    shutil.rmtree(tmp_path / "local")
+    assert world.open(settings).plan.fingerprint == world.table.fingerprint
+
+
+def test_encoding_into_a_folder_where_another_encodes_is_refused(world):
+    with (
+        held_elsewhere(world.folder, "encoding examples") as holder,
+        pytest.raises(StorageError, match=f"is in use: encoding examples, process {holder.pid} on "),
+    ):
+        precompute.build_missing_examples(world.settings, world.accelerator)
+    precompute.build_missing_examples(world.settings, world.accelerator)
+    world.open()
+
+
+def test_a_start_that_failed_binds_a_caches_folder_to_nothing(world, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("xdpo.precompute.build.load_parts", failing(errno.EIO))
+        with pytest.raises(OSError):
+            precompute.build_missing_examples(world.settings, world.accelerator)
+    other = world.changed("data.horizontal_flip=true", "cache.dtype=fp16")
+    precompute.build_missing_examples(other, world.accelerator)
+    assert world.open(other).plan.has_scores
+
+
+def test_a_full_disk_is_said_of_a_caches_shards_and_of_a_local_copy(world, tmp_path, monkeypatch, request):
+    world.build()
+    request.getfixturevalue("full_disk")
+    with pytest.raises(StorageError, match=r"could not write .*local/train/\S+: the disk is full"):
+        world.open(world.changed(f"cache.local_copy={tmp_path / 'local'}"))
+    shutil.rmtree(world.folder)
+    with pytest.raises(StorageError, match=r"could not write .*cache/train/\S+: the disk is full"):
+        world.build()
+
+
+def test_caches_may_be_read_by_whom_the_umask_lets(world, tmp_path):
+    before = os.umask(0o027)
+    try:
+        world.build()
+        world.open(world.changed(f"cache.local_copy={tmp_path / 'local'}"))
+    finally:
+        os.umask(before)
+    made = [path for folder in (world.folder, tmp_path / "local") for path in folder.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in made} == {0o640}
+
+
+def test_a_cache_as_a_source_of_pairs_is_refused_in_words(world):
+    """Its own tables are parquet files too, without images."""
+    world.build()
+    pairs = world.changed(f"data.path={world.folder / 'pairs.parquet'}", "cache.examples=").data
+    with pytest.raises(DataError, match=r"pairs\.parquet lacks the columns caption, jpg_0"):
+        load_pairs(pairs)
 
 
 def test_random_crops_can_not_be_cached(tmp_path):

@@ -1,6 +1,8 @@
 """compute.compile: policy and reference through one graph, where training is; evaluation and samples as written."""
 
+import re
 import shutil
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,7 +13,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs
 from training_runs import assert_same_run, command, rows_of
 
+import generate
 from xdpo.batch import Conditioning
+from xdpo.compute import check_compiler
 from xdpo.config import ComputeConfig, ModelConfig, load_config
 from xdpo.families import PipelineParts
 from xdpo.families.stable_diffusion import STABLE_DIFFUSION
@@ -37,6 +41,7 @@ def compiling(monkeypatch):
             return lookup_backend(name)(graph, inputs)
 
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+        monkeypatch.setattr("xdpo.compute.check_compiler", lambda setting: None)
         return graphs
 
     torch.compiler.reset()
@@ -139,6 +144,34 @@ def test_compiled_policy_and_reference_share_a_graph(trainable, checkpointing, c
 def test_the_first_margin_is_0_to_the_bit_where_the_compiler_fuses(trainable, checkpointing, compiling):
     """inductor rounds a forward that saves activations differently from one that doesn't."""
     check_one_arithmetic(trainable, checkpointing, compiling("inductor"))
+
+
+@pytest.mark.parametrize(("has_gpu", "variable", "name"), [(False, "CXX", "g++"), (True, "CC", "gcc or clang")])
+def test_compiling_without_a_compiler_is_refused_by_its_name(monkeypatch, tmp_path, has_gpu, variable, name):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        ValueError, match=rf"compute\.compile needs a C\S* compiler, and {re.escape(name)} is not found"
+    ):
+        check_compiler("compute.compile")
+    monkeypatch.setenv(variable, sys.executable)
+    check_compiler("compute.compile")
+    monkeypatch.setenv(variable, "/nowhere/cc")
+    with pytest.raises(ValueError, match=f"/nowhere/cc is not found; install it, name another one .* {variable}"):
+        check_compiler("--compile")
+
+
+def test_training_and_generation_ask_for_a_compiler_before_anything_is_opened(run, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    status, folder = run("run", "compute.compile=true", "data.path=nowhere")
+    assert status == 1 and "error: compute.compile needs a C" in capsys.readouterr().err
+    images = ["--model", "nowhere", "--prompts", "tinyprompts", "--output", str(tmp_path / "images"), "--compile"]
+    assert generate.main(images) == 1
+    assert "error: --compile needs a C" in capsys.readouterr().err
+    assert not folder.exists() and not (tmp_path / "images").exists()
 
 
 def test_the_adapter_is_back_whatever_happens_to_the_reference():

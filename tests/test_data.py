@@ -1,6 +1,7 @@
 """Preference rows → oriented pairs → examples. In the fixtures the preferred image is lime, the other one red."""
 
 import csv
+import errno
 import io
 import itertools
 import json
@@ -13,7 +14,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import encoded_image, pick_a_pic_row, write_pick_a_pic
+from conftest import encoded_image, failing, pick_a_pic_row, write_pick_a_pic
 from PIL import Image
 
 from xdpo.data import (
@@ -248,6 +249,7 @@ def listed_folder(tmp_path, name, content):
 
 
 CHOICE = "chosen,rejected,caption\n"
+JSON_PAIR = '{"chosen": "a", "rejected": "b", "caption": "c"}\n'
 
 
 @pytest.mark.parametrize(
@@ -312,6 +314,22 @@ def test_labels_and_flags_may_be_booleans(tmp_path):
     ]
     table = listed_folder(tmp_path, "pairs.jsonl", "\n".join(rows))
     assert (table.chosen_side.tolist(), table.counts.unlabelled) == ([0, 1], 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("pairs.csv", "note,caption,rejected,chosen\n,a cat,b.png,a.png\n"),
+        ("pairs.jsonl", '{"caption": "a cat", "note": [1], "rejected": "b.png", "chosen": "a.png"}\n'),
+        ("pairs.csv", "label_0,caption,image_1,image_0\n0,a cat,a.png,b.png\n"),
+        ("pairs.jsonl", '{"label_0": false, "image_1": "a.png", "caption": "a cat", "image_0": "b.png"}\n'),
+    ],
+)
+def test_columns_are_found_by_name_in_any_order(tmp_path, name, content):
+    table = listed_folder(tmp_path, name, content)
+    (tmp_path / "a.png").write_bytes(encoded_image("lime"))
+    (tmp_path / "b.png").write_bytes(encoded_image("red"))
+    assert table.images_of(0) == (encoded_image("lime"), encoded_image("red")) and table.captions() == ["a cat"]
 
 
 def test_a_column_that_only_later_lines_have_counts(tmp_path):
@@ -455,8 +473,50 @@ def test_a_folder_without_a_list_of_pairs_is_named(tmp_path):
         load_pairs(data_config(str(tmp_path), source="folder"))
 
 
+def test_a_list_of_pairs_may_be_named_itself_and_two_of_them_are_a_clash(tmp_path):
+    for name, content in (
+        ("pairs.csv", CHOICE + "a,b,of csv\n"),
+        ("pairs.jsonl", JSON_PAIR),
+        ("Mine.CSV", CHOICE + "a,b,mine\n"),
+    ):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=r"holds both pairs\.csv and pairs\.jsonl; name the one"):
+        load_pairs(data_config(str(tmp_path), source="folder"))
+    for name, caption in (("pairs.csv", "of csv"), ("pairs.jsonl", "c"), ("Mine.CSV", "mine")):
+        table = load_pairs(data_config(str(tmp_path / name), source="folder"))
+        assert table.captions() == [caption] and table.dataset[0]["jpg_0"] == str(tmp_path / "a")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "pairs.csv").write_text(CHOICE + "a,b,of the split\n")
+    assert load_pairs(data_config(str(tmp_path), source="folder")).captions() == ["of the split"]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, r"the disk is full .* make room"),
+        (errno.EROFS, r"the file system is read-only; name a folder that can be written to"),
+        (errno.EACCES, r"there is no permission"),
+    ],
+)
+def test_a_cache_of_datasets_that_cannot_be_written_is_named(tmp_path, monkeypatch, number, words):
+    """Whether `datasets` says so itself or as the cause of another error."""
+    from datasets.config import HF_DATASETS_CACHE
+
+    def fail(*arguments, **options):
+        try:
+            failing(number)()
+        except OSError as error:
+            raise RuntimeError("An error occurred while generating the dataset") from error
+
+    write_pick_a_pic(tmp_path / "train.parquet", [pick_a_pic_row(0)])
+    for raising in (fail, failing(number)):
+        monkeypatch.setattr("datasets.load_dataset", raising)
+        with pytest.raises(DataError, match=rf"into the cache {HF_DATASETS_CACHE} \(HF_DATASETS_CACHE names .*{words}"):
+            load_pairs(data_config(str(tmp_path)))
+
+
 def test_a_line_that_is_not_json_is_named(tmp_path):
-    (tmp_path / "pairs.jsonl").write_text('{"chosen": "a", "rejected": "b", "caption": "c"}\n{"chosen"\n')
+    (tmp_path / "pairs.jsonl").write_text(JSON_PAIR + '{"chosen"\n')
     with pytest.raises(DataError, match=r"pairs\.jsonl line 2 is not JSON"):
         load_pairs(data_config(str(tmp_path), source="folder"))
 

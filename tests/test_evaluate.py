@@ -1,14 +1,22 @@
 """evaluate.py from image folders to report: nothing is scored twice, nothing is lost, and everything odd is named."""
 
+import base64
+import io
 import json
+import os
 import re
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
-from PIL import Image
+from conftest import held_elsewhere
+from PIL import ExifTags, Image, features
 
 import evaluate
-from xdpo.files import file_sha256
+from xdpo import files
+from xdpo.files import file_sha256, is_own
+from xdpo.images.reading import Picture, of_one_colour
+from xdpo.report import thumbnails
 from xdpo.scores import scoring
 from xdpo.scores.table import ScoreTable
 
@@ -92,7 +100,8 @@ def scores(world):
 
 def test_two_folders_become_scores_tables_figures_and_a_page(world, capsys):
     assert world.run() == 0
-    assert {path.name for path in world.output.iterdir()} == {"scores.parquet", "report.md", "report.html", "figures"}
+    made = {path.name for path in world.output.iterdir() if not is_own(path)}
+    assert made == {"scores.parquet", "report.md", "report.html", "figures"}
     assert {path.suffix for path in (world.output / "figures").iterdir()} == {".png", ".svg"}
     table = ScoreTable(world.output)
     assert sorted((row.placement.model, row.placement.key, row.score) for row in table.placed)[:2] == [
@@ -114,6 +123,190 @@ def test_images_of_one_colour_are_named_in_the_report_and_on_the_console(world, 
     said = "xdpo, mine: 2 of one colour throughout; scored as they are (cats/00001.png, cats/00002.png)"
     assert said in capsys.readouterr().err
     assert said in (world.output / "report.md").read_text()
+
+
+def deep_image(path, low, high):
+    """A gradient in 16-bit grey."""
+    grey = np.linspace(low, high, 16 * 16).reshape(16, 16).astype(np.uint16)
+    Image.fromarray(grey).save(path)
+
+
+def test_a_16_bit_image_is_no_image_of_one_colour(tmp_path):
+    """Cut at 255 it would be white."""
+    path = tmp_path / "00000.png"
+    deep_image(path, 1000, 65_000)
+    assert of_one_colour([Picture("m", "s", "", "0", 0, path, path.name)]) == []
+
+
+def test_a_thumbnail_shows_what_was_scored(tmp_path):
+    """16 bits are scaled, transparency lies over white, and a photograph stands upright."""
+
+    def shown(path):
+        head, _, content = thumbnails.data_uri(path).partition(",")
+        image = Image.open(io.BytesIO(base64.b64decode(content)))
+        assert head == f"data:image/{image.format.lower()};base64"
+        return image
+
+    deep = tmp_path / "deep.tiff"
+    deep_image(deep, 0, 65_535)
+    assert 120 < np.asarray(shown(deep)).mean() < 135
+    clear = tmp_path / "clear.webp"
+    Image.new("RGBA", (16, 16), (255, 0, 0, 0)).save(clear, lossless=True)
+    assert np.asarray(shown(clear)).min() == 255
+    turned, exif = tmp_path / "turned.jpg", Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (600, 300)).save(turned, exif=exif)
+    assert shown(turned).size == (128, 256)
+    small = tmp_path / "small.png"  # a JPEG by its content
+    Image.new("RGB", (16, 16)).save(small, "JPEG")
+    assert shown(small).size == (16, 16)
+    assert thumbnails.embed([small, deep, small], 10**6).keys() == {small, deep}
+
+
+@pytest.mark.parametrize("kind", ["16 bits", "a palette with transparency", "CMYK", "grey with alpha", "32-bit floats"])
+def test_images_of_every_mode_are_scored_by_the_pixels_that_they_show(world, kind):
+    """Each is a flat red of 128, or a grey of 128, whatever it is kept in."""
+    folder = world.folder / "images" / "xdpo" / "mine" / "cats"
+    path = folder / "00000.png"
+    grey = Image.new("L", (8, 8), 128)
+    match kind:
+        case "16 bits":
+            Image.fromarray(np.full((8, 8), 128 * 257, np.uint16)).save(path)
+        case "a palette with transparency":
+            clear = Image.new("P", (8, 8), 0)
+            clear.putpalette([0, 0, 0])
+            clear.save(path, transparency=0)  # white shows
+        case "CMYK":
+            Image.new("CMYK", (8, 8), (127, 127, 127, 0)).save(path, "TIFF")  # whatever its name says
+        case "grey with alpha":
+            Image.merge("LA", (grey, Image.new("L", (8, 8), 255))).save(path)
+        case "32-bit floats":
+            Image.fromarray(np.full((8, 8), 128 / 255, np.float32)).save(path, "TIFF")
+    assert world.run() == 0
+    (row,) = (
+        row
+        for row in ScoreTable(world.output).placed
+    places = {(row.placement.model, row.placement.file): row.score for row in ScoreTable(world.output).placed}
+    assert places["xdpo", "cats/00000.png"] == pytest.approx(255 if "palette" in kind else 128, abs=1)
+    assert row.score == pytest.approx(255 if "palette" in kind else 128, abs=1)
+
+
+@pytest.mark.parametrize("format", ["AVIF", "DDS", "WEBP", "JPEG2000", "TIFF"])
+def test_whatever_a_decoder_raises_leaves_one_image_out(world, format, capsys):
+    if format == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    path = world.folder / "images" / "xdpo" / "mine" / "cats" / "00001.png"
+    buffer = io.BytesIO()
+    Image.radial_gradient("L").convert("RGB").save(buffer, format)
+    path.write_bytes(buffer.getvalue()[: buffer.tell() // 3])
+    assert world.run() == 0
+    assert "1 left out: cannot be decoded (cats/00001.png)" in capsys.readouterr().err
+    assert "5 of 6 prompts have scored images of all models" in (world.output / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda text: text.encode("utf-8-sig"), None),
+        (lambda text: text.replace('"cats/00000.png"', '"./cats/00000.png"').encode(), None),
+        (
+            lambda text: text.replace("prompt</i> 0", "caf\xe9").encode("cp1252"),
+            "1 unreadable lines of the manifest (line 1)",
+        ),
+        (lambda text: text.replace("prompt</i> 0", "a\0b").encode(), "1 unreadable lines of the manifest (line 1)"),
+        (lambda text: text.replace('"cats/00000.png"', "5").encode(), "1 unreadable lines of the manifest (line 1)"),
+        (lambda text: text.encode("utf-16"), "6 unreadable lines of the manifest"),
+        (
+            lambda text: text.replace('"cats/', '"cats\\\\').encode(),
+            "3 listed in the manifest but missing (cats\\00000.png",
+        ),
+        (
+            lambda text: text.replace('"cats/', '"../cats/').encode(),
+            "3 listed in the manifest but missing (../cats/00000.png",
+        ),
+    ],
+)
+def test_a_manifest_that_an_editor_saved_anew_is_read_or_its_lines_are_named(world, capsys, change, named):
+    manifest = world.folder / "images" / "xdpo" / "mine" / "manifest.jsonl"
+    manifest.write_bytes(change(manifest.read_text()))
+    assert world.run() == 0
+    said = capsys.readouterr().err
+    assert (
+        ("note:" not in said) if named is None else (f"xdpo, mine: {named}" in said and "left out: not in the" in said)
+    )
+
+
+def test_one_name_in_two_cases_or_widths_is_a_clash(world, capsys):
+    """Files that a case-insensitive disk would not hold side by side, without a manifest to say which is meant."""
+    folder = world.folder / "images" / "xdpo" / "mine"
+    (folder / "manifest.jsonl").unlink()
+    for name in ("00000.PNG", "1.png", "000002.jpeg"):
+        Image.new("RGB", (8, 8)).save(folder / "cats" / name)
+    assert world.run() == 0
+    said = capsys.readouterr().err
+    for names in (
+        "cats/00000.PNG and cats/00000.png",
+        "cats/00001.png and cats/1.png",
+        "cats/000002.jpeg and cats/00002.png",
+    ):
+        assert names in said
+    assert "xdpo, mine: 3 clashes, left out: files for one image" in said
+
+
+def test_its_own_output_is_no_model(world, capsys):
+    """Figures are images too."""
+    assert world.run() == 0
+    assert (
+        evaluate.main(["--images", str(world.output), "--scorers", world.scorer, "--output", str(world.folder / "r")])
+        == 1
+    )
+    assert "nothing to compare" in (said := capsys.readouterr().err) and "2 left out: no prompt is known" in said
+    inside = world.folder / "images" / "sd15"
+    for _ in range(2):
+        arguments = ["--images", *world.images(), "--scorers", world.scorer, "--output", str(inside)]
+        assert evaluate.main(arguments) == 0
+        assert capsys.readouterr().err.count("note:") == 0
+    assert {row.placement.prompt_set for row in ScoreTable(inside).placed} == {"mine"}
+
+
+def test_a_full_disk_is_said_of_figures_and_pages_and_scores_stay(world, capsys, request, monkeypatch):
+    assert world.run() == 0
+    before = (world.output / "report.md").read_text()
+    with monkeypatch.context() as patched:
+        original = files.aside_of
+        patched.setattr(files, "aside_of", lambda path: full if path.suffix in (".png", ".md") else original(path))
+        (full := world.folder / "full.part").symlink_to("/dev/full")
+        assert world.run("--title", "Another") == 1
+        assert re.search(r"error: could not write \S+\.png: the disk is full", capsys.readouterr().err)
+    assert (world.output / "report.md").read_text() == before
+    world.calls()
+    assert world.run("--title", "Another") == 0 and world.calls() == 0
+
+
+def test_what_is_written_may_be_read_by_whom_the_umask_lets(world):
+    before = os.umask(0o027)
+    try:
+        assert world.run() == 0
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in world.output.rglob("*") if path.is_file()} == {0o640}
+
+
+def test_a_start_that_failed_binds_the_output_to_nothing(world):
+    (world.folder / "wrong.py").write_text(
+        "class Wrong:\n    def score(self, images, prompts):\n        return ['a']\n"
+    )
+    assert world.run(scorers=f"{world.folder / 'wrong.py'}:Wrong") == 1
+    assert world.run() == 0
+    assert {row.key.scorer for row in ScoreTable(world.output).placed} == {world.scorer}
+
+
+def test_a_scorer_that_gives_no_numbers_is_named(world, capsys):
+    for number, result in enumerate(("['a'] * len(images)", "[None] * len(images)", "[[1, 2]] * len(images)")):
+        path = world.folder / f"wrong{number}.py"
+        path.write_text(f"class Wrong:\n    def score(self, images, prompts):\n        return {result}\n")
+        assert world.run(scorers=f"{path}:Wrong") == 1
+        assert f"wrong{number}.py:Wrong' must return a number for each image" in capsys.readouterr().err
 
 
 def test_nothing_is_scored_twice_and_a_new_model_costs_only_its_own(world):
@@ -335,11 +528,10 @@ def test_no_permission_is_said_before_anything_is_scored(world, capsys, monkeypa
 
 
 def test_a_second_evaluation_into_the_same_folder_waits_its_turn(world, capsys):
-    table = ScoreTable(world.output, for_writing=True)
-    assert world.run() == 1
-    assert "another evaluate.py is writing there" in capsys.readouterr().err
+    with held_elsewhere(world.output, "evaluate.py") as holder:
+        assert world.run() == 1
+    assert f"{world.output} is in use: evaluate.py, process {holder.pid} on " in capsys.readouterr().err
     assert world.calls() == 0
-    table.close([], replaced=[])
     assert world.run() == 0
 
 

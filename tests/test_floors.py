@@ -26,6 +26,7 @@ FLOORS = {
 ENTRY_FLOOR = max(FLOORS)
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 SIDEWAYS = {
+    ("report", "data"),  # the one decoder of images
     ("scorers", "tiny"),  # the embedded judges' one way in
     ("tables", "files"),  # what a failing disk means
 }

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
+from conftest import held_elsewhere
 from PIL import Image
 from tolerances import ELEMENT, assert_same_output
 
@@ -242,6 +243,38 @@ def test_bad_input_is_refused_in_a_few_lines_before_weights_are_loaded(
     assert not (tmp_path / "images").exists()
 
 
+def test_prompts_that_were_edited_since_are_other_prompts(make, tmp_path, capsys):
+    prompts = tmp_path / "mine[1].txt"
+    prompts.write_text("a cat\na dog\n")
+    status, folder = make("images", prompts=[str(prompts)])
+    before = checksums(folder / "mine[1]")
+    prompts.write_text("a cat\na fox\n")
+    assert status == 0 and make("images", prompts=[str(prompts)])[0] == 1
+    assert "prompts.sha256: " in capsys.readouterr().err
+    prompts.write_text("a cat\na dog\n")
+    assert make("images", prompts=[str(prompts)])[0] == 0 and checksums(folder / "mine[1]") == before
+
+
+def test_its_own_output_gives_its_prompts_and_is_no_model(make, tmp_path, capsys):
+    _, folder = make("images", "--limit", "2")
+    manifest = folder / "tinyprompts" / "manifest.jsonl"
+    status, again = make("again", prompts=[str(manifest)])
+    prompts = {row["prompt"]: row["category"] for row in sampling.read_manifest(folder / "tinyprompts")}
+    assert status == 0
+    assert {row["prompt"]: row["category"] for row in sampling.read_manifest(again / "manifest")} == prompts
+    refused = {
+        "is no pipeline folder (model_index.json)": {"model": folder},
+        "every prompt must be a string or an object": {"prompts": [str(folder / "tinyprompts" / "settings.json")]},
+        "can't read prompts from .png": {"prompts": [str(next(folder.rglob("*.png")))]},
+        "no prompt file": {"prompts": [str(folder)]},
+    }
+    for message, given in refused.items():
+        assert make("new", **given)[0] == 1
+        assert message in capsys.readouterr().err
+    assert make(str(manifest))[0] == 1
+    assert "manifest.jsonl is a file; choose another folder" in capsys.readouterr().err
+
+
 def test_a_start_that_failed_binds_its_folder_to_nothing(make, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         patched.setattr(models, "load_model", lambda model: (_ for _ in ()).throw(ValueError("can't load")))
@@ -444,13 +477,19 @@ BAD_SPECS = {
     "a revision of nothing": ("{base: a/b, revision: main}", "base_revision"),
     "a misspelt key": ("{base: a/b, untet: c/d}", "untet"),
     "a list": ("[a]", "must be a mapping"),
-    "not YAML": ("{", "can't read"),
+    "not YAML": ("{", "can't read .*line 1"),
+    "a value that its tag does not fit": ("base: !!bool maybe", "can't read .*does not fit its `!!` tag"),
+    "digits without end": (f"base: {'9' * 5000}", "can't read .*not valid YAML"),
+    "a character that YAML forbids": ("base: a\x01b", "can't read .*not valid YAML"),
+    "no UTF-8": ("base: a/b # caf\udce9", "can't read .*0xe9"),
+    "a key twice": ("base: a/b\nbase: c/d", r"line 2: key 'base' is given twice"),
+    "brackets without end": ("[" * 5000, "can't read .*nested too deeply"),
 }
 
 
 @pytest.mark.parametrize(("text", "message"), BAD_SPECS.values(), ids=BAD_SPECS)
 def test_a_model_file_that_names_no_model_is_refused(tmp_path, text, message):
-    (tmp_path / "model.yaml").write_text(text)
+    (tmp_path / "model.yaml").write_text(text, "utf-8", errors="surrogateescape")
     with pytest.raises(ValueError, match=message) as refused:
         read_model_spec(str(tmp_path / "model.yaml"))
     assert "model.yaml" in str(refused.value)
@@ -498,10 +537,19 @@ def test_a_grid_of_nothing_is_refused_by_name(make, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_a_second_generate_in_a_folder_is_refused_by_the_name_of_the_first(small_pipeline, tmp_path):
-    arguments = ["--model", small_pipeline, "--prompts", "tinyprompts", "--limit", "1", "--output", str(tmp_path)]
-    with files.only_writer(tmp_path / "tinyprompts", "generate.py"):
-        ended = launch([str(ROOT / "generate.py")], [*arguments, *QUICK], ROOT)
-    assert ended.returncode == 1
-    assert f"is in use: generate.py, process {os.getpid()} on " in ended.stderr
-    assert launch([str(ROOT / "generate.py")], [*arguments, *QUICK], ROOT).returncode == 0
+def test_a_full_disk_is_said_of_a_sheet_and_leaves_none(make, request, capsys):
+    make("images", "--limit", "2")
+    request.getfixturevalue("full_disk")
+    for name in ("sheet.png", "sheet.JPEG"):
+        assert generate.main(["grid", "--images", "images", "--prompts", "tinyprompts", "--output", name]) == 1
+        assert f"could not write {name}: the disk is full" in capsys.readouterr().err
+        assert not Path(name).exists()
+    assert generate.main(["grid", "--images", "images", "--prompts", "tinyprompts", "--output", "sheet.gif"]) == 1
+    assert "--output must end in .png or .jpg, got 'sheet.gif'" in capsys.readouterr().err
+
+
+def test_a_second_generate_in_a_folder_is_refused_by_the_name_of_the_first(make, tmp_path, capsys):
+    with held_elsewhere(tmp_path / "images" / "tinyprompts", "generate.py") as holder:
+        assert make("images", "--limit", "1")[0] == 1
+    assert f"is in use: generate.py, process {holder.pid} on " in capsys.readouterr().err
+    assert make("images", "--limit", "1")[0] == 0

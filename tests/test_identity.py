@@ -8,6 +8,7 @@ import pytest
 from conftest import encoded_image, pick_a_pic_row, write_pick_a_pic
 from training_runs import rows_of
 
+from xdpo import precompute
 from xdpo.config import load_config
 from xdpo.data import identity, load_pairs
 
@@ -84,6 +85,24 @@ def test_held_out_pairs_that_are_trained_on_are_counted(run, small_pairs, tmp_pa
     assert "note: 9 of the 12 held-out pairs are training pairs too" in capsys.readouterr().out
     run("rest", f"eval.path={tmp_path / 'rest.parquet'}", *common, *caches["rest"])
     assert "training pairs too" not in capsys.readouterr().out
+
+
+def test_pairs_are_shared_by_what_they_show_and_not_by_their_names_or_labels(tmp_path):
+    def pairs(name, *rows):
+        path = write_pick_a_pic(tmp_path / f"{name}.parquet", list(rows))
+        return load_pairs(load_config("configs/base.yaml", ["data.source=parquet", f"data.path={path}"]).data)
+
+    train = pairs("train", *(pick_a_pic_row(number, jpg_0=encoded_image((number, 0, 0))) for number in range(3)))
+    turned = {"jpg_0": encoded_image("red"), "jpg_1": encoded_image((1, 0, 0)), "label_0": 0.0, "label_1": 1.0}
+    shared = pairs(
+        "shared", pick_a_pic_row(1, **turned, ranking_id=7), pick_a_pic_row(2, jpg_0=encoded_image((2, 0, 0)))
+    )
+    assert precompute.count_shared(train, shared) == 2
+    others = [
+        pick_a_pic_row(0, jpg_0=encoded_image((0, 0, 0)), caption="another caption"),
+        pick_a_pic_row(1, jpg_0=encoded_image((99, 0, 0))),
+    ]
+    assert precompute.count_shared(train, pairs("others", *others)) == 0
 
 
 def test_errors_recorded_on_other_images_are_not_taken(run, folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import asdict
 
 import numpy as np
@@ -376,6 +377,18 @@ def test_one_colour_is_seen_in_every_format_and_size(tmp_path, format, side):
     image.save(busy, format, quality=100)
     pictures = [Picture("m", "s", "", path.name, 0, path, path.name) for path in (plain, busy)]
     assert [problem.names for problem in of_one_colour(pictures)] == [("plain",)]
+
+
+def test_images_and_manifests_may_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        opened(tmp_path / "set", [0])
+        record(tmp_path / "set", 0, [row(0)])
+        collect_manifest(tmp_path / "set")
+    finally:
+        os.umask(before)
+    made = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(made) == 3 and {path.stat().st_mode & 0o777 for path in made} == {0o640}
 
 
 # --- sheets --------------------------------------------------------------------------------------------

@@ -66,6 +66,22 @@ def test_a_failing_disk_makes_no_image_unreadable(monkeypatch, number):
         decode_rgb(b"bytes were read already")
 
 
+def test_a_pointer_of_git_lfs_is_told_from_an_image(tmp_path):
+    content = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    (tmp_path / "a.png").write_bytes(content)
+    for cell in (content, str(tmp_path / "a.png"), {"bytes": None, "path": str(tmp_path / "a.png")}):
+        with pytest.raises(UnreadableImageError, match=r"Git LFS's pointer .* run git lfs pull"):
+            decode_rgb(cell)
+
+
+@pytest.mark.parametrize(
+    "cell", [{"bytes": 5, "path": None}, {"bytes": [1], "path": None}, "a\0b", "/", {"path": "\udcff"}]
+)
+def test_what_is_no_image_at_all_is_unreadable_too(cell):
+    with pytest.raises(UnreadableImageError):
+        decode_rgb(cell)
+
+
 def test_the_message_names_the_file(tmp_path):
     path = tmp_path / "broken.png"
     path.write_bytes(b"no image")

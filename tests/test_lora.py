@@ -130,6 +130,88 @@ def of_two_ranks(tensors):
     return {name: tensor[:, :1] if "lora_B" in name else tensor for name, tensor in tensors.items()}
 
 
+def in_dimensions(tensors, *added):
+    """Matrices as convolutions of this kernel: kohya's way, for layers that are convolutions."""
+    return {
+        name: tensor.reshape(*tensor.shape, *added) if tensor.ndim == 2 else tensor for name, tensor in tensors.items()
+    }
+
+
+def for_layer(name):
+    down, up = halves()
+    return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+
+
+def convolution(kernel=3):
+    name = "lora_unet_down_blocks_0_resnets_0_conv1"
+    source = torch.Generator().manual_seed(0)
+    down = torch.randn(RANK, 16, kernel, kernel, generator=source)
+    return {
+        f"{name}.lora_down.weight": down,
+        f"{name}.lora_up.weight": torch.randn(16, RANK, 1, 1, generator=source),
+        f"{name}.alpha": torch.tensor(float(RANK)),
+    }
+
+
+def kohya_text(*layers, encoder="lora_te_"):
+    tensors = {}
+    for layer in layers:
+        name = f"{encoder}text_model.encoder.layers.0.{layer}".replace(".", "_")
+        tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = halves()
+        tensors[f"{name}.alpha"] = torch.tensor(float(RANK))
+    return tensors
+
+
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
+ODD_AND_GOOD = {  # what each changes: the UNet, the text encoder
+    "without factors": ({name: tensor for name, tensor in kohya().items() if "alpha" not in name}, (True, False)),
+    "one factor missing": ({n: t for place, (n, t) in enumerate(kohya().items()) if place != 2}, (True, False)),
+    "whole numbers as factors": (
+        {name: torch.tensor(RANK) if "alpha" in name else tensor for name, tensor in kohya().items()}, (True, False),
+    ),
+    "the text encoder alone": (text(), (False, True)),
+    "the text encoder alone, of kohya": (kohya_text(*ATTENTION), (False, True)),
+    "all of kohya's layers": (kohya() | convolution() | kohya_text(*ATTENTION, "mlp.fc1", "mlp.fc2"), (True, True)),
+    "named as XL's first encoder": (kohya_text("mlp.fc1", encoder="lora_te1_"), (False, True)),
+    "a convolution": (convolution(), (True, False)),
+    "half precision": ({name: tensor.half() for name, tensor in peft().items()}, (True, False)),
+    "ranks that differ by layer": (
+        {n: t if "to_k" not in n else t[:1] if "lora_A" in n else t[:, :1] for n, t in peft().items()}, (True, False),
+    ),
+    "zero in some layers": (
+        {name: tensor * ("to_q" not in name) for name, tensor in peft().items()}, (True, False),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tensors", "changed"), ODD_AND_GOOD.values(), ids=ODD_AND_GOOD)
+def test_an_odd_lora_that_is_good_takes_effect(resolve, base, tensors, changed):
+    adapted = outputs(load_model(resolve(tensors)))
+    assert tuple(not torch.allclose(*pair, atol=1e-5) for pair in zip(adapted, base, strict=True)) == changed
+
+
+def test_a_factor_is_applied(resolve, base):
+    """α over rank scales what a layer adds; without one it is added as it is."""
+    plain, half, none = (
+        outputs(load_model(resolve(tensors)))[0] - base[0]
+        for tensors in (kohya(), kohya(alpha=RANK * 1e-3), ODD_AND_GOOD["without factors"][0])
+    )
+    assert torch.equal(plain, none) and 0 < half.abs().max() < 0.1 * plain.abs().max()
+
+
+def test_a_folder_of_kohyas_with_factors_is_used(resolve, base):
+    adapted = outputs(load_model(resolve(kohya(), LORA_FILE, folder=True)))
+    assert torch.equal(adapted[0], outputs(load_model(resolve(kohya())))[0]) and not torch.equal(adapted[0], base[0])
+
+
+def test_a_lora_that_the_library_reads_in_part_is_refused(resolve):
+    for layers in (ATTENTION[:1], (ATTENTION[0], "mlp.fc1")):
+        with pytest.raises(
+            ValueError, match=r"can't load lora weights of .*my_style\.safetensors: .*(infer|took effect)"
+        ):
+            load_model(resolve(kohya_text(*layers)))
+
+
 BAD = {
     "without the part's name": (peft(""), r"6 of 6 weights .* 0 have one: .*lack the part .*unet\."),
     "of another family": (transformer(), r"2 of 2 weights .* another family of models"),
@@ -145,6 +227,29 @@ BAD = {
     "of two ranks": (of_two_ranks(peft()), r"3 of 3 layers .* has rank 2 in one half and 1 in the other"),
     "with a factor of zero": (kohya(alpha=0.0), r"3 of 3 factors .* is 0\.0"),
     "with a factor that is none": (kohya(alpha=float("nan")), r"3 of 3 factors .* is nan"),
+    "with a factor that is several": (
+        {name: torch.ones(3) if "alpha" in name else tensor for name, tensor in kohya().items()},
+        r"3 of 3 factors .* is nan",
+    ),
+    "of a wider text encoder": (wider(text()), r"1 of 1 layers .*text_encoder\.encoder.*is for 32 inputs"),
+    "of another kernel": (convolution(1), r"1 of 1 layers .*\(2, 16, 1, 1\) .*the layer's weight has \(16, 16, 3, 3\)"),
+    "of convolutions for matrices": (in_dimensions(kohya(), 1, 1), r"3 of 3 layers .*layer's weight has \(16, 16\)"),
+    "flat": (
+        {name: tensor.flatten() for name, tensor in peft().items()}, r"3 of 3 layers .*\(32,\), which are no matrices",
+    ),
+    "for a layer without a matrix": (
+        for_layer("unet.conv_norm_out"), r"1 of 1 layers .*unet\.conv_norm_out is no layer with a matrix",
+    ),
+    "for a whole block": (
+        for_layer("unet.mid_block"), r"1 of 1 layers .*unet\.mid_block is no layer with a matrix",
+    ),
+    "of whole numbers": ({name: tensor.to(torch.int8) for name, tensor in peft().items()}, r"are of type torch\.int8"),
+    "untrained": (
+        {name: tensor * ("lora_B" not in name) for name, tensor in peft().items()}, r"all 3 layers .* add zero",
+    ),
+    "with biases": (
+        peft() | {f"unet.{BLOCK}.attn1.to_q.lora_B.bias": torch.zeros(16)}, r"1 of 7 weights .*lora_B\.bias",
+    ),
     "empty": ({}, r"0 of 0 weights .*holds no weights"),
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """A user's path: `~` everywhere, and names with brackets as they are."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,73 @@ def test_command_lines_expand_the_home_folder(home):
     made = generate.build_parser().parse_args(["--model=~/m", "--lora=~/l", "--prompts", "x", "--output=~/images"])
     assert (made.model, made.lora, made.output) == (f"{home}/m", f"{home}/l", home / "images")
     assert name_folders(["ours=~/images"]) == {"ours": home / "images"}
+
+
+def test_names_of_scorers_prompts_and_folders_expand_the_home_folder_where_they_are_read(home, tmp_path):
+    """Words that may be a name or a path: each is asked for as both."""
+    from xdpo.models import read_model_spec
+    from xdpo.prompts import load_prompts
+    from xdpo.scorers import scorer_version
+
+    home.mkdir()
+    (home / "red.py").write_text("class Red:\n    version = 'of home'\n    score = len\n")
+    (home / "mine.txt").write_text("a cat\n")
+    (home / "mine.yaml").write_text("base: ~/pipeline\nlora: ~/lora.safetensors\n")
+    assert scorer_version(expanded("~/red.py:Red"), None) == "of home"
+    assert load_prompts("~/mine.txt").prompts[0].text == "a cat"
+    _, spec = read_model_spec(expanded("~/mine.yaml"))
+    assert (spec.base, spec.lora) == (f"{home}/pipeline", f"{home}/lora.safetensors")
+    with pytest.raises(ValueError, match=f"no folder '{home}/nothing' here"):
+        read_model_spec(expanded("~/nothing"))
+
+
+@pytest.mark.parametrize("name", ["relabel", "user_study", "train_tiny_judge", "compare_tiny", "rehearse", "reproduce"])
+def test_options_of_scripts_that_name_files_expand_the_home_folder(name):
+    """Those that are read by another function than argparse's are tested with it."""
+    import ast
+
+    read_elsewhere = {"--data", "--a", "--prompts", "--images", "--scale"}
+    tree = ast.parse((ROOT / "scripts" / f"{name}.py").read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    options = [call for call in calls if getattr(call.func, "attr", "") == "add_argument"]
+    about = ("folder", "file", "DIR", "FILE", "STUDY", "weights", "pipeline")
+    assert options
+    for option in options:
+        words = [
+            node.value for node in ast.walk(option) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        named = {keyword.arg: keyword.value for keyword in option.keywords}
+        metavar = getattr(named.get("metavar"), "value", "")
+        if words[0] in read_elsewhere or "action" in named or not ({metavar, words[0].strip("-")} & set(about)):
+            continue
+        assert getattr(named.get("type"), "id", "") in ("user_path", "expanded"), f"{name}.py {words[0]}"
+
+
+def test_a_whole_run_in_folders_with_brackets(run, small_pairs, small_pipeline, tmp_path):
+    """Run folder, data, held-out data, pipeline and all caches: none is taken for a pattern."""
+    place = tmp_path / "of[1] *?"
+    shutil.copytree(small_pipeline, place / "model[a]")
+    shutil.copy(small_pairs, place / "train[0].parquet")
+    decoy = tmp_path / "of1 ab"
+    decoy.mkdir()
+    (decoy / "train0.parquet").write_bytes(b"another")
+    paths = {"model.pipeline": "model[a]", "data.path": "train[0].parquet", "eval.path": "train[0].parquet"}
+    paths |= {"cache.examples": "cache[e]", "cache.local_copy": "copy[l]", "cache.reference": "errors[r]"}
+    keys = [f"{key}='{place / name}'" for key, name in paths.items()]
+    common = (
+        *keys,
+        "eval.every=2",
+        "eval.draws=1",
+        "train.max_steps=2",
+        "checkpoint.every=1",
+        "data.sample_latents=false",
+    )
+    for _ in range(2):
+        status, folder = run("of[1] *?/run[1]", *common)
+        assert status == 0
+    assert len(list((folder / "checkpoints").iterdir())) >= 1 and (folder / "export" / "unet").is_dir()
+    assert sorted(path.name for path in place.iterdir()) == sorted([*{*paths.values()}, "run[1]"])
+    assert [path.name for path in decoy.iterdir()] == ["train0.parquet"]
 
 
 def test_no_option_takes_a_path_with_its_sign_of_home():

@@ -1,6 +1,7 @@
 """What is said of pipelines that can't be used, before any weight is read; and the odd ones that can."""
 
 import json
+import runpy
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from xdpo.config import ModelConfig
 from xdpo.families import check_pipeline_folder, load_parts, part_checksum
 from xdpo.models import read_model_spec, resolve_model
 
+ROOT = Path(__file__).resolve().parent.parent
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
 
@@ -136,6 +138,43 @@ def test_no_weight_is_read_by_the_check(pipeline, monkeypatch):
     check_pipeline_folder(str(pipeline))
 
 
+@pytest.mark.parametrize("script", ["cache_examples", "cache_reference"])
+def test_caches_are_refused_the_same_models(pipeline, script, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(ROOT)
+    edit(pipeline / "unet/config.json", in_channels=9)
+    main = runpy.run_path(f"scripts/{script}.py")["main"]
+    caches = [f"cache.examples={tmp_path / 'examples'}", f"cache.reference={tmp_path / 'reference'}"]
+    keys = ["data.horizontal_flip=false", "data.sample_latents=false", f"model.pipeline={pipeline}", *caches]
+    assert main(["--config", "configs/base.yaml", *keys]) == 1
+    assert "takes 9 channels (in_channels)" in capsys.readouterr().err
+    assert main(["--config", "configs/base.yaml", *keys, f"model.pipeline={pipeline / UNET}"]) == 1
+    assert "is a single file with a UNet's weights" in capsys.readouterr().err
+    assert not (tmp_path / "examples").exists() and not (tmp_path / "reference").exists()
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_pickled_weights_alone_are_not_opened(pipeline, part, monkeypatch):
+    monkeypatch.setattr("torch.load", lambda *_, **__: pytest.fail("it was unpickled"))
+    (file,) = (pipeline / part).glob("*.safetensors")
+    file.rename(file.with_suffix(".bin"))
+    assert f"lacks {part}/*.safetensors" in (said := refusal(pipeline)) and "Pickled weights are not opened" in said
+
+
+def test_a_unet_of_another_size_or_of_xl_is_refused_after_unet_too(small_pipeline, pipeline):
+    """As in a pipeline of its own: the same check."""
+    for changes, message in (
+        ({"addition_embed_type": "text_time"}, "as Stable Diffusion XL's is"),
+        ({"out_channels": 8}, r"gives 8 channels"),
+        ({"_class_name": "UNetSpatioTemporalConditionModel"}, "unet is a UNetSpatioTemporal"),
+        ({"block_out_channels": [32, 32]}, "another shape than unet/config.json says"),
+    ):
+        before = (pipeline / "unet/config.json").read_text()
+        edit(pipeline / "unet/config.json", **changes)
+        with pytest.raises(ValueError, match=rf"(?s)model\.unet: .*doesn't fit its pipeline:.*{message}"):
+            resolve_model(*read_model_spec(small_pipeline, unet=str(pipeline)))
+        (pipeline / "unet/config.json").write_text(before)
+
+
 # --- odd and good --------------------------------------------------------------------------------------------
 
 
@@ -257,6 +296,27 @@ def test_a_unet_is_checked_against_the_pipeline_that_it_goes_with(small_pipeline
     rewrite(pipeline / UNET, lambda name: f"unet.{name}")
     with pytest.raises(ValueError, match=r"weights are missing"):
         resolve_model(*read_model_spec(small_pipeline, unet=str(unet)))
+
+
+def test_a_unet_of_pickled_weights_is_refused_and_not_opened(small_pipeline, pipeline, cached, monkeypatch):
+    from xdpo.models import load_model
+
+    monkeypatch.setattr("torch.load", lambda *_, **__: pytest.fail("it was unpickled"))
+    weights = load_file(pipeline / UNET)
+    (pipeline / UNET).unlink()
+    with pytest.raises(ValueError, match=r"lacks unet/\*\.safetensors .* found there: config\.json\. Save it"):
+        resolve_model(*read_model_spec(small_pipeline, unet=str(pipeline)))
+    torch.save(weights, pipeline / "unet/diffusion_pytorch_model.bin")
+    for unet in (pipeline, pipeline / "unet"):
+        with pytest.raises(
+            ValueError, match=r"(?s)model\.unet: .*diffusion_pytorch_model\.bin.*Pickled weights are not"
+        ):
+            resolve_model(*read_model_spec(small_pipeline, unet=str(unet)))
+
+    cached(pipeline, "org/pickled")
+    model = resolve_model(*read_model_spec(small_pipeline, unet="org/pickled"))
+    with pytest.raises(ValueError, match=r"can't load unet weights of org/pickled: .*safetensors"):
+        load_model(model)
 
 
 def test_a_unet_as_a_variant_alone_is_loaded(small_pipeline, pipeline):

@@ -1,8 +1,12 @@
 """Data prepared ahead: what is said of it, and that training finds it."""
 
+import errno
+
 import prepare_data
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import failing
 from training_runs import ROOT
 
 from xdpo.config import load_config
@@ -40,6 +44,26 @@ def test_training_finds_what_was_prepared_in_its_order(prepare, small_pairs, tmp
     found = load_pairs(settings.data)
     assert found.columns("caption")["caption"] == [f"a photo of {number}" for number in range(10)]
     assert len(load_pairs(settings.data, path=settings.eval.path, split=settings.eval.split)) == 2
+
+
+def test_what_relabelling_leaves_is_prepared_and_what_a_run_leaves_is_not(prepare, small_pairs, tmp_path, capsys):
+    """Beside relabelled files lies the lock of whoever wrote them."""
+    (tmp_path / "lock").write_text("relabel.py, process 1")
+    table = pq.read_table(small_pairs)
+    for side in (0, 1):
+        table = table.append_column(f"human_label_{side}", table.column(f"label_{side}"))
+    pq.write_table(table, tmp_path / "train-0.parquet")
+    assert prepare("data.source=parquet", f"data.path={tmp_path}", "eval.every=0") == 0
+    assert "kept 12\n" in capsys.readouterr().out
+    pq.write_table(pa.table({"step": [1], "loss": [0.7]}), tmp_path / "train-0.parquet")
+    assert prepare("data.source=parquet", f"data.path={tmp_path}", "eval.every=0") == 1
+    assert "train-0.parquet lacks the columns caption, jpg_0" in capsys.readouterr().err
+
+
+def test_a_full_cache_of_datasets_is_named(prepare, small_pairs, monkeypatch, capsys):
+    monkeypatch.setattr("datasets.load_dataset", failing(errno.ENOSPC))
+    assert prepare("data.source=parquet", f"data.path={small_pairs}", "eval.every=0") == 1
+    assert "(HF_DATASETS_CACHE names another): " in (said := capsys.readouterr().err) and "the disk is full" in said
 
 
 def test_a_folder_of_images_is_read_where_it_lies_and_what_is_missing_is_said(prepare, tmp_path, capsys):

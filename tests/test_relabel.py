@@ -1,12 +1,17 @@
 """AI feedback: new labels from a scorer, old ones kept, nothing half written."""
 
+import os
+
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import relabel
-from conftest import encoded_image, pick_a_pic_row, write_pick_a_pic
+from conftest import encoded_image, held_elsewhere, pick_a_pic_row, write_pick_a_pic
+from PIL import features
 
 from xdpo.data import load_pairs
+from xdpo.files import is_untouched
 
 SCORER = """
 import numpy as np
@@ -87,7 +92,7 @@ def test_what_is_done_is_kept_and_an_interrupted_file_is_made_again(call, monkey
 def test_another_scorer_into_the_same_folder_is_refused(call, capsys):
     call()
     assert call("--tie-threshold", "6") == 1
-    assert "made by another scorer or --tie-threshold" in capsys.readouterr().err
+    assert "train-0.parquet was made with another tie-threshold; choose another" in capsys.readouterr().err
 
 
 def test_bad_input_is_refused_before_anything_is_scored(call, tmp_path, capsys, monkeypatch):
@@ -109,7 +114,7 @@ def test_bad_input_is_refused_before_anything_is_scored(call, tmp_path, capsys, 
 def test_a_full_disk_is_said_and_leaves_no_file(call, full_disk, capsys):
     assert call() == 1
     assert "could not write" in (said := capsys.readouterr().err) and "the disk is full" in said
-    assert not any(call.output.iterdir())
+    assert is_untouched(call.output)
 
 
 def test_its_own_output_gets_new_labels_and_keeps_those_of_people(call, tmp_path, capsys):
@@ -132,12 +137,11 @@ def test_its_own_output_gets_new_labels_and_keeps_those_of_people(call, tmp_path
         source = target
     settings = {"source": "parquet", "path": str(target), "split": "train", "revision": None, "max_pairs": None}
     assert load_pairs(type("data", (), settings)).counts.kept == 8
-    assert call("--data", str(first / "*.parquet"), "--output", str(target)) == 1, "made by another scorer"
+    assert call("--data", str(first / "*.parquet"), "--output", str(target)) == 1
+    assert "was made with another scorer and source" in capsys.readouterr().err
 
 
 def test_labels_as_text_and_missing_ones_are_compared_where_they_are_numbers(call, tmp_path, capsys):
-    import pyarrow as pa
-
     table = pq.read_table(call.data / "train-0.parquet")
     for name, values in (("label_0", ["1", None, "", "left", "0", "1.0"]), ("label_1", ["0", None, "", "", "1", "0"])):
         table = table.set_column(table.column_names.index(name), name, pa.array(values))
@@ -159,11 +163,11 @@ def test_labels_as_text_and_missing_ones_are_compared_where_they_are_numbers(cal
     [
         ("caption", [["a"]] * 6, "column caption must hold text, it holds list"),
         ("caption", [1.0] * 6, "column caption must hold text, it holds double"),
+        ("jpg_0", [1] * 6, "column jpg_0 must hold images, as encoded bytes"),
+        ("jpg_1", [[0, 255]] * 6, "column jpg_1 must hold images, as encoded bytes"),
     ],
 )
 def test_columns_of_another_type_are_refused_before_anything_is_scored(call, tmp_path, name, values, message, capsys):
-    import pyarrow as pa
-
     table = pq.read_table(call.data / "train-0.parquet")
     table = table.set_column(table.column_names.index(name), name, pa.array(values))
     pq.write_table(table, tmp_path / "other.parquet")
@@ -174,6 +178,99 @@ def test_columns_of_another_type_are_refused_before_anything_is_scored(call, tmp
 def test_a_pattern_that_matches_nothing_beside_one_that_does_is_named(call, capsys):
     assert call("--data", str(call.data / "train-*.parquet"), str(call.data / "test-*.parquet")) == 1
     assert "no file matches" in (said := capsys.readouterr().err) and "test-*" in said and "train-*" not in said
+
+
+def test_pairs_that_were_edited_since_are_not_taken_for_done(call, capsys):
+    assert call() == 0
+    path = call.data / "train-1.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(0, table.column_names[0], table.column(0)), path)
+    assert call() == 0, "written again as it was"
+    images = [encoded_image((1, 2, 3)), *table["jpg_1"].to_pylist()[1:]]
+    pq.write_table(table.set_column(table.column_names.index("jpg_1"), "jpg_1", pa.array(images)), path)
+    assert call() == 1
+    assert "train-1.parquet was made with another source; choose another --output" in capsys.readouterr().err
+
+
+def test_a_second_relabelling_into_a_folder_is_refused_by_the_name_of_the_first(call, capsys):
+    """Two scorers at once would mix their labels."""
+    with held_elsewhere(call.output, "relabel.py") as holder:
+        assert call() == 1
+    assert f"{call.output} is in use: relabel.py, process {holder.pid} on " in capsys.readouterr().err
+    assert is_untouched(call.output) and call() == 0
+
+
+def test_a_start_that_failed_binds_its_folder_to_nothing(call, tmp_path, capsys):
+    (tmp_path / "wrong.py").write_text("class Wrong:\n    def score(self, images, prompts):\n        return ['a']\n")
+    assert call(scorer=f"{tmp_path / 'wrong.py'}:Wrong") == 1
+    assert "wrong.py:Wrong' must return a number for each image" in capsys.readouterr().err
+    assert is_untouched(call.output) and call() == 0
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_scored(call, relabel, capsys, monkeypatch):
+    monkeypatch.setattr(relabel, "load_scorer", lambda *_: pytest.fail("a scorer was loaded"))
+    assert call("--output", str(call.data / "train-0.parquet")) == 1
+    assert "--output: " in (said := capsys.readouterr().err) and "train-0.parquet is a file; choose another" in said
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert call() == 1
+    assert "--output: no permission to write in" in capsys.readouterr().err
+
+
+def test_what_is_written_may_be_read_by_whom_the_umask_lets(call):
+    before = os.umask(0o027)
+    try:
+        assert call() == 0
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in call.output.iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("format", ["AVIF", "DDS", "TIFF"])
+def test_whatever_a_decoder_raises_makes_one_pair_unreadable(call, format, capsys):
+    if format == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    whole = encoded_image((9, 0, 0), (64, 64), format)
+    path = call.data / "train-0.parquet"
+    table = pq.read_table(path)
+    images = [whole[: len(whole) // 3], *table["jpg_0"].to_pylist()[1:]]
+    pq.write_table(table.set_column(table.column_names.index("jpg_0"), "jpg_0", pa.array(images)), path)
+    assert call() == 0
+    assert "unreadable: 3" in capsys.readouterr().out  # two pairs have an image that is none
+
+
+def test_a_damaged_output_is_named(call, capsys):
+    call.output.mkdir()
+    (call.output / "train-0.parquet").write_bytes(b"PAR1 cut")
+    assert call() == 1
+    assert "out/train-0.parquet is not a readable parquet file" in capsys.readouterr().err
+
+
+def test_empty_shards_are_left_out(call, capsys):
+    table = pq.read_table(call.data / "train-0.parquet")
+    pq.write_table(table.slice(0, 0), call.data / "train-0.parquet")
+    assert call() == 0
+    assert [path.name for path in call.output.glob("*.parquet")] == ["train-1.parquet"]
+    pq.write_table(table.slice(0, 0), call.data / "train-1.parquet")
+    assert call() == 1
+    assert "no file has any row" in capsys.readouterr().err
+
+
+def test_a_glob_that_meets_its_own_output_is_refused(call, capsys):
+    deep = ["--data", f"{call.data}/**/*.parquet", "--output", str(call.data / "out")]
+    assert call(*deep) == 0
+    assert call(*deep) == 1
+    assert "several files are called train-0.parquet" in capsys.readouterr().err
+
+
+def test_captions_that_are_no_utf8_are_named_by_their_file(call, capsys):
+    table = pq.read_table(call.data / "train-1.parquet")
+    texts = pa.array(["café".encode("cp1252")] * len(table), pa.binary()).view(pa.string())
+    pq.write_table(
+        table.set_column(table.column_names.index("caption"), "caption", texts), call.data / "train-1.parquet"
+    )
+    assert call() == 1
+    assert "train-1.parquet can't be read: " in capsys.readouterr().err
+    assert [path.name for path in call.output.glob("*.parquet")] == ["train-0.parquet"]
 
 
 def test_a_folder_in_brackets_is_that_folder(call, tmp_path):

@@ -36,6 +36,19 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
     assert [row["step"] for row in read_rows(path)] == [1, 2]
 
 
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"{", b"[1]", b'{"loss": 1.0}', b'{"step": "1"}', b"\0" * 9])
+def test_a_damaged_line_is_named_and_no_row_after_it_is_lost(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    whole = b'{"step": 1}\n' + damage + b'\n{"step": 2}\n'
+    path.write_bytes(whole)
+    for use in (lambda: read_rows(path), lambda: log_rows(tmp_path, 2, [3])):
+        with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 is damaged"):
+            use()
+    assert path.read_bytes() == whole
+    path.write_bytes(b'{"step": 1}\n' + damage)
+    assert read_rows(path) == [{"step": 1}], "the end of a killed run"
+
+
 def test_a_full_disk_is_said_of_a_row(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(StorageError, match=r"could not write .*metrics\.jsonl: the disk is full"):

@@ -13,6 +13,7 @@ from xdpo.models import make_policy
 from xdpo.runs import (
     CheckpointError,
     check_optimizer,
+    check_pairs,
     check_run_folder,
     describe_run,
     export_model,
@@ -86,6 +87,28 @@ def test_a_damaged_checkpoint_names_what_else_there_is_to_resume_from(tmp_path):
 
     with pytest.raises(CheckpointError, match="left to resume from: step_00000001"):
         load_checkpoint(path, *trained(0))
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"[1]", b"3", b"\xff", b"{}", b'{"step": 2}'])
+def test_damaged_progress_is_a_damaged_checkpoint(tmp_path, content):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    (path / "progress.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"step_00000002: .*left to resume from: step_00000001"):
+        load_checkpoint(path, *trained(0))
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b""])
+def test_a_damaged_record_of_a_run_is_named_and_may_be_removed(tmp_path, content):
+    config = load_config("configs/base.yaml", ["output_dir=x"])
+    describe_run(tmp_path, config, pairs_fingerprint="of these pairs")
+    (tmp_path / "run.json").write_bytes(content)
+    for use in (lambda: check_pairs(tmp_path, "of others", False, print), lambda: describe_run(tmp_path, config)):
+        with pytest.raises(ValueError, match=r"run\.json is damaged .*or remove it"):
+            use()
+    (tmp_path / "run.json").unlink()
+    check_pairs(tmp_path, "of others", False, print)
+    describe_run(tmp_path, config)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from xdpo import families
 from xdpo.config import ModelConfig
@@ -108,6 +109,15 @@ def test_every_scheduler_samples_from_its_generators_alone(small_pipeline, name)
     assert pixels(first) == pixels(second) and np.asarray(first[0]).std() > 0
 
 
+@pytest.mark.parametrize("name", ["pipeline", "euler", "unipc", "dpm++"])
+def test_more_steps_than_timesteps_are_refused(small_pipeline, name):
+    """Whatever a scheduler would do with them: raise, assert, or sample noise."""
+    parts = families.load_parts(ModelConfig(pipeline=small_pipeline), encoders=False)
+    settings = SamplingSettings(num_inference_steps=1001, scheduler=name)
+    with pytest.raises(ValueError, match="1001 sampling steps are more than the 1000 timesteps"):
+        sampling.prepare_pipeline(families.pipeline_with(parts, parts.denoiser), settings, torch.device("cpu"))
+
+
 def test_half_precision_changes_pixels_but_little(small_pipeline):
     images = {}
     for precision in ("fp32", "bf16"):
@@ -120,6 +130,29 @@ def test_half_precision_changes_pixels_but_little(small_pipeline):
 
     difference = abs(images["fp32"] - images["bf16"])
     assert 0 < difference.mean() < 16
+
+
+@pytest.fixture
+def switches():
+    """PyTorch's switches of kernels as they were, afterwards."""
+    places = [(torch.backends.cuda.matmul, "allow_tf32")]
+    places += [(torch.backends.cudnn, name) for name in ("allow_tf32", "benchmark", "deterministic")]
+    before = [getattr(*place) for place in places]
+    yield
+    for place, value in zip(places, before, strict=True):
+        setattr(*place, value)
+
+
+def test_on_a_gpu_float32_is_float32_in_products_and_convolutions(switches):
+    class Pipeline:
+        scheduler = DDIMScheduler()
+
+        def to(self, *_):
+            return self
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    sampling.prepare_pipeline(Pipeline(), SamplingSettings(), torch.device("cuda"))
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
 
 
 def test_a_prompt_is_truncated_where_its_tokens_are_more_than_are_read(tiny_tokenizer):

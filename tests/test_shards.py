@@ -1,6 +1,7 @@
 """Files of one data set that differ: read under one schema where that is clear, else the one at fault is named."""
 
 import decimal
+import gzip
 import io
 import tarfile
 
@@ -138,6 +139,52 @@ def test_a_type_that_does_not_fit_is_named_with_its_file(load, changes, message)
         load(columns(), columns(**changes), columns())
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_0": [[1], [0]]}, r"column label_0 must hold numbers, it holds list"),
+        ({"label_1": [{"of": 1.0}] * 2}, r"column label_1 must hold numbers, it holds struct"),
+        ({"jpg_0": [1, 2]}, r"train-0\.parquet: column jpg_0 must hold images, .* it holds int64"),
+        ({"jpg_1": [[0, 255]] * 2}, r"train-0\.parquet: column jpg_1 must hold images, .* it holds list"),
+        ({"jpg_1": pa.nulls(2)}, r"train-0\.parquet: column jpg_1 must hold images, .* it holds null"),
+        ({"jpg_0": [{"url": "http://"}] * 2}, r"column jpg_0 must hold images, .* it holds struct<url"),
+    ],
+)
+def test_columns_of_a_type_that_is_none_of_theirs_are_named_where_no_other_file_tells(load, changes, message):
+    with pytest.raises(DataError, match=message):
+        load(columns(**changes))
+
+
+def test_images_may_be_bytes_of_any_kind_paths_or_both_in_any_order(load, tmp_path):
+    (tmp_path / "red.png").write_bytes(content := encoded_image("red"))
+    binary, fixed = pa.array([content] * 2, pa.large_binary()), pa.array([content] * 2, pa.binary(len(content)))
+    both = pa.StructArray.from_arrays([pa.array(["x"] * 2), binary], names=["path", "bytes"])
+    for images in (binary, fixed, both, [str(tmp_path / "red.png")] * 2):
+        assert load(columns(jpg_1=images)).images_of(0) == (encoded_image("lime"), content)
+
+
+def test_empty_shards_are_left_out(load, tmp_path):
+    empty = pa.table(columns()).slice(0, 0)
+    untyped = pa.table({name: pa.nulls(0) for name in columns()})
+    assert len(load(empty, columns(), untyped)) == 2
+    for file in tmp_path.iterdir():
+        file.unlink()
+    with pytest.raises(DataError, match=r"no parquet file has any row, .*train-0\.parquet for one"):
+        load(empty, empty)
+
+
+def test_two_sets_of_shards_in_a_folder_are_a_clash(load, tmp_path):
+    """An older download beside a newer one would count pairs twice."""
+    names = ["train-00000-of-00002", "train-00001-of-00002", "train-00000-of-00001-0123456789abcdef"]
+    for name in names:
+        pq.write_table(pa.table(columns()), tmp_path / f"{name}.parquet")
+    with pytest.raises(DataError, match=r"00001-0123456789abcdef\.parquet and .*-of-00002\.parquet are of two sets of"):
+        load(path=str(tmp_path))
+    assert len(load(path=[str(tmp_path / f"{name}.parquet") for name in names])) == 6, "files named outright are meant"
+    (tmp_path / f"{names[2]}.parquet").unlink()
+    assert len(load(path=str(tmp_path))) == 4
+
+
 def test_a_column_that_is_there_twice_is_named(load, tmp_path):
     table = pa.table(columns())
     pq.write_table(table.append_column("label_0", pa.array([1.0, 1.0])), tmp_path / "train-0.parquet")
@@ -208,6 +255,52 @@ def test_members_that_nobody_reads_may_come_and_go(tars):
 def test_a_tar_with_other_members_is_named(tars, changes, message):
     with pytest.raises(DataError, match=rf"train-1\.tar: its samples hold {message}"):
         tars(sample("0"), sample("1", **changes))
+
+
+def test_two_files_for_one_member_are_a_clash(tars, tmp_path):
+    with pytest.raises(
+        DataError, match=r"train-0\.tar: its samples hold jpg_0\.png and jpg_0\.jpg, and jpg_0 can be but"
+    ):
+        tars(sample("0", **{"jpg_0.jpg": encoded_image("blue", format="JPEG")}))
+    with pytest.raises(DataError, match=r"train-1\.tar: its samples hold caption\.txt and caption\.json"):
+        tars(sample("0"), sample("1", **{"caption.json": b'"another"'}))
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:  # written again with --append
+        for name, content in [*sample("0").items(), *sample("0").items()]:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(DataError, match=r"its samples hold jpg_0\.png and jpg_0\.png"):
+        tars()
+
+
+def test_empty_tars_are_left_out(tars):
+    assert len(tars({}, sample("1"), {})) == 1
+    with pytest.raises(DataError, match=r"no tar holds a sample, .*train-0\.tar for one"):
+        tars({}, {}, {})
+
+
+@pytest.mark.parametrize("size", [512 + 100, 3 * 512 + 10, 5 * 512 + 1])
+def test_a_tar_that_was_cut_short_is_named_wherever_it_ends(tars, tmp_path, size):
+    """Within a header, where tarfile sees no fault, as within a member."""
+    tars(sample("0"), sample("1"))
+    cut = tmp_path / "train-1.tar"
+    cut.write_bytes(cut.read_bytes()[:size])
+    with pytest.raises(DataError, match=r"train-1\.tar is not a readable tar: .*cut short"):
+        tars()
+
+
+def test_tars_of_a_mac_and_compressed_ones_are_read(tars, tmp_path):
+    mac = {"._0.jpg_0.png": b"\0\5\26\7", **sample("0"), "._0.caption.txt": b"\0\5\26\7"}
+    assert tars(mac).columns("caption") == {"caption": ["a cat"]}
+    content = (tmp_path / "train-0.tar").read_bytes()
+    (tmp_path / "train-0.tar").write_bytes(gzip.compress(content + b"\0" * 512))
+    assert len(tars()) == 1
+
+
+def test_a_pointer_of_git_lfs_is_told_from_a_tar(tars, tmp_path):
+    (tmp_path / "train-9.tar").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(DataError, match=r"train-9\.tar is not a readable tar: it is Git LFS's pointer"):
+        tars(sample("0"))
 
 
 def test_a_tar_whose_text_is_no_utf8_is_named(tars):

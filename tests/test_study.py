@@ -1,22 +1,29 @@
 """The user study without a browser: building blind pairs, dealing them out, votes that stay, counts checked by hand."""
 
+import errno
 import itertools
 import json
+import os
 import re
 import sqlite3
 from collections import Counter
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
 import user_study
-from PIL import Image
+from conftest import failing
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from scipy.stats import binomtest
 
-from xdpo.study import analysis, power, report
-from xdpo.study.build import StudyPlan, build_study
+from xdpo import files
+from xdpo.files import StorageError, is_untouched
+from xdpo.images.reading import Picture
+from xdpo.study import analysis, build, power, report
+from xdpo.study.build import StudyPlan, _pixels, build_study
 from xdpo.study.folder import QUESTIONS, Key, Links, Study, StudyError
 from xdpo.study.server import Ballots
 from xdpo.study.static import export, import_votes
@@ -230,6 +237,77 @@ def test_unreadable_missing_and_unnamed_images_are_refused_and_leave_nothing(tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(COLOURS)
 
 
+def test_images_of_one_colour_are_named_before_anybody_is_asked_about_them(tmp_path, folders, capsys):
+    """Black, as images of NaN are; the folders here hold nothing else than one colour."""
+    build_study(tmp_path / "study", folders[0], [folders[1]], PLAN)
+    said = capsys.readouterr().err
+    for model, prompt_set, names in (
+        ("ours", "set_a", "style/00000.png, style/00001.png"),
+        ("theirs", "set_b", "00000.png"),
+    ):
+        assert f"note: {model}, {prompt_set}: 2 of one colour throughout; shown as they are ({names}" in said
+
+
+@pytest.mark.parametrize("name", ["deep.png", "clear.png", "turned.jpg"])
+def test_images_are_shown_as_they_are_scored(tmp_path, folders, name):
+    """16 bits scaled, transparency over white, orientation applied: through the one decoder."""
+    images = {
+        "deep.png": Image.fromarray(np.full((16, 16), 32_768, np.uint16)),
+        "clear.png": Image.new("RGBA", (16, 16), (255, 0, 0, 0)),
+        "turned.jpg": Image.new("RGB", (16, 16), (255, 0, 0)),
+    }
+    picture = Picture("ours", "s", "", "0", 0, tmp_path / name, name)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    images["turned.jpg"].paste((0, 0, 255), (0, 0, 16, 8))  # the sky, above until it is turned
+    images[name].save(picture.path, **({"exif": exif, "quality": 100} if name == "turned.jpg" else {}))
+    shown = _pixels(picture)
+    expected = {"deep.png": (128, 128, 128), "clear.png": (255, 255, 255), "turned.jpg": (254, 0, 0)}[name]
+    assert np.abs(np.subtract(shown.getpixel((3, 3)), expected)).max() <= 2
+    assert shown.info == {} and not shown.getexif()
+
+
+def test_what_a_study_and_an_evaluation_leave_is_no_model(tmp_path, folders, study):
+    """Their images have no manifest: nobody knows their prompts."""
+    figures = tmp_path / "results" / "figures"
+    figures.mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(figures / "win_rates.png")
+    for name, folder in (("study", study.folder), ("results", tmp_path / "results")):
+        with pytest.raises(StudyError, match=rf"{name} has no manifest, so the prompt of \S+\.png is unknown"):
+            build_study(tmp_path / "new", folders[0], [(name, folder)], PLAN)
+    for own in ("study.json", "key.json", "links.json"):
+        with pytest.raises(StudyError, match=rf"{own} holds (no votes|votes of another study)"):
+            import_votes(study, study.folder / own)
+    assert VoteStore(study).all() == [] and not (tmp_path / "new").exists()
+
+
+def test_a_study_that_another_has_built_meanwhile_is_left_alone(tmp_path, folders, monkeypatch):
+    built = []
+
+    def meanwhile(*arguments):
+        if not built:
+            built.append(None)
+            built[0] = build_study(tmp_path / "study", folders[0], folders[1:], PLAN)
+        return original(*arguments)
+
+    original = build._write_images
+    monkeypatch.setattr(build, "_write_images", meanwhile)
+    with pytest.raises(StudyError, match="votes may be in it"):
+        build_study(tmp_path / "study", folders[0], folders[1:], PLAN)
+    assert Study.load(tmp_path / "study").id == built[0].id
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*COLOURS, "study"])
+
+
+def test_a_full_disk_is_said_of_a_study_and_of_its_report(tmp_path, folders, study, full_disk, monkeypatch):
+    with pytest.raises(StorageError, match=r"could not write .*win_rates\.png: the disk is full"):
+        report.write(report.find(study, Key.load(study), [], 0.25), tmp_path / "report")
+    monkeypatch.setattr(build, "_write_images", failing(errno.ENOSPC))
+    monkeypatch.setattr(files, "aside_of", lambda path: path.with_name(f"{path.name}.0.part"))
+    with pytest.raises(StorageError, match=r"could not write .*new: the disk is full"):
+        build_study(tmp_path / "new", folders[0], folders[1:], PLAN)
+    assert not (tmp_path / "new").exists() and is_untouched(tmp_path / "report")
+
+
 def test_images_of_different_size_are_refused_unless_scaled(tmp_path, folders):
     larger = make_images(tmp_path / "larger", "theirs", side=32)
     with pytest.raises(StudyError, match="differ in size, which tells them apart"):
@@ -345,6 +423,28 @@ def test_an_exported_study_has_all_its_images_and_its_votes_come_back_once(tmp_p
         export(study, tmp_path / "new", [9])
 
 
+def test_a_study_in_a_folder_with_brackets_is_built_exported_and_analysed(tmp_path, folders):
+    named = [(name, folder.rename(folder.with_name(f"{name}[1]"))) for name, folder in folders]
+    study = build_study(tmp_path / "of[1] *?" / "study[a]", named[0], named[1:], PLAN)
+    assert len(export(study, tmp_path / "static[b]")) == 4
+    findings = report.find(study, Key.load(study), VoteStore(study).all(), 0.25)
+    assert report.write(findings, tmp_path / "report[c]").is_file()
+
+
+def test_only_the_secrets_of_a_study_are_for_their_owner_alone(tmp_path, folders):
+    before = os.umask(0o027)
+    try:
+        study = build_study(tmp_path / "study", folders[0], [folders[1]], PLAN)
+        export(study, tmp_path / "static")
+        report.write(report.find(study, Key.load(study), [], 0.25), tmp_path / "report")
+    finally:
+        os.umask(before)
+    secret = {study.folder / "key.json", study.folder / "links.json"}
+    made = [path for name in ("study", "static", "report") for path in (tmp_path / name).rglob("*") if path.is_file()]
+    assert secret <= {*made}
+    assert all(path.stat().st_mode & 0o777 == (0o600 if path in secret else 0o640) for path in made)
+
+
 def test_foreign_false_and_contradicting_votes_are_refused_whole(tmp_path, study):
     first, second = (vote_as(study, 2, task) for task in study.tasks[1][:2])
     refused = {
@@ -377,6 +477,37 @@ def test_a_time_that_is_none_is_left_out_of_an_imported_vote(tmp_path, study, se
     file.write_text(file.read_text().replace('"seconds": 1.0', f'"seconds": {seconds}'))
     assert import_votes(study, file) == (1, 0)
     assert VoteStore(study).all()[0].seconds is None
+
+
+@pytest.mark.parametrize("at", ['"\\ud800"', '"yesterday"', "3", "null", '"\\u0000"', "[]"])
+def test_a_moment_that_is_none_is_that_of_the_import(tmp_path, study, at):
+    file = saved_file(tmp_path, study, 2, [vote_as(study, 2, study.tasks[1][0])])
+    file.write_text(file.read_text().replace('"2026-01-01T00:00:00Z"', at))
+    assert import_votes(study, file) == (1, 0)
+    assert datetime.fromisoformat(VoteStore(study).all()[0].at).tzinfo is not None
+
+
+@pytest.mark.parametrize(
+    ("encoding", "reason"),
+    [("utf-8-sig", None), ("utf-16", None), ("cp1252", "line 1: byte .* is no UTF-8"), ("utf-16-le", "is no UTF-8")],
+)
+def test_votes_that_an_editor_saved_anew_are_read_or_refused_with_the_line(tmp_path, study, encoding, reason):
+    file = saved_file(tmp_path, study, 2, [vote_as(study, 2, study.tasks[1][0])])
+    file.write_bytes(file.read_text().replace('"votes"', '"by": "Zoë", "votes"').encode(encoding))
+    if reason is None:
+        assert import_votes(study, file) == (1, 0)
+    else:
+        with pytest.raises(StudyError, match=rf"votes-2\.json holds no votes: .*{reason}"):
+            import_votes(study, file)
+
+
+def test_votes_imported_while_others_vote_are_all_kept(tmp_path, study):
+    """The database is shared: no lock of the folder is needed."""
+    first, second = (vote_as(study, 2, task) for task in study.tasks[1][:2])
+    serving = VoteStore(study)
+    serving.add(first)
+    assert import_votes(study, saved_file(tmp_path, study, 2, [first, second])) == (1, 1)
+    assert serving.tasks_of(2) == [first.task, second.task]
 
 
 # --- analysis --------------------------------------------------------------------------------------------

@@ -175,6 +175,13 @@ def test_empty_lines_count_and_separators_of_unicode_do_not_end_any(tmp_path):
     assert list(read_json_lines(path)) == [(2, {"a": "x\u2028y\x85z"}), (5, ["b"])]
 
 
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.jsonl", "prompts.tsv", "train.parquet"])
+def test_a_pointer_of_git_lfs_is_told_from_a_table(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3438167540\n")
+    with pytest.raises(TableError, match=rf"{name}.*: it is Git LFS's pointer .* run git lfs pull"):
+        read_table(tmp_path / name)
+
+
 def test_a_file_that_cannot_be_opened_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"could not read .*a\.csv"):
         read_table(tmp_path / "a.csv")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import held_elsewhere
 from safetensors.torch import load_file
 from tolerances import ERROR, assert_same_but_for_rounding, assert_same_figures, drift, drift_tolerance
 from training_runs import ROOT, TWO_PROCESSES, assert_same_run, command, launch, policy_of, rows_of
@@ -318,14 +319,50 @@ def test_8_bit_adamw_saves_and_resumes_bit_for_bit(small_pipeline, small_pairs, 
     assert {tensor.dtype for name, tensor in state.items() if name.endswith("state1")} == {torch.uint8, torch.float32}
 
 
-def test_a_second_training_in_a_folder_is_refused_by_the_name_of_the_first(run, small_pipeline, small_pairs, tmp_path):
-    with files.only_writer(tmp_path / "run", "a training"):
+def test_a_second_training_in_a_folder_is_refused_by_the_name_of_the_first(run, tmp_path, capsys):
+    with held_elsewhere(tmp_path / "run", "a training") as holder:
         (tmp_path / "run" / "config.yaml").write_text(dump_config(load_config("configs/base.yaml")))
-        arguments = command(small_pipeline, small_pairs, tmp_path / "run", "--allow-config-change")
-        ended = launch(["train_xdpo.py"], arguments)
-    assert ended.returncode == 1
-    assert f"is in use: a training, process {os.getpid()} on " in ended.stderr
+        assert run("run", "--allow-config-change")[0] == 1
+    assert f"is in use: a training, process {holder.pid} on " in capsys.readouterr().err
     assert run("run", "--allow-config-change")[0] == 0  # the lock went with its holder
+
+
+def test_a_start_that_failed_binds_the_run_folder_to_nothing(run, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            train_xdpo.models, "load_parts", lambda *_, **__: (_ for _ in ()).throw(ValueError("no weights"))
+        )
+        status, folder = run("run", "seed=1")
+    assert status == 1 and files.is_untouched(folder)
+    assert run("run", "data.path=nowhere")[0] == 1
+    assert run("run", "seed=2", "train.max_steps=1")[0] == 0
+
+
+def test_folders_of_other_things_are_no_run_folder(run, small_pipeline, small_pairs, tmp_path, capsys):
+    (tmp_path / "images" / "mine").mkdir(parents=True)
+    refused = {
+        small_pipeline: "holds something that is not a run (model_index.json",
+        small_pairs: "is a file; choose another folder",
+        str(tmp_path / "images"): "holds something that is not a run (mine)",
+    }
+    for folder, message in refused.items():
+        assert run("run", f"output_dir={folder}")[0] == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_run_is_no_source_of_pairs_and_no_pipeline(run, capsys):
+    _, folder = run("run", "train.max_steps=1")
+    refused = {
+        "no .parquet file matches": [f"data.path={folder}"],
+        "holds no pairs.csv or pairs.jsonl": ["data.source=folder", f"data.path={folder}"],
+        "no .tar file matches": ["data.source=webdataset", f"data.path={folder}"],
+        "it is not a Stable Diffusion pipeline folder; it lacks model_index.json": [
+            f"model.pipeline={folder / 'export'}"
+        ],
+    }
+    for message, keys in refused.items():
+        assert run("next", *keys)[0] == 1
+        assert message in capsys.readouterr().err
 
 
 def test_a_launch_that_shares_out_the_weights_is_refused(run, monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """The `compute` section on this machine: devices, precision, accumulation, trackers."""
 
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -14,8 +16,8 @@ from xdpo.config import ComputeConfig, Config, accumulation_steps
 def build_accelerator(settings: Config) -> Accelerator:
     """Devices, precision, accumulation and trackers, as the config has them; several processes are connected.
 
-    Raises ValueError for fp16 on a CPU, a launch that shares out the weights, or a total batch that cannot be split
-    over the processes.
+    Raises ValueError for fp16 on a CPU, compiling without a compiler, a launch that shares out the weights, or a total
+    batch that cannot be split over the processes.
     """
     compute = settings.compute
     refuse_sharded_launch()
@@ -23,6 +25,8 @@ def build_accelerator(settings: Config) -> Accelerator:
     precision = precision_of(compute)
     if precision == "fp16" and not has_device:
         raise ValueError("compute.precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    if compute.compile:
+        check_compiler("compute.compile")
     choose_kernels(compute)
     if torch.cuda.is_available() and not check_cuda_p2p_ib_support():
         # GeForce cards without peer access. Of all launchers only `accelerate launch` says so to NCCL.
@@ -74,6 +78,20 @@ def choose_kernels(compute: ComputeConfig) -> None:
     torch.use_deterministic_algorithms(compute.deterministic)
     if compute.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first matrix product
+
+
+def check_compiler(setting: str) -> None:
+    """Raise ValueError where `setting` has kernels compiled and no compiler is there: torch.compile says so late."""
+    if torch.cuda.is_available():  # Triton builds what launches its kernels
+        language, variable, names = "C", "CC", ("gcc", "clang")
+    else:
+        language, variable, names = "C++", "CXX", ("clang++" if sys.platform == "darwin" else "g++",)
+    wanted = (os.environ[variable],) if os.environ.get(variable) else names
+    if not any(shutil.which(name) for name in wanted):
+        raise ValueError(
+            f"{setting} needs a {language} compiler, and {' or '.join(wanted)} is not found; install it, name another "
+            f"one in the environment variable {variable}, or do without {setting}"
+        )
 
 
 def refuse_sharded_launch() -> None:

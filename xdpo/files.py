@@ -215,6 +215,13 @@ def check_writable(folder: Path, setting: str) -> None:
         )
 
 
+def lfs_pointer(start: bytes) -> str | None:
+    """What to say of a file that begins so, where it is Git LFS's pointer to the file that is meant; else None."""
+    if start.startswith(b"version https://git-lfs"):
+        return "it is Git LFS's pointer to the file and not the file; run git lfs pull in that folder"
+    return None
+
+
 def file_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:

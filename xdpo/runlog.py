@@ -79,15 +79,22 @@ class RunLog:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, oldest first; a last line that a kill cut short is left out."""
+    """The rows of a metrics.jsonl, oldest first; a last line that a kill cut short is left out.
+
+    Raises ValueError naming any other line that is no row: those after it must not be lost.
+    """
     with reading(path):
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = path.read_bytes().splitlines() if path.is_file() else []
     rows = []
-    for line in lines:
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("it has no step")
+            rows.append(row)
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path} line {number} is damaged ({error}); remove that line") from None
     return rows
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
-from xdpo.files import StorageError, storage_fault
+from xdpo.files import StorageError, lfs_pointer, storage_fault
 
 _MARKS = {  # UTF-32's begins with UTF-16's
     codecs.BOM_UTF8: "utf-8-sig",
@@ -165,7 +165,9 @@ def _lines(path: Path) -> Iterator[str]:
     encoding = "utf-8"
     try:
         with path.open("rb") as file:
-            start = file.read(4)
+            start = file.read(40)
+        if pointer := lfs_pointer(start):
+            raise TableError(f"could not read {path}: {pointer}")
         encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
         with path.open(encoding=encoding, newline="") as file:
             for number, line in enumerate(file, start=1):
@@ -341,6 +343,13 @@ def parquet_schema(path: Path) -> Any:
     return _from_parquet(path, lambda: pq.read_schema(path))
 
 
+def parquet_rows(path: Path) -> int:
+    """How many rows a parquet file has, by its footer. Raises TableError where it is none."""
+    import pyarrow.parquet as pq
+
+    return _from_parquet(path, lambda: pq.read_metadata(path).num_rows)
+
+
 def _read_parquet(path: Path, wanted: Callable[[str], bool]) -> Table:
     import pyarrow.parquet as pq
 
@@ -357,7 +366,15 @@ def _from_parquet(path: Path, read: Callable[[], Any]) -> Any:
         return read()
     except (OSError, pa.ArrowException, ValueError, OverflowError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TableError(f"{path} is not a readable parquet file: {first}") from error
+        raise TableError(f"{path} is not a readable parquet file: {_pointer(path) or first}") from error
+
+
+def _pointer(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return lfs_pointer(file.read(40))
+    except OSError:
+        return None
 
 
 def _shown(value: Any) -> str:

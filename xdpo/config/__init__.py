@@ -15,7 +15,7 @@ from xdpo.config.derived import (
     effective_beta,
     effective_learning_rate,
 )
-from xdpo.config.files import ConfigError, dump_config, flatten, load_config
+from xdpo.config.files import ConfigError, dump_config, flatten, load_config, parse_yaml
 from xdpo.config.loss import LossConfig
 from xdpo.config.sections import (
     KEYS,
@@ -69,4 +69,5 @@ __all__ = [
     "effective_learning_rate",
     "flatten",
     "load_config",
+    "parse_yaml",
 ]

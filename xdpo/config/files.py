@@ -77,7 +77,7 @@ class _File(NamedTuple):
     repeated_keys: list[str]
 
 
-def _parse(text: str) -> tuple[Any, list[str]]:
+def parse_yaml(text: str) -> tuple[Any, list[str]]:
     """One YAML document and the keys that it repeats. Raises ValueError with the place of a syntax error."""
     try:
         loader = _Loader(text)
@@ -114,7 +114,7 @@ def _read_file(path: Path, asked_by: str | None) -> _File:
     if not path.exists():
         raise ConfigError(f"{label}: no such config file{suffix}; {_files_beside(path)}")
     try:
-        settings, repeated_keys = _parse(path.read_text(encoding="utf-8"))
+        settings, repeated_keys = parse_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
         raise ConfigError(f"{label}: is not UTF-8 text{suffix}") from None
     except (OSError, ValueError) as error:
@@ -180,7 +180,7 @@ def _settings_of_overrides(overrides: Sequence[str]) -> tuple[dict[str, _Setting
             problems.append(f"{word}: an override is written section.key=value, as in loss.beta=2000")
             continue
         try:
-            value, repeated_keys = _parse(text)
+            value, repeated_keys = parse_yaml(text)
         except ValueError as error:
             problems.append(f"""{key}: {error} (got '{text}'); if it is text, quote it twice: {key}='"…"'""")
             continue

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from xdpo.files import StorageError, storage_fault
+from xdpo.files import StorageError, lfs_pointer, storage_fault
 
 _UPRIGHT = {  # EXIF orientation → what turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -62,7 +62,19 @@ def decode_rgb(cell: bytes | str | dict[str, Any] | None) -> Image.Image:
         if content is None and isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
             raise StorageError(f"could not read {path}: {storage_fault(error, Path(path))}") from error
         reason = str(error) if isinstance(error, UnreadableImageError) else f"{type(error).__name__}: {error}"
+        reason = lfs_pointer(_start(path, content)) or reason
         raise UnreadableImageError(reason if path is None else f"{path}: {reason}") from error
+
+
+def _start(path: Any, content: Any) -> bytes:
+    """How a file that could not be decoded begins; nothing where there is none."""
+    if content is not None:
+        return content[:40] if isinstance(content, bytes) else b""
+    try:
+        with open(path, "rb") as file:
+            return file.read(40)
+    except (OSError, ValueError, TypeError):
+        return b""
 
 
 def _orientation(image: Image.Image) -> Any:

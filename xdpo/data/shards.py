@@ -3,6 +3,8 @@
 Only the columns that somebody reads count. Others may come, go and change their type; optional ones may be missing.
 """
 
+import io
+import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ from xdpo.data.table import (
     kind_of,
     require_columns,
 )
-from xdpo.tables import parquet_schema
+from xdpo.files import lfs_pointer
+from xdpo.tables import parquet_rows, parquet_schema
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -37,11 +40,14 @@ class Alike:
 def alike(files: Sequence[str]) -> list[Alike]:
     """Parquet files in groups that can be read together; every house column has one type in all of them.
 
-    Raises DataError for a file that can't be read, lacks a required column, or has one of a type that doesn't go with
-    the others'.
+    Files without a row are left out. Raises DataError for a file that can't be read, lacks a required column, or has
+    one of a type that doesn't go with the others', and where no file has a row.
     """
     from datasets import Features
 
+    first, files = files[0], [file for file in files if parquet_rows(Path(file))]  # Spark leaves empty ones
+    if not files:
+        raise DataError(f"no parquet file has any row, {first} for one")
     schemas = {file: parquet_schema(Path(file)) for file in files}  # footers only: no row is read
     columns = {file: _columns(schema.names, file) for file, schema in schemas.items()}
     features = {}
@@ -107,17 +113,27 @@ def _feature(house: str, type: Any, schemas: Mapping[str, Any], columns: Mapping
     return Features.from_arrow_schema(pa.schema([(name, type)], metadata=metadata))[name]
 
 
-def check_members(files: Sequence[str]) -> None:
-    """Tars must call the members of a required column alike, since the first tar decides what is read.
+def with_members(files: Sequence[str]) -> list[str]:
+    """The tars that hold samples. Their members must be called alike, since the first tar decides what is read.
 
-    Raises DataError naming the tar that doesn't, or that is none.
+    Raises DataError naming the tar that has other members, several for one column, or that is none.
     """
     first: dict[str, str] = {}
+    filled = []
     for file in files:
         try:
-            found = {house: name for name, house in house_names(_first_sample(file)).items()}
+            names = _first_sample(file)
         except (tarfile.TarError, OSError, EOFError) as error:
-            raise DataError(f"{file} is not a readable tar: {first_line(error)}") from error
+            with open(file, "rb") as opened:
+                fault = lfs_pointer(opened.read(40)) or first_line(error)
+            raise DataError(f"{file} is not a readable tar: {fault}") from error
+        if not names:
+            continue
+        filled.append(file)
+        found = {house: name for name, house in house_names(names).items()}
+        for house, name in found.items():
+            if len(clash := [other for other in names if other.split(".")[0] == name.split(".")[0]]) > 1:
+                raise DataError(f"{file}: its samples hold {' and '.join(clash)}, and {house} can be but one; keep one")
         for house in set(REQUIRED_COLUMNS) & set(found):
             wanted = first.setdefault(house, found[house])
             if found[house] != wanted:
@@ -125,12 +141,17 @@ def check_members(files: Sequence[str]) -> None:
                     f"{file}: its samples hold {found[house]}, but {wanted} in {files[0]}; pack all tars with the same "
                     "member names"
                 )
+    if not filled:
+        raise DataError(f"no tar holds a sample, {files[0]} for one")
+    return filled
 
 
 def _first_sample(file: str) -> list[str]:
     """What follows the key in the member names of a tar's first sample: `jpg_0.jpg`, `caption.txt`, …"""
     key, names = None, []
     with tarfile.open(file) as tar:
+        if isinstance(tar.fileobj, io.BufferedReader) and os.path.getsize(file) % tarfile.BLOCKSIZE:  # not compressed
+            raise tarfile.ReadError(f"it ends within a block of {tarfile.BLOCKSIZE} bytes; it was cut short")
         for folder, base, name in _members(tar):
             key = key or (folder, base)
             if (folder, base) != key:

@@ -4,6 +4,7 @@ Rows are memory-mapped Arrow (the `datasets` library), so a table larger than me
 and tars are converted on first use into the `datasets` cache (HF_DATASETS_CACHE), about as large again as the files.
 """
 
+import errno
 import glob
 import os
 import re
@@ -12,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xdpo.data.shards import alike, check_members, file_at_fault, first_line, read_parquet, read_tar
+from xdpo.data.shards import alike, file_at_fault, first_line, read_parquet, read_tar, with_members
 from xdpo.data.table import (
     SCORE_COLUMNS,
     DataError,
@@ -22,6 +23,7 @@ from xdpo.data.table import (
     usable_pairs,
     with_house_columns,
 )
+from xdpo.files import storage_fault
 from xdpo.paths import expanded, matching, user_path
 from xdpo.tables import TableError, read_table
 
@@ -121,6 +123,7 @@ def _load_hub(paths: list[str], split: str, revision: str | None, num_proc: int 
             num_proc=num_proc,
         )
     except Exception as error:
+        _refuse_bad_cache(error.__cause__ or error, f"split {split!r} of the hub data set {name!r}")
         raise DataError(
             f"cannot load split {split!r} of the hub data set {name!r}: {first_line(error)}\n{HUB_HELP}"
         ) from error
@@ -157,8 +160,7 @@ def _load_parquet(paths: list[str], split: str, revision: str | None, num_proc: 
 
 
 def _load_webdataset(paths: list[str], split: str, revision: str | None, num_proc: int | None) -> "Dataset":
-    files = _matching_files(paths, ".tar", split)
-    check_members(files)
+    files = with_members(_matching_files(paths, ".tar", split))
     return _load_files("webdataset", files, split, read_tar, num_proc=num_proc)
 
 
@@ -171,6 +173,7 @@ def _load_files(builder: str, files: list[str], split: str, read: Callable[[str]
         return load_dataset(builder, data_files={split: names}, split=split, **settings)
     except Exception as error:  # pyarrow, tarfile and datasets have no error in common
         cause = error.__cause__ or error
+        _refuse_bad_cache(cause, f"{builder} data of {len(files)} files, first {files[0]},")
         is_storage = isinstance(cause, OSError) and cause.errno is not None
         at_fault = None if is_storage else file_at_fault(files, read)
         raise DataError(
@@ -179,14 +182,36 @@ def _load_files(builder: str, files: list[str], split: str, read: Callable[[str]
         ) from error
 
 
+def _refuse_bad_cache(cause: BaseException, data: str) -> None:
+    """Raise DataError where `datasets` could not write what it converts `data` into, naming its folder."""
+    if isinstance(cause, OSError) and cause.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+    ):
+        from datasets.config import HF_DATASETS_CACHE
+
+        place = Path(cause.filename or HF_DATASETS_CACHE)
+        raise DataError(
+            f"cannot convert {data} into the cache {HF_DATASETS_CACHE} (HF_DATASETS_CACHE names another): "
+            f"{place}: {storage_fault(cause, place)}"
+        ) from cause
+
+
 def _listing(paths: list[str], split: str) -> Path:
-    """The file that lists a folder's pairs."""
+    """The file that lists a folder's pairs; it may be named itself."""
     folder = user_path(_only(paths, "folder"))
-    candidates = [parent / name for parent in (folder / split, folder) for name in ("pairs.csv", "pairs.jsonl")]
-    listing = next((file for file in candidates if file.is_file()), None)
-    if listing is None:
-        raise DataError(f"{folder} holds no pairs.csv or pairs.jsonl (nor does its sub-folder {split!r})")
-    return listing
+    if folder.is_file() and folder.suffix.lower() in (".csv", ".jsonl"):
+        return folder
+    for parent in (folder / split, folder):
+        found = [parent / name for name in ("pairs.csv", "pairs.jsonl") if (parent / name).is_file()]
+        if len(found) > 1:
+            raise DataError(f"{parent} holds both pairs.csv and pairs.jsonl; name the one that is meant as data.path")
+        if found:
+            return found[0]
+    raise DataError(f"{folder} holds no pairs.csv or pairs.jsonl (nor does its sub-folder {split!r})")
 
 
 def _load_folder(paths: list[str], split: str, revision: str | None, num_proc: int | None) -> "Dataset":
@@ -243,12 +268,28 @@ def _matching_files(paths: list[str], suffix: str, split: str) -> list[str]:
                     f"folder {path} has no {suffix} file of split {split!r} (found {listed(named)}); "
                     f"set the split, or name the files: '{path}/*{suffix}'"
                 )
+            _refuse_two_shardings(found)
         else:
             found = [str(file) for file in matching(path) if file.is_file()]
         if not found:
             raise DataError(f"no {suffix} file matches {path!r} (seen from {Path.cwd()}); check data.path")
         files += found
     return list(dict.fromkeys(files))
+
+
+def _refuse_two_shardings(files: list[str]) -> None:
+    """Raise DataError for `train-00000-of-00002` beside `train-00000-of-00003`: the same pairs in files twice."""
+    totals: dict[str, dict[str, str]] = {}
+    for file in files:
+        if match := re.fullmatch(r"(.*)-\d+-of-(\d+)(?:-[0-9a-f]+)?\.\w+", file):
+            totals.setdefault(match[1], {}).setdefault(match[2], file)
+    for by_total in totals.values():
+        if len(by_total) > 1:
+            one, other, *_ = by_total.values()
+            raise DataError(
+                f"{one} and {other} are of two sets of shards, which are likely to hold the same pairs; remove one "
+                "set, or name the files as data.path"
+            )
 
 
 def _split_of(file: Path) -> str:

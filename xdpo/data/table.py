@@ -6,7 +6,7 @@ writes them. They are oriented here, once; every other module says chosen and re
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -158,10 +158,24 @@ def with_house_columns(dataset: "Dataset", where: str) -> "Dataset":
     require_columns(dataset.column_names, where)
     names = house_names(dataset.column_names)
     dataset = dataset.select_columns(list(names)).rename_columns(names)
+    check_images({column: dataset.data.schema.field(column).type for column in IMAGE_COLUMNS}, where)
     for column in IMAGE_COLUMNS:
         if isinstance(dataset.features[column], Image):
             dataset = dataset.cast_column(column, Image(decode=False))
     return dataset
+
+
+def check_images(types: Mapping[str, Any], where: str) -> None:
+    """Raise DataError for a column whose pyarrow type holds neither images nor their paths, nor both in a struct."""
+    import pyarrow.types as t
+
+    for name, type in types.items():
+        fields = {type.field(place).name for place in range(type.num_fields)} if t.is_struct(type) else set()
+        if kind_of(type) not in ("bytes", "text") and not fields >= {"bytes", "path"}:
+            raise DataError(
+                f"{where}: column {name} must hold images, as encoded bytes, as paths, or as a struct of bytes and "
+                f"path; it holds {type}"
+            )
 
 
 def house_names(columns: Iterable[str]) -> dict[str, str]:
@@ -189,7 +203,7 @@ def kind_of(type: Any) -> str:
         "text": (t.is_string, t.is_large_string, t.is_string_view),
         "number": (t.is_integer, t.is_floating, t.is_decimal),
         "flag": (t.is_boolean,),
-        "bytes": (t.is_binary, t.is_large_binary, t.is_binary_view),
+        "bytes": (t.is_binary, t.is_large_binary, t.is_binary_view, t.is_fixed_size_binary),
         "nothing": (t.is_null,),
     }
     if t.is_dictionary(type):
@@ -233,6 +247,8 @@ def usable_pairs(dataset: "Dataset", max_pairs: int | None, where: str) -> PairT
 
 def _numbers(table: Any, name: str, where: str) -> np.ndarray:
     """A column as float64, missing values as NaN. WebDataset and CSV carry labels and scores as text."""
+    if kind_of(type := table.column(name).type) not in ("number", "flag", "text", "bytes", "nothing"):
+        raise DataError(f"{where}: column {name} must hold numbers, it holds {type}")
     values = ["nan" if value is None or value == "" else value for value in table.column(name).to_pylist()]
     try:
         return np.array(values, dtype=object).astype(np.float64)

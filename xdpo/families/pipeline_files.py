@@ -8,6 +8,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from xdpo.files import lfs_pointer
+
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 WITH_WEIGHTS = ("text_encoder", "vae", "unet")
 CONFIGS = {
@@ -157,9 +159,7 @@ def describe_file(path: Path) -> str:
 
 def _pointer(path: Path) -> str | None:
     with path.open("rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs"):
-            return "it is Git LFS's pointer to the file and not the file; run git lfs pull in that folder"
-    return None
+        return lfs_pointer(file.read(40))
 
 
 def _first_line(error: Exception) -> str:

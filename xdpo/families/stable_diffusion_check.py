@@ -37,16 +37,17 @@ TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _ATTENTION_OF_OLD = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
-def check_unet(unet: Path, base: Path, label: str) -> None:
+def check_unet(unet: Path, base: Path, label: str, *, has_weights: bool) -> None:
     """Refuse a UNet's folder that doesn't fit a checked pipeline's text encoder and autoencoder.
 
-    base: a folder with that pipeline's configs. Weights are checked where they are in the folder. Raises ValueError.
+    base: a folder with that pipeline's configs. has_weights: the folder must hold the UNet's weights too, which are
+    checked. Raises ValueError.
     """
     config, vae, text = (
         read_json(path) for path in (unet / "config.json", base / CONFIGS["vae"], base / CONFIGS["text_encoder"])
     )
     problems = [*_unet_problems(config), *_fit_problems(config, vae, text.get("text_config") or text)]
-    if not problems and weight_paths(unet)[1]:
+    if not problems and (has_weights or weight_paths(unet)[1]):
         problems = _compare(unet, "unet", lambda: _empty(part_class(base, "unet"), unet))
     if problems:
         raise ValueError(f"{label} doesn't fit its pipeline:\n  " + "\n  ".join(problems))

@@ -85,13 +85,13 @@ def open_image_folder(folder: Path, settings: Mapping[str, Any], made_with: Mapp
     return differences
 
 
-def save_image(path: Path, image: Image.Image, quality: int) -> str:
+def save_image(path: Path, image: Image.Image, quality: int = 75) -> str:
     """Write a PNG, or by its suffix a JPEG of that quality, and return the file's sha256; never half an image.
 
     Raises StorageError.
     """
     buffer = io.BytesIO()
-    if path.suffix == ".jpg":
+    if path.suffix.lower() in (".jpg", ".jpeg"):
         image.save(buffer, "JPEG", quality=quality)
     else:
         image.save(buffer, "PNG")

@@ -299,11 +299,13 @@ def of_one_colour(pictures: Sequence[Picture]) -> list[Problem]:
 
 
 def _is_of_one_colour(path: Path) -> bool:
+    from xdpo.data.images import decode_rgb
+
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as image:  # its header alone
             if path.stat().st_size > 2048 + image.width * image.height / 8:  # bytes: a bit per pixel, and the header
                 return False
-            return all(low == high for low, high in image.convert("RGB").getextrema())
+        return all(low == high for low, high in decode_rgb(str(path)).getextrema())
     except Exception:  # what Pillow raises on a damaged file depends on the damage; told where the image is scored
         return False
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from xdpo.families.pipeline_files import read_header
 from xdpo.families.stable_diffusion_check import build_empty
@@ -27,16 +27,16 @@ class _Pair:
 
     down: tuple[int, ...] = ()  # (rank, inputs, …)
     up: tuple[int, ...] = ()  # (outputs, rank, …)
+    up_name: str = ""
     alpha: str | None = None
     names: list[str] = field(default_factory=list)
 
 
 def check_lora(file: Path, base: Path, label: str) -> None:
-    """Refuse a LoRA file that would change another model, or only a part of this one.
+    """Refuse a LoRA file that would change another model, only a part of this one, or nothing.
 
-    base: a folder with the configs of the pipeline to adapt. The file's header is read, not its weights. Names are
-    those of diffusers, of PEFT below `unet.` and `text_encoder.`, or of kohya's scripts. Raises ValueError with counts
-    and examples.
+    base: a folder with the configs of the pipeline to adapt, whose weights aren't read. Names are those of diffusers,
+    of PEFT below `unet.` and `text_encoder.`, or of kohya's scripts. Raises ValueError with counts and examples.
     """
     header = read_header(file)
     layers = {part: dict(build_empty(base, part).named_modules()) for part in _PARTS}
@@ -55,12 +55,24 @@ def check_lora(file: Path, base: Path, label: str) -> None:
             f"{problems[0]}. It is a LoRA of another model, or damaged; take the pipeline that it was trained on"
         )
     with safe_open(file, "pt") as opened:
-        factors = {pair.alpha: float(opened.get_tensor(pair.alpha)) for pair in pairs.values() if pair.alpha}
+        factors = {pair.alpha: _number(opened.get_tensor(pair.alpha)) for pair in pairs.values() if pair.alpha}
+        halves = [opened.get_tensor(pair.up_name) for pair in pairs.values()]
     if idle := [name for name, alpha in factors.items() if not (math.isfinite(alpha) and alpha > 0)]:
         raise ValueError(
             f"{label}: {len(idle):,} of {len(factors):,} factors in {file.name} are no positive numbers: {idle[0]} is "
             f"{factors[idle[0]]}. Those layers would change nothing; the file is damaged, save it again"
         )
+    if odd := [half.dtype for half in halves if not half.is_floating_point()]:
+        raise ValueError(f"{label}: the weights in {file.name} are of type {odd[0]}; save them as floats")
+    if not any(half.any() for half in halves):
+        raise ValueError(
+            f"{label}: all {len(halves):,} layers in {file.name} add zero, as before the first step of a training: the "
+            "images would be the base's. Take the LoRA that training left"
+        )
+
+
+def _number(alpha: Tensor) -> float:
+    return float(alpha) if alpha.numel() == 1 else math.nan
 
 
 def layers_adapted(file: Path) -> int:
@@ -89,7 +101,7 @@ def _pairs(
         elif match["half"] in ("_A", ".down", "lora_down.weight"):
             pair.down = shape
         else:
-            pair.up = shape
+            pair.up, pair.up_name = shape, name
     return pairs, strange
 
 
@@ -114,15 +126,19 @@ def _problems(key: tuple[str, str], pair: _Pair, layers: Mapping[str, Mapping[st
     name = f"{part}.{layer}"
     if not (pair.down and pair.up):
         return [f"{name} has {'no second' if pair.down else 'no first'} half"]
+    if len(pair.down) < 2 or len(pair.up) < 2:
+        return [f"{name} has halves of shapes {pair.down} and {pair.up}, which are no matrices"]
     if pair.down[0] != pair.up[1]:
         return [f"{name} has rank {pair.down[0]} in one half and {pair.up[1]} in the other"]
     weight = getattr(layers[part][layer], "weight", None)
-    if weight is None:
-        return [f"{name} is no layer with weights"]
+    if weight is None or weight.ndim < 2:
+        return [f"{name} is no layer with a matrix of weights"]
     fits = (pair.up[0], pair.down[1])
     if fits != tuple(weight.shape[:2]):
         outputs, inputs = weight.shape[:2]
         return [f"{name} is for {fits[1]} inputs and {fits[0]} outputs, the layer has {inputs} and {outputs}"]
+    if pair.down[2:] != tuple(weight.shape[2:]) or set(pair.up[2:]) - {1}:
+        return [f"{name} has halves of shapes {pair.down} and {pair.up}, the layer's weight has {tuple(weight.shape)}"]
     return []
 
 

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from pydantic import ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from xdpo.config import ComputeConfig, FilePath, ModelConfig, Section, Text, load_config
+from xdpo.config import ComputeConfig, FilePath, ModelConfig, Section, Text, load_config, parse_yaml
 from xdpo.families import PipelineParts, check_pipeline_folder, load_parts, pipeline_with
 from xdpo.families.pipeline_files import PARTS, Unreachable, describe_file, fetch, weight_paths
 from xdpo.families.stable_diffusion_check import check_unet
@@ -136,7 +135,7 @@ def resolve_model(name: str, spec: ModelSpec) -> ResolvedModel:
         _check_fit(kind, file, base, label)
         return ResolvedModel(name, base, base_revision, kind, str(file.parent), None, _local_revision(file.parent))
     commit, file = _hub_file(source, files, spec.revision, f"model.{kind}")
-    _check_fit(kind, file, base, label)
+    _check_fit(kind, file, base, label, has_weights=False)
     subfolder = "unet" if kind == "unet" and file.parent.name == "unet" else None
     return ResolvedModel(name, base, base_revision, kind, source, subfolder, commit)
 
@@ -174,9 +173,11 @@ def _spec(label: str, **fields: str | None) -> ModelSpec:
 
 def _spec_from_yaml(path: Path, unet: str | None, lora: str | None) -> ModelSpec:
     try:
-        fields = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        fields, repeated_keys = parse_yaml(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"model: can't read {path}: {error}") from error
+    if repeated_keys:
+        raise ValueError(f"model {path}: {'; '.join(repeated_keys)}")
     if not isinstance(fields, dict):
         raise ValueError(f"model {path}: must be a mapping with {', '.join(ModelSpec.model_fields)}")
     given = {key: value for key, value in (("unet", unet), ("lora", lora)) if value is not None}
@@ -213,14 +214,17 @@ def _resolve_run(name: str, path: Path) -> ResolvedModel:
     return ResolvedModel(name, base, base_revision, kind, str(weights), None, _local_revision(weights))
 
 
-def _check_fit(kind: str, file: Path, base: ModelConfig, label: str) -> None:
-    """Refuse a UNet's config or a LoRA file that doesn't fit the base, where the base's configs can be had."""
+def _check_fit(kind: str, file: Path, base: ModelConfig, label: str, *, has_weights: bool = True) -> None:
+    """Refuse a UNet or a LoRA file that doesn't fit the base, where the base's configs can be had.
+
+    has_weights: the weights lie beside the UNet's config, as in a folder; a hub model's are fetched on loading.
+    """
     try:
         folder = fetch(base.pipeline, base.revision, PARTS, weights=False)
     except Unreachable:  # told on loading
         return
     if kind == "unet":
-        check_unet(file.parent, folder, label)
+        check_unet(file.parent, folder, label, has_weights=has_weights)
     else:
         check_lora(file, folder, label)
 
@@ -261,7 +265,12 @@ def _load_unet(kind: type[nn.Module], model: ResolvedModel) -> nn.Module:
     folder = Path(model.weights)
     where = {"variant": weight_paths(folder)[0]} if folder.is_dir() else {"revision": model.revision}
     unet, found = kind.from_pretrained(
-        model.weights, subfolder=model.subfolder, dtype=torch.float32, output_loading_info=True, **where
+        model.weights,
+        subfolder=model.subfolder,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+        **where,
     )
     if missing := found["missing_keys"]:
         raise ValueError(f"{len(missing)} weights are missing, {min(missing)} for one; it is another model's UNet")

@@ -1,5 +1,6 @@
 """Where a run's examples come from: the source of its pairs, or caches; and what is known of the reference's errors."""
 
+import filecmp
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from xdpo import processes
-from xdpo.cache import CachedPairDataset, ExampleCache, ReferenceCache
+from xdpo.cache import CachedPairDataset, CacheError, ExampleCache, ReferenceCache
 from xdpo.cache.examples import is_finished
 from xdpo.compute import precision_of
 from xdpo.config import Config
@@ -20,6 +21,7 @@ from xdpo.precompute.keys import example_key, examples_folder, reference_key, ta
 Pairs = PairTable | ExampleCache
 MOST_ALIKE = 20
 COPIED_AT_ONCE = 2**24
+MANIFEST = "manifest.json"
 
 
 def open_pairs(settings: Config, accelerator: Accelerator, split: Split) -> Pairs:
@@ -103,13 +105,17 @@ def open_examples(settings: Config, accelerator: Accelerator, split: Split) -> E
         if accelerator.is_local_main_process and not is_finished(copy):
             ExampleCache(folder, key)  # refuses before gigabytes travel
             copy_examples(folder, copy)
+        elif is_finished(folder) and not filecmp.cmp(folder / MANIFEST, copy / MANIFEST, shallow=False):
+            raise CacheError(
+                f"cache.local_copy: {copy} is not a copy of {folder} as it is now; remove it, to copy it anew"
+            )
     return ExampleCache(copy, key)
 
 
 def copy_examples(source: Path, target: Path) -> None:
     """Copy a finished cache, the manifest last; what an interrupted copy left is gone on with."""
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir(), key=lambda path: path.name == "manifest.json"):
+    for path in sorted(source.iterdir(), key=lambda path: path.name == MANIFEST):
         there = target / path.name
         if is_own(path) or (there.is_file() and there.stat().st_size == path.stat().st_size):
             continue

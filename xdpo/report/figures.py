@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from xdpo.files import replacing
+from xdpo.files import replacing, writing
 from xdpo.report.curves import Curve
 from xdpo.report.grids import number, percent, title_of
 from xdpo.report.published import published_score
@@ -155,8 +155,9 @@ def quality_curves(benchmark: Benchmark, curves: Sequence[Curve]) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
-    """Write `path`.png and `path`.svg; returns both."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `path`.png and `path`.svg; returns both. Raises StorageError."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     png, svg = (path.with_name(path.name + suffix) for suffix in (".png", ".svg"))  # a model's name may have a dot
     with rc_context(STYLE), replacing(png, "wb") as png_file, replacing(svg, "wb") as svg_file:
         figure.savefig(png_file, format="png", dpi=150, facecolor="white")

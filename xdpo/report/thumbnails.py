@@ -7,7 +7,7 @@ from pathlib import Path
 
 SIDE = 256  # pixels of a thumbnail's longer side
 _AS_IT_IS_BYTES = 64_000
-_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg"}
+_TYPES = {b"\x89PNG\r\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}  # by how such a file begins
 
 
 def embed(paths: Iterable[Path], budget_bytes: int) -> dict[Path, str]:
@@ -28,14 +28,16 @@ def data_uri(path: Path) -> str:
     """An image of at most SIDE pixels in a web format as it is; any other as a JPEG thumbnail."""
     from PIL import Image
 
-    with Image.open(path) as image:
-        if max(image.size) <= SIDE and image.format in _TYPES and path.stat().st_size <= _AS_IT_IS_BYTES:
-            return _uri(_TYPES[image.format], path.read_bytes())
-        image.draft("RGB", (SIDE, SIDE))
-        small = image.convert("RGB")
-        small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    from xdpo.data.images import decode_rgb
+
+    content = path.read_bytes()
+    image = decode_rgb(content)
+    media_type = next((name for start, name in _TYPES.items() if content.startswith(start)), None)
+    if max(image.size) <= SIDE and media_type is not None and len(content) <= _AS_IT_IS_BYTES:
+        return _uri(media_type, content)
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=82, optimize=True)
+    image.save(buffer, "JPEG", quality=82, optimize=True)
     return _uri("image/jpeg", buffer.getvalue())
 
 

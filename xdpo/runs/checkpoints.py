@@ -133,7 +133,9 @@ def load_checkpoint(
     Raises CheckpointError for a damaged checkpoint or one of another model.
     """
     try:
-        progress = json.loads((path / "progress.json").read_text())
+        progress = dict(json.loads((path / "progress.json").read_bytes()))
+        if absent := {"step", "extra"} - progress.keys():
+            raise KeyError(f"progress.json lacks {min(absent)}")
         weights = trainable_weights(policy)
         _copy_into(weights, path / "policy.safetensors")
         optimizer_state.load(_bare(optimizer), weights, path / "optimizer.safetensors")
@@ -142,7 +144,7 @@ def load_checkpoint(
             ema.optimization_step = progress["ema_step"]
         if reference is not None:
             _copy_into(reference.state_dict(), path / "reference.safetensors")
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+    except (OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         others = ", ".join(other.name for other in sorted(path.parent.glob("step_????????")) if other != path)
         cause = system_error(error)
         if cause is not None:

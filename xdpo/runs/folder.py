@@ -38,7 +38,7 @@ def check_pairs(folder: Path, fingerprint: str, allow_change: bool, report: Call
 
     fingerprint: of the training pairs. A run whose run.json holds none passes.
     """
-    before = json.loads((folder / "run.json").read_text()).get("pairs_fingerprint")
+    before = _read_record(folder / "run.json").get("pairs_fingerprint")
     if before in (None, fingerprint):
         return
     change = f"the data have changed: the training pairs are not those that the run in {folder} began with"
@@ -59,7 +59,7 @@ def describe_run(folder: Path, config: Config, **facts: object) -> str:
         folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", dump_config(config))
     path = folder / "run.json"
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    before = _read_record(path)
     start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv}
     identifier = before.get("id") or uuid.uuid4().hex[:12]
     record = {
@@ -71,3 +71,17 @@ def describe_run(folder: Path, config: Config, **facts: object) -> str:
     }
     write_text(path, json.dumps(record, indent=2) + "\n")
     return identifier
+
+
+def _read_record(path: Path) -> dict:
+    """What run.json holds, nothing where there is none. Raises ValueError for a damaged one."""
+    try:
+        record = json.loads(path.read_bytes()) if path.is_file() else {}
+        if not isinstance(record, dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}). Put back a copy, or remove it: the run then resumes, its earlier starts are "
+            "forgotten, and whether its pairs are still the same is not checked"
+        ) from None
+    return record

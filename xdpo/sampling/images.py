@@ -59,15 +59,24 @@ def plan_chunks(
 
 
 def prepare_pipeline(pipeline, settings: SamplingSettings, device: torch.device):
-    """Move a pipeline to its device and precision, give it the chosen scheduler, compile its UNet where asked to."""
+    """Move a pipeline to its device and precision, give it the chosen scheduler, compile its UNet where asked to.
+
+    Raises ValueError for more steps than the scheduler has timesteps.
+    """
     import diffusers
 
     if settings.scheduler != "pipeline":
         name, options = SCHEDULERS[settings.scheduler]
         pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **options)
+    if settings.num_inference_steps > (most := pipeline.scheduler.config.num_train_timesteps):
+        raise ValueError(
+            f"{settings.num_inference_steps} sampling steps are more than the {most} timesteps that the model was "
+            "trained on; use fewer"
+        )
     pipeline.to(device, DTYPES[settings.precision])
     if device.type == "cuda":
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means float32
     if settings.compile:
         pipeline.unet.compile(fullgraph=True, dynamic=False)  # a chunk has one size
     return pipeline

@@ -63,7 +63,11 @@ def load_custom(name: str, device: str | torch.device, weights: str | Path | Non
     score_batch = getattr(instance, "score_batch", instance.score)
 
     def checked(items: Sequence[Any], prompts: Sequence[str]) -> list[float]:
-        scores = [float(score) for score in score_batch(items, prompts)]
+        scores = list(score_batch(items, prompts))
+        try:
+            scores = [float(score) for score in scores]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"scorer {name!r} must return a number for each image: {error}") from error
         if len(scores) != len(items):
             raise ValueError(
                 f"scorer {name!r} returned {len(scores)} scores for {len(items)} images; one each is needed"

@@ -5,15 +5,15 @@ on, new scores are written as small finished files into `scores.parts/`; closing
 Each file is written aside and renamed, so a kill at any moment loses only the scores since the last part.
 """
 
-import fcntl
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 from uuid import uuid4
 
-from xdpo.files import reading, replacing, writing
+from xdpo.files import only_writer, reading, replacing, writing
 
-TABLE, PARTS, LOCK = "scores.parquet", "scores.parts", ".writing"
+TABLE, PARTS = "scores.parquet", "scores.parts"
 
 
 class Placement(NamedTuple):
@@ -57,7 +57,9 @@ class ScoreTable:
         Raises ValueError for a table that cannot be read, naming the file, or that another process writes to.
         """
         self.folder = folder
-        self._lock = _locked(folder) if for_writing else None
+        self._lock = ExitStack()
+        if for_writing:
+            self._lock.enter_context(only_writer(folder, "evaluate.py"))
         self.scores: dict[ScoreKey, float] = {}
         self._placed: dict[tuple, tuple[Placement, ScoreKey]] = {}
         self._unsaved: dict[ScoreKey, float] = {}
@@ -101,24 +103,7 @@ class ScoreTable:
             for part in (self.folder / PARTS).iterdir():
                 part.unlink()
             (self.folder / PARTS).rmdir()
-        if self._lock is not None:
-            (self.folder / LOCK).unlink()
-            self._lock.close()
-
-
-def _locked(folder: Path) -> IO[str]:
-    """An open file that holds the folder's lock; the system releases it with the process, however that ends."""
-    with writing(folder / LOCK):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(
-            f"--output {folder}: another evaluate.py is writing there; wait for it, or choose another folder"
-        ) from None
-    return file
+        self._lock.close()
 
 
 def _slot(placement: Placement, key: ScoreKey) -> tuple:

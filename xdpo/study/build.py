@@ -2,9 +2,10 @@
 
 import io
 import secrets
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from xdpo.data.images import UnreadableImageError, decode_rgb
 from xdpo.files import replacing_folder
-from xdpo.images.reading import Picture, natural_order, read_model_folder
+from xdpo.images.reading import Picture, natural_order, of_one_colour, read_model_folder
 from xdpo.study.folder import DEFAULT_TITLE, QUESTIONS, Item, Key, Links, Study, StudyError, Task
 
 PromptKey = tuple[str, str]  # (benchmark, key of the prompt in it)
@@ -39,7 +40,8 @@ def build_study(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple
     Raises StudyError for folders whose prompts do not match, images that can't be read or differ in size, and numbers
     that don't go together.
     """
-    _check(folder, model, baselines, plan)
+    _check(model, baselines, plan)
+    _check_absent(folder)
     rng = np.random.default_rng(plan.seed)
     shown = {name: _pictures(name, path) for name, path in [model, *baselines]}
     prompts = _draw(_common_prompts(model[0], shown), plan.sample, rng)
@@ -62,19 +64,23 @@ def build_study(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple
         (aside / "images").mkdir()
         for item in items.values():
             _write_images(aside / "images", {name: sources[name] for name in item.images}, plan.image_side)
+        _check_absent(folder)  # another may have been built meanwhile, and voted in
     return Study.load(folder)
 
 
-def _check(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple[str, Path]], plan: StudyPlan) -> None:
+def _check(model: tuple[str, Path], baselines: Sequence[tuple[str, Path]], plan: StudyPlan) -> None:
     names = [model[0], *(name for name, _ in baselines)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise StudyError(f"two folders are called {twice[0]!r}; name them: NAME=FOLDER")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StudyError(f"{folder} is there already; votes may be in it. Choose another folder")
     if plan.annotators < plan.votes_per_pair:
         raise StudyError(
             f"{plan.votes_per_pair} votes a pair need as many annotators, as nobody votes twice; got {plan.annotators}"
         )
+
+
+def _check_absent(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StudyError(f"{folder} is there already; votes may be in it. Choose another folder")
 
 
 def _pictures(model: str, folder: Path) -> dict[PromptKey, Picture]:
@@ -87,7 +93,11 @@ def _pictures(model: str, folder: Path) -> dict[PromptKey, Picture]:
         raise StudyError(
             f"{folder} has no manifest, so the prompt of {without[0]} is unknown; use generate.py's folders"
         )
-    return {(picture.prompt_set, picture.key): picture for picture in pictures if picture.repeat == 0}
+    pictures = [picture for picture in pictures if picture.repeat == 0]
+    for problem in of_one_colour(pictures):
+        shown = replace(problem, kind="of one colour throughout; shown as they are")
+        print(f"note: {shown.describe()}", file=sys.stderr)
+    return {(picture.prompt_set, picture.key): picture for picture in pictures}
 
 
 def _common_prompts(model: str, shown: Mapping[str, Mapping[PromptKey, Picture]]) -> dict[str, list[PromptKey]]:

@@ -46,12 +46,10 @@ def write(findings: StudyFindings, folder: Path) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = vote_rows(findings.study, findings.key, findings.votes)
-    if rows:
+    save(win_rate_bars(findings), folder / "win_rates")
+    if rows := vote_rows(findings.study, findings.key, findings.votes):
         with replacing(folder / "votes.parquet", "wb") as file:
             pq.write_table(pa.Table.from_pylist(rows), file)
-    save(win_rate_bars(findings), folder / "win_rates")
     path = folder / "report.md"
     write_text(path, markdown(findings))
     return path

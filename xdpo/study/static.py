@@ -9,7 +9,7 @@ from typing import Any
 from xdpo.files import replacing_folder
 from xdpo.study.folder import SIDES, Study, StudyError
 from xdpo.study.server import PAGES
-from xdpo.study.votes import ConflictError, Vote, VoteStore, as_seconds, now
+from xdpo.study.votes import ConflictError, Vote, VoteStore, as_seconds, as_time
 from xdpo.tables import TableError, read_json
 
 PAGE_FILES = ("page.css", "page.js", "backends.js", "icon.svg")
@@ -80,8 +80,7 @@ def _read_votes(study: Study, file: Path) -> list[Vote]:
         owner, _ = study.owner_of.get(task, (None, None)) if isinstance(task, str) else (None, None)
         if owner is None or owner != number:
             raise StudyError(f"{file}: task {task!r} is not annotator {number}'s; nothing was taken in")
-        at = at if isinstance(at, str) else now()
-        votes.append(Vote(task, number, study.check_answers(answers), as_seconds(seconds), at))
+        votes.append(Vote(task, number, study.check_answers(answers), as_seconds(seconds), as_time(at)))
     if len({vote.task for vote in votes}) < len(votes):
         raise StudyError(f"{file} has two votes on one task; nothing was taken in")
     return votes

@@ -142,5 +142,14 @@ def as_seconds(value: Any) -> float | None:
     return float(value) if is_number else None
 
 
+def as_time(value: Any) -> str:
+    """The time, in ISO 8601, at which a page says a vote was given; now for what is no such time."""
+    try:
+        datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        return now()
+    return value
+
+
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
