@@ -183,12 +183,8 @@ def test_images_of_every_mode_are_scored_by_the_pixels_that_they_show(world, kin
         case "32-bit floats":
             Image.fromarray(np.full((8, 8), 128 / 255, np.float32)).save(path, "TIFF")
     assert world.run() == 0
-    (row,) = (
-        row
-        for row in ScoreTable(world.output).placed
     places = {(row.placement.model, row.placement.file): row.score for row in ScoreTable(world.output).placed}
     assert places["xdpo", "cats/00000.png"] == pytest.approx(255 if "palette" in kind else 128, abs=1)
-    assert row.score == pytest.approx(255 if "palette" in kind else 128, abs=1)
 
 
 @pytest.mark.parametrize("format", ["AVIF", "DDS", "WEBP", "JPEG2000", "TIFF"])
