@@ -77,7 +77,7 @@ def test_names_of_scorers_prompts_and_folders_expand_the_home_folder_where_they_
     """Words that may be a name or a path: each is asked for as both."""
     from xdpo.models import read_model_spec
     from xdpo.prompts import load_prompts
-    from xdpo.scorers import scorer_version
+    from xdpo.scorers.loading import scorer_version
 
     home.mkdir()
     (home / "red.py").write_text("class Red:\n    version = 'of home'\n    score = len\n")

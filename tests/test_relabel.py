@@ -207,7 +207,7 @@ def test_a_start_that_failed_binds_its_folder_to_nothing(call, tmp_path, capsys)
     assert is_untouched(call.output) and call() == 0
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_anything_is_scored(call, relabel, capsys, monkeypatch):
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_scored(call, capsys, monkeypatch):
     monkeypatch.setattr(relabel, "load_scorer", lambda *_: pytest.fail("a scorer was loaded"))
     assert call("--output", str(call.data / "train-0.parquet")) == 1
     assert "--output: " in (said := capsys.readouterr().err) and "train-0.parquet is a file; choose another" in said

@@ -329,9 +329,7 @@ def test_a_second_training_in_a_folder_is_refused_by_the_name_of_the_first(run, 
 
 def test_a_start_that_failed_binds_the_run_folder_to_nothing(run, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(
-            train_xdpo.models, "load_parts", lambda *_, **__: (_ for _ in ()).throw(ValueError("no weights"))
-        )
+        patched.setattr(families, "load_parts", lambda *_, **__: (_ for _ in ()).throw(ValueError("no weights")))
         status, folder = run("run", "seed=1")
     assert status == 1 and files.is_untouched(folder)
     assert run("run", "data.path=nowhere")[0] == 1
