@@ -21,19 +21,29 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = config.load_config(options.config, options.overrides)
         check_optional_packages(settings)
-        plan = config.describe(settings, int(os.environ.get("WORLD_SIZE", "1")))  # as launchers set it
+        if options.dry_run:
+            rank, num_processes = launched_as()
+            plan = config.dump_config(settings) + "\n" + config.describe(settings, num_processes)
+            if rank == 0:
+                print(plan)
+            return 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    if options.dry_run:
-        if os.environ.get("RANK", "0") == "0":
-            print(config.dump_config(settings) + "\n" + plan)
-        return 0
     from xdpo import training  # not before: with PyTorch and diffusers it takes seconds
 
     return training.main(settings, options)
+
+
+def launched_as() -> tuple[int, int]:
+    """Number of this process and how many there are, as launchers tell it to their processes; alone without one."""
+    for names in (("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")):
+        rank, count = map(os.environ.get, names)
+        if rank and count:
+            return int(rank), int(count)
+    return 0, 1
 
 
 def check_optional_packages(settings: Config) -> None:

@@ -110,6 +110,20 @@ def test_a_margin_weight_multiplies_beta_and_the_accuracy_stays_the_labels():
     assert statistics["d_chosen"] == pytest.approx(-0.3) and statistics["d_rejected"] == pytest.approx(0.6)
 
 
+def test_clamped_exponents_are_counted_per_pair_like_everything_else():
+    diverged = PairErrors(*map(torch.tensor, ([99.0, 0.1], [99.0, 0.1], [0.1, 0.1], [0.1, 0.1])))  # the first pair
+    config = load_config("configs/xdpo_sd15.yaml").loss
+    sums = preference_loss(diverged, config).statistics
+    assert sums.clamped == 2  # both of its exponents
+    assert means(Statistics(*torch.stack(sums).tolist()), 2, config)["clamped"] == 1
+
+
+def test_pairs_without_the_weights_that_a_config_asks_for_are_not_trained_on():
+    errors = PairErrors(*(torch.tensor([0.1, 0.2]),) * 4)
+    with pytest.raises(KeyError, match="margin_weights"):
+        preference_loss(errors, load_config("configs/diffusion_dpo_sd15.yaml", ["loss.margin_weight=10"]).loss)
+
+
 def test_a_pair_is_the_same_example_alone_and_in_a_batch(maker):
     together = maker(batch_of([3, 4, 5]), 0, [3, 4, 5])
     alone = maker(batch_of([4]), 0, [4])

@@ -384,6 +384,26 @@ def test_autocast_keeps_no_copies_of_the_weights(run, monkeypatch):
     assert set(seen) == {(True, False)}
 
 
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, "4 pairs = 1 (processes) × 2 (accumulation)"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "4 pairs = 2 (processes) × 1 (accumulation)"),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, "4 pairs = 2 (processes) × 1 (accumulation)"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, ""),
+        ({"WORLD_SIZE": "3"}, "4 pairs = 1 (processes) × 2 (accumulation)"),  # left in a shell: nobody launched this
+        ({"RANK": "0", "WORLD_SIZE": "3"}, "cannot be split into 3 processes"),
+    ],
+)
+def test_a_dry_run_says_once_what_the_launched_processes_would_do(run, capsys, monkeypatch, environment, said):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    status, folder = run("run", "--dry-run")
+    printed = capsys.readouterr()
+    assert said in (printed.err if status else printed.out) and (said or not printed.out)
+    assert status == int("cannot" in said) and not folder.exists()
+
+
 def test_a_finished_run_is_left_as_it_is(run):
     _, folder = run("run", "train.max_steps=3")
     before = policy_of(folder)

@@ -22,7 +22,8 @@ def find_batch(
     """Time micro-steps of growing size on this device and print which is fastest. Writes nothing but caches.
 
     Sizes are those that divide a process' share of the total batch. It stops where memory ends, or where a size is
-    no faster than half of it. Loading is left out, encoding is in where no cache holds the examples.
+    no faster than half of it. Loading is left out. Encoding is in where no cache holds the examples, and so is the
+    memory of model.ema_decay.
     Raises ValueError where not even one pair fits.
     """
     total, processes, device = settings.train.total_batch_pairs, accelerator.num_processes, accelerator.device

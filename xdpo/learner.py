@@ -1,6 +1,6 @@
 """What training carries: the policy, what it is measured against, and the optimizer; and the micro-step.
 
-The loop of train_xdpo.py, held-out evaluation, --find-batch and the benchmark all run `Learner.measure`.
+The loop of training.py, held-out evaluation, --find-batch and the benchmark all run `Learner.measure`.
 """
 
 from collections.abc import Iterator
@@ -121,10 +121,10 @@ class Learner:
             self.accelerator.backward(output.loss.mean())
         return output
 
-    def clip_gradients(self) -> float:
-        """Clip the gradients to optim.max_grad_norm. Returns their norm before."""
+    def clip_gradients(self) -> Tensor:
+        """Clip the gradients to optim.max_grad_norm. Returns their norm before, 0-d on the device."""
         limit = self.settings.optim.max_grad_norm or float("inf")
-        return float(self.accelerator.clip_grad_norm_(self.parameters, limit))
+        return torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, limit))
 
     def update(self, step_number: int, gain: float | None) -> dict[str, float]:
         """Take an optimizer step, and move what follows the policy; in fp16 neither where gradients overflowed.

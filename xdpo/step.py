@@ -83,7 +83,9 @@ def preference_loss(errors: PairErrors, config: LossConfig, inputs: Mapping[str,
     rejected. Its loss and margin are means over two images.
     """
     arguments = {**config.numbers, **(inputs or {})}
-    desirable, margin_weights = arguments.get("desirable"), arguments.pop("margin_weights", None)
+    desirable, margin_weights = arguments.get("desirable"), None
+    if config.margin_weight is not None:
+        margin_weights = arguments.pop("margin_weights")
     guarded = errors
     if (dot := arguments.pop("policy_dot", None)) is not None:
         guarded = safeguard(errors, dot, mu=config.safeguard)

@@ -1,4 +1,6 @@
-"""What the micro-steps of one optimizer step gave, on all processes."""
+"""What the micro-steps of an optimizer step, or those of an evaluation, gave on all processes."""
+
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -9,11 +11,19 @@ from xdpo.config import Config
 from xdpo.loss import PairErrors
 
 
-class Tally:
-    """Adds up micro-steps without waiting for the device, and exchanges the sums once."""
+class Counts(NamedTuple):
+    """Of all processes."""
 
-    def __init__(self, settings: Config, accelerator: Accelerator):
-        self.settings, self.accelerator = settings, accelerator
+    truncated_captions: float
+    unreadable_rows: float
+    signals: float  # 0: nobody asked the run to stop
+
+
+class Tally:
+    """Adds up the outcomes of `num_pairs` pairs without waiting for the device, and exchanges the sums once."""
+
+    def __init__(self, settings: Config, accelerator: Accelerator, num_pairs: int):
+        self.settings, self.accelerator, self.num_pairs = settings, accelerator, num_pairs
         self.window: list[tuple[list[str], PairErrors]] = []  # this process's micro-steps: pair ids, errors
         self._sums = torch.zeros(len(step.Statistics._fields), device=accelerator.device)
         self._truncated = self._unreadable = 0
@@ -24,11 +34,10 @@ class Tally:
         self._unreadable += len(batch.unreadable)
         self.window.append((batch.pair_ids, step.detached(output.errors)))
 
-    def exchange(self, signal_received: int) -> tuple[dict[str, float], bool]:
-        """Metrics over all processes, and whether any of them received a signal; waits for the device and for them."""
+    def exchange(self, signal_received: int = 0) -> tuple[dict[str, float], Counts]:
+        """Means over the pairs of all processes, and their counts. Waits for the device and for all processes."""
         counts = [self._truncated, self._unreadable, signal_received]
         own = torch.tensor(counts, dtype=torch.float32, device=self.accelerator.device)
-        *sums, truncated, unreadable, stopped = self.accelerator.reduce(torch.cat([self._sums, own]), "sum").tolist()
-        total = self.settings.train.total_batch_pairs
-        metrics = step.means(step.Statistics(*sums), total, self.settings.loss)
-        return metrics | {"truncated_captions": truncated, "unreadable_rows": unreadable}, bool(stopped)
+        sums = self.accelerator.reduce(torch.cat([self._sums, own]), "sum").tolist()
+        statistics = step.Statistics(*sums[: -len(counts)])
+        return step.means(statistics, self.num_pairs, self.settings.loss), Counts(*sums[-len(counts) :])

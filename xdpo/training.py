@@ -46,6 +46,7 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
     """Check everything that is cheap to check, open the data, load the model, train. Returns the exit status."""
     digest = hashlib.sha256(config.dump_config(settings).encode()).hexdigest()[:16]
     processes.refuse_differences({"config": digest}, "Start the same command, with the same files, on every machine")
+    _ = settings.loss.objective.function  # a declaration without its function is told before anything is loaded
     runs.check_optimizer(lambda parameters: build_optimizer(settings, parameters), accelerator.device)
     folder = Path(settings.output_dir)
     runs.check_run_folder(folder, settings, options.allow_config_change)
@@ -140,14 +141,14 @@ def train(
             return leave(log, stop)
 
         # Accumulate gradients; nothing here waits for the device.
-        tally = Tally(settings, accelerator)
+        tally = Tally(settings, accelerator, total_batch)
         for batch in feed.micro_batches():
             tally.add(batch, learner.micro_step(batch))
 
         # One exchange between processes and one wait for the device per optimizer step.
         gradient_norm = learner.clip_gradients()
-        metrics, is_asked_to_stop = tally.exchange(stop.received)
-        metrics["gradient_norm"] = float(gradient_norm)
+        metrics, counts = tally.exchange(stop.received)
+        metrics["gradient_norm"] = gradient_norm.item()
         refuse_non_finite(step_number, metrics, tally.window, is_scaled=accelerator.scaler is not None)
         learner.reference.commit()
 
@@ -156,6 +157,7 @@ def train(
         seconds = time.perf_counter() - started
         if (effective_beta := config.effective_beta(settings)) is not None:
             metrics["effective_beta"] = effective_beta
+        metrics["truncated_captions"], metrics["unreadable_rows"] = counts.truncated_captions, counts.unreadable_rows
         metrics["pairs_seen"] = (step_number + 1) * total_batch
         metrics["pairs_per_second"] = total_batch / seconds
         metrics["data_wait_share"] = feed.wait_seconds / seconds  # of this process
@@ -166,7 +168,7 @@ def train(
             learner.skipped_steps.refuse_too_many(step_number)
 
         # Save it, look at it, or leave. Whoever is asked to stop saves first: the launcher may not wait for a look.
-        is_last = step_number + 1 == max_steps
+        is_last, is_asked_to_stop = step_number + 1 == max_steps, bool(counts.signals)
         if is_asked_to_stop:
             learner.save(folder, step_number + 1)
         watch.look(step_number + 1)

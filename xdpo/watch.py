@@ -4,9 +4,8 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from xdpo import data, processes, step
+from xdpo import data, processes
 from xdpo.data import Split
 from xdpo.families import pipeline_with
 from xdpo.images.sheets import contact_sheet, save_sheet
@@ -14,6 +13,7 @@ from xdpo.learner import Learner
 from xdpo.precompute import Pairs, make_dataset
 from xdpo.runlog import RunLog
 from xdpo.sampling.images import sample_images
+from xdpo.tally import Tally
 
 SAMPLE_CHUNK = 4  # images sampled at once
 
@@ -54,15 +54,14 @@ def evaluate(learner: Learner, pairs: Pairs) -> dict[str, float]:
     draws, rank, world = settings.eval.draws, accelerator.process_index, accelerator.num_processes
     dataset = make_dataset(pairs, learner.parts.tokenize, settings, Split.HELD_OUT)
     batches = data.held_out_batches(len(pairs), draws, settings.train.micro_batch_pairs, rank, world)
-    sums = torch.zeros(len(step.Statistics._fields), device=accelerator.device)
+    tally = Tally(settings, accelerator, len(pairs) * draws)
     for number, positions in enumerate(batches):
         if number % draws == 0:  # the draws of a batch of pairs come in a row: read and encode it once
             with accelerator.autocast():
                 batch = learner.make_noisy.encoded(dataset.batch(positions))
-        sums += torch.stack(learner.measure(batch, Split.HELD_OUT, positions).statistics)
+        tally.add(batch, learner.measure(batch, Split.HELD_OUT, positions))
         learner.references[Split.HELD_OUT].commit()
-    everyone: Tensor = accelerator.reduce(sums, "sum")
-    means = step.means(step.Statistics(*everyone.tolist()), len(pairs) * draws, settings.loss)
+    means, _ = tally.exchange()
     return {f"eval/{name}": mean for name, mean in means.items()}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,9 +39,13 @@ class PipelineParts:
         """The process that the scheduler describes, on the CPU. Raises ValueError for one that can't be trained."""
         return self.family.process(self.scheduler)
 
-    def tokenize(self, caption: str) -> tuple[Tokens, bool]:
-        """Token ids of one caption, (L,) each, and whether it is longer than the text encoders read."""
-        return self.family.tokenize(self.tokenizers, caption)
+    @property
+    def tokenize(self) -> Callable[[str], tuple[Tokens, bool]]:
+        """Caption → its token ids, (L,) each, and whether it is longer than the text encoders read.
+
+        A function of the tokenizers alone: data sets keep it, and are sent to processes that load.
+        """
+        return partial(self.family.tokenize, self.tokenizers)
 
     def encode_captions(self, tokens: Tokens) -> Conditioning:
         """Token ids (N, L) → what the denoiser is told, (N, …)."""

@@ -13,7 +13,7 @@ from xdpo.precompute import Pairs
 
 
 class OfflineFeed:
-    """Batches of a data set. Loading starts with the first batch that is asked for.
+    """Batches of a data set. Processes that load start with it.
 
     accumulation: micro-batches of an optimizer step in this process.
     """

@@ -88,9 +88,8 @@ class SelfPlay:
 
     dataset: of the training pairs; gives captions by index. Its order is made one of rounds, so nothing may be loaded
     from it before. latent_shape: (C, h, w). reference: the module whose weights are exchanged, as accelerate prepared
-    it: guidance is then added in
-    float32, whatever the precision. folder: of the run, on storage that all machines share. say: prints a line on the
-    first process. is_asked_to_stop: looked at between batches.
+    it: guidance is then added in float32, whatever the precision. folder: of the run, on storage that all machines
+    share. say: prints a line on the first process. is_asked_to_stop: looked at between batches.
     """
 
     def __init__(
@@ -258,7 +257,9 @@ class SelfPlay:
 
     def _sample(self, positions: Sequence[int]) -> Tensor:
         settings, wanted = self.settings, self.settings.self_play
-        start = noise.draw_noise(settings.seed, positions, self.latent_shape, stream="self_play")
+        # Two draws for each position: those of a pair. The one image of a position uses the first.
+        draws = noise.draw_noise(settings.seed, positions, self.latent_shape, stream="self_play")
+        start = draws[: len(positions)].to(self.accelerator.device)
         captions, empty = self._conditioning(positions), self._conditioning([None])
         empty = Conditioning({name: value.expand_as(captions[name]) for name, value in empty.items()})
         # Captions are encoded and latents asked for. Without encoders, whose device may be another, it takes the
@@ -266,9 +267,7 @@ class SelfPlay:
         pipeline = pipeline_with(self.parts, self.reference, encoders=False)
         output = pipeline(
             **self.parts.family.prompt_arguments(captions, empty),
-            latents=start[: len(positions)].to(
-                self.accelerator.device
-            ),  # the second half are the rejected images' draws
+            latents=start,
             num_inference_steps=wanted.num_inference_steps,
             guidance_scale=wanted.guidance_scale,
             height=settings.data.resolution,

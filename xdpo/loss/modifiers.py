@@ -1,7 +1,7 @@
 """What combines with the objectives: label smoothing, a safeguard on the rejected gradient, weights from scores.
 
 Label smoothing acts on the margin's loss, the safeguard on the errors before the objective sees them, and the
-weights of a reward gap on β, which scales the margin. (Weights of a timestep multiply the errors: noise.py.)
+weights of a reward gap on β, which scales the margin. (Weights of a timestep multiply the errors: noise/diffusion.py.)
 """
 
 import torch
