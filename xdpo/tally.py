@@ -1,4 +1,4 @@
-"""What the micro-steps of one optimizer step gave, on all processes."""
+"""The results of one optimizer step's micro-steps, summed over all processes."""
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +14,8 @@ class Tally:
 
     def __init__(self, settings: Config, accelerator: Accelerator):
         self.settings, self.accelerator = settings, accelerator
-        self.window: list[tuple[list[str], PairErrors]] = []  # this process's micro-steps: pair ids, errors
+        # Each micro-step's pair ids and errors: where a sum is not finite, the message names the pairs that made it so.
+        self.window: list[tuple[list[str], PairErrors]] = []
         self._sums = torch.zeros(len(step.Statistics._fields), device=accelerator.device)
         self._truncated = self._unreadable = 0
 
@@ -25,10 +26,10 @@ class Tally:
         self.window.append((batch.pair_ids, step.detached(output.errors)))
 
     def exchange(self, signal_received: int) -> tuple[dict[str, float], bool]:
-        """Metrics over all processes, and whether any of them received a signal; waits for the device and for them."""
+        """Metrics over all processes, and whether one of them received a signal. Waits for device and processes."""
         counts = [self._truncated, self._unreadable, signal_received]
-        own = torch.tensor(counts, dtype=torch.float32, device=self.accelerator.device)
-        *sums, truncated, unreadable, stopped = self.accelerator.reduce(torch.cat([self._sums, own]), "sum").tolist()
+        of_process = torch.cat([self._sums, torch.tensor(counts, dtype=torch.float32, device=self._sums.device)])
+        *sums, truncated, unreadable, stopped = self.accelerator.reduce(of_process, "sum").tolist()
         total = self.settings.train.total_batch_pairs
         metrics = step.means(step.Statistics(*sums), total, self.settings.loss)
         return metrics | {"truncated_captions": truncated, "unreadable_rows": unreadable}, bool(stopped)

@@ -42,7 +42,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.repeated_keys: list[str] = []
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         first_lines: dict[str, int] = {}
         for key_node, _ in getattr(node, "value", ()):
             key, line = key_node.value, key_node.start_mark.line + 1
@@ -128,7 +128,8 @@ def _read_file(path: Path, asked_by: str | None) -> _File:
 
 def _lineage(path: Path) -> list[_File]:
     """The file and its ancestors, the oldest first."""
-    files, visited = [], []
+    files: list[_File] = []
+    visited: list[Path] = []
     asked_by = None
     while True:
         if path.resolve() in visited:

@@ -1,7 +1,7 @@
 """Pairs → training examples: the pair at a position of the training order, decoded, augmented, tokenized; the loader.
 
-An example is a function of (seed, position) alone, never of the batch, the worker, the process or the time. That
-is what lets a resumed run jump to its position, and two processes see exactly what one would.
+An example is a function of (seed, position) alone, never of the batch, the worker, the process or the time. Therefore
+a resumed run can jump to its position, and two processes see exactly what one would.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from xdpo import noise
 from xdpo.batch import Batch, SingleItem, Tokens, stack
+from xdpo.config import DataConfig
 from xdpo.data.images import UnreadableImageError, decode_rgb, square_pixels
+from xdpo.data.interface import PairRows
 from xdpo.data.table import DataError, PairTable, pair_id
 from xdpo.ending import ignore_signals
 
@@ -25,7 +27,7 @@ Tokenize = Callable[[str], tuple[Tokens, bool]]
 class PairDataset(Dataset):
     """Examples by position 0, 1, 2, … without end: position p belongs to epoch p // len(table).
 
-    tokenize: of the model's family. config: the `data` section (resolution, crop, horizontal_flip, caption_dropout).
+    tokenize: of the model's family. data_config decides resolution, crop, flips and dropped captions.
     shuffle: each epoch has its own permutation of the pairs; otherwise the order of the table.
     augment: crop, flip and caption dropout as configured; otherwise centre crop alone. For held-out pairs both are off.
     """
@@ -35,7 +37,7 @@ class PairDataset(Dataset):
         table: PairTable,
         tokenize: Tokenize,
         seed: int,
-        config: Any,
+        data_config: DataConfig,
         *,
         shuffle: bool = True,
         augment: bool = True,
@@ -43,8 +45,8 @@ class PairDataset(Dataset):
         self.table = table
         self.tokenize = tokenize
         self.seed = seed
-        self.config = config
-        self.order = noise.SampleOrder(seed, len(table), shuffle)
+        self.data_config = data_config
+        self.order: noise.Order = noise.SampleOrder(seed, len(table), shuffle)
         self.augment = augment
 
     def __len__(self) -> int:
@@ -55,9 +57,9 @@ class PairDataset(Dataset):
         """The example at a position.
 
         pixel_values (2, 3, R, R) float32 in [−1, 1], chosen first; tokens, (L,) each; position and row, int;
-        pair_id; caption_dropped; truncated, whether the caption lost tokens; unreadable, rows of the source met on the
-        way whose images cannot be decoded. The next pair of the table stands in for such a row, so the
-        example stays a function of (seed, position).
+        pair_id; caption_dropped; truncated, whether the caption lost tokens; unreadable, rows of the source whose
+        images could not be decoded. The next pair of the table replaces such a row, so the example stays a function of
+        (seed, position).
         Raises DataError after 100 unreadable pairs in a row, or when none of a smaller table can be read.
         """
         index, unreadable = self.order[position], []
@@ -73,7 +75,7 @@ class PairDataset(Dataset):
                 index = (index + 1) % len(self.table)
         else:
             raise DataError(
-                f"{len(unreadable)} pairs in a row have unreadable images, last {_named(self.table, row)}: {reason}"
+                f"{len(unreadable)} pairs in a row have unreadable images, last {_row_name(self.table, row)}: {reason}"
             )
         if self.table.chosen_side[index] == 1:
             images.reverse()
@@ -101,26 +103,27 @@ class PairDataset(Dataset):
         return SingleItem(self._transform([image], position)[0], tokens, truncated)
 
     def caption(self, index: int | None) -> Tokens:
-        """(L,) each, of a pair's caption, never dropped; None is the empty caption."""
+        """The token ids, (L,) each, of a pair's caption, never dropped; None is the empty caption."""
         return self.tokenize("" if index is None else self.table.caption(index))[0]
 
     def batch(self, positions: Sequence[int]) -> Batch:
-        """The examples at some positions as one batch (collate_pairs)."""
+        """The examples at B positions as one batch (collate_pairs)."""
         return collate_pairs([self[position] for position in positions])
 
     __getitems__ = batch  # what a DataLoader calls
 
     def _transform(self, images: list[Any], position: int) -> torch.Tensor:
-        """One flip and one relative crop for all the images of a position: both of a pair."""
+        """Flip and crop all images of a position, both of a pair, in the same way."""
         flip, offset = False, (0.5, 0.5)
         if self.augment:
             coin, across, down = noise.draw_augmentation(self.seed, position)
-            flip = self.config.horizontal_flip and coin < 0.5
-            offset = (across, down) if self.config.crop == "random" else offset
-        return torch.stack([square_pixels(image, self.config.resolution, offset=offset, flip=flip) for image in images])
+            flip = self.data_config.horizontal_flip and coin < 0.5
+            offset = (across, down) if self.data_config.crop == "random" else offset
+        resolution = self.data_config.resolution
+        return torch.stack([square_pixels(image, resolution, offset=offset, flip=flip) for image in images])
 
     def _drops_caption(self, position: int) -> bool:
-        return self.augment and noise.draw_caption_coin(self.seed, position) < self.config.caption_dropout
+        return self.augment and noise.draw_caption_coin(self.seed, position) < self.data_config.caption_dropout
 
 
 class StepSampler:
@@ -145,7 +148,7 @@ class StepSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         first = self.first_position
-        while True:  # (a·W + r)·B grows by W·B from micro-step to micro-step, and so it does from step to step
+        while True:  # (a·W + r)·B grows by W·B with every micro-step, within a step and from one step to the next
             yield list(range(first, first + self.micro_batch_pairs))
             first += self.stride
 
@@ -167,12 +170,12 @@ def collate_pairs(examples: list[dict[str, Any]]) -> Batch:
 def held_out_batches(
     num_pairs: int, num_draws: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> list[list[int]]:
-    """The positions of held-out pairs shared out over the ranks: each batch of pairs with all its draws in a row.
+    """The batches of held-out positions of one rank: each batch of pairs with all its draws one after another.
 
     Draw k of pair i has position i + k · num_pairs.
     """
-    mine = list(range(rank, num_pairs, world_size))
-    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    pairs = list(range(rank, num_pairs, world_size))
+    batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
     return [[pair + draw * num_pairs for pair in batch] for batch in batches for draw in range(num_draws)]
 
 
@@ -182,49 +185,50 @@ def make_loader(
     """A loader of batches of positions, such as a StepSampler's.
 
     dataset: a PairDataset, or another that gives whole batches by position (`__getitems__`). Batches do not depend on
-    num_workers. They are a rank's own already: don't hand the loader to accelerate's prepare.
+    num_workers. They are already one rank's: don't pass the loader to accelerate's prepare.
     """
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
         worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # its own: a loader must not draw from the global one
+        generator=torch.Generator(),  # a loader must not draw from the global generator
     )
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _unchanged(batch: Any) -> Batch:
+    """`__getitems__` has made the batch already, which DataLoader's types don't know of."""
     return batch
 
 
 class UnreadableTracker:
-    """Stops a run whose data are damaged: more than max_share of the pairs read have unreadable images."""
+    """Stops a run whose data are damaged: one in which more than max_share of the pairs read have unreadable images."""
 
-    def __init__(self, table: PairTable, max_share: float):
+    def __init__(self, table: PairRows, max_share: float):
         self.table = table
         self.max_share = max_share
         self.pairs_read = 0
         self.rows: set[int] = set()
 
     def update(self, pairs_read: int, unreadable: Iterable[int]) -> None:
-        """Count pairs read and the unreadable rows met meanwhile, each row once.
+        """Count the pairs read and the unreadable rows among them, each row once.
 
-        The share is taken of at least 100 pairs, so that one bad file does not end a run at its start, and of at most
-        the table's pairs, so that it does not fade with the epochs. Raises DataError, naming up to ten rows.
+        The share is one of at least 100 pairs, so that one bad file does not end a run at its start, and of at most the
+        table's pairs, so that it does not shrink with the epochs. Raises DataError, naming up to ten rows.
         """
         self.pairs_read += pairs_read
         self.rows.update(unreadable)
         pairs_seen = max(min(self.pairs_read, len(self.table)), 100)
         if len(self.rows) > self.max_share * pairs_seen:
-            named = ", ".join(_named(self.table, row) for row in sorted(self.rows)[:10])
+            shown = ", ".join(_row_name(self.table, row) for row in sorted(self.rows)[:10])
             raise DataError(
                 f"{len(self.rows)} of the first {self.pairs_read:,} pairs read have unreadable images, more than "
-                f"data.max_unreadable_share={self.max_share:g} allows: {named}. Repair the files, or raise the share"
+                f"data.max_unreadable_share={self.max_share:g} allows: {shown}. Repair the files, or raise the share"
             )
 
 
-def _named(table: PairTable, row: int) -> str:
+def _row_name(table: PairRows, row: int) -> str:
     return f"row {row} (pair {table.pair_id(row)})"
