@@ -132,11 +132,11 @@ def _is_compiled(network: nn.Module) -> bool:
 def _zero_adapter(policy: nn.Module) -> Iterator[None]:
     """Make a LoRA adapter add 0 while the graph stays the same."""
     outputs: list[Tensor] = [parameter for name, parameter in policy.named_parameters() if ".lora_B." in name]
-    kept = [parameter.detach().clone() for parameter in outputs]
+    saved = [parameter.detach().clone() for parameter in outputs]
     with torch.no_grad():
         torch._foreach_zero_(outputs)
     try:
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(outputs, kept)
+            torch._foreach_copy_(outputs, saved)

@@ -217,7 +217,7 @@ class CachedPairDataset(Dataset):
         self.order: noise.Order = noise.SampleOrder(seed, len(cache), shuffle)
 
     def __len__(self) -> int:
-        """Pairs in an epoch; positions go on beyond it."""
+        """Pairs in an epoch; positions continue beyond it."""
         return len(self.table)
 
     def batch(self, positions: Sequence[int]) -> Batch:

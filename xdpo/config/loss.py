@@ -1,4 +1,4 @@
-"""The `loss` section, made from the objectives' declarations (xdpo.loss.registry): its keys, and which act where."""
+"""The `loss` section, made from the objectives' declarations (xdpo.loss.registry): its keys, and where each acts."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -37,7 +37,7 @@ class _LossSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _published_beta(cls, values: Any) -> Any:
-        """β in place of null at once; the other keys that are null stay null where a config is saved (see `values`)."""
+        """Replace a null β by the published value. Other keys stay null, also in a saved config (see `values`)."""
         if isinstance(values, Mapping) and values.get("beta") is None:
             name = values.get("name", cls.model_fields["name"].default)
             if name in list(OBJECTIVES):
@@ -56,7 +56,7 @@ class _LossSection(Section):
 
     @property
     def hyperparameters(self) -> dict[str, float | str]:
-        """Those of them that the objective's function takes."""
+        """The `values` that the objective's function takes as arguments."""
         return {key: value for key, value in self.values.items() if KEYS[key].is_argument and value is not None}
 
     @property
@@ -100,7 +100,7 @@ def _description(name: str, key: Key) -> str:
     owners = _owners(name)
     published = {owner: OBJECTIVES[owner].published[name] for owner in owners if name in OBJECTIVES[owner].published}
     shown = {owner: value if isinstance(value, str) else f"{value:g}" for owner, value in published.items()}
-    if len(set(shown.values())) > 1:  # the list of values says where it acts
+    if len(set(shown.values())) > 1:  # the list of values shows where it acts
         return f"{key.description}; null: {', '.join(f'{owner} {value}' for owner, value in shown.items())}"
     others = [each for each in OBJECTIVES if each not in owners]
     where = f"all but {', '.join(others)}" if len(others) < len(owners) else ", ".join(owners)

@@ -29,7 +29,7 @@ class PairDataset(Dataset):
 
     tokenize: of the model's family. data_config decides resolution, crop, flips and dropped captions.
     shuffle: each epoch has its own permutation of the pairs; otherwise the order of the table.
-    augment: crop, flip and caption dropout as configured; otherwise centre crop alone. For held-out pairs both are off.
+    augment: crop, flip and caption dropout as configured; otherwise a centre crop. Both are off for held-out pairs.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class PairDataset(Dataset):
         self.augment = augment
 
     def __len__(self) -> int:
-        """Pairs in an epoch; positions go on beyond it."""
+        """Pairs in an epoch; positions continue beyond it."""
         return len(self.table)
 
     def __getitem__(self, position: int) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def decode_rgb(cell: bytes | str | dict[str, Any] | None) -> Image.Image:
             if 0 in image.size:
                 raise UnreadableImageError(f"its size is {image.width} × {image.height}")
             turn = _UPRIGHT.get(_orientation(image))
-            rgb = _as_rgb(image.copy(), image.format)  # a copy has its palette where a format's own class forgets it
+            rgb = _as_rgb(image.copy(), image.format)  # a copy keeps the palette, which some formats' classes lose
             return rgb if turn is None else rgb.transpose(turn)
     except MemoryError:
         raise

@@ -46,7 +46,7 @@ def alike(files: Sequence[str]) -> list[Alike]:
     names = {file: _names_of(schema.names, file) for file, schema in schemas.items()}
     features = {}
     for column in dict.fromkeys(column for names_of in names.values() for column in names_of):
-        types = {file: schemas[file].field(own[column]).type for file, own in names.items() if column in own}
+        types = {file: schemas[file].field(named[column]).type for file, named in names.items() if column in named}
         features[column] = _feature(column, _common_type(column, types), schemas, names)
     groups = []
     for _, group in groupby(files, key=lambda file: names[file]):

@@ -51,8 +51,8 @@ def load_pairs(
 
     `path`, `split` and `max_pairs`, where given, replace those of data_config (for held-out pairs). Ties, unlabelled
     rows, rows without a caption and pairs of identical images are dropped and counted; then the first max_pairs are
-    kept. A split chooses files of a hub data set, or
-    within a folder (`train.parquet`, `train-*.parquet`, `train/*.parquet`); files named outright are all used.
+    kept. A split selects files of a hub data set, or within a folder (`train.parquet`, `train-*.parquet`,
+    `train/*.parquet`); files that are named themselves are all used.
     num_proc: processes that convert files that aren't converted yet; it changes neither rows nor their order.
 
     Raises DataError: nothing at that path, columns missing, invalid labels, no pair left, or an unknown source.

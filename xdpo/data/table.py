@@ -31,7 +31,7 @@ NUMBER_COLUMNS = ("label_0", "label_1", *SCORE_COLUMNS)
 
 
 class DataError(ValueError):
-    """The preference data cannot be used as they are; the message says what to do."""
+    """Preference data that cannot be used as they are; the message names the remedy."""
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class UnpairedDataset(Dataset):
         self.order = UnpairedOrder(pairs.seed, self.images, desirable_share)
 
     def __len__(self) -> int:
-        """Positions that hold as many images as there are; positions go on beyond it."""
+        """Positions in an epoch, in which as many images are drawn as there are; positions continue beyond it."""
         return -(-len(self.images) // IMAGES_PER_POSITION)
 
     def batch(self, positions: Sequence[int]) -> Batch:

@@ -147,14 +147,14 @@ def _unet_problems(unet: Mapping[str, Any]) -> list[str]:
     kind = unet.get("_class_name", "UNet2DConditionModel")
     if kind != "UNet2DConditionModel":
         return [f"unet is a {kind} where a UNet2DConditionModel is meant; take one of Stable Diffusion 1.x or 2.x"]
-    told = {
+    further_inputs = {
         "addition_embed_type": "as Stable Diffusion XL's is",
         "class_embed_type": "as an upscaler's is",
         "num_class_embeds": "as an upscaler's is",
     }
     return [
         f"unet has {key} {unet[key]!r}: it is told more than a caption, {like}. Take one of Stable Diffusion 1.x or 2.x"
-        for key, like in told.items()
+        for key, like in further_inputs.items()
         if unet.get(key) is not None
     ]
 

@@ -84,7 +84,7 @@ class Objective:
 
     path: str  # module and function in this package, as in "pairwise.mapo"
     published: Mapping[str, Value]  # its own keys, with the values of those that the config leaves null
-    shared: tuple[str, ...] = ()  # the other keys that act, with the default that stands in KEYS
+    shared: tuple[str, ...] = ()  # the other keys that act, with their default from KEYS
     inputs: tuple[str, ...] = ()  # tensors that the function takes beside the errors, by the name of its argument
     takes: Literal["pairs", "images"] = "pairs"  # types.PairErrors, or types.UnpairedErrors of single images
     needs_reference: bool = True  # if not, the errors of the reference may be None

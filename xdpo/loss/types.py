@@ -22,7 +22,7 @@ MAX_EXPONENT = 30.0
 
 exp(30) = 1.1e13 lets a gradient of β/2·γ·n·exp(30), at β = 5000, γ = 1 and n = 6, still be squared for the
 gradient norm within float32 (1.6e17² = 2.6e34 < 3.4e38). With n = 6 it takes an error 5 above the reference's
-to get there, and predicting zero has an error of about 1: only a diverged model meets the limit.
+to get there, and predicting zero has an error of about 1: only a diverged model reaches the limit.
 There is no lower limit, since exp goes to zero by itself.
 """
 
@@ -64,7 +64,7 @@ class LossOutput(NamedTuple):
 
     loss: Tensor  # (B,)
     margin: Tensor  # (B,), positive where the policy agrees with the label (more than the reference, if there is one)
-    clamped: Tensor  # 0-d integer: how many exponents of the batch met MAX_EXPONENT
+    clamped: Tensor  # 0-d integer: how many exponents of the batch exceeded MAX_EXPONENT
 
 
 def are_chosen(num_pairs: int, device: torch.device) -> Tensor:

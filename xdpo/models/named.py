@@ -57,7 +57,7 @@ class ModelSpec(Section):
 class ResolvedModel:
     """A model whose files have been found. Revisions are hub commits, or "sha256:…" of local weights.
 
-    `kind` says what `weights` is: "unet" (hub id or folder), "lora" (hub id, folder or file), "checkpoint" (folder), or
+    `kind` is that of `weights`: "unet" (hub id or folder), "lora" (hub id, folder or file), "checkpoint" (folder), or
     "base" and None.
     """
 

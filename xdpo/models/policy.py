@@ -52,7 +52,7 @@ def make_policy(parts: PipelineParts, model: ModelConfig, compute: ComputeConfig
 
 
 def _apply_compute(denoiser: "ModelMixin", compute: ComputeConfig) -> None:
-    """Switches that policy and reference share, so that equal weights give equal bits (compiled: xdpo.reference)."""
+    """Apply the switches that policy and reference share: equal weights must give equal bits (see xdpo.reference)."""
     if compute.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     if compute.channels_last:

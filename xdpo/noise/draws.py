@@ -15,7 +15,7 @@ HELD_OUT_SEED = 0  # held-out pairs have the same (t, ε) in every run, so that 
 
 
 def generator(seed: int, position: int, stream: str) -> torch.Generator:
-    """A CPU generator of its own for one purpose of one sample ("timestep", "noise", "augment", …).
+    """A separate CPU generator for one purpose (stream) of one sample: "timestep", "noise", "augment", …
 
     The three are hashed to 32 bits, because torch's CPU generator (a Mersenne twister) uses only the low 32 bits
     of its seed: numbers packed side by side into 64 would collide. `seed` and `position` are not negative.
@@ -83,8 +83,8 @@ def draw_noise(
 ) -> torch.Tensor:
     """Gaussian noise for B pairs of latents of `shape`: (2B, *shape) float32 on the CPU, chosen first.
 
-    shared: both images of a pair get the same noise (Appendix C); otherwise the rejected image gets its own,
-    and the chosen one keeps what it had. `stream` names the purpose: "noise", or "posterior" for the VAE's sample.
+    shared: both images of a pair get the same noise (Appendix C); otherwise the rejected image gets another one, and
+    the chosen image's stays the same. stream: the purpose, "noise", or "posterior" for the VAE's sample.
     """
     chosen, rejected = [], []
     for position in positions:

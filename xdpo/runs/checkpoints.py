@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint can't be resumed from; the message says what is there and what to do."""
+    """A checkpoint that can't be resumed from; the message describes it and names the remedy."""
 
 
 def finished_checkpoints(folder: Path) -> list[Path]:
