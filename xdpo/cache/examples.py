@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from xdpo.batch import Batch, Conditioning, LatentMoments, SingleItem
 from xdpo.cache.shards import CacheError, Shards, read_json
 from xdpo.config import DataConfig
 from xdpo.files import file_sha256, reading, write_text
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SHARD_BYTES = 128 * 2**20
 PRECISION = "encoders' precision"  # in a plan's key
@@ -306,7 +309,7 @@ def _manifest(folder: Path) -> dict[str, str]:
     return read_json(folder / "manifest.json", "remove it and build the cache again")
 
 
-def _read_table(path: Path, columns: Sequence[str] | None = None) -> Any:
+def _read_table(path: Path, columns: Sequence[str] | None = None) -> "pa.Table":
     import pyarrow.parquet as pq
 
     with reading(path):

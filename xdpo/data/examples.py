@@ -5,9 +5,11 @@ a resumed run can jump to its position, and two processes see exactly what one w
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from xdpo import noise
@@ -22,6 +24,19 @@ MAX_SUBSTITUTIONS = 100
 
 Tokenize = Callable[[str], tuple[Tokens, bool]]
 """A caption → its token ids, (L,) each, and whether it lost tokens."""
+
+
+class PairExample(NamedTuple):
+    """The pair at a position of the training order, decoded, augmented, tokenized."""
+
+    position: int
+    row: int  # of the source
+    pair_id: str
+    pixel_values: Tensor  # (2, 3, R, R) float32 in [−1, 1], chosen first
+    tokens: Tokens  # (L,) each
+    caption_dropped: bool
+    truncated: bool  # whether the caption lost tokens
+    unreadable: list[int]  # rows whose images could not be decoded, which this pair replaces
 
 
 class PairDataset(Dataset):
@@ -53,12 +68,10 @@ class PairDataset(Dataset):
         """Pairs in an epoch; positions continue beyond it."""
         return len(self.table)
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
+    def __getitem__(self, position: int) -> PairExample:
         """The example at a position.
 
-        pixel_values (2, 3, R, R) float32 in [−1, 1], chosen first; tokens, (L,) each; position and row, int;
-        pair_id; caption_dropped; truncated, whether the caption lost tokens; unreadable, rows of the source whose
-        images could not be decoded. The next pair of the table replaces such a row, so the example stays a function of
+        Where images can't be decoded, the next pair of the table replaces theirs, so the example stays a function of
         (seed, position).
         Raises DataError after 100 unreadable pairs in a row, or when none of a smaller table can be read.
         """
@@ -81,16 +94,16 @@ class PairDataset(Dataset):
             images.reverse()
         caption, caption_dropped = record["caption"], self._drops_caption(position)
         tokens, truncated = self.tokenize("" if caption_dropped else caption)
-        return {
-            "position": position,
-            "row": row,
-            "pair_id": pair_id(record, row),
-            "pixel_values": self._transform(images, position),
-            "tokens": tokens,
-            "caption_dropped": caption_dropped,
-            "truncated": truncated,
-            "unreadable": unreadable,
-        }
+        return PairExample(
+            position=position,
+            row=row,
+            pair_id=pair_id(record, row),
+            pixel_values=self._transform(images, position),
+            tokens=tokens,
+            caption_dropped=caption_dropped,
+            truncated=truncated,
+            unreadable=unreadable,
+        )
 
     def image(self, index: int, side: int, position: int) -> SingleItem | None:
         """One image of a pair, the chosen one at side 0, with the draws of `position`; None where it is unreadable."""
@@ -112,7 +125,7 @@ class PairDataset(Dataset):
 
     __getitems__ = batch  # what a DataLoader calls
 
-    def _transform(self, images: list[Any], position: int) -> torch.Tensor:
+    def _transform(self, images: list[Image.Image], position: int) -> Tensor:
         """Flip and crop all images of a position, both of a pair, in the same way."""
         flip, offset = False, (0.5, 0.5)
         if self.augment:
@@ -153,17 +166,17 @@ class StepSampler:
             first += self.stride
 
 
-def collate_pairs(examples: list[dict[str, Any]]) -> Batch:
+def collate_pairs(examples: Sequence[PairExample]) -> Batch:
     """A list of B examples → one batch."""
-    pixels = torch.stack([example["pixel_values"] for example in examples], dim=1)  # (2, B, 3, R, R)
+    pixels = torch.stack([example.pixel_values for example in examples], dim=1)  # (2, B, 3, R, R)
     return Batch(
-        positions=torch.tensor([example["position"] for example in examples]),
-        rows=torch.tensor([example["row"] for example in examples]),
-        pair_ids=[example["pair_id"] for example in examples],
+        positions=torch.tensor([example.position for example in examples]),
+        rows=torch.tensor([example.row for example in examples]),
+        pair_ids=[example.pair_id for example in examples],
         images=pixels.flatten(0, 1),
-        captions=stack([example["tokens"] for example in examples]),
-        truncated=sum(example["truncated"] for example in examples),
-        unreadable=[row for example in examples for row in example["unreadable"]],
+        captions=stack([example.tokens for example in examples]),
+        truncated=sum(example.truncated for example in examples),
+        unreadable=[row for example in examples for row in example.unreadable],
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 SAMPLED = 256  # images per column whose bytes are read
@@ -40,7 +41,7 @@ def file_states(paths: list[str]) -> dict[str, list[int]]:
     return states
 
 
-def _sizes(column: Any) -> np.ndarray:
+def _sizes(column: "pa.ChunkedArray") -> np.ndarray:
     """Bytes of each image, −1 where there is none; of separate files at most MOST_FILES, evenly spaced."""
     import pyarrow as pa
     import pyarrow.compute as pc

@@ -23,6 +23,7 @@ from xdpo.data.table import (
 from xdpo.tables import parquet_schema
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Features
 
 
@@ -65,7 +66,7 @@ def _names_of(columns: list[str], file: str) -> dict[str, str]:
     return {column: name for name, column in canonical.items()}
 
 
-def _common_type(column: str, types: Mapping[str, Any]) -> Any:
+def _common_type(column: str, types: "Mapping[str, pa.DataType]") -> "pa.DataType":
     """The pyarrow type that a column is read as. Raises DataError naming the first file whose type doesn't fit."""
     import pyarrow as pa
 
@@ -95,7 +96,12 @@ def _common_type(column: str, types: Mapping[str, Any]) -> Any:
     )
 
 
-def _feature(column: str, type: Any, schemas: Mapping[str, Any], names: Mapping[str, Mapping[str, str]]) -> Any:
+def _feature(
+    column: str,
+    type: "pa.DataType",
+    schemas: "Mapping[str, pa.Schema]",
+    names: Mapping[str, Mapping[str, str]],
+) -> Any:
     """A type as a feature of `datasets`: an image, where a file with that type declares its column to be one."""
     import pyarrow as pa
     from datasets import Features

@@ -16,6 +16,7 @@ import numpy as np
 from xdpo.data.identity import bytes_of, image_digest
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 IMAGE_COLUMNS = ("jpg_0", "jpg_1")
@@ -135,7 +136,7 @@ class PairTable:
         pairs = np.arange(len(self))
         return np.stack([sides[self.chosen_side, pairs], sides[1 - self.chosen_side, pairs]])
 
-    def _arrow(self, names: Iterable[str]) -> Any:
+    def _arrow(self, names: Iterable[str]) -> "pa.Table":
         """Columns of the usable pairs as an Arrow table."""
         return self.dataset.select_columns(list(names)).with_format("arrow")[:].take(self.rows)
 
@@ -182,7 +183,7 @@ def require_columns(columns: list[str], where: str) -> None:
         raise DataError(f"{where} lacks the columns {listed(sorted(missing))}; it has {listed(columns)}")
 
 
-def kind_of(type: Any) -> str:
+def kind_of(type: "pa.DataType") -> str:
     """The kind of a pyarrow type: text, number, flag, bytes, nothing, or its name where it is none of these."""
     import pyarrow.types as t
 
@@ -233,7 +234,7 @@ def usable_pairs(dataset: "Dataset", max_pairs: int | None, where: str) -> PairT
     return PairTable(dataset, kept, (label_0[kept] == 0).astype(np.uint8), counts)
 
 
-def _numbers(table: Any, name: str, where: str) -> np.ndarray:
+def _numbers(table: "pa.Table", name: str, where: str) -> np.ndarray:
     """A column as float64, missing values as NaN. WebDataset and CSV carry labels and scores as text."""
     values = ["nan" if value is None or value == "" else value for value in table.column(name).to_pylist()]
     try:
@@ -251,7 +252,7 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _check_texts(table: Any, where: str) -> None:
+def _check_texts(table: "pa.Table", where: str) -> None:
     """Raise DataError for captions that are no text, and for text that isn't UTF-8, which Arrow doesn't check."""
     import pyarrow as pa
 
@@ -268,7 +269,7 @@ def _check_texts(table: Any, where: str) -> None:
                 ) from None
 
 
-def _first_bad(table: Any, name: str) -> str:
+def _first_bad(table: "pa.Table", name: str) -> str:
     for row, cell in enumerate(table.column(name)):
         try:
             cell.as_py()
@@ -277,7 +278,7 @@ def _first_bad(table: Any, name: str) -> str:
     return ""
 
 
-def _flags(table: Any, name: str) -> np.ndarray:
+def _flags(table: "pa.Table", name: str) -> np.ndarray:
     """A column as booleans; missing values and columns count as True."""
     if name not in table.column_names:
         return np.ones(table.num_rows, dtype=bool)

@@ -8,7 +8,12 @@ Nothing here needs PyTorch, so that a mistake in a config is reported at once: f
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from xdpo.loss.types import LossOutput, PairErrors
 
 Value = float | str
 
@@ -97,12 +102,14 @@ class Objective:
     citation: str = ""  # for the model card
 
     @property
-    def function(self) -> Callable[..., Any]:
-        """(errors, *, every key that is an argument, every input) → types.LossOutput."""
+    def function(self) -> "Callable[..., LossOutput]":
+        """The function: (errors, *, every key that is an argument, every input) → types.LossOutput."""
         module, _, name = self.path.partition(".")
         return getattr(import_module(f"{__package__}.{module}"), name)
 
-    def of_pairs(self, errors: Any, desirable: Any = None, **arguments: Any) -> Any:
+    def of_pairs(
+        self, errors: "PairErrors", desirable: "Tensor | None" = None, **arguments: "Value | Tensor"
+    ) -> "LossOutput":
         """The objective on a batch's types.PairErrors → types.LossOutput of its B pairs.
 
         An objective of single images gets the 2B images one by one. desirable (2B,) bool labels them; without it the
