@@ -48,7 +48,7 @@ def launched_as() -> tuple[int, int]:
 
 def check_optional_packages(settings: Config) -> None:
     """Refuse a config that asks for a package that isn't installed: ValueError naming the key and the package."""
-    wanted = {f"log.trackers: {name}": name for name in settings.log.trackers}
+    wanted: dict[str, str] = {f"log.trackers: {name}": name for name in settings.log.trackers}
     if settings.optim.name == "adamw8bit":
         wanted["optim.name: adamw8bit"] = "bitsandbytes"
     for key, package in wanted.items():

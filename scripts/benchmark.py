@@ -1,4 +1,4 @@
-"""What a step costs, how fast it is, what it needs: each subcommand prints a table and writes it with --json FILE.
+"""Costs, speed and memory of a step: each subcommand prints a table, and writes it with --json FILE.
 
     python scripts/benchmark.py flops
     python scripts/benchmark.py step --rounds 5 --json step.json

@@ -4,8 +4,8 @@
         data.horizontal_flip=false data.sample_latents=false
     python scripts/cache_examples.py --config …  --verify      check all of it, and encode a sample again
 
-On any number of processes; the same command goes on after a kill. Training with the same settings then needs neither
-encoders nor the data.
+It runs on any number of processes; the same command resumes after a kill. Training with the same settings then needs
+neither encoders nor the data.
 """
 
 import os
@@ -47,11 +47,11 @@ def verify(settings: Config, accelerator: Accelerator) -> None:
     """Check every checksum and encode a sample again. Raises CacheError for damage."""
     parts = families.load_parts(settings.model)
     for split in Split.of(settings):
-        found = precompute.open_examples(settings, accelerator, split)
+        cache = precompute.open_examples(settings, accelerator, split)
         table = precompute.load_table(settings, accelerator, split)
-        latents, text = precompute.verify_examples(found, table, parts, settings, accelerator)
+        latents, text = precompute.verify_examples(cache, table, parts, settings, accelerator)
         accelerator.print(
-            f"{found.folder}: every checksum holds; a sample encoded again differs by {latents:.2g} (latents) and "
+            f"{cache.folder}: every checksum holds; a sample encoded again differs by {latents:.2g} (latents) and "
             f"{text:.2g} (text states) of its norm"
         )
 

@@ -3,8 +3,8 @@
     accelerate launch scripts/cache_reference.py --config configs/xdpo_sd15.yaml cache.reference=cache/reference
 
 Every training with the same data, seed, noise and model then runs without the reference, whatever its loss. (A
-training records what it computes as well: this is for having it before the first one.) On any number of processes;
-the same command goes on after a kill.
+training also records what it computes; this script records everything before the first one.) It runs on any number of
+processes; the same command resumes after a kill.
 """
 
 import os
@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from xdpo import ending, families, models, precompute, processes
+from xdpo.cache import ReferenceCache
 from xdpo.compute import build_accelerator
 from xdpo.config import Config, config_parser, load_config
 from xdpo.data import Split, StepSampler, held_out_batches, make_loader
@@ -51,6 +52,7 @@ def fill(settings: Config, accelerator: Accelerator) -> None:
     if settings.cache.examples and settings.cache.build:
         precompute.build_missing_examples(settings, accelerator, accelerator.print)
     pairs = {split: precompute.open_pairs(settings, accelerator, split) for split in Split.of(settings)}
+    caches = {split: open_cache(settings, accelerator, pairs[split], split) for split in pairs}
     parts = families.load_parts(settings.model, encoders=not settings.cache.examples)
     for module in parts.encoders:
         module.to(accelerator.device)
@@ -58,15 +60,23 @@ def fill(settings: Config, accelerator: Accelerator) -> None:
     make_noisy = NoisyBatchMaker(parts, process, settings, accelerator.device)
     reference = base_model(settings, parts, accelerator.device)
     for split in pairs:
-        fill_split(settings, accelerator, split, pairs[split], make_noisy, reference)
+        fill_split(settings, accelerator, split, pairs[split], caches[split], make_noisy, reference)
+
+
+def open_cache(settings: Config, accelerator: Accelerator, pairs: precompute.Pairs, split: Split) -> ReferenceCache:
+    """The errors recorded so far. Raises ValueError for an objective without a reference."""
+    cache = precompute.open_reference(settings, pairs, split, accelerator.mixed_precision)
+    if cache is None:
+        raise ValueError(f"loss.name: {settings.loss.name} needs no reference, so there are no errors to record")
+    return cache
 
 
 def base_model(settings: Config, parts: families.PipelineParts, device: torch.device) -> Reference:
     """The base model, run as a training runs its reference."""
     if settings.model.trainable == "lora" and settings.compute.compile:
-        # The graph that training compiles has the adapter in it, and a new one adds 0.
+        # The graph that training compiles contains the adapter; a new adapter adds 0.
         return AdapterOff(models.make_policy(parts, settings.model, settings.compute).to(device))
-    model = settings.model.model_copy(update={"trainable": "full"})  # LoRA's reference is the denoiser itself as well
+    model = settings.model.model_copy(update={"trainable": "full"})  # without its adapter LoRA's policy is this copy
     return Frozen(models.make_reference(parts, model, settings.compute).to(device))
 
 
@@ -75,33 +85,33 @@ def fill_split(
     accelerator: Accelerator,
     split: Split,
     pairs: precompute.Pairs,
+    cache: ReferenceCache,
     make_noisy: NoisyBatchMaker,
     reference: Reference,
 ) -> None:
-    """Compute what is missing for one kind of pairs."""
-    known = precompute.open_reference(settings, pairs, split, accelerator.mixed_precision)
-    recorded = Recorded(reference, known, accelerator.device)
-    wanted = training_batches(settings, accelerator.num_processes, len(pairs), split)
-    # One process looks: what others record meanwhile would make the lists differ.
-    unknown = [number for number, positions in enumerate(wanted) if known.get(positions, CPU) is None]
-    missing = [wanted[number] for number in processes.agree(unknown)]
+    """Compute what is missing for the pairs of one split."""
+    recorded = Recorded(reference, cache, accelerator.device)
+    batches = training_batches(settings, accelerator.num_processes, len(pairs), split)
+    # The first process decides: while others record, their own lists would differ.
+    unrecorded = [number for number, positions in enumerate(batches) if cache.get(positions, CPU) is None]
+    missing = [batches[number] for number in processes.agree(unrecorded)]
     if missing:
-        known.check_writable()
+        cache.check_writable()
     dataset = precompute.make_dataset(pairs, make_noisy.parts.tokenize, settings, split)
     with tqdm(total=len(missing), desc=split.title, unit="batch", disable=not accelerator.is_main_process) as bar:
-        batches = take_batches(f"reference/{split.title}", missing, bar)
-        for batch in make_loader(dataset, batches, num_workers=settings.data.num_workers if missing else 0):
-            # What records gradients runs compiled, where the config has that: training does, evaluation does not.
+        taken = take_batches(f"reference/{split.title}", missing, bar)
+        for batch in make_loader(dataset, taken, num_workers=settings.data.num_workers if missing else 0):
+            # A compiled model runs compiled only where gradients are recorded: in training, not in evaluation.
             with torch.set_grad_enabled(not split.is_held_out), accelerator.autocast():
                 recorded.measure(make_noisy(batch, split.seed(settings)))
             recorded.commit()
-    known.close()
+    cache.close()
     processes.wait()
-    accelerator.print(f"{split.title}: {known.folder}; {len(wanted):,} batches, {len(missing):,} of them computed now")
+    accelerator.print(f"{split.title}: {cache.folder}; {len(batches):,} batches, {len(missing):,} of them computed now")
 
 
 def training_batches(settings: Config, world_size: int, num_pairs: int, split: Split) -> list[list[int]]:
-    """The micro-batches of a training on `world_size` processes: which pairs are together decides how they round."""
+    """The micro-batches of a training on `world_size` processes, because a batch's composition affects rounding."""
     size = settings.train.micro_batch_pairs
     if split.is_held_out:
         ranks = (held_out_batches(num_pairs, settings.eval.draws, size, rank, world_size) for rank in range(world_size))

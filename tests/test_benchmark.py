@@ -119,7 +119,7 @@ def test_the_training_step_itself_costs_the_sum_of_its_parts(trainable, caches):
     make_noisy = NoisyBatchMaker(networks, process, settings, torch.device("cpu"))
     has_examples, has_reference = flops.CACHES[caches]
     if has_reference:
-        reference = Recorded(reference, counting.KnownErrors(1), torch.device("cpu"))
+        reference = Recorded(reference, counting.FullCache(1), torch.device("cpu"))
     images, captions = torch.zeros(2, 3, resolution, resolution), Tokens(input_ids=torch.ones(1, TOKENS).long())
     if has_examples:
         moments = torch.zeros(2, LATENT_CHANNELS, resolution // DOWNSCALING, resolution // DOWNSCALING)

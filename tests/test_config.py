@@ -199,7 +199,11 @@ def test_the_loss_section_is_what_the_registry_declares():
     assert LossConfig().name == next(iter(OBJECTIVES))
     for name, objective in OBJECTIVES.items():
         loss = config_with(f"loss.name={name}").loss
-        assert loss.objective is objective and loss.values == objective.keys and loss.numbers == objective.numbers
+        assert (
+            loss.objective is objective
+            and loss.values == objective.keys
+            and loss.hyperparameters == objective.hyperparameters
+        )
         assert loss.beta == objective.keys.get("beta")
         given = LossConfig(name=name, **objective.keys)  # every default is in its own range
         assert given.values == objective.keys
@@ -208,7 +212,7 @@ def test_the_loss_section_is_what_the_registry_declares():
 
 def test_a_number_that_is_given_takes_the_place_of_the_published_one():
     loss = config_with("loss.name=dmpo", "loss.alpha=0.5", "loss.safeguard=0.9").loss
-    assert loss.numbers == {"beta": 2000.0, "alpha": 0.5}
+    assert loss.hyperparameters == {"beta": 2000.0, "alpha": 0.5}
     assert loss.values == {"beta": 2000.0, "alpha": 0.5, "safeguard": 0.9, "margin_weight": None}
 
 
@@ -217,7 +221,7 @@ def test_numbers_that_do_not_go_together_are_refused():
     alpha = "alpha (got 1.5) must lie between 0 and 1 (loss.name: {})"
     for name in ("dmpo", "alpha_dpo"):
         assert alpha.format(name) in error_of(base, f"loss.name={name}", "loss.alpha=1.5")
-    assert config_with("loss.name=f_dpo", "loss.alpha=1.5").loss.numbers["alpha"] == 1.5
+    assert config_with("loss.name=f_dpo", "loss.alpha=1.5").loss.hyperparameters["alpha"] == 1.5
     flat = ("loss.name=f_dpo", "loss.eta=0", "loss.gamma=0")
     assert "the loss has no gradient" in error_of(base, *flat, "loss.divergence=xdpo")
     assert config_with(*flat).loss.divergence is None

@@ -64,7 +64,7 @@ def parquet_dataset(tmp_path, rows, tokenizer, *, seed=0, shuffle=True, augment=
 
 def colours(example):
     """(chosen, rejected) mean colour."""
-    return example["pixel_values"].mean(dim=(2, 3)).tolist()
+    return example.pixel_values.mean(dim=(2, 3)).tolist()
 
 
 def gradient_image(size=(24, 16)):
@@ -87,9 +87,9 @@ def test_parquet_of_pick_a_pic_is_oriented_by_its_label(tmp_path, tiny_tokenizer
     dataset = parquet_dataset(tmp_path, rows, tiny_tokenizer, shuffle=False)
     assert colours(dataset[0]) == [LIME, RED]
     assert colours(dataset[1]) == [LIME, RED]
-    assert [dataset[0]["pair_id"], dataset[1]["pair_id"]] == ["1000", "1001"]
-    assert dataset[0]["pixel_values"].shape == (2, 3, 8, 8)
-    assert dataset[0]["pixel_values"].dtype == torch.float32
+    assert [dataset[0].pair_id, dataset[1].pair_id] == ["1000", "1001"]
+    assert dataset[0].pixel_values.shape == (2, 3, 8, 8)
+    assert dataset[0].pixel_values.dtype == torch.float32
 
 
 def test_every_row_has_one_fate_and_is_counted(tmp_path):
@@ -113,7 +113,7 @@ def test_every_row_has_one_fate_and_is_counted(tmp_path):
 def test_rows_of_the_source_are_reported_not_indices_after_filtering(tmp_path, tiny_tokenizer):
     rows = [pick_a_pic_row(0, label_0=0.5, label_1=0.5), pick_a_pic_row(1)]
     example = parquet_dataset(tmp_path, rows, tiny_tokenizer, shuffle=False)[0]
-    assert (example["row"], example["pair_id"]) == (1, "1001")
+    assert (example.row, example.pair_id) == (1, "1001")
 
 
 def test_a_missing_ranking_id_falls_back_to_the_uids_then_to_the_row(tmp_path):
@@ -134,8 +134,8 @@ def test_names_and_captions_choose_the_columns_of_the_source_once(tmp_path, tiny
     names = [dataset.table.pair_id(int(row)) for row in dataset.table.rows]
     captions = [dataset.caption(index)["input_ids"] for index in range(5)]
     assert len(calls) == 1
-    assert names == [dataset[index]["pair_id"] for index in range(5)] and len(set(names)) == 5
-    assert all(torch.equal(captions[index], dataset[index]["tokens"]["input_ids"]) for index in range(5))
+    assert names == [dataset[index].pair_id for index in range(5)] and len(set(names)) == 5
+    assert all(torch.equal(captions[index], dataset[index].tokens["input_ids"]) for index in range(5))
 
 
 def test_a_table_travels_to_a_worker_as_it_was_before_its_use(tmp_path):
@@ -613,10 +613,10 @@ def gradient_rows(count=1, second_size=(24, 16)):
 
 def test_both_images_are_flipped_or_neither(tmp_path, tiny_tokenizer):
     dataset = parquet_dataset(tmp_path, gradient_rows(), tiny_tokenizer, horizontal_flip=True)
-    plain = parquet_dataset(tmp_path, gradient_rows(), tiny_tokenizer)[0]["pixel_values"]
+    plain = parquet_dataset(tmp_path, gradient_rows(), tiny_tokenizer)[0].pixel_values
     flips = 0
     for position in range(60):
-        pixels = dataset[position]["pixel_values"]
+        pixels = dataset[position].pixel_values
         flipped = torch.allclose(pixels, plain.flip(-1), atol=0.02)
         assert flipped or torch.equal(pixels, plain)
         flips += flipped
@@ -628,7 +628,7 @@ def test_both_images_are_cropped_at_the_same_relative_place(tmp_path, tiny_token
     dataset = parquet_dataset(tmp_path, rows, tiny_tokenizer, crop="random", horizontal_flip=True)
     lefts = set()
     for position in range(20):
-        chosen, rejected = dataset[position]["pixel_values"]
+        chosen, rejected = dataset[position].pixel_values
         assert torch.allclose(chosen, rejected, atol=0.06)
         lefts.add(round(chosen[0].mean().item(), 2))
     assert len(lefts) > 5
@@ -637,7 +637,7 @@ def test_both_images_are_cropped_at_the_same_relative_place(tmp_path, tiny_token
 def test_switching_the_flip_on_leaves_the_crops_as_they_were(tmp_path, tiny_tokenizer):
     def mean_red(**changes):
         dataset = parquet_dataset(tmp_path, gradient_rows(), tiny_tokenizer, crop="random", **changes)
-        return torch.tensor([dataset[position]["pixel_values"][0, 0].mean() for position in range(8)])
+        return torch.tensor([dataset[position].pixel_values[0, 0].mean() for position in range(8)])
 
     assert torch.allclose(mean_red(), mean_red(horizontal_flip=True), atol=0.01)
 
@@ -648,28 +648,28 @@ def test_without_augmentation_nothing_is_random(tmp_path, tiny_tokenizer):
     held_out = parquet_dataset(tmp_path, rows, tiny_tokenizer, shuffle=False, augment=False, **random_config)
     centre = parquet_dataset(tmp_path, rows, tiny_tokenizer, shuffle=False)
     for position in range(3):
-        assert held_out[position]["row"] == position
-        assert not held_out[position]["caption_dropped"]
-        assert torch.equal(held_out[position]["pixel_values"], centre[position]["pixel_values"])
+        assert held_out[position].row == position
+        assert not held_out[position].caption_dropped
+        assert torch.equal(held_out[position].pixel_values, centre[position].pixel_values)
 
 
 def test_captions_are_dropped_at_about_the_configured_rate_and_always_the_same_ones(tmp_path, tiny_tokenizer):
     rows = [pick_a_pic_row(0)]
     dataset = parquet_dataset(tmp_path, rows, tiny_tokenizer, caption_dropout=0.2)
     examples = [dataset[position] for position in range(400)]
-    dropped = [example["caption_dropped"] for example in examples]
+    dropped = [example.caption_dropped for example in examples]
     assert 50 < sum(dropped) < 110  # 80 ± 8 expected
-    assert dropped == [dataset[position]["caption_dropped"] for position in range(400)]
+    assert dropped == [dataset[position].caption_dropped for position in range(400)]
     empty = tiny_tokenizer("", padding="max_length", max_length=8).input_ids
     for example in examples[:50]:
-        assert (example["tokens"]["input_ids"].tolist() == empty) == example["caption_dropped"]
+        assert (example.tokens["input_ids"].tolist() == empty) == example.caption_dropped
 
 
 def test_long_captions_are_cut_and_counted(tmp_path, tiny_tokenizer):
     rows = [pick_a_pic_row(0, caption="abcdef"), pick_a_pic_row(1, caption="abcdefg")]  # 6 + 2 tokens fit into 8
     dataset = parquet_dataset(tmp_path, rows, tiny_tokenizer, shuffle=False)
     examples = [dataset[0], dataset[1]]
-    assert [example["truncated"] for example in examples] == [False, True]
+    assert [example.truncated for example in examples] == [False, True]
     batch = collate_pairs(examples)
     assert batch.truncated == 1
     assert batch.captions["input_ids"].shape == (2, 8)
@@ -677,7 +677,7 @@ def test_long_captions_are_cut_and_counted(tmp_path, tiny_tokenizer):
 
 def test_each_epoch_shows_every_pair_once_in_an_order_of_its_own(tmp_path, tiny_tokenizer):
     dataset = parquet_dataset(tmp_path, [pick_a_pic_row(number) for number in range(10)], tiny_tokenizer)
-    epochs = [[dataset[epoch * 10 + place]["row"] for place in range(10)] for epoch in range(3)]
+    epochs = [[dataset[epoch * 10 + place].row for place in range(10)] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert len(dataset) == 10
@@ -701,7 +701,7 @@ def rows_with_damage(count, damaged):
 def test_the_next_pair_stands_in_for_an_unreadable_one(tmp_path, tiny_tokenizer):
     rows = rows_with_damage(5, {1, 2, 4})
     dataset = parquet_dataset(tmp_path, rows, tiny_tokenizer, shuffle=False)
-    found = [(example["row"], example["unreadable"]) for example in (dataset[position] for position in range(5))]
+    found = [(example.row, example.unreadable) for example in (dataset[position] for position in range(5))]
     assert found == [(0, []), (3, [1, 2]), (3, [2]), (3, []), (0, [4])]
     assert collate_pairs([dataset[1], dataset[4]]).unreadable == [1, 2, 4]
 
@@ -710,7 +710,7 @@ def test_a_missing_file_of_a_folder_is_an_unreadable_image(tmp_path, tiny_tokeni
     rows = [{"chosen": name, "rejected": "bad.png", "caption": "x"} for name in ("gone.png", "good.png")]
     table = load_pairs(data_config(write_folder(tmp_path / "f", "pairs.csv", rows), source="folder"))
     example = PairDataset(table, tokenize_with(tiny_tokenizer), 0, data_config(), shuffle=False)[0]
-    assert (example["row"], example["unreadable"]) == (1, [0])
+    assert (example.row, example.unreadable) == (1, [0])
 
 
 def test_no_readable_pair_at_all_is_an_error(tmp_path, tiny_tokenizer):
@@ -819,7 +819,7 @@ def test_loading_draws_nothing_from_the_global_generator(augmented):
 def test_another_seed_is_another_order(tmp_path, tiny_tokenizer):
     rows = [pick_a_pic_row(number) for number in range(20)]
     orders = [
-        [dataset[position]["row"] for position in range(20)]
+        [dataset[position].row for position in range(20)]
         for dataset in (parquet_dataset(tmp_path, rows, tiny_tokenizer, seed=seed) for seed in (1, 2))
     ]
     assert orders[0] != orders[1]

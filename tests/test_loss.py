@@ -34,7 +34,7 @@ def errors_of(policy_chosen, policy_rejected, reference_chosen, reference_reject
 
 def loss_of(name, errors, **given):
     """An objective's output with its published numbers, but for those given."""
-    return OBJECTIVES[name].function(errors, **{**OBJECTIVES[name].numbers, **given})
+    return OBJECTIVES[name].function(errors, **{**OBJECTIVES[name].hyperparameters, **given})
 
 
 def swapped(errors):

@@ -64,7 +64,7 @@ def evaluate(name, errors, **numbers):
 
 def printed(name, e_w, e_l, r_w, r_l, **given):
     """The loss of one pair, in Python floats and as its publication writes it, with β on Diffusion-DPO's scale."""
-    numbers = {**OBJECTIVES[name].numbers, **given}
+    numbers = {**OBJECTIVES[name].hyperparameters, **given}
     beta, smoothing = numbers.get("beta"), numbers.get("label_smoothing", 0.0)
     d_w, d_l = e_w - r_w, e_l - r_l
     s = -0.5 * beta * (d_w - d_l) if beta else 0.0
@@ -569,13 +569,13 @@ def test_a_function_takes_what_its_declaration_says_and_states_no_number_again(n
     objective = OBJECTIVES[name]
     errors, *keywords = inspect.signature(objective.function).parameters.values()
     assert errors.annotation is (UnpairedErrors if objective.is_unpaired else PairErrors)
-    assert {each.name for each in keywords} == {*objective.numbers, *objective.inputs}
+    assert {each.name for each in keywords} == {*objective.hyperparameters, *objective.inputs}
     assert all(each.kind is each.KEYWORD_ONLY and each.default is each.empty for each in keywords)
-    assert None not in objective.numbers.values()
+    assert None not in objective.hyperparameters.values()
 
 
 def test_the_registry_says_what_each_objective_takes():
-    assert OBJECTIVES["hinge"].numbers == {"beta": 5000.0}
+    assert OBJECTIVES["hinge"].hyperparameters == {"beta": 5000.0}
     assert OBJECTIVES["hinge"].keys == {"beta": 5000.0, "safeguard": None, "margin_weight": None}
     assert OBJECTIVES["dspo"].inputs == ("policy_dot_reference",)
     assert OBJECTIVES["diffusion_kto"].inputs == ("z0",) and "z0" not in OBJECTIVES["diffusion_kto"].keys

@@ -148,7 +148,7 @@ def test_a_batch_looks_at_its_own_images_and_not_at_all_labels(settings, monkeyp
     dataset = paired(settings)
     expected = UnpairedDataset(dataset, 0.5).batch([0, 1])
     unpaired = UnpairedDataset(dataset, 0.5)
-    monkeypatch.setattr(LabelledImages, "numbers", None)
+    monkeypatch.setattr(LabelledImages, "of_label", None)
     monkeypatch.setattr(np, "flatnonzero", None)
     assert torch.equal(unpaired.batch([0, 1]).rows, expected.rows)
 

@@ -1,4 +1,4 @@
-"""A batch, as every data set gives it: images as pixels or encoded, captions as tokens or encoded."""
+"""The types in which every data set gives a batch: images as pixels or encoded, captions as tokens or encoded."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
@@ -12,21 +12,21 @@ class Tokens(dict[str, Tensor]):
 
 
 class Conditioning(dict[str, Tensor]):
-    """What a denoiser is told about N captions, (N, …) each; a family names the entries."""
+    """A denoiser's inputs from N captions, (N, …) each; the family names the entries."""
 
 
 class LatentMoments(NamedTuple):
     """An autoencoder's posterior of N images, before scaling."""
 
     means: Tensor  # (N, C, h, w)
-    stds: Tensor | None  # the same; None where only means were kept
+    stds: Tensor | None  # of the same shape; None where a cache holds means only
     scaling_factor: float  # of the autoencoder
 
 
 class SingleImages(NamedTuple):
-    """What is known of each of 2B images that form no pairs."""
+    """Position and label of each of 2B images that form no pairs."""
 
-    positions: Tensor  # (2B,) int64 in the order of single images, which gives each its draws
+    positions: Tensor  # (2B,) int64 in the order of single images; they decide each image's draws
     desirable: Tensor  # (2B,) bool
 
 
@@ -37,10 +37,10 @@ class Batch(NamedTuple):
     rows: Tensor  # (B,) int64 of the source; (2B,) of single images
     pair_ids: list[str]  # B names
     images: Tensor | LatentMoments  # of 2B, chosen first; pixel values are (2B, 3, R, R) float32 in [−1, 1]
-    captions: Tokens | Conditioning  # of B; of 2B single images
+    captions: Tokens | Conditioning  # B of pairs, 2B of single images
     truncated: int  # captions that lost tokens
-    unreadable: list[int]  # rows met on the way whose images could not be read
-    single: SingleImages | None = None  # None: pairs
+    unreadable: list[int]  # rows whose images could not be read, and that others stand in for
+    single: SingleImages | None = None  # None for pairs
     rejected_latents: Tensor | None = None  # (B, C, h, w) as the denoiser takes them, instead of the rejected images
 
 
@@ -52,10 +52,10 @@ class SingleItem(NamedTuple):
     truncated: bool
 
 
-Captions = TypeVar("Captions", Tokens, Conditioning)
+Captions = TypeVar("Captions", bound=Tokens | Conditioning)
 
 
 def stack(captions: Sequence[Captions]) -> Captions:
-    """Captions of one kind, one by one → all in one, a dimension more."""
+    """Captions of one kind, one by one → all of them along a new first dimension."""
     first = captions[0]
     return type(first)({name: torch.stack([caption[name] for caption in captions]) for name in first})

@@ -1,4 +1,4 @@
-"""The `compute` section on this machine: devices, precision, accumulation, trackers."""
+"""The `compute` section applied to this machine: devices, precision, accumulation, trackers."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from xdpo.config import ComputeConfig, Config, accumulation_steps
 def build_accelerator(settings: Config) -> Accelerator:
     """Devices, precision, accumulation and trackers, as the config has them; several processes are connected.
 
-    Raises ValueError for fp16 on a CPU, compiling without a compiler, a launch that shares out the weights, or a total
+    Raises ValueError for fp16 on a CPU, compiling without a compiler, a launch that shards the weights, or a total
     batch that cannot be split over the processes.
     """
     compute = settings.compute
@@ -61,18 +61,18 @@ def precision_of(compute: ComputeConfig) -> str:
 
 
 def device_kind() -> str:
-    """What of this machine decides which kernels run: "cuda 8.9" by its compute capability, "cpu AVX2", "mps"."""
+    """What decides which kernels run on this machine: "cuda 8.9" by its compute capability, "cpu AVX2", "mps"."""
     if torch.cuda.is_available():
         return "cuda {}.{}".format(*torch.cuda.get_device_capability())
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator().type
+    if (device := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        return device.type
     return f"cpu {torch.backends.cpu.get_cpu_capability()}"
 
 
 def choose_kernels(compute: ComputeConfig) -> None:
-    """Which kernels PyTorch may take in this process; before the first one runs on a GPU."""
+    """Set which kernels PyTorch may use in this process. To be called before the first one runs on a GPU."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = compute.tf32
-    # Convolutions timed against each other at the start are another choice in the next start, and round otherwise.
+    # Benchmarking convolutions may choose other kernels at the next start, which round differently.
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = compute.deterministic
     torch.use_deterministic_algorithms(compute.deterministic)
@@ -83,10 +83,10 @@ def choose_kernels(compute: ComputeConfig) -> None:
 def check_compiler(setting: str) -> None:
     """Raise ValueError where `setting` has kernels compiled and no compiler is there: torch.compile says so late."""
     if torch.cuda.is_available():  # Triton builds what launches its kernels
-        language, variable, names = "C", "CC", ("gcc", "clang")
+        language, variable, names = "C", "CC", ["gcc", "clang"]
     else:
-        language, variable, names = "C++", "CXX", ("clang++" if sys.platform == "darwin" else "g++",)
-    wanted = (os.environ[variable],) if os.environ.get(variable) else names
+        language, variable, names = "C++", "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
+    wanted = [os.environ[variable]] if os.environ.get(variable) else names
     if not any(shutil.which(name) for name in wanted):
         raise ValueError(
             f"{setting} needs a {language} compiler, and {' or '.join(wanted)} is not found; install it, name another "
@@ -95,7 +95,7 @@ def check_compiler(setting: str) -> None:
 
 
 def refuse_sharded_launch() -> None:
-    """Raise ValueError under an accelerate configuration that shares out the weights over the processes."""
+    """Raise ValueError under an accelerate configuration that shards the weights over the processes."""
     for name, variable in {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}.items():
         if os.environ.get(variable, "").lower() in ("1", "true"):
             raise ValueError(

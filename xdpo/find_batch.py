@@ -13,7 +13,7 @@ from xdpo.learner import Learner, RecordedErrors, build_learner, open_recorded_e
 from xdpo.precompute import Pairs, make_dataset
 from xdpo.runlog import peak_memory_gb
 
-TIMED_STEPS = 4  # micro-steps behind each figure
+TIMED_STEPS = 4  # micro-steps timed for each size
 
 
 def find_batch(
@@ -21,13 +21,13 @@ def find_batch(
 ) -> int:
     """Time micro-steps of growing size on this device and print which is fastest. Writes nothing but caches.
 
-    Sizes are those that divide a process' share of the total batch. It stops where memory ends, or where a size is
-    no faster than half of it. Loading is left out. Encoding is in where no cache holds the examples, and so is the
-    memory of model.ema_decay.
+    The sizes are the divisors of a process's share of the total batch. It stops where memory is exhausted, or at a size
+    that is slower than one of at most half of it. Loading is not timed; encoding is, unless examples are cached.
+    The memory is that of the training, model.ema_decay included.
     Raises ValueError where not even one pair fits.
     """
     total, processes, device = settings.train.total_batch_pairs, accelerator.num_processes, accelerator.device
-    accumulation_steps(settings, processes)  # refuses what cannot be split
+    accumulation_steps(settings, processes)  # raises where the batch cannot be split
     recorded = open_recorded_errors(settings, accelerator, pairs, None, start_step=0)
     if not recorded.is_complete:  # a mixture of recorded and measured errors would be timed
         recorded = RecordedErrors(None, None, is_complete=False)
@@ -53,7 +53,7 @@ def find_batch(
         raise ValueError(
             "not even one pair fits; compute.gradient_checkpointing=true or model.trainable=lora need less"
         )
-    best = max(speeds, key=speeds.get)
+    best = max(speeds, key=lambda size: speeds[size])
     accelerator.print(
         f"fastest here: train.micro_batch_pairs={best}; the total batch stays {total}, and so does the result"
     )
@@ -61,9 +61,9 @@ def find_batch(
 
 
 def _time_micro_steps(learner: Learner, batch: Batch) -> float:
-    """Seconds of TIMED_STEPS micro-steps. The learning rate is 0 throughout."""
+    """Seconds of TIMED_STEPS micro-steps. The learning rate is 0 throughout, so no weight changes."""
     if learner.settings.compute.compile:
-        torch.compiler.reset()  # one graph per size is more than it keeps
+        torch.compiler.reset()  # or it would give up compiling after a few sizes
 
     def micro_step() -> None:
         with learner.accelerator.no_sync(learner.policy):

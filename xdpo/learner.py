@@ -1,13 +1,13 @@
-"""What training carries: the policy, what it is measured against, and the optimizer; and the micro-step.
+"""The state of a training (policy, reference, optimizer), its micro-step and its update.
 
 The loop of training.py, held-out evaluation, --find-batch and the benchmark all run `Learner.measure`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -24,23 +24,26 @@ from xdpo.non_finite import SkippedSteps
 from xdpo.precompute import Pairs, open_reference
 from xdpo.reference import AdapterOff, Frozen, Moving, Recorded, Reference
 
-# Relative, of the largest difference in a batch. In the embedded world bf16 moves an error by at most 2 % from that of
-# float32, another image by 44 % in the median and 3 % at the fifth percentile; recorded and measured are of one kind.
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
+
+# Largest relative difference in a batch. In the embedded world, bf16 changes an error by at most 2 % from float32's,
+# and another image by 44 % (median), 3 % (fifth percentile). Recorded and measured errors have the same precision.
 RECORDED_ERROR_TOLERANCE = 0.02
 
 
 class RecordedErrors(NamedTuple):
-    """The reference's recorded errors on both kinds of pairs; None where the config keeps none."""
+    """The reference's recorded errors on training and held-out pairs; None where the config keeps none."""
 
     train: ReferenceCache | None
     held_out: ReferenceCache | None
-    is_complete: bool  # all that the run still needs is there
+    is_complete: bool  # they hold everything that the run still needs
 
 
 def open_recorded_errors(
     settings: Config, accelerator: Accelerator, train_pairs: Pairs, held_out_pairs: Pairs | None, start_step: int
 ) -> RecordedErrors:
-    """What is recorded of the reference under this config, and whether that is enough from `start_step` on."""
+    """Open the recorded errors of this config's reference, and check whether they suffice from `start_step` on."""
     precision, total_batch = accelerator.mixed_precision, settings.train.total_batch_pairs
     train = open_reference(settings, train_pairs, Split.TRAIN, precision)
     if train is None:
@@ -49,7 +52,8 @@ def open_recorded_errors(
     held_out = None
     if held_out_pairs:
         held_out = open_reference(settings, held_out_pairs, Split.HELD_OUT, precision)
-        is_complete = is_complete and held_out.has(range(len(held_out_pairs) * settings.eval.draws))
+        needed = range(len(held_out_pairs) * settings.eval.draws)
+        is_complete = is_complete and held_out is not None and held_out.has(needed)
     is_complete = all(processes.gather(is_complete))  # another run may be recording there
     if not is_complete:
         for cache in (train, held_out):
@@ -64,7 +68,7 @@ def open_recorded_errors(
 
 @dataclass
 class Learner:
-    """One training: networks, optimizer, and what else changes from step to step."""
+    """One training: its networks, its optimizer, and all other state that changes from step to step."""
 
     settings: Config
     accelerator: Accelerator
@@ -73,10 +77,10 @@ class Learner:
     bare_policy: nn.Module  # outside its distributed wrapper
     optimizer: torch.optim.Optimizer
     make_noisy: NoisyBatchMaker
-    references: dict[Split, Reference]  # they share the network, and differ in what is recorded
+    references: dict[Split, Reference]  # they share a network; each has its own recorded errors
     margin_weights: PairWeights
-    ema: Any  # diffusers' EMAModel, or None
-    z0: Tensor  # Diffusion-KTO's reference point: the mean gain of the step before
+    ema: "EMAModel | None"  # moving average of the trained weights
+    z0: Tensor  # Diffusion-KTO's reference point: the mean gain of the previous step
     skipped_steps: SkippedSteps
     parameters: list[nn.Parameter] = field(init=False)  # the trained ones
 
@@ -87,19 +91,24 @@ class Learner:
     def reference(self) -> Reference:
         return self.references[Split.TRAIN]
 
-    def measure(self, batch: Batch, split: Split = Split.TRAIN, positions: Any = None) -> step.StepOutput:
-        """Loss and statistics of a batch; `positions` (B,) give the pairs their draws, instead of the batch's own."""
+    def measure(
+        self, batch: Batch, split: Split = Split.TRAIN, positions: Sequence[int] | Tensor | None = None
+    ) -> step.StepOutput:
+        """Loss and statistics of a batch. positions: (B,) that decide the draws, instead of the batch's own."""
         return self.outcome(batch, self.noisy(batch, split, positions), split)
 
-    def noisy(self, batch: Batch, split: Split = Split.TRAIN, positions: Any = None) -> NoisyBatch:
-        """The batch as the networks are given it: the first half of `measure`."""
+    def noisy(
+        self, batch: Batch, split: Split = Split.TRAIN, positions: Sequence[int] | Tensor | None = None
+    ) -> NoisyBatch:
+        """The networks' inputs for a batch: the first half of `measure`."""
         with self.accelerator.autocast():
             return self.make_noisy(batch, split.seed(self.settings), positions)
 
     def outcome(self, batch: Batch, noisy: NoisyBatch, split: Split = Split.TRAIN) -> step.StepOutput:
         """Loss and statistics of a noisy batch: the second half of `measure`.
 
-        Held-out pairs are measured outside the distributed wrapper: processes may have different numbers of them.
+        Held-out pairs are measured outside the distributed wrapper, because processes may have different numbers of
+        them.
         """
         settings, device = self.settings, self.accelerator.device
         policy = self.policy if split is Split.TRAIN else self.bare_policy
@@ -115,7 +124,7 @@ class Learner:
         return step.preference_loss(measured.errors, settings.loss, inputs)
 
     def micro_step(self, batch: Batch) -> step.StepOutput:
-        """Measure a batch and add its gradients to those that are there."""
+        """Measure a batch and accumulate its gradients."""
         with self.accelerator.accumulate(self.policy):
             output = self.measure(batch)
             self.accelerator.backward(output.loss.mean())
@@ -126,10 +135,10 @@ class Learner:
         limit = self.settings.optim.max_grad_norm or float("inf")
         return torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, limit))
 
-    def update(self, step_number: int, gain: float | None) -> dict[str, float]:
-        """Take an optimizer step, and move what follows the policy; in fp16 neither where gradients overflowed.
+    def update(self, step_number: int, step_metrics: Mapping[str, float]) -> dict[str, float]:
+        """Take an optimizer step, then update z0, the moving average and the reference; return the update's metrics.
 
-        gain: the mean of the step's statistics, where there is a reference. Returns metrics of the update.
+        step_metrics: of this step, from Tally.exchange. In fp16 all of it is skipped where gradients overflowed.
         """
         metrics = {"z0": self.z0.item()} if self._has_reference_point else {}
         metrics["learning_rate"] = learning_rate_at(self.settings, step_number)
@@ -137,35 +146,38 @@ class Learner:
             group["lr"] = metrics["learning_rate"]
         with self.skipped_steps.watching():
             self.optimizer.step()
-        # Several processes: the gradients stay in DDP's buckets. New ones would lie beside them, as large again.
+        # With several processes the gradients stay in DDP's buckets: new tensors would take their memory a second time.
         self.optimizer.zero_grad(set_to_none=self.accelerator.num_processes == 1)
         if not self.skipped_steps.in_a_row:
             if self._has_reference_point:
-                self.z0.fill_(max(gain, 0.0))
+                self.z0.fill_(max(step_metrics["gain"], 0.0))
             if self.ema is not None:
                 self.ema.step(self.parameters)
             self.reference.after_update(self.bare_policy)
-        return metrics | self.skipped_steps.numbers()
+        return metrics | self.skipped_steps.metrics()
 
     def settle_gradients(self, batch: Batch) -> None:
-        """Have DDP lay its buckets out for good, and the gradients in them, by two backward passes of nothing.
+        """Make DDP arrange its buckets, and the gradients in them, by two backward passes whose gradients are 0.
 
-        DDP chooses its buckets' order in the first pass that exchanges, and moves everything in the second. Left to the
-        training, gradients would lie beside the buckets until then, as large again, when a resumed run already has its
-        moments; and its first step would be summed in another order than that of an uninterrupted run.
+        DDP chooses its buckets' order in the first pass that exchanges gradients, and moves everything in the second.
+        If that happened during training, gradients would take their memory twice until then, while a resumed run
+        already holds its moments; and a resumed run's first step would be summed in another order.
         """
         if self.accelerator.num_processes == 1:
             return
         for _ in range(2):
             noisy = self.noisy(batch)
             with self.accelerator.autocast():
-                found = residuals(self.policy, noisy)
-            (0 * found).sum().backward()
+                difference = residuals(self.policy, noisy)
+            (0 * difference).sum().backward()
         self.optimizer.zero_grad(set_to_none=False)
 
     @torch.no_grad()
     def refuse_errors_of_others(self, batch: Batch) -> None:
-        """Raise ValueError where the recorded errors of a batch are not those of the policy, still the base model."""
+        """Raise ValueError where a batch's recorded errors were made with another model or other images.
+
+        To be called while the policy is still the base model, and therefore equal to the reference.
+        """
         if not isinstance(self.reference, Recorded):
             return
         cache = self.reference.cache
@@ -187,13 +199,13 @@ class Learner:
         """Raise ValueError where the processes start from different steps or weights."""
         if processes.count() == 1:
             return
-        facts = {"optimizer step": start_step, "policy": runs.weights_checksum(self.bare_policy)}
+        facts: dict[str, object] = {"optimizer step": start_step, "policy": runs.weights_checksum(self.bare_policy)}
         if self.reference.network is not None:
             facts["reference"] = runs.weights_checksum(self.reference.network)
         processes.refuse_differences(facts, "Give every machine the same model and the same run folder")
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint."""
+        """Restore a checkpoint."""
         moving = self._moving_network()
         progress = runs.load_checkpoint(folder, self.bare_policy, self.optimizer, self.ema, moving)
         self.skipped_steps.load_state_dict(progress["extra"])
@@ -227,11 +239,11 @@ class Learner:
 
     @contextmanager
     def encoders_on_device(self) -> Iterator[None]:
-        """The encoders on the training's device; where it takes its examples from a cache, only in here."""
+        """A context in which the encoders are on the training's device; with cached examples they leave it again."""
         for module in self.parts.encoders:
             module.to(self.accelerator.device)
         yield
-        if self.settings.cache.examples:  # training itself needs no encoders: their memory is the batch's
+        if self.settings.cache.examples:  # training needs no encoders then: their memory is for the batch
             for module in self.parts.encoders:
                 module.to("cpu")
 
@@ -240,7 +252,7 @@ class Learner:
         return "z0" in self.settings.loss.objective.inputs
 
     def _moving_network(self) -> nn.Module | None:
-        """The reference's network where it changes, and a checkpoint has to keep it."""
+        """The reference's network if it changes, so that checkpoints must hold it."""
         return self.reference.network if self.settings.model.reference_decay else None
 
 
@@ -251,9 +263,9 @@ def build_learner(
     recorded: RecordedErrors,
     margin_weights: PairWeights,
 ) -> Learner:
-    """Make the parts' denoiser the policy, and whatever the objective needs beside it.
+    """Make a learner whose policy is the parts' denoiser, with all else that the objective needs.
 
-    The reference is left out where all of its errors are recorded. Networks go to the training's device.
+    No reference is made where all of its errors are recorded. Networks are moved to the training's device.
     """
     process = parts.process().to(accelerator.device)
     network = None
@@ -266,7 +278,7 @@ def build_learner(
     optimizer = build_optimizer(settings, models.trainable_parameters(policy))
     policy, optimizer = accelerator.prepare(policy, optimizer)
     bare_policy = accelerator.unwrap_model(policy)
-    if network is not None:  # the policy's autocast and float32 output, so that nothing but weights tells them apart
+    if network is not None:  # with the policy's autocast and float32 output: only weights may differ
         network = accelerator.prepare_model(network, evaluation_mode=True)
     reference = build_reference(settings, network, bare_policy)
     references = {
@@ -290,7 +302,7 @@ def build_learner(
 
 
 def build_reference(settings: Config, network: nn.Module | None, bare_policy: nn.Module) -> Reference:
-    """The reference of a config: `network`, where there is one, or the policy without its adapter."""
+    """The reference of a config: `network`, where one is given, else the policy without its adapter, else none."""
     if network is not None and settings.model.reference_decay:
         return Moving(network, settings.model.reference_decay)
     if network is not None:
@@ -299,9 +311,9 @@ def build_reference(settings: Config, network: nn.Module | None, bare_policy: nn
 
 
 def build_optimizer(settings: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW, fused where the device has it, or bitsandbytes' 8-bit AdamW; its learning rate is 0 until it is set."""
+    """Fused AdamW, or bitsandbytes' 8-bit AdamW. The learning rate is 0 until `Learner.update` sets it."""
     optim = settings.optim
-    options = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+    options: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
     if optim.name == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
 
@@ -322,7 +334,7 @@ def learning_rate_at(settings: Config, step_number: int) -> float:
     return config.effective_learning_rate(settings) * schedule.lr_lambdas[0](step_number)
 
 
-def build_ema(settings: Config, parameters: list[nn.Parameter]) -> Any:
+def build_ema(settings: Config, parameters: list[nn.Parameter]) -> "EMAModel | None":
     """A moving average of the trained weights, or None."""
     if settings.model.ema_decay is None:
         return None

@@ -1,4 +1,4 @@
-"""A batch → what the networks are given: encoded, where no cache did it, and noised by draws of (seed, position)."""
+"""A batch → the networks' inputs: encoded, unless a cache did it, and noised by draws of (seed, position)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,16 +28,19 @@ class NoisyBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class NoisyBatchMaker:
-    """Encodes a batch, where no cache did, and draws what is random about it from (seed, position) alone."""
+    """Encodes a batch, unless a cache did it, and draws its randomness from (seed, position) alone."""
 
     parts: PipelineParts
     process: Process
-    config: Config
+    settings: Config
     device: torch.device
 
     def __call__(self, batch: Batch, seed: int, positions: Sequence[int] | Tensor | None = None) -> NoisyBatch:
-        """`positions` (B,) give each pair its draws, instead of the batch's own. Single images draw for themselves."""
-        noise, family = self.config.noise, self.parts.family
+        """A batch, encoded and noised.
+
+        positions: (B,) that decide each pair's draws, instead of the batch's own. A single image has its own position.
+        """
+        noise, family = self.settings.noise, self.parts.family
         positions = batch.positions if positions is None else positions
         moments, conditioning = self.encode(batch)
         drawn_at = positions if batch.single is None else batch.single.positions
@@ -46,10 +49,10 @@ class NoisyBatchMaker:
         shape, num_images = moments.means.shape[1:], len(moments.means)
 
         def draw(stream: str, shared: bool) -> Tensor:
-            # Two draws for each position: those of a pair. A single image uses the first one only.
+            # draw_noise draws twice per position, for a pair; a single image uses the first draw only.
             return self._to_device(draw_noise(seed, drawn_at, shape, shared=shared, stream=stream)[:num_images])
 
-        posterior_noise = draw("posterior", shared=False) if self.config.data.sample_latents else None
+        posterior_noise = draw("posterior", shared=False) if self.settings.data.sample_latents else None
         drawn = draw("noise", shared=noise.shared_by_pair)
         timesteps = self._to_device(self.process.draw_times(seed, drawn_at))
         timesteps = timesteps if batch.single is not None else timesteps.repeat(2)
@@ -68,16 +71,16 @@ class NoisyBatchMaker:
         )
 
     def encoded(self, batch: Batch) -> Batch:
-        """The batch with its encodings in place of its images and captions: for several draws on the same pairs."""
+        """The batch with its images and captions encoded, for several draws on the same pairs."""
         moments, conditioning = self.encode(batch)
         return batch._replace(images=moments, captions=conditioning)
 
     def encode(self, batch: Batch) -> tuple[LatentMoments, Conditioning]:
-        """What does not change while training, float32: from the batch where a cache holds it, else by the encoders."""
+        """The batch's latents and text states, float32: from the batch if they are cached, else by the encoders."""
         images, captions = batch.images, batch.captions
         if isinstance(images, LatentMoments):
-            means, stds = (None if moment is None else self._to_device(moment).float() for moment in images[:2])
-            images = LatentMoments(means, stds, images.scaling_factor)
+            stds = None if images.stds is None else self._to_device(images.stds).float()
+            images = LatentMoments(self._to_device(images.means).float(), stds, images.scaling_factor)
         else:
             images = self.parts.encode_images(self._to_device(images))
         if isinstance(captions, Conditioning):

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: what stops a run before its weights are touched, and what fp16 may skip."""
+"""NaN and infinity: a run stops before they reach its weights; in fp16 a few steps may be skipped instead."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +18,10 @@ class NonFiniteError(RuntimeError):
 def refuse_non_finite(
     step_number: int, metrics: dict[str, float], window: list[tuple[list[str], PairErrors]], is_scaled: bool
 ) -> None:
-    """Stop before the weights are touched if the loss, or without loss scaling the gradient, is not finite.
+    """Raise NonFiniteError if the loss or margin is not finite, or, without loss scaling, the gradient.
 
-    window: pair ids and errors of each micro-step of this process. Raises NonFiniteError.
+    window: pair ids and errors of each micro-step of this process, as Tally.window has them. is_scaled: fp16, whose
+    scaler skips overflowing steps itself.
     """
     watched = ["loss", "margin"] if is_scaled else ["loss", "margin", "gradient_norm"]
     bad = [name for name in watched if not torch.isfinite(torch.tensor(metrics[name]))]
@@ -37,18 +38,18 @@ def refuse_non_finite(
                     line += ", reference {:.6g}/{:.6g}".format(*reference)
                     line += f", d {chosen - reference[0]:.6g}/{rejected - reference[1]:.6g}"
                 rows.append(line + " (chosen/rejected)")
-    found = "\n  ".join(rows[:8]) or "none of this process's pairs; see the other processes"
+    pairs = "\n  ".join(rows[:8]) or "none of this process's pairs; see the other processes"
     raise NonFiniteError(
         f"{' and '.join(bad)} not finite in optimizer step {step_number + 1}; the weights were not touched.\n"
-        f"  {found}\n"
+        f"  {pairs}\n"
         "Lower optim.learning_rate or loss.beta, or set compute.precision=fp32, and go on from the last checkpoint"
     )
 
 
 class SkippedSteps:
-    """Optimizer steps that the fp16 scaler left out since gradients overflowed; without a scaler there are none.
+    """Counts the optimizer steps that the fp16 scaler skipped because gradients overflowed; none without a scaler.
 
-    Seen by the scale, which falls when a step is left out: optimizers don't say so reliably.
+    A skipped step is recognised by the scale, which falls: what optimizers report is not reliable.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler | None):
@@ -56,14 +57,14 @@ class SkippedSteps:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Around the optimizer's step: whether it is left out."""
+        """A context for the optimizer's step, which notes whether it is skipped."""
         before = self._scale()
         yield
         was_skipped = self._scale() < before
         self.total += was_skipped
         self.in_a_row = self.in_a_row + 1 if was_skipped else 0
 
-    def numbers(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {} if self.scaler is None else {"loss_scale": self._scale(), "skipped_steps": self.total}
 
     def refuse_too_many(self, step_number: int) -> None:

@@ -3,8 +3,8 @@
 Policy and reference run the same forward in the same shape and precision, so that equal weights give equal bits and
 the first margin is 0. A compiler rounds a forward that saves activations differently from one that doesn't, and one
 with an adapter differently from one without. So where training is compiled, the reference records gradients too, which
-are dropped, and an adapter stays in its graph with B = 0, which adds an exact 0. That costs the policy's activations
-for the length of a forward.
+are dropped, and an adapter stays in its graph with B = 0, which adds an exact 0. The price is the memory of the
+policy's activations during the reference's forward.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,40 +20,42 @@ from xdpo.noisy import NoisyBatch, residuals, weighted_mean
 
 
 class ReferenceErrors(NamedTuple):
-    """What the reference gave on a batch, without gradient."""
+    """The reference's errors on a batch, without gradient."""
 
     errors: Tensor  # (2, B), chosen first
     residuals: Tensor | None  # (2B, C, h, w); None where the errors were recorded
 
 
 class Reference:
-    """The reference, whatever it is; this one is absent, for objectives without any."""
+    """What all references can do. This class itself is the absent one, for objectives without a reference."""
 
     network: nn.Module | None = None
-    """The network of its own that it has."""
+    """Its own network; None where it has none, or shares the policy's."""
 
     @contextmanager
     def running(self) -> Iterator[nn.Module | None]:
-        """The denoiser that is the reference in here; None where there is none to run."""
+        """A context in which the yielded denoiser is the reference; None where there is no network to run."""
         yield None
 
     def measure(self, noisy: NoisyBatch) -> ReferenceErrors:
-        """Its errors on a batch. Raises ValueError where there is nothing to measure with."""
+        """Its errors on a batch. Raises ValueError where there is no network to measure them with."""
         with self.running() as denoiser:
             if denoiser is None:
                 raise ValueError("there is no reference to measure with, and its errors were not recorded")
-            found = residuals(denoiser, noisy).detach()
-        return ReferenceErrors(weighted_mean(found.square(), noisy).view(2, -1), found)
+            difference = residuals(denoiser, noisy).detach()
+        return ReferenceErrors(weighted_mean(difference.square(), noisy).view(2, -1), difference)
 
     def after_update(self, policy: nn.Module) -> None:
-        """The policy, outside its distributed wrapper, has taken an optimizer step."""
+        """Called when the policy has taken an optimizer step. policy: outside its distributed wrapper."""
 
     def commit(self) -> None:
-        """The errors measured since the last call were finite: they may be kept."""
+        """Called when the errors measured since the last call were seen to be finite, so that they may be kept."""
 
 
 class Frozen(Reference):
-    """A copy of the base model, which stays as it is."""
+    """A copy of the base model that never changes."""
+
+    network: nn.Module
 
     def __init__(self, network: nn.Module):
         self.network = network
@@ -93,22 +95,21 @@ class AdapterOff(Reference):
 
 
 class Recorded(Reference):
-    """Errors from a cache; those that it lacks are measured by `inner`, and kept once they are seen to be finite."""
+    """Errors from a cache. `inner` measures those that it lacks, which are recorded once they are seen to be finite."""
 
     def __init__(self, inner: Reference, cache: ReferenceCache, device: torch.device):
         self.inner, self.cache, self.device = inner, cache, device
+        self.network = inner.network
         self._measured: list[tuple[Sequence[int] | Tensor, Tensor]] = []
 
-    @property
-    def network(self) -> nn.Module | None:
-        return self.inner.network
-
-    def running(self):
-        return self.inner.running()
+    @contextmanager
+    def running(self) -> Iterator[nn.Module | None]:
+        with self.inner.running() as denoiser:
+            yield denoiser
 
     def measure(self, noisy: NoisyBatch) -> ReferenceErrors:
-        if (known := self.cache.get(noisy.positions, self.device)) is not None:
-            return ReferenceErrors(known, None)
+        if (recorded := self.cache.get(noisy.positions, self.device)) is not None:
+            return ReferenceErrors(recorded, None)
         measured = self.inner.measure(noisy)
         self._measured.append((noisy.positions, measured.errors))
         return measured
@@ -123,19 +124,19 @@ class Recorded(Reference):
 
 
 def _is_compiled(network: nn.Module) -> bool:
-    """Whether the network's forward is the compiled one now: what records no gradient runs as written."""
+    """Whether the network's forward would run compiled now; without gradients it runs uncompiled."""
     return getattr(network, "is_compiled_for_training", False) and torch.is_grad_enabled()
 
 
 @contextmanager
 def _zero_adapter(policy: nn.Module) -> Iterator[None]:
-    """A LoRA adapter that adds 0, in the same graph as ever."""
-    outputs = [parameter for name, parameter in policy.named_parameters() if ".lora_B." in name]
-    kept = [parameter.detach().clone() for parameter in outputs]
+    """Make a LoRA adapter add 0 while the graph stays the same."""
+    outputs: list[Tensor] = [parameter for name, parameter in policy.named_parameters() if ".lora_B." in name]
+    saved = [parameter.detach().clone() for parameter in outputs]
     with torch.no_grad():
         torch._foreach_zero_(outputs)
     try:
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(outputs, kept)
+            torch._foreach_copy_(outputs, saved)

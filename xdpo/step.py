@@ -1,7 +1,7 @@
-"""The method: errors of policy and reference on a batch → loss, and the numbers worth watching."""
+"""The method: errors of policy and reference on a batch → loss, and the statistics to log."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,14 @@ class Statistics(NamedTuple):
     loss: Tensor
     implicit_accuracy: Tensor  # pairs with the label's order; a zero margin counts ½
     margin: Tensor
-    d_chosen: Tensor  # policy's error minus reference's, of chosen or desirable images; negative: it denoises better
+    d_chosen: Tensor  # policy's error − reference's on chosen or desirable images; negative: the policy is better
     d_rejected: Tensor
     policy_error: Tensor
     reference_error: Tensor
     sigmoid_minus_margin: Tensor  # the weight of the pair's gradient
-    clamped: Tensor  # exponents that met the loss's limit
+    clamped: Tensor  # exponents that reached loss.MAX_EXPONENT
     gain: Tensor  # reference's error minus policy's, over both images: Diffusion-KTO's z0 is its mean
-    num_chosen: Tensor  # images that are chosen or desirable; one a pair, but for single images
+    num_chosen: Tensor  # images that are chosen or desirable; of pairs, one each
     num_rejected: Tensor
 
 
@@ -34,10 +34,10 @@ _OF_THE_REFERENCE = ("d_chosen", "d_rejected", "reference_error", "gain")
 
 
 class Measured(NamedTuple):
-    """What one batch's forward passes gave."""
+    """The results of one batch's forward passes."""
 
     errors: PairErrors  # each (B,); the reference's None where it isn't needed
-    inputs: dict[str, Tensor]  # what else an objective takes, by the name of its argument
+    inputs: dict[str, Tensor]  # further arguments of the objective and its modifiers, by name
 
 
 class StepOutput(NamedTuple):
@@ -47,48 +47,52 @@ class StepOutput(NamedTuple):
 
 
 def inputs_of(config: LossConfig) -> frozenset[str]:
-    """Names of what the objective takes beside the errors, and of what its modifiers do."""
+    """Names of the tensors that the objective and its modifiers take beside the errors."""
     modifiers = {"policy_dot": config.safeguard, "margin_weights": config.margin_weight}
-    asked = {name for name, value in modifiers.items() if value is not None}
-    return frozenset(config.objective.inputs) | asked
+    of_modifiers = {name for name, value in modifiers.items() if value is not None}
+    return frozenset(config.objective.inputs) | of_modifiers
 
 
 def measure(policy: nn.Module, reference: Reference, noisy: NoisyBatch, config: LossConfig) -> Measured:
     """What the configured objective needs: one forward of policy and reference each, of the same shape and precision.
 
     Measured inputs are policy_dot and policy_dot_reference, means over (C, h, w) of products of residuals, both (B,).
+    Raises ValueError where the objective needs the reference's predictions and only its errors were recorded.
     """
-    inputs = inputs_of(config)
-    # The reference first: its activations are gone before the policy's are kept for the backward pass.
-    measured = reference.measure(noisy) if config.needs_reference else None
+    needed = inputs_of(config)
+    # The reference goes first: its activations are freed before the policy's are kept for the backward pass.
+    of_reference = reference.measure(noisy) if config.needs_reference else None
     policy_residuals = residuals(policy, noisy)
     policy_chosen, policy_rejected = weighted_mean(policy_residuals.square(), noisy).chunk(2)
     chosen, rejected = policy_residuals.chunk(2)
-    found = {}
-    if "policy_dot" in inputs:
-        found["policy_dot"] = weighted_mean(chosen.detach() * rejected.detach(), noisy)
-    if "policy_dot_reference" in inputs:
-        if measured is None or measured.residuals is None:
+    inputs = {}
+    if "policy_dot" in needed:
+        inputs["policy_dot"] = weighted_mean(chosen.detach() * rejected.detach(), noisy)
+    if "policy_dot_reference" in needed:
+        if of_reference is None or of_reference.residuals is None:
             raise ValueError(f"loss.name: {config.name} needs the reference's predictions, not only its errors")
-        found["policy_dot_reference"] = weighted_mean(chosen * measured.residuals.chunk(2)[0], noisy)
-    reference_chosen, reference_rejected = (None, None) if measured is None else measured.errors
-    return Measured(PairErrors(policy_chosen, policy_rejected, reference_chosen, reference_rejected), found)
+        inputs["policy_dot_reference"] = weighted_mean(chosen * of_reference.residuals.chunk(2)[0], noisy)
+    reference_chosen, reference_rejected = (None, None) if of_reference is None else of_reference.errors
+    return Measured(PairErrors(policy_chosen, policy_rejected, reference_chosen, reference_rejected), inputs)
 
 
 def preference_loss(errors: PairErrors, config: LossConfig, inputs: Mapping[str, Tensor] | None = None) -> StepOutput:
     """The configured loss of each pair and its statistics.
 
-    `inputs`: a Measured's; with loss.margin_weight margin_weights (B,), which multiply β; for an unpaired objective z0,
-    0-d, and desirable, (2B,) bool, whose images stand where chosen and rejected ones do; without it they are chosen and
-    rejected. Its loss and margin are means over two images.
+    inputs: a Measured's; with loss.margin_weight, margin_weights (B,), which multiply β; for an unpaired objective z0,
+    0-d, and desirable, (2B,) bool, the labels of its 2B images. Without `desirable` the chosen images are desirable and
+    the rejected ones are not. An unpaired objective's loss and margin are means over two images.
     """
-    arguments = {**config.numbers, **(inputs or {})}
-    desirable, margin_weights = arguments.get("desirable"), None
+    arguments: dict[str, Any] = {**config.hyperparameters, **(inputs or {})}
+    desirable = arguments.get("desirable")
+    # The modifiers' inputs are applied here, so that no objective's function has an argument for them: the safeguard
+    # changes a gradient of the errors, and a pair's margin weight is a factor of its β.
+    policy_dot, margin_weights = arguments.pop("policy_dot", None), None
     if config.margin_weight is not None:
         margin_weights = arguments.pop("margin_weights")
     guarded = errors
-    if (dot := arguments.pop("policy_dot", None)) is not None:
-        guarded = safeguard(errors, dot, mu=config.safeguard)
+    if config.safeguard is not None and policy_dot is not None:
+        guarded = safeguard(errors, policy_dot, mu=config.safeguard)
     if margin_weights is not None:
         arguments["beta"] = arguments["beta"] * margin_weights
     output = config.objective.of_pairs(guarded, **arguments)
@@ -97,7 +101,13 @@ def preference_loss(errors: PairErrors, config: LossConfig, inputs: Mapping[str,
 
 def detached(errors: PairErrors) -> PairErrors:
     """The errors without their graphs."""
-    return PairErrors(*(None if error is None else error.detach() for error in errors))
+    chosen, rejected = errors.reference_chosen, errors.reference_rejected
+    return PairErrors(
+        errors.policy_chosen.detach(),
+        errors.policy_rejected.detach(),
+        None if chosen is None else chosen.detach(),
+        None if rejected is None else rejected.detach(),
+    )
 
 
 @torch.no_grad()
@@ -105,12 +115,12 @@ def _statistics(
     errors: PairErrors, output: LossOutput, desirable: Tensor | None, margin_weights: Tensor | None
 ) -> Statistics:
     margin, num_pairs = output.margin, len(output.margin)
-    # A negative weight reverses a pair: its margin then has the scorer's sign, and the accuracy is the label's.
+    # A negative weight reverses a pair, so its margin has the scorer's sign; the accuracy is measured by the label.
     agreement = margin if margin_weights is None else margin * margin_weights.sign()
-    has_reference = errors.reference_chosen is not None
-    reference = (
-        torch.cat(errors[2:]) if has_reference else torch.full((2 * num_pairs,), torch.nan, device=margin.device)
-    )
+    if errors.reference_chosen is not None and errors.reference_rejected is not None:
+        reference = torch.cat([errors.reference_chosen, errors.reference_rejected])
+    else:
+        reference = torch.full((2 * num_pairs,), torch.nan, device=margin.device)
     difference = torch.cat(errors[:2]) - reference
     if desirable is None:
         desirable = are_chosen(num_pairs, margin.device)
@@ -131,7 +141,7 @@ def _statistics(
 
 
 def means(sums: Statistics, num_pairs: int, config: LossConfig) -> dict[str, float]:
-    """Sums over `num_pairs` pairs, as numbers, → means by name, without those of a reference that isn't there.
+    """Sums over `num_pairs` pairs, as floats → means by name; without a reference, none of its statistics.
 
     d_chosen and d_rejected are means over the images of their label, gain over all images, everything else over pairs.
     """

@@ -1,4 +1,4 @@
-"""What the micro-steps of an optimizer step, or those of an evaluation, gave on all processes."""
+"""The results of micro-steps, of an optimizer step or of an evaluation, summed over all processes."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,8 @@ class Tally:
 
     def __init__(self, settings: Config, accelerator: Accelerator, num_pairs: int):
         self.settings, self.accelerator, self.num_pairs = settings, accelerator, num_pairs
-        self.window: list[tuple[list[str], PairErrors]] = []  # this process's micro-steps: pair ids, errors
+        # Each micro-step's pair ids and errors: where a sum is not finite, the message names the pairs that made it so.
+        self.window: list[tuple[list[str], PairErrors]] = []
         self._sums = torch.zeros(len(step.Statistics._fields), device=accelerator.device)
         self._truncated = self._unreadable = 0
 
@@ -37,7 +38,7 @@ class Tally:
     def exchange(self, signal_received: int = 0) -> tuple[dict[str, float], Counts]:
         """Means over the pairs of all processes, and their counts. Waits for the device and for all processes."""
         counts = [self._truncated, self._unreadable, signal_received]
-        own = torch.tensor(counts, dtype=torch.float32, device=self.accelerator.device)
-        sums = self.accelerator.reduce(torch.cat([self._sums, own]), "sum").tolist()
+        of_process = torch.cat([self._sums, torch.tensor(counts, dtype=torch.float32, device=self._sums.device)])
+        sums = self.accelerator.reduce(of_process, "sum").tolist()
         statistics = step.Statistics(*sums[: -len(counts)])
         return step.means(statistics, self.num_pairs, self.settings.loss), Counts(*sums[-len(counts) :])

@@ -71,7 +71,7 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
     if held_out_pairs and accelerator.is_main_process:
         note_shared_pairs(train_pairs, held_out_pairs)
     parts = families.load_parts(settings.model, encoders=not settings.cache.examples or settings.samples.every > 0)
-    processes.wait()  # for whoever downloads more slowly
+    processes.wait()  # some may still be downloading
     if options.find_batch:
         return find_batch(settings, accelerator, parts, train_pairs, margin_weights)
     with files.only_run([folder], "a training", is_main=accelerator.is_main_process):
@@ -81,7 +81,7 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
 
 
 def note_shared_pairs(train_pairs: Pairs, held_out_pairs: Pairs) -> None:
-    """Say where held-out pairs are trained on."""
+    """Print a note where held-out pairs are also training pairs."""
     shared, count = precompute.count_shared(train_pairs, held_out_pairs), len(held_out_pairs)
     if shared:
         print(
@@ -117,7 +117,7 @@ def train(
         learner.load(resume_from)
     learner.refuse_other_weights(start_step)
 
-    # What it trains on, and who watches.
+    # What it trains on, and how it is watched.
     log = open_log(settings, accelerator, folder, start_step, train_pairs, held_out_pairs, margin_weights)
     if resume_from:
         log.say(f"resumed from {resume_from}")
@@ -127,7 +127,7 @@ def train(
     feed = build_feed(learner, train_pairs, dataset, sampler, folder, log.say, lambda: bool(stop.received))
     watch = Watch(learner, held_out_pairs, folder, log)
     if start_step == 0:
-        watch.look(0)
+        watch.evaluate_and_sample(0)
 
     stop_is_described = False
     for step_number in range(start_step, max_steps):
@@ -140,7 +140,8 @@ def train(
             )
             return leave(log, stop)
 
-        # Accumulate gradients; nothing here waits for the device.
+        # Accumulate gradients. Nothing here waits for the device: the tally keeps sums on it, and each micro-step's
+        # pair ids and errors, so that the pairs behind a non-finite sum can be named.
         tally = Tally(settings, accelerator, total_batch)
         for batch in feed.micro_batches():
             tally.add(batch, learner.micro_step(batch))
@@ -153,7 +154,7 @@ def train(
         learner.reference.commit()
 
         # Update and log.
-        metrics |= learner.update(step_number, metrics.get("gain"))
+        metrics |= learner.update(step_number, metrics)
         seconds = time.perf_counter() - started
         if (effective_beta := config.effective_beta(settings)) is not None:
             metrics["effective_beta"] = effective_beta
@@ -167,11 +168,11 @@ def train(
             log.say(f"step {step_number + 1}: gradients overflowed in fp16; skipped, the loss scale is lowered")
             learner.skipped_steps.refuse_too_many(step_number)
 
-        # Save it, look at it, or leave. Whoever is asked to stop saves first: the launcher may not wait for a look.
+        # Save, evaluate, or leave. A run that is asked to stop saves first, as its launcher may kill it any moment.
         is_last, is_asked_to_stop = step_number + 1 == max_steps, bool(counts.signals)
         if is_asked_to_stop:
             learner.save(folder, step_number + 1)
-        watch.look(step_number + 1)
+        watch.evaluate_and_sample(step_number + 1)
         if not is_asked_to_stop and (is_last or (step_number + 1) % settings.checkpoint.every == 0):
             saving = time.perf_counter()
             learner.save(folder, step_number + 1)
@@ -195,7 +196,7 @@ def train(
 def leave(log: RunLog, stop: ending.StopRequest) -> int:
     """Close the log of a run that was asked to stop. Returns 128 + signal."""
     log.close()
-    return 128 + (stop.received or signal.SIGTERM)  # another process may have received it
+    return 128 + (stop.received or signal.SIGTERM)  # another process may have received the signal
 
 
 def build_sampler(settings: Config, accelerator: Accelerator, start_step: int) -> data.StepSampler:
@@ -219,7 +220,7 @@ def open_log(
     margin_weights: data.PairWeights,
 ) -> RunLog:
     """Describe the run in its folder, and open its metrics and trackers."""
-    run_id, weights = None, margin_weights.train
+    run_id, train_weights = None, margin_weights.train
     if accelerator.is_main_process:
         run_id = runs.describe_run(
             folder,
@@ -227,7 +228,7 @@ def open_log(
             pairs_fingerprint=train_pairs.fingerprint,
             training_pairs=vars(train_pairs.counts),
             held_out_pairs=vars(held_out_pairs.counts) if held_out_pairs else None,
-            score_range=weights.score_range if weights is not None else None,
+            score_range=train_weights.score_range if train_weights is not None else None,
             processes=accelerator.num_processes,
             device=str(accelerator.device),
             precision=accelerator.mixed_precision,

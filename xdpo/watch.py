@@ -1,9 +1,11 @@
-"""What a person sees of a training while it runs: held-out pairs measured, and sample images."""
+"""Evaluation during a training: statistics on held-out pairs, and sheets of sample images."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from xdpo import data, processes
 from xdpo.data import Split
@@ -19,14 +21,14 @@ SAMPLE_CHUNK = 4  # images sampled at once
 
 
 class Watch:
-    """Measures held-out pairs and draws sample sheets at their intervals."""
+    """Evaluates held-out pairs and draws sample sheets at their intervals."""
 
     def __init__(self, learner: Learner, held_out_pairs: Pairs | None, folder: Path, log: RunLog):
         self.learner, self.held_out_pairs, self.folder, self.log = learner, held_out_pairs, folder, log
         self.longest_seconds = 0.0
 
-    def look(self, step_number: int) -> None:
-        """Whatever is due after an optimizer step, 0 before the first; every process calls it."""
+    def evaluate_and_sample(self, step_number: int) -> None:
+        """Do what is due after an optimizer step; 0 is before the first. Every process calls it."""
         started = time.perf_counter()
         settings, log, pairs = self.learner.settings, self.log, self.held_out_pairs
         is_last = step_number == settings.train.max_steps
@@ -46,9 +48,9 @@ class Watch:
 
 @torch.no_grad()
 def evaluate(learner: Learner, pairs: Pairs) -> dict[str, float]:
-    """Statistics over held-out pairs at fixed (t, ε), shared out over the processes.
+    """Statistics over held-out pairs at fixed (t, ε). Each process measures its part of them.
 
-    An objective of single images meets pairs here too: a desirable and an undesirable image each.
+    An objective of single images is evaluated on pairs too: the chosen image is desirable, the rejected one is not.
     """
     settings, accelerator = learner.settings, learner.accelerator
     draws, rank, world = settings.eval.draws, accelerator.process_index, accelerator.num_processes
@@ -56,7 +58,7 @@ def evaluate(learner: Learner, pairs: Pairs) -> dict[str, float]:
     batches = data.held_out_batches(len(pairs), draws, settings.train.micro_batch_pairs, rank, world)
     tally = Tally(settings, accelerator, len(pairs) * draws)
     for number, positions in enumerate(batches):
-        if number % draws == 0:  # the draws of a batch of pairs come in a row: read and encode it once
+        if number % draws == 0:  # all draws of a batch follow one another: read and encode it once
             with accelerator.autocast():
                 batch = learner.make_noisy.encoded(dataset.batch(positions))
         tally.add(batch, learner.measure(batch, Split.HELD_OUT, positions))
@@ -67,11 +69,10 @@ def evaluate(learner: Learner, pairs: Pairs) -> dict[str, float]:
 
 @torch.no_grad()
 def draw_samples(learner: Learner, folder: Path, step_number: int) -> Path:
-    """A sheet of sample images for the configured prompts and seeds: reference beside policy, where it is loaded."""
-    settings, parts, columns = learner.settings, learner.parts, {}
-    wanted = settings.samples
+    """A sheet of sample images for the configured prompts and seeds; with the reference's, where it is loaded."""
+    parts, columns = learner.parts, dict[str, Sequence[Image.Image]]()
     with learner.encoders_on_device():
-        parts.vae.enable_slicing()  # one image at a time: decoding several would take more memory than a step
+        parts.vae.enable_slicing()  # one image at a time: decoding several would need more memory than a step
         with learner.accelerator.autocast():
             with learner.reference.running() as reference:
                 if reference is not None:
@@ -79,18 +80,18 @@ def draw_samples(learner: Learner, folder: Path, step_number: int) -> Path:
             columns["policy"] = _sample(learner, learner.bare_policy)
         parts.vae.disable_slicing()  # it would round the encoding of training images differently
     path = folder / "samples" / f"step_{step_number:08d}.png"
-    save_sheet(path, contact_sheet(columns, wanted.prompts))
+    save_sheet(path, contact_sheet(columns, learner.settings.samples.prompts))
     return path
 
 
-def _sample(learner: Learner, denoiser: torch.nn.Module) -> list:
-    wanted = learner.settings.samples
+def _sample(learner: Learner, denoiser: torch.nn.Module) -> list[Image.Image]:
+    samples = learner.settings.samples
     return sample_images(
         pipeline_with(learner.parts, denoiser),
-        wanted.prompts,
-        seed=wanted.seed,
-        num_inference_steps=wanted.num_inference_steps,
-        guidance_scale=wanted.guidance_scale,
+        samples.prompts,
+        seed=samples.seed,
+        num_inference_steps=samples.num_inference_steps,
+        guidance_scale=samples.guidance_scale,
         image_size=learner.settings.data.resolution,
         chunk_size=SAMPLE_CHUNK,
     )

@@ -1,1 +1,1 @@
-"""What scripts/benchmark.py measures: one module per subcommand, and what they share."""
+"""The benchmarks of scripts/benchmark.py: one module per subcommand, and shared modules."""

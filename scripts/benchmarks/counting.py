@@ -1,6 +1,6 @@
-"""Bytes on one GPU in every phase of a training, counted op by op, with neither GPU nor weights nor memory for them.
+"""Bytes on one GPU in every phase of a training, counted op by op, without a GPU, weights or memory for them.
 
-The training's own steps run on fake tensors, which have shapes and no contents, and the storages alive are added up
+The training's own steps run on fake tensors, which have shapes but no contents, and the living storages are summed
 after each op. Autocast is the CPU's with CUDA's float32 ops. A GPU holds more than is counted: CUDA's context and
 libraries (about 0.5 GB), NCCL's buffers on several GPUs (0.1 to 0.3 GB), the workspaces of cuDNN and of attention's
 backward, and what the allocator loses to fragments.
@@ -52,7 +52,7 @@ ALLOCATION = 512  # bytes: CUDA's allocator rounds each storage up to a multiple
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes alive when a phase ended, the most alive within it, and the op that made the last of them."""
+    """Bytes alive at the end of a phase, its peak, and the op at which the peak was reached."""
 
     at_rest: int
     peak: int
@@ -60,7 +60,7 @@ class Phase:
 
 
 class Meter(TorchDispatchMode):
-    """Adds up the storages alive, of what is placed and of all that ops make, phase by phase."""
+    """Sums the living storages, of placed tensors and of all results of ops, phase by phase."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Meter(TorchDispatchMode):
 
 
 def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function as CUDA's autocast has it, within autocast on a CPU."""
+    """The function as CUDA's autocast runs it, within autocast on a CPU."""
 
     def on_cuda(*args: Any, **kwargs: Any) -> Tensor:
         if torch.is_autocast_enabled("cpu"):
@@ -116,7 +116,7 @@ def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @contextmanager
 def without_a_device(fake: bool) -> Iterator[None]:
-    """The training's code as it is on a GPU, on tensors of the CPU, without contents where they are to be fake."""
+    """A context that runs the training's GPU code on CPU tensors; with `fake` they have no contents."""
     AcceleratorState._reset_state(reset_partial_state=True)  # another config may have another precision
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -161,9 +161,9 @@ def count(
 
 
 def count_apart(settings: Config, pipeline: str, processes: int = 1) -> dict[str, Phase]:
-    """`count` in a process of its own: now and then torch crashes after several counts in one process.
+    """`count` in a separate process, because torch sometimes crashes after several counts in one process.
 
-    Raises ValueError where it crashes all the same.
+    Raises ValueError where it crashes nevertheless.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
@@ -173,7 +173,7 @@ def count_apart(settings: Config, pipeline: str, processes: int = 1) -> dict[str
 
 
 def shape_of(settings: Config, processes: int) -> tuple:
-    """All of a config that its count depends on."""
+    """Everything in a config that its count depends on."""
     loss, samples = settings.loss, settings.samples
     return (
         *settings.model.model_dump(exclude={"pipeline", "revision"}).items(),
@@ -203,8 +203,8 @@ class Training:
             network = accelerator.prepare_model(network, evaluation_mode=True)
         reference = build_reference(settings, network, policy)
         if settings.cache.reference:
-            known = KnownErrors(settings.train.micro_batch_pairs)
-            reference = Recorded(reference, known, accelerator.device)
+            cache = FullCache(settings.train.micro_batch_pairs)
+            reference = Recorded(reference, cache, accelerator.device)
         process = DiffusionProcess(torch.linspace(0.99, 0.01, 1000), "epsilon")
         ones = SimpleNamespace(get=lambda rows, device: torch.ones(len(rows)))
         self.learner = Learner(
@@ -237,7 +237,7 @@ class Training:
             learner.ema = build_ema(settings, learner.parameters)
 
     def micro_step(self, is_first: bool) -> None:
-        """One pass; its gradients are added to those that are there, of which a first one finds none."""
+        """One pass, which accumulates its gradients; before the first one there are none."""
         learner = self.learner
         with self.meter:
             if not is_first:
@@ -269,18 +269,18 @@ class Training:
 
     @torch.no_grad()
     def draw_samples(self) -> None:
-        """A sheet's two columns. The encoders visit the device for it where training itself doesn't need them."""
+        """A sheet's two columns. With cached examples the encoders are on the device only for this."""
         learner, settings = self.learner, self.settings
-        wanted, parts = settings.samples, learner.parts
-        if not wanted.every:
+        samples, parts = settings.samples, learner.parts
+        if not samples.every:
             return
         encoders = _tensors(*parts.encoders)
-        captions = IMAGES_OF_A_SHEET * (2 if wanted.guidance_scale > 1 else 1)
+        captions = IMAGES_OF_A_SHEET * (2 if samples.guidance_scale > 1 else 1)
 
         def draw(denoiser: nn.Module | None) -> None:
             if denoiser is not None:
                 states = parts.encode_captions(Tokens(input_ids=torch.zeros(captions, TOKENS).long()))
-                latents = self._sample(denoiser, states, wanted.guidance_scale)
+                latents = self._sample(denoiser, states, samples.guidance_scale)
                 parts.vae.decode(latents).sample.add(1).div(2).clamp(0, 1)
 
         with self.meter, self.meter.phase("samples"):
@@ -298,20 +298,20 @@ class Training:
     def sample_rejected(self) -> None:
         """A batch of a self-play round; its latents are kept on the CPU."""
         if self.settings.loss.samples_rejected:
-            wanted = self.settings.self_play
-            captions = wanted.batch_size * (2 if wanted.guidance_scale > 1 else 1)
+            sampling = self.settings.self_play
+            captions = sampling.batch_size * (2 if sampling.guidance_scale > 1 else 1)
             with self.meter, self.meter.phase("self-play"), self.learner.accelerator.autocast():
                 states = Conditioning({TEXT: torch.zeros(captions, *self.text_shape)})
-                self._sample(self.learner.reference.network, states, wanted.guidance_scale)
+                self._sample(self.learner.reference.network, states, sampling.guidance_scale)
 
     def save(self) -> None:
-        """What is saved is copied to the CPU, tensor by tensor: nothing on the device."""
+        """Tensors are copied to the CPU one by one: nothing new on the device."""
         with self.meter, self.meter.phase("save"):
             pass
 
     @torch.no_grad()
     def resume(self) -> None:
-        """Weights and moments are read tensor by tensor into those that are there, each once more on its way."""
+        """Weights and moments are read tensor by tensor into the existing ones, each as a temporary copy first."""
         with self.meter, self.meter.phase("resume"):
             for parameter in self.learner.parameters:
                 parameter.copy_(torch.empty_like(parameter))
@@ -330,16 +330,16 @@ class Training:
             means = torch.zeros(2 * pairs, *self.latent_shape)
             factor = self.learner.parts.vae.config.scaling_factor
             images = LatentMoments(means, means.clone() if settings.data.sample_latents else None, factor)
-            told = Conditioning({TEXT: torch.zeros(captions, *self.text_shape)})
+            captioned = Conditioning({TEXT: torch.zeros(captions, *self.text_shape)})
         else:
             images = torch.zeros(2 * pairs, 3, side, side)
-            told = Tokens(input_ids=torch.zeros(captions, TOKENS, dtype=torch.long))
+            captioned = Tokens(input_ids=torch.zeros(captions, TOKENS, dtype=torch.long))
         single = rejected = None
         if has_single_images:
             single = SingleImages(range(2 * pairs), torch.zeros(2 * pairs, dtype=torch.bool))
         if loss.samples_rejected:
             rejected = torch.zeros(pairs, *self.latent_shape)
-        return Batch(range(pairs), range(pairs), [], images, told, 0, [], single, rejected)
+        return Batch(range(pairs), range(pairs), [], images, captioned, 0, [], single, rejected)
 
     def _fresh_batch(self) -> Batch:
         """The batch, new on the device."""
@@ -347,7 +347,7 @@ class Training:
         return tree_map_only(Tensor, torch.clone, self.batch._replace(captions=captions))
 
     def _sample(self, denoiser: nn.Module, conditioning: Conditioning, guidance_scale: float) -> Tensor:
-        """Latents after one of a sampler's steps; `conditioning` of N images, twice as many with guidance."""
+        """Latents of N images after one sampler step. conditioning: of N captions, with guidance of 2N."""
         is_guided = guidance_scale > 1
         captions = len(next(iter(conditioning.values())))
         latents = torch.zeros(captions // (2 if is_guided else 1), *self.latent_shape)
@@ -360,8 +360,8 @@ class Training:
         return latents - prediction
 
 
-class KnownErrors:
-    """A reference cache that knows all errors."""
+class FullCache:
+    """Stands for a reference cache in which all errors are recorded."""
 
     def __init__(self, pairs: int):
         self.pairs = pairs
@@ -371,7 +371,7 @@ class KnownErrors:
 
 
 class EightBitStates(torch.optim.Optimizer):
-    """What bitsandbytes' 8-bit AdamW keeps, without its arithmetic: two moments, a byte a value and a scale a block.
+    """The state of bitsandbytes' 8-bit AdamW without its arithmetic: two moments, a byte per value, a scale per block.
 
     Parameters with fewer than 4,096 values have float32 moments.
     """

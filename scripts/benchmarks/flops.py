@@ -1,4 +1,4 @@
-"""TFLOP per pair of every training mode at Stable Diffusion 1.5's true shapes, beside the step that recomputes all.
+"""TFLOP per pair of every training mode at Stable Diffusion 1.5's true shapes, compared with a step without any cache.
 
 Counted on networks without weights; a multiplication with its addition is 2 FLOP. A pair costs two forward and
 backward passes of the policy, and where nothing is cached two forward passes of the reference, two of the
@@ -58,7 +58,7 @@ class PartCosts:
 
 @dataclass(frozen=True)
 class PairCosts:
-    """TFLOP of a pair, by what they go into."""
+    """TFLOP of a pair, by network."""
 
     policy: float
     reference: float
@@ -154,7 +154,7 @@ def count_tflop(work: Callable[[], object]) -> float:
 
 
 def pair_costs(parts: PartCosts, trainable: str, caches: str, gradient_checkpointing: bool) -> PairCosts:
-    """What a pair costs, with `caches` one of CACHES."""
+    """The costs of a pair. caches: one of CACHES."""
     has_examples, has_reference = CACHES[caches]
     return PairCosts(
         policy=2 * parts.policy(trainable, gradient_checkpointing),

@@ -1,4 +1,4 @@
-"""A folder to work in that is gone afterwards."""
+"""A temporary working folder."""
 
 import os
 import tempfile
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def working_folder() -> Iterator[Path]:
-    """A temporary folder, where `datasets` keeps its copies too, of this process and of those that it starts."""
+    """A temporary folder, which `datasets` also uses for its copies, in this process and in those that it starts."""
     with tempfile.TemporaryDirectory(prefix="xdpo-benchmark-") as folder:
         before = {name: os.environ.get(name) for name in ("HF_DATASETS_CACHE", "HF_DATASETS_DISABLE_PROGRESS_BARS")}
         os.environ |= {"HF_DATASETS_CACHE": f"{folder}/datasets", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}

@@ -1,7 +1,7 @@
 """Pairs per second that the loader delivers from each kind of source and from the example cache, in turn.
 
-Files and cache are in the system's memory after the round that warms up. The cache's records are as large as the
-pipeline makes them; "thin" has almost nothing in it, but latents and text states as large as Stable Diffusion 1.5's.
+Files and cache are in the system's memory after the warm-up round. The cache's records have the pipeline's sizes;
+"thin" is a nearly empty pipeline whose latents and text states are as large as Stable Diffusion 1.5's.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> Outcome:
 
 
 def loading_job(settings: Config, epochs: int) -> Callable[[], None]:
-    """Take all pairs so many times from the training's own loader; every call goes on where the last one ended."""
+    """Load all pairs `epochs` times with the training's loader; every call continues where the last one ended."""
     accelerator = build_accelerator(settings)
     tokenize = load_parts(settings.model, encoders=False).tokenize
     dataset = make_dataset(open_pairs(settings, accelerator, Split.TRAIN), tokenize, settings, Split.TRAIN)

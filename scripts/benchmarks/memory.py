@@ -55,9 +55,9 @@ def run(options: argparse.Namespace) -> Outcome:
 
 
 def measure(options: argparse.Namespace) -> Outcome:
-    """Every mode's peak, and beside it what is counted for it where the pipeline's shapes are known here.
+    """Every mode's measured peak, with its counted one where the pipeline's shapes are known here.
 
-    The program alone is what the same training with next to no weights takes, less what is counted for that.
+    The program's own memory is that of the same training with nearly no weights, minus what is counted for it.
     """
     known = options.pipeline in PIPELINES
     pipelines = [options.pipeline, *(["thin"] if known else [])]
@@ -94,7 +94,7 @@ def measure(options: argparse.Namespace) -> Outcome:
 
 
 def _set_up(working: Path, pipeline: str, options: argparse.Namespace) -> Bench:
-    """The pairs and the pipeline, and its caches where a mode reads them."""
+    """Make the pairs and the pipeline, and the caches if a mode reads them."""
     working.mkdir()
     bench = set_up(working, pipeline, resolution=options.resolution, num_pairs=PAIRS, extra=options.overrides)
     if any(MODES[name].examples for name in options.modes):
@@ -103,7 +103,7 @@ def _set_up(working: Path, pipeline: str, options: argparse.Namespace) -> Bench:
 
 
 def _counted_gb(bench: Bench, pipeline: str, mode: Mode, micro_batch: int) -> float:
-    """The highest of the phases that `train_peak_memory_gb` has, in this machine's precision."""
+    """The highest peak of the phases that `train_peak_memory_gb` runs, in this machine's precision."""
     from benchmarks import counting
 
     overrides = bench.overrides(mode, micro_batch=micro_batch, total_batch=micro_batch, max_steps=2)
@@ -114,10 +114,9 @@ def _counted_gb(bench: Bench, pipeline: str, mode: Mode, micro_batch: int) -> fl
 
 
 def count(options: argparse.Namespace) -> Outcome:
-    """Every config on every number of processes with every choice of the grid, a row each; of a single one its phases.
+    """A row for every config, number of processes and choice of the grid; if there is only one, a row for each phase.
 
-    Configs that differ in nothing that takes memory share a row. Raises ValueError for a pipeline whose shapes are not
-    known here.
+    Configs that need the same memory share a row. Raises ValueError for a pipeline whose shapes are not known here.
     """
     from benchmarks import counting
 

@@ -1,4 +1,4 @@
-"""The ways to train that are compared, as configs, on one set of pairs with its caches filled."""
+"""The compared ways to train, as configs, on one set of pairs with filled caches."""
 
 import json
 import os
@@ -20,7 +20,7 @@ BASE_CONFIG = ROOT / "configs" / "base.yaml"
 
 
 class Mode(NamedTuple):
-    """What is trained, and what a cache supplies."""
+    """Which weights are trained, and which inputs come from a cache."""
 
     trainable: str
     examples: bool
@@ -53,7 +53,7 @@ class Bench:
     extra: tuple[str, ...]
 
     def overrides(self, mode: Mode, *, micro_batch: int, total_batch: int, max_steps: int) -> list[str]:
-        """`section.key=value` for configs/base.yaml: a training in this mode that looks at nothing on the way."""
+        """Overrides of configs/base.yaml for a training in this mode, without evaluations and samples."""
         caches = {"cache.examples": mode.examples, "cache.reference": mode.reference}
         settings = {
             "output_dir": self.working / "run",
@@ -81,9 +81,9 @@ class Bench:
         call("scripts/cache_reference.py", "--config", str(BASE_CONFIG), *overrides)
 
     def train_peak_memory_gb(self, mode: Mode, micro_batch: int) -> float:
-        """Peak memory of train_xdpo.py in a process of its own over two optimizer steps of one micro-batch.
+        """Peak memory of train_xdpo.py in a separate process, over two optimizer steps of one micro-batch.
 
-        The second step counts: only then are the optimizer's moments there beside the activations.
+        The second step decides: only then do the optimizer's moments exist together with activations.
         """
         steps = 2
         overrides = self.overrides(mode, micro_batch=micro_batch, total_batch=micro_batch, max_steps=steps)
@@ -95,14 +95,14 @@ class Bench:
 
 
 def set_up(working: Path, pipeline: str, *, resolution: int, num_pairs: int, extra: Sequence[str]) -> Bench:
-    """Build what a benchmark of the training needs; `pipeline` as pipelines.pipeline_folder takes it."""
+    """Build everything that a benchmark of the training needs. pipeline: as in pipelines.pipeline_folder."""
     folder = pipeline_folder(pipeline, working)
     pairs_path = write_parquet(working / "pairs", make_pairs(num_pairs, resolution))
     return Bench(working, folder, pairs_path, resolution, tuple(extra))
 
 
 def call(script: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
-    """Run one of this repository's programs. Raises ValueError with the end of what it said where it fails."""
+    """Run one of this repository's programs. Raises ValueError with the end of its output where it fails."""
     command = [sys.executable, str(ROOT / script), *arguments]
     finished = subprocess.run(command, capture_output=True, text=True, env=os.environ | (environment or {}))
     if finished.returncode:

@@ -1,4 +1,4 @@
-"""Preference pairs to measure with: images about as hard to decode as photographs, in each layout that is read."""
+"""Preference pairs for measurements, in each supported layout; images are about as hard to decode as photographs."""
 
 import csv
 import io
@@ -32,7 +32,7 @@ def make_caption(rng: np.random.Generator) -> str:
 
 
 def make_pairs(count: int, side: int) -> list[Pair]:
-    """Pairs of images of `side` pixels, no two images and hardly any captions alike."""
+    """Pairs of images of `side` pixels; no two images and hardly any captions are equal."""
     rng = np.random.default_rng(0)
     return [
         Pair(number, (_jpeg(make_image(rng, side)), _jpeg(make_image(rng, side))), make_caption(rng))

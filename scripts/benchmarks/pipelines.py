@@ -1,4 +1,4 @@
-"""Pipelines of Stable Diffusion's make with random weights: what costs time depends on shapes alone."""
+"""Pipelines of Stable Diffusion's kind with random weights, because time depends only on shapes."""
 
 import json
 import multiprocessing
@@ -47,7 +47,7 @@ def stable_diffusion_shapes(divisor: int = 1) -> dict[str, dict[str, Any]]:
 
 
 def thin_shapes() -> dict[str, dict[str, Any]]:
-    """Latents and text states as large as Stable Diffusion 1.5's, made by networks with almost nothing in them."""
+    """Nearly empty networks whose latents and text states are as large as Stable Diffusion 1.5's."""
     return {
         "unet": {
             "block_out_channels": (8, 8, 8, 8),
@@ -100,9 +100,9 @@ def build_networks(shapes: dict[str, dict[str, Any]], end_token: int = VOCABULAR
 
 
 def pipeline_folder(name: str, working: Path) -> str:
-    """A pipeline's folder or hub id: `name` itself, or what is built and saved under `working` for one of PIPELINES.
+    """A pipeline's folder or hub id: `name` itself, or for one of PIPELINES a folder that is built under `working`.
 
-    Raises ValueError for a folder that is none.
+    Raises ValueError for an invalid one.
     """
     if name not in PIPELINES:
         check_pipeline_folder(name)

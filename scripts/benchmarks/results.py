@@ -1,4 +1,4 @@
-"""What every benchmark hands back: times taken in turn, a table, criteria; and the record that is kept of it."""
+"""The results of a benchmark: times taken in turn, a table, criteria; and the saved record."""
 
 import json
 import os
@@ -44,7 +44,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Criterion:
-    """A claim about a measured value, and whether the measurement bears it out."""
+    """A claim about a measured value, and whether the measurement confirms it."""
 
     claim: str
     value: float
@@ -56,7 +56,7 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A benchmark's result. `measurements` is all that was counted or timed, every round of it, as JSON has it."""
+    """A benchmark's result. measurements: everything that was counted or timed, in every round, as JSON values."""
 
     table: Grid
     measurements: Mapping[str, Any]
@@ -66,7 +66,7 @@ class Outcome:
 def time_in_turn(jobs: Mapping[Name, Callable[[], object]], rounds: int) -> dict[Name, list[float]]:
     """Seconds of every job in every round.
 
-    The jobs take turns, so that a slow minute of the machine meets all of them. A round ahead warms up uncounted.
+    The jobs take turns, so that a slow minute of the machine affects all of them. A first round warms up, uncounted.
     """
     seconds: dict[Name, list[float]] = {name: [] for name in jobs}
     for round_number in tqdm(range(rounds + 1), desc="rounds, the first to warm up", unit="round"):
@@ -81,7 +81,7 @@ def time_in_turn(jobs: Mapping[Name, Callable[[], object]], rounds: int) -> dict
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> Spread:
-    """Round by round one job's time over another's."""
+    """One job's time divided by another's, in each round."""
     return Spread.of([a / b for a, b in zip(above, below, strict=True)])
 
 
@@ -110,7 +110,7 @@ def save(path: Path, name: str, settings: Mapping[str, Any], outcome: Outcome) -
 
 
 def describe_machine() -> dict[str, Any]:
-    """What a time depends on besides the code."""
+    """The machine's properties that times depend on."""
     device = "cpu"
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator().type

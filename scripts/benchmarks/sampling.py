@@ -1,7 +1,7 @@
 """Images per second of generate.py against a plain loop over the diffusers pipeline, in turn in one process.
 
 Both load the pipeline from its folder, sample the same prompts from the same seeds in the same batches, and write PNGs;
-they must come out with the same pixels. generate.py also checks, checksums and records what it makes.
+both must give the same pixels. generate.py also checks its images and records them with checksums.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def run_generate(generate, pipeline: str, prompts: Path, output: Path, options: 
 
 @torch.no_grad()
 def run_plain_loop(folder: str, prompts: list[str], output: Path, options: argparse.Namespace) -> None:
-    """What one would write without this project."""
+    """The loop that one would write without this project."""
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(
@@ -115,7 +115,7 @@ def run_plain_loop(folder: str, prompts: list[str], output: Path, options: argpa
 
 
 def refuse_other_pixels(ours: Path, plain: Path) -> None:
-    """Raise ValueError where the two made different images, whose times could not be compared."""
+    """Raise ValueError where the two made different images, so that their times can't be compared."""
     pairs = zip(sorted(ours.rglob("*.png")), sorted(plain.rglob("*.png")), strict=True)
     for our_file, plain_file in pairs:
         with Image.open(our_file) as image, Image.open(plain_file) as other:

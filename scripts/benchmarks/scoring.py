@@ -143,7 +143,7 @@ def bare_scores(model: nn.Module, token_ids: Tensor, paths: list[Path], batch_si
 
 
 def score_files(scorer: Scorer, paths: list[Path], prompts: list[str], batch_size: int) -> list[float]:
-    """Through the project's scorer, opening files as evaluate.py does."""
+    """Score with the project's scorer, opening files as evaluate.py does."""
     scores: list[float] = []
     for first in range(0, len(paths), batch_size):
         items = []

@@ -1,7 +1,7 @@
 """Pairs per second of every training mode, in turn in one process, beside the bare networks on ready tensors.
 
-A micro-step is driven as train_xdpo.py drives it: loader, examples, errors of policy and reference, loss, backward.
-The optimizer's update is left out, one in 256 pairs as the configs have it, and the bare networks do without it too.
+Micro-steps are run as in train_xdpo.py: loader, examples, errors of policy and reference, loss, backward. Neither they
+nor the bare networks include the optimizer's update, of which the configs have one per 256 pairs.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> Outcome:
 
 @dataclass(frozen=True)
 class Networks:
-    """What the modes share; no update changes a weight. Policies by what is trained."""
+    """The networks that the modes share, whose weights never change; policies by the mode's trainable weights."""
 
     parts: PipelineParts
     policies: dict[str, nn.Module]
@@ -111,8 +111,8 @@ def build_networks(settings: Config, accelerator: Accelerator, trainables: set[s
     policies = {}
     for trainable in sorted(trainables):
         model = settings.model.model_copy(update={"trainable": trainable})
-        own = replace(parts, modules={**parts.modules, parts.family.denoiser: copy.deepcopy(parts.denoiser)})
-        policies[trainable] = accelerator.prepare(make_policy(own, model, settings.compute))
+        copied = replace(parts, modules={**parts.modules, parts.family.denoiser: copy.deepcopy(parts.denoiser)})
+        policies[trainable] = accelerator.prepare(make_policy(copied, model, settings.compute))
     return Networks(parts, policies, reference)
 
 
@@ -123,11 +123,11 @@ def build_learner(settings: Config, accelerator: Accelerator, networks: Networks
     network = networks.reference if settings.model.trainable == "full" else None
     reference = build_reference(settings, network, bare_policy)
     pairs = open_pairs(settings, accelerator, Split.TRAIN)
-    known = open_reference(settings, pairs, Split.TRAIN, accelerator.mixed_precision)
-    if known is not None:
-        if not known.has(range(settings.train.total_batch_pairs * settings.train.max_steps)):
+    cache = open_reference(settings, pairs, Split.TRAIN, accelerator.mixed_precision)
+    if cache is not None:
+        if not cache.has(range(settings.train.total_batch_pairs * settings.train.max_steps)):
             raise ValueError("the reference cache lacks pairs of this benchmark, and computing them would be slower")
-        reference = Recorded(reference, known, accelerator.device)
+        reference = Recorded(reference, cache, accelerator.device)
     process = parts.process().to(accelerator.device)
     return Learner(
         settings=settings,
@@ -146,7 +146,7 @@ def build_learner(settings: Config, accelerator: Accelerator, networks: Networks
 
 
 def training_job(settings: Config, accelerator: Accelerator, networks: Networks) -> Job:
-    """The micro-steps of one optimizer step in a mode; every call goes on with the pairs that come next."""
+    """The micro-steps of one optimizer step in a mode; every call takes the next pairs."""
     learner = build_learner(settings, accelerator, networks)
     batches = iter(_loader(settings, accelerator, networks.parts))
 
@@ -158,7 +158,7 @@ def training_job(settings: Config, accelerator: Accelerator, networks: Networks)
 
 
 def bare_jobs(settings: Config, accelerator: Accelerator, networks: Networks) -> dict[str, Job]:
-    """Each network on tensors that lie ready, as often as one optimizer step needs it."""
+    """Each network on prepared tensors, as many times as one optimizer step runs it."""
     learner, parts = build_learner(settings, accelerator, networks), networks.parts
     policy, predict = learner.bare_policy, parts.family.predict
     batch = next(iter(_loader(settings, accelerator, parts)))
@@ -199,7 +199,7 @@ def _loader(settings: Config, accelerator: Accelerator, parts: PipelineParts):
 def summarise(
     options: argparse.Namespace, seconds: dict[tuple[str, int], list[float]], peaks: dict[tuple[str, int], float]
 ) -> Outcome:
-    """The table, and the criteria at every micro-batch for which their modes were run."""
+    """The table, and the criteria at every micro-batch whose modes were run."""
     rows, criteria = [], []
     for size in options.micro_batches:
         bare_sum = [sum(times) for times in zip(*(seconds[part, size] for part in BARE_PARTS), strict=True)]

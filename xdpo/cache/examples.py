@@ -17,15 +17,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from xdpo import noise
 from xdpo.batch import Batch, Conditioning, LatentMoments, SingleItem
 from xdpo.cache.shards import CacheError, Shards, read_json
+from xdpo.config import DataConfig
 from xdpo.files import file_sha256, reading, write_text
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SHARD_BYTES = 128 * 2**20
 PRECISION = "encoders' precision"  # in a plan's key
@@ -37,7 +42,7 @@ class ExamplePlan:
     """What a cache holds, fixed before the first image is encoded.
 
     key: everything that decides the content, by name; a run with another key must not use the cache.
-    counts: what became of the source's rows. fingerprint: of the pairs, as data.PairTable gives it.
+    counts: as data.PairCounts. fingerprint: of the pairs, from data.PairTable.
     """
 
     key: Mapping[str, Any]
@@ -50,9 +55,9 @@ class ExamplePlan:
     text_shape: Sequence[int]  # (1, L, D)
     scaling_factor: float  # of the autoencoder
     dtype: str
-    has_scores: bool = False  # of the pairs, in their table; caches from before there were any have none
+    has_scores: bool = False  # in pairs.parquet; the default is for caches older than this field
     shard_bytes: int = SHARD_BYTES
-    sources: Mapping[str, Sequence[int]] | None = None  # local file → size and time of change; None: not known
+    sources: Mapping[str, Sequence[int]] | None = None  # local file → size and time of change; None: unknown
     tables: Mapping[str, str] = field(default_factory=dict)  # file → SHA-256
 
     def latents(self, folder: Path) -> Shards:
@@ -84,7 +89,8 @@ class ExamplePlan:
     def refuse_another(self, folder: Path, key: Mapping[str, Any]) -> None:
         """Raise CacheError, naming each difference, where a run's key isn't the cache's.
 
-        The precision counts while a cache is being made, so that it holds one; for a finished one see `precision_note`.
+        The precision counts while a cache is being built, so that all of it has one; see `precision_note` for a
+        finished one.
         """
         names = [name for name in {**self.key, **key} if self.key.get(name) != key.get(name)]
         if PRECISION in names and (PRECISION not in self.key or is_finished(folder)):
@@ -98,17 +104,17 @@ class ExamplePlan:
 
     def precision_note(self, precision: str) -> str | None:
         """A sentence where a run would encode in another precision than the examples were encoded in, or None."""
-        made = self.key.get(PRECISION, "a precision that was not noted")
-        if made == precision:
+        encoded_in = self.key.get(PRECISION, "a precision that was not noted")
+        if encoded_in == precision:
             return None
-        return f"the examples were encoded in {made}, this run would in {precision}: the rounding differs"
+        return f"the examples were encoded in {encoded_in}, this run would in {precision}: the rounding differs"
 
 
 class ExampleCache:
-    """A finished cache, opened for reading: a table of pairs, as data.PairTable is one, and their encodings.
+    """A finished cache, opened for reading: a table of pairs (data.PairRows) and their encodings.
 
     Raises CacheError for one that is unfinished, damaged or of another key, naming file or difference; StorageError
-    where it can't be read. Nothing is written, so that it may lie on read-only storage.
+    where it can't be read. Nothing is written, so its storage may be read-only.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]):
@@ -118,8 +124,8 @@ class ExampleCache:
         plan.refuse_another(folder, key)
         for name, checksum in _manifest(folder).items():
             with reading(folder / name):
-                found = file_sha256(folder / name)
-            if found != checksum:
+                current = file_sha256(folder / name)
+            if current != checksum:
                 damaged = folder if name in (*TABLES, "plan.json") else folder / name
                 raise CacheError(f"{folder / name} is damaged; remove {damaged} and build the cache again")
         self.folder, self.plan = folder, plan
@@ -144,7 +150,7 @@ class ExampleCache:
 
     @property
     def counts(self) -> SimpleNamespace:
-        """What became of the source's rows, as data.PairCounts names it."""
+        """How many of the source's rows were kept or dropped, with the attributes of data.PairCounts."""
         return SimpleNamespace(**self.plan.counts)
 
     @property
@@ -190,23 +196,31 @@ class ExampleCache:
         return int(self._prompt[index])
 
     def is_truncated(self, prompt: int) -> bool:
-        """Whether the caption is longer than the text encoder reads."""
+        """Whether the caption is longer than the text encoder's input."""
         return bool(self._truncated[prompt])
 
 
-class CachedPairDataset:
-    """Batches by position, as data.PairDataset gives them, of encoded examples.
+class CachedPairDataset(Dataset):
+    """Batches of encoded examples by position, with the same interface as data.PairDataset.
 
-    The same pairs, flips and dropped captions at the same (seed, position). `config` is the `data` section;
-    shuffle and augment as for PairDataset.
+    It gives the same pairs, flips and dropped captions at the same (seed, position). shuffle and augment are those of
+    PairDataset.
     """
 
-    def __init__(self, cache: ExampleCache, seed: int, config: Any, *, shuffle: bool = True, augment: bool = True):
-        self.table, self.seed, self.config, self.augment = cache, seed, config, augment
-        self.order = noise.SampleOrder(seed, len(cache), shuffle)
+    def __init__(
+        self,
+        cache: ExampleCache,
+        seed: int,
+        data_config: DataConfig,
+        *,
+        shuffle: bool = True,
+        augment: bool = True,
+    ):
+        self.table, self.seed, self.data_config, self.augment = cache, seed, data_config, augment
+        self.order: noise.Order = noise.SampleOrder(seed, len(cache), shuffle)
 
     def __len__(self) -> int:
-        """Pairs in an epoch; positions go on beyond it."""
+        """Pairs in an epoch; positions continue beyond it."""
         return len(self.table)
 
     def batch(self, positions: Sequence[int]) -> Batch:
@@ -220,7 +234,7 @@ class CachedPairDataset:
         rows, truncated, unreadable = [], 0, []
         for slot, position in enumerate(positions):
             index = self.order[position]
-            while not cache.readable[index]:  # ends: opening the cache has seen a readable pair
+            while not cache.readable[index]:  # ends, as ExampleCache refuses a cache without a readable pair
                 unreadable.append(int(cache.rows[index]))
                 index = (index + 1) % len(cache)
             flip, prompt = self._draw(index, position)
@@ -270,13 +284,14 @@ class CachedPairDataset:
         flip, prompt = False, self.table.prompt_of(index)
         if self.augment:
             coin, _, _ = noise.draw_augmentation(self.seed, position)
-            flip = self.config.horizontal_flip and coin < 0.5
-            prompt = 0 if noise.draw_caption_coin(self.seed, position) < self.config.caption_dropout else prompt
+            flip = self.data_config.horizontal_flip and coin < 0.5
+            is_dropped = noise.draw_caption_coin(self.seed, position) < self.data_config.caption_dropout
+            prompt = 0 if is_dropped else prompt
         return flip, prompt
 
 
 def finish(folder: Path, plan: ExamplePlan) -> None:
-    """Write the manifest, which makes the cache finished, when every shard is there."""
+    """Write the manifest, which marks the cache as finished. Every shard must be there."""
     shards = (plan.latents(folder), plan.text(folder))
     names = [*plan.tables, "plan.json"]
     names += [kind.checksum_path(shard).name for kind in shards for shard in range(len(kind))]
@@ -294,7 +309,7 @@ def _manifest(folder: Path) -> dict[str, str]:
     return read_json(folder / "manifest.json", "remove it and build the cache again")
 
 
-def _read_table(path: Path, columns: Sequence[str] | None = None) -> Any:
+def _read_table(path: Path, columns: Sequence[str] | None = None) -> "pa.Table":
     import pyarrow.parquet as pq
 
     with reading(path):

@@ -1,9 +1,9 @@
-"""The reference's two errors of every sample, recorded by whoever computes them, reused by every later run.
+"""The reference's two errors on every sample, recorded by the first run that computes them, reused by every later one.
 
 By the determinism rule they depend on (key, position) alone: the key has the reference's weights, the pairs, the
-seed and how examples and noise are made. A record is (position, chosen, rejected). Every writing process appends
-blocks to a file of its own, so no two of them meet, on shared storage neither; the last block of a process that was
-killed may be cut and then counts as absent.
+seed and how examples and noise are made. A record is (position, chosen, rejected). Each process appends blocks to its
+own file, so processes never write to the same one, even on shared storage. The last block of a killed process may be
+cut and is then ignored.
 """
 
 import hashlib
@@ -28,9 +28,9 @@ _MAGIC = b"xref"
 
 
 class ReferenceCache:
-    """Errors under one key, in `FOLDER/{hash of the key}/`; made where it doesn't exist.
+    """Errors under one key, in `FOLDER/{hash of the key}/`, which is created where it doesn't exist.
 
-    Storage that can't be read or written raises StorageError. A folder that is there may be read-only: only recording
+    Storage that can't be read or written raises StorageError. An existing folder may be read-only: only `record`
     writes.
     """
 
@@ -39,7 +39,7 @@ class ReferenceCache:
         text = json.dumps(key, indent=2, sort_keys=True, default=str)
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
         self._write_key(text + "\n")
-        self._errors = np.empty((0, 2), dtype=np.float32)  # by position; NaN: not known
+        self._errors = np.empty((0, 2), dtype=np.float32)  # by position; NaN: not recorded
         self._file: IO[bytes] | None = None
         with reading(self.folder):
             paths = sorted(self.folder.glob("errors-*.bin"))
@@ -48,30 +48,30 @@ class ReferenceCache:
                 self._remember(records)
 
     def __len__(self) -> int:
-        """How many samples are known."""
+        """How many samples are recorded."""
         return int((~np.isnan(self._errors[:, 0])).sum())
 
     def has(self, positions: range) -> bool:
-        """Whether all of `positions` are known."""
+        """Whether all of `positions` are recorded."""
         if not len(positions):
             return True
-        known = self._errors[positions.start : positions.stop]
-        return len(known) == len(positions) and not np.isnan(known[:, 0]).any()
+        recorded = self._errors[positions.start : positions.stop]
+        return len(recorded) == len(positions) and not np.isnan(recorded[:, 0]).any()
 
     def get(self, positions: Sequence[int] | Tensor, device: torch.device) -> Tensor | None:
-        """The errors of a batch, (2, B) float32 with the chosen ones first; None unless all of them are known."""
-        wanted = np.asarray(positions)
-        if wanted.max() >= len(self._errors):
+        """The errors of a batch, (2, B) float32 with the chosen ones first; None unless all of them are recorded."""
+        indices = np.asarray(positions)
+        if indices.max() >= len(self._errors):
             return None
-        found = self._errors[wanted]
-        return None if np.isnan(found).any() else torch.from_numpy(found.T.copy()).to(device, non_blocking=True)
+        errors = self._errors[indices]
+        return None if np.isnan(errors).any() else torch.from_numpy(errors.T.copy()).to(device, non_blocking=True)
 
     def check_writable(self) -> None:
         """Raise StorageError where nothing can be recorded."""
         check_writable(self.folder, "cache.reference")
 
     def record(self, positions: Sequence[int] | Tensor, errors: Tensor) -> None:
-        """Append a batch's errors, (2, B), and hand them to the system: a killed process loses none of them.
+        """Append a batch's errors, (2, B), and flush them to the operating system, so that a kill loses none of them.
 
         Errors that are not finite are left out.
         """
@@ -90,7 +90,7 @@ class ReferenceCache:
         self._remember(records)
 
     def close(self) -> None:
-        """Have what was recorded on the disk; network storage may say no sooner than here that it is full."""
+        """Flush the records to the disk. Network storage may report only here that it is full."""
         if self._file is not None:
             with writing(self.folder):
                 os.fsync(self._file.fileno())
@@ -98,7 +98,7 @@ class ReferenceCache:
             self._file = None
 
     def _write_key(self, text: str) -> None:
-        """Write what the folder is of, for people, unless it stands there."""
+        """Write the key into the folder, for people, unless it is already there."""
         path = self.folder / "key.json"
         with reading(path):
             if path.is_file() and path.read_bytes() == text.encode():
@@ -121,8 +121,8 @@ class ReferenceCache:
 def _read_records(path: Path) -> Iterator[np.ndarray]:
     """The records of all whole blocks of a file, many blocks at once.
 
-    A block is a micro-batch's, so a long run leaves a million, nearly all of one size. Blocks as large as the next
-    one are looked at together: twice as many each time, and one alone where another size begins.
+    A block holds a micro-batch, so a long run writes a million, nearly all of one size. Consecutive blocks of one size
+    are read together, twice as many each time; where another size begins, one block is read alone.
     """
     with reading(path):
         content = path.read_bytes()
@@ -139,8 +139,8 @@ def _read_records(path: Path) -> Iterator[np.ndarray]:
         is_alike = (headers["magic"] == _MAGIC) & (headers["count"] == count)
         blocks = len(headers) if is_alike.all() else int(is_alike.argmin())
         body = start + _HEADER.itemsize
-        found = _crc32(np.ndarray((blocks, count * RECORD.itemsize), np.uint8, content, body, (size, 1)))
-        is_sound = found == headers["crc32"][:blocks]
+        checksums = _crc32(np.ndarray((blocks, count * RECORD.itemsize), np.uint8, content, body, (size, 1)))
+        is_sound = checksums == headers["crc32"][:blocks]
         if not is_sound.all():
             raise _damaged(path, start + int(is_sound.argmin()) * size)
         yield np.ndarray((blocks, count), RECORD, content, body, (size, RECORD.itemsize)).flatten()
@@ -153,7 +153,7 @@ def _damaged(path: Path, start: int) -> CacheError:
 
 
 def _crc32(rows: np.ndarray) -> np.ndarray:
-    """CRC-32 of each row: (rows, bytes) uint8 → (rows,) uint32. Of many short ones all at once, byte by byte."""
+    """CRC-32 of each row: (rows, bytes) uint8 → (rows,) uint32. Many short rows are summed together, byte by byte."""
     if len(rows) < 32 * rows.shape[1]:
         return np.array([zlib.crc32(row) for row in rows], dtype=np.uint32)
     sums = np.full(len(rows), 0xFFFFFFFF, dtype=np.uint32)
@@ -163,7 +163,7 @@ def _crc32(rows: np.ndarray) -> np.ndarray:
 
 
 def _crc32_table() -> np.ndarray:
-    """What each value of a byte does to the sum, (256,) uint32: CRC-32's polynomial, eight bits on."""
+    """CRC-32's table, (256,) uint32: the change of the sum by each value of a byte."""
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = np.where(table & 1, 0xEDB88320 ^ (table >> 1), table >> 1).astype(np.uint32)

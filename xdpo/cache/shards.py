@@ -1,7 +1,7 @@
 """Equal records in numbered .npy files, with a checksum for every part of a record.
 
-A shard is written aside, flushed and renamed; its checksums, written after it, say that it is finished. So a kill
-loses the shard in work and no other, and a flipped byte is met by whoever reads its record, not by the model.
+A shard is written aside, flushed and renamed; its checksums are written after it and mark it as finished. So a kill
+loses only the shard being written, and a corrupted record raises an error on reading and never reaches the model.
 """
 
 import json
@@ -17,15 +17,15 @@ from xdpo.files import StorageError, reading, replacing
 
 
 class CacheError(ValueError):
-    """A cache can't be used: another's, unfinished or damaged. The message names the file and says what to do."""
+    """A cache that can't be used: of another run, unfinished or damaged. The message names the file and the remedy."""
 
 
 class Shards:
     """`count` records of `shape` in the files `{name}_00000.npy`, `{name}_00001.npy`, … of a folder.
 
-    shape: (parts, …). A part is what is read at once and has a checksum of its own, as the two orientations of an
-    image. `per_shard` records make a file. Constructing one touches no file, and none stays open: a cache may have
-    more files than a process may open. Storage that fails raises StorageError and is never taken for damage.
+    shape: (parts, …). A part, such as one orientation of an image, is read at once and has its own checksum.
+    per_shard: records in a file. The constructor touches no file, and no file stays open: a cache may have more files
+    than a process may open. Failing storage raises StorageError and is never mistaken for damage.
     """
 
     def __init__(self, folder: Path, name: str, *, count: int, shape: tuple[int, ...], dtype: str, per_shard: int):
@@ -33,7 +33,7 @@ class Shards:
         self.count, self.shape, self.dtype, self.per_shard = count, tuple(shape), np.dtype(dtype), per_shard
         self._prefix = str(folder / f"{name}_")
         self._part_bytes = int(np.prod(shape[1:])) * self.dtype.itemsize
-        self._starts: dict[int, int] = {}  # shard → where its records start, after the header; known once checked
+        self._starts: dict[int, int] = {}  # of each checked shard: where its records start, after the header
         self._checksums: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -64,10 +64,10 @@ class Shards:
         expected = (len(self.records_of(shard)), *self.shape)
         assert records.shape == expected, f"shard {shard} of {self.name} needs {expected}, got {records.shape}"
         records = np.ascontiguousarray(records, dtype=self.dtype)
-        checksums = [[zlib.crc32(part) for part in record] for record in records]
+        checksums = [[zlib.crc32(part.data) for part in record] for record in records]
         with replacing(self.path(shard), "wb") as file:
             np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(records))
-            file.write(records.data)  # np.save would say of a full disk how much it wrote, and nothing of the disk
+            file.write(records.data)  # np.save's error for a full disk does not name the disk
         with replacing(self.checksum_path(shard)) as file:
             json.dump({"crc32": checksums, "unreadable": sorted(unreadable)}, file)
 
@@ -81,18 +81,18 @@ class Shards:
             self._starts[shard] = self._checked_start(shard)
 
     def read(self, record: int, part: int = 0, out: np.ndarray | None = None) -> np.ndarray:
-        """A part of a record, of `shape[1:]`, checked against its checksum; in `out` where that is given.
+        """A part of a record, of `shape[1:]`, checked against its checksum; written into `out` where that is given.
 
         out: contiguous, of the same shape and dtype. Raises CacheError for damage.
         """
         values = np.empty(self.shape[1:], self.dtype) if out is None else out
-        shard, place = divmod(record, self.per_shard)
+        shard, slot = divmod(record, self.per_shard)
         if shard not in self._starts:
             self._starts[shard] = self._checked_start(shard)
         if shard not in self._checksums:
             self._checksums[shard] = np.array(self._sums(shard)["crc32"], dtype=np.uint32)
-        self._fill(values, shard, place * self.shape[0] + part)
-        if zlib.crc32(values) != self._checksums[shard][place, part]:
+        self._fill(values, shard, slot * self.shape[0] + part)
+        if zlib.crc32(values.data) != self._checksums[shard][slot, part]:
             raise CacheError(
                 f"{self.path(shard)} is damaged: record {record} differs from its checksum; {self._remedy(shard)}"
             )
@@ -108,15 +108,17 @@ class Shards:
     def _fill(self, values: np.ndarray, shard: int, number: int) -> None:
         """Read the part with this number in a shard.
 
-        Read, not mapped: a mapping would hold a descriptor, and where storage fails under it the process dies of
-        SIGBUS without a word. Opening the file each time costs microseconds.
+        Files are not mapped into memory: a mapping holds a descriptor, and if its storage fails the process dies of
+        SIGBUS without a message. Opening the file each time costs microseconds.
         """
         path = self._path(shard)
         try:
             with reading(path), open(path, "rb", buffering=0) as file:
                 file.seek(self._starts[shard] + number * self._part_bytes)
-                view, size = memoryview(values).cast("B"), 0
-                while size < len(view) and (got := file.readinto(view[size:])):  # some storage gives less at a time
+                view, size = values.data.cast("B"), 0
+                while size < len(view) and (
+                    got := file.readinto(view[size:])
+                ):  # network storage may return fewer bytes
                     size += got
         except FileNotFoundError:
             raise self._missing(shard) from None
@@ -124,11 +126,11 @@ class Shards:
             raise CacheError(f"{path} is cut or damaged (shorter than before); {self._remedy(shard)}")
 
     def _path(self, shard: int) -> str:
-        """As text, for whoever opens it for every record: joining a Path takes as long as opening the file."""
+        """The path as text, because it is needed for every record: joining a Path takes as long as opening the file."""
         return f"{self._prefix}{shard:05d}.npy"
 
     def _checked_start(self, shard: int) -> int:
-        """Where the records of a shard start in its file, whose header and size are looked at."""
+        """Where the records of a shard start in its file. Raises CacheError where its header or size is wrong."""
         path, expected = self.path(shard), (len(self.records_of(shard)), *self.shape)
         try:
             with reading(path), path.open("rb") as file:
@@ -156,13 +158,13 @@ class Shards:
     def _remedy(self, shard: int) -> str:
         return f"remove {self.checksum_path(shard).name} beside it and build again: only this shard is made anew"
 
-    def __getstate__(self) -> dict:
-        """Without the checksums: a worker that is spawned needs few of them, and reads those itself."""
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the checksums: a spawned worker needs few of them, and reads those itself."""
         return self.__dict__ | {"_checksums": {}}
 
 
 def read_json(path: Path, remedy: str) -> Any:
-    """What a small file of a cache holds. Raises CacheError, ending in `remedy`, for one that is missing or damaged."""
+    """A cache's small JSON file. Raises CacheError for one that is missing or damaged; the message ends in `remedy`."""
     try:
         with reading(path):
             content = path.read_bytes()
@@ -175,7 +177,7 @@ def read_json(path: Path, remedy: str) -> Any:
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of a .npy file, read up to where the numbers start. Raises ValueError for another file."""
+    """Shape and dtype of a .npy file, read up to its first number. Raises ValueError for any other file."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)

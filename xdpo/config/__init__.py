@@ -1,4 +1,4 @@
-"""The settings of a run: typed sections, YAML files with one parent each, overrides, and what follows from them.
+"""The settings of a run: typed sections, YAML files with one parent each, overrides, and values derived from them.
 
 `load_config` reads a file, follows `inherits:`, applies `section.key=value` overrides and reports every mistake
 at once. The rest of the package gets sections, tensors and numbers, never a file. `configs/base.yaml` explains

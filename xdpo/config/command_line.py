@@ -8,7 +8,7 @@ from xdpo.config.explain import help_of_keys
 def config_parser(description: str) -> argparse.ArgumentParser:
     """`--config FILE [section.key=value …]`, for every program that works on the config of a training.
 
-    Call its `parse_intermixed_args`, so that overrides may stand before, between and after the options.
+    Call its `parse_intermixed_args`, so that overrides may come before, between and after the options.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False

@@ -1,4 +1,4 @@
-"""What follows from a config: batch, learning rate, effective β; and in what two configs differ."""
+"""Values that follow from a config (batch, learning rate, effective β), and the differences between two configs."""
 
 from xdpo.config.files import shown, values_of
 from xdpo.config.sections import KEYS, Config
@@ -20,7 +20,7 @@ KEYS_WITHOUT_EFFECT = frozenset(
         *(key for key in KEYS if key.partition(".")[0] in ("eval", "samples", "checkpoint", "log")),
     }
 )
-"""The keys that may differ between two parts of one run: they change what is seen of it, not what it computes.
+"""The keys that may differ between two parts of one run: they change what is shown of it, not what it computes.
 
 `train.max_steps` is one too while the learning rate is constant; with a decaying one it sets the decay.
 Precision, compilation, deterministic kernels and checkpointed gradients are not: they leave the method alone but
@@ -61,15 +61,15 @@ def effective_learning_rate(config: Config) -> float:
 def effective_beta(config: Config) -> float | None:
     """The β of the Diffusion-DPO loss that this loss equals near the reference, where d is about 0.
 
-    None for an objective that is no Diffusion-DPO near the reference. With loss.margin_weight a pair's is this times
-    its weight.
+    None for an objective that is not Diffusion-DPO near the reference. With loss.margin_weight, each pair's is this
+    times its weight.
     """
     objective = config.loss.objective
-    return objective.effective_beta and objective.effective_beta(**config.loss.numbers)[0]
+    return objective.effective_beta and objective.effective_beta(**config.loss.hyperparameters)[0]
 
 
 def describe(config: Config, num_processes: int, num_pairs: int | None = None) -> str:
-    """What follows from a config on so many processes, one line each, for a person to check before a run.
+    """What follows from a config on `num_processes` processes, one line each, for a person to check before a run.
 
     `num_pairs` is the number of training pairs where it is known.
 
@@ -86,9 +86,9 @@ def describe(config: Config, num_processes: int, num_pairs: int | None = None) -
         "warm-up": f"{optim.warmup_steps} steps, then {optim.schedule}"
         + (": longer than the run" if optim.warmup_steps > train.max_steps else ""),
     }
-    lines["objective"] = loss.name + "".join(f", {key} {value}" for key, value in loss.numbers.items())
+    lines["objective"] = loss.name + "".join(f", {key} {value}" for key, value in loss.hyperparameters.items())
     if loss.objective.effective_beta:
-        effective, formula = loss.objective.effective_beta(**loss.numbers)
+        effective, formula = loss.objective.effective_beta(**loss.hyperparameters)
         lines["effective β"] = f"{effective:g} = {formula}"
     if loss.margin_weight is not None:
         lines["margin weights"] = f"{loss.margin_weight:g}·(2p − 1) times each pair's β, p from its two scores"

@@ -56,12 +56,15 @@ def base_yaml() -> str:
 
 
 def _meaning(section: str) -> str:
-    return SECTIONS[section].__doc__.strip().removesuffix(".")
+    return (SECTIONS[section].__doc__ or "").strip().removesuffix(".")
 
 
 def _entry(indent: str, name: str, value: Any, field: FieldInfo) -> list[str]:
-    """One key, its choices where its description does not name them all, and that; a list of sentences one a line."""
-    choices, comment = _choices(field.annotation), field.description
+    """The lines of one key: its value, its choices where the description does not name them all, the description.
+
+    A list of sentences has one a line.
+    """
+    choices, comment = _choices(field.annotation), field.description or ""
     if not all(re.search(rf"\b{choice}\b", comment) for choice in choices):
         comment = f"{' | '.join(choices)}; {comment}"
     if isinstance(value, tuple) and any(isinstance(each, str) and " " in each for each in value):
@@ -77,7 +80,7 @@ def _choices(annotation: Any) -> Sequence[str]:
 
 
 def _commented(line: str, comment: str) -> list[str]:
-    """A line with a comment behind it, as long as it needs to be, from one column down."""
+    """A line followed by a comment, which is wrapped and continues below in one column."""
     begin = line.ljust(max(len(line) + 3, _COMMENT_COLUMN))
     below = " " * _COMMENT_COLUMN + "# "
     return textwrap.wrap(f"{begin}# {comment}", _WIDTH, subsequent_indent=below, break_on_hyphens=False)
@@ -106,7 +109,7 @@ _BOUNDS = (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"), ("multiple_of
 
 
 def type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """A type in words, with the bounds that stand in its metadata: `number > 0`, `text or null`."""
+    """A type in words, with the bounds from its metadata: `number > 0`, `text or null`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     bounds = [
         f"{sign} {getattr(constraint, name)}"

@@ -42,7 +42,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.repeated_keys: list[str] = []
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         first_lines: dict[str, int] = {}
         for key_node, _ in getattr(node, "value", ()):
             key, line = key_node.value, key_node.start_mark.line + 1
@@ -78,14 +78,14 @@ class _File(NamedTuple):
 
 
 def parse_yaml(text: str) -> tuple[Any, list[str]]:
-    """One YAML document and the keys that it repeats. Raises ValueError with the place of a syntax error."""
+    """One YAML document and the keys that it repeats. Raises ValueError with line and column of a syntax error."""
     try:
         loader = _Loader(text)
         return loader.get_single_data(), loader.repeated_keys
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ValueError(f"not valid YAML: {place}{error.problem or error.context}") from None
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"not valid YAML: {where}{error.problem or error.context}") from None
     except RecursionError:
         raise ValueError("not valid YAML: nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:  # a character that YAML forbids, or digits beyond Python's limit
@@ -95,7 +95,7 @@ def parse_yaml(text: str) -> tuple[Any, list[str]]:
 
 
 def _files_beside(path: Path) -> str:
-    """What to say after "no such file": the configs with a similar name, else those of the folder."""
+    """The end of a "no such file" message: the configs with a similar name, else those of the folder."""
     if not path.parent.is_dir():
         return f"its folder {path.parent} does not exist either"
     names = sorted(file.name for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml"))
@@ -128,7 +128,8 @@ def _read_file(path: Path, asked_by: str | None) -> _File:
 
 def _lineage(path: Path) -> list[_File]:
     """The file and its ancestors, the oldest first."""
-    files, visited = [], []
+    files: list[_File] = []
+    visited: list[Path] = []
     asked_by = None
     while True:
         if path.resolve() in visited:
@@ -151,7 +152,7 @@ def _settings_of(file: _File) -> tuple[dict[str, _Setting], list[str]]:
     for name, content in file.settings.items():
         if name not in SECTIONS:
             dotted = {str(name): content}
-            if isinstance(content, dict) and content:  # a misspelt section: its keys say what was meant
+            if isinstance(content, dict) and content:  # a misspelt section: its keys show which one was meant
                 dotted = {f"{name}.{key}": value for key, value in content.items()}
         elif content is None:  # all its keys are commented out
             dotted = {}
@@ -252,17 +253,17 @@ def _invalid_value(error: Mapping[str, Any], settings: Mapping[str, _Setting]) -
     """One of pydantic's errors as (problem line, where the value was set)."""
     names = [part for part in error["loc"] if isinstance(part, str)]
     key = ".".join(names)
-    place = key + "".join(f"[{part}]" for part in error["loc"] if isinstance(part, int))
+    element = key + "".join(f"[{part}]" for part in error["loc"] if isinstance(part, int))
     where = settings[key].where if key in settings else None
     if error["type"] == "missing":
         if key in settings:  # an element of a list
-            return f"{place}: is missing (got {shown(settings[key].value)})", where
+            return f"{element}: is missing (got {shown(settings[key].value)})", where
         return f"{key}: is missing; {KEYS[key].description}", None
     template = _PROBLEMS.get(error["type"])
     problem = template.format(**error.get("ctx", {})) if template else error["msg"]
-    if key in SECTIONS:  # a rule over several keys, which says itself what it got
+    if key in SECTIONS:  # a rule over several keys, whose message has the values
         return f"{key}: {problem}", None
-    return f"{place}: {problem} (got {shown(error['input'])})", where
+    return f"{element}: {problem} (got {shown(error['input'])})", where
 
 
 # ---- Loading and saving ----------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""The `loss` section, made from the objectives' declarations (xdpo.loss.registry): its keys, and which act where."""
+"""The `loss` section, made from the objectives' declarations (xdpo.loss.registry): its keys, and where each acts."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, create_model, model_validator
 
@@ -28,12 +28,16 @@ def _group(objective: Objective) -> str:
 class _LossSection(Section):
     """The preference objective and the numbers of its formula; docs/objectives.md has formulas and sources."""
 
-    name: Literal[tuple(OBJECTIVES)] = Field(next(iter(OBJECTIVES)), description=_names())
+    if TYPE_CHECKING:  # the fields that code asks for by name; LossConfig below makes these and all others
+        name: str = ""
+        beta: float | None = None
+        safeguard: float | None = None
+        margin_weight: float | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _published_beta(cls, values: Any) -> Any:
-        """β in place of null at once; the other keys that are null stay null where a config is saved (see `values`)."""
+        """Replace a null β by the published value. Other keys stay null, also in a saved config (see `values`)."""
         if isinstance(values, Mapping) and values.get("beta") is None:
             name = values.get("name", cls.model_fields["name"].default)
             if name in list(OBJECTIVES):
@@ -45,15 +49,15 @@ class _LossSection(Section):
         return OBJECTIVES[self.name]
 
     @property
-    def values(self) -> dict[str, float | str | None]:
+    def values(self) -> dict[str, Any]:
         """The keys that act in the objective, null replaced by the published value; None for a modifier that is off."""
         given = {key: getattr(self, key) for key in self.objective.keys}
         return self.objective.keys | {key: value for key, value in given.items() if value is not None}
 
     @property
-    def numbers(self) -> dict[str, float | str]:
-        """Those of them that the objective's function takes."""
-        return {key: value for key, value in self.values.items() if KEYS[key].is_argument}
+    def hyperparameters(self) -> dict[str, float | str]:
+        """The `values` that the objective's function takes as arguments."""
+        return {key: value for key, value in self.values.items() if KEYS[key].is_argument and value is not None}
 
     @property
     def needs_reference(self) -> bool:
@@ -64,8 +68,8 @@ class _LossSection(Section):
         return self.objective.samples_rejected
 
     @model_validator(mode="after")
-    def _numbers_go_together(self):
-        if problem := self.objective.problem(**self.numbers):
+    def _hyperparameters_go_together(self):
+        if problem := self.objective.problem(**self.hyperparameters):
             raise ValueError(f"{problem} (loss.name: {self.name})")
         return self
 
@@ -86,8 +90,8 @@ def _owners(key: str) -> list[str]:
 
 def _field(name: str, key: Key) -> tuple[Any, Any]:
     """Type and field of one key, as create_model takes them: null is allowed where there is no common default."""
-    ends = {"gt": key.gt, "ge": key.ge, "lt": key.lt, "le": key.le}
-    kind = Literal[key.choices] if key.choices else Annotated[Number, Field(**ends)]
+    number = Annotated[Number, Field(gt=key.gt, ge=key.ge, lt=key.lt, le=key.le)]
+    kind: Any = Literal[key.choices] if key.choices else number
     return (kind | None if key.default is None else kind), Field(key.default, description=_description(name, key))
 
 
@@ -96,17 +100,21 @@ def _description(name: str, key: Key) -> str:
     owners = _owners(name)
     published = {owner: OBJECTIVES[owner].published[name] for owner in owners if name in OBJECTIVES[owner].published}
     shown = {owner: value if isinstance(value, str) else f"{value:g}" for owner, value in published.items()}
-    if len(set(shown.values())) > 1:  # the list of values says where it acts
+    if len(set(shown.values())) > 1:  # the list of values shows where it acts
         return f"{key.description}; null: {', '.join(f'{owner} {value}' for owner, value in shown.items())}"
     others = [each for each in OBJECTIVES if each not in owners]
     where = f"all but {', '.join(others)}" if len(others) < len(owners) else ", ".join(owners)
     return f"{where}: {key.description}" + (f"; null: {next(iter(shown.values()))}" if shown else "")
 
 
-LossConfig = create_model(
-    "LossConfig",
-    __base__=_LossSection,
-    __module__=__name__,
-    __doc__=_LossSection.__doc__,
+_FIELDS: dict[str, Any] = {
+    "name": (Literal[tuple(OBJECTIVES)], Field(next(iter(OBJECTIVES)), description=_names())),
     **{name: _field(name, key) for name, key in KEYS.items()},
-)
+}
+
+if TYPE_CHECKING:
+    LossConfig = _LossSection
+else:
+    LossConfig = create_model(
+        "LossConfig", __base__=_LossSection, __module__=__name__, __doc__=_LossSection.__doc__, **_FIELDS
+    )

@@ -1,6 +1,6 @@
 """The typed sections of a run: every key with its type, range, default and meaning.
 
-What is said of a key here is said once: the help of the command line and configs/base.yaml are written from it
+Each key is described here only: the help of the command line and configs/base.yaml are generated from it
 (xdpo.config.explain).
 """
 

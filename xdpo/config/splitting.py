@@ -1,4 +1,4 @@
-"""A total batch in equal pieces, or the sizes that would have been."""
+"""Splits a total batch into equal micro batches, or names the sizes that would split it."""
 
 
 def micro_steps(total: int, micro: int, num_processes: int) -> int:

@@ -1,4 +1,4 @@
-"""The types of config values: numbers that may be fractions, paths, shares; and what all sections share."""
+"""The types of config values (numbers that may be fractions, paths, shares), and the base class of all sections."""
 
 import re
 from typing import Annotated, Any
@@ -48,6 +48,6 @@ Paths = Annotated[str | tuple[str, ...], BeforeValidator(_paths)]
 
 
 class Section(BaseModel):
-    """What all sections share: frozen, no unknown keys, no NaN or infinity."""
+    """The base of all sections: frozen, no unknown keys, no NaN or infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -8,6 +8,7 @@ from xdpo.data.examples import (
     held_out_batches,
     make_loader,
 )
+from xdpo.data.interface import PairExamples, PairRows
 from xdpo.data.scores import MarginWeights, PairWeights, finite_scores, no_scores, weigh_pairs
 from xdpo.data.sources import files_to_convert, load_pairs, local_files
 from xdpo.data.split import Split
@@ -20,6 +21,8 @@ __all__ = [
     "MarginWeights",
     "PairCounts",
     "PairDataset",
+    "PairExamples",
+    "PairRows",
     "PairTable",
     "PairWeights",
     "Split",

@@ -1,18 +1,22 @@
 """Pairs → training examples: the pair at a position of the training order, decoded, augmented, tokenized; the loader.
 
-An example is a function of (seed, position) alone, never of the batch, the worker, the process or the time. That
-is what lets a resumed run jump to its position, and two processes see exactly what one would.
+An example is a function of (seed, position) alone, never of the batch, the worker, the process or the time. Therefore
+a resumed run can jump to its position, and two processes see exactly what one would.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from xdpo import noise
 from xdpo.batch import Batch, SingleItem, Tokens, stack
+from xdpo.config import DataConfig
 from xdpo.data.images import UnreadableImageError, decode_rgb, square_pixels
+from xdpo.data.interface import PairRows
 from xdpo.data.table import DataError, PairTable, pair_id
 from xdpo.ending import ignore_signals
 
@@ -22,12 +26,25 @@ Tokenize = Callable[[str], tuple[Tokens, bool]]
 """A caption → its token ids, (L,) each, and whether it lost tokens."""
 
 
+class PairExample(NamedTuple):
+    """The pair at a position of the training order, decoded, augmented, tokenized."""
+
+    position: int
+    row: int  # of the source
+    pair_id: str
+    pixel_values: Tensor  # (2, 3, R, R) float32 in [−1, 1], chosen first
+    tokens: Tokens  # (L,) each
+    caption_dropped: bool
+    truncated: bool  # whether the caption lost tokens
+    unreadable: list[int]  # rows whose images could not be decoded, which this pair replaces
+
+
 class PairDataset(Dataset):
     """Examples by position 0, 1, 2, … without end: position p belongs to epoch p // len(table).
 
-    tokenize: of the model's family. config: the `data` section (resolution, crop, horizontal_flip, caption_dropout).
+    tokenize: of the model's family. data_config decides resolution, crop, flips and dropped captions.
     shuffle: each epoch has its own permutation of the pairs; otherwise the order of the table.
-    augment: crop, flip and caption dropout as configured; otherwise centre crop alone. For held-out pairs both are off.
+    augment: crop, flip and caption dropout as configured; otherwise a centre crop. Both are off for held-out pairs.
     """
 
     def __init__(
@@ -35,7 +52,7 @@ class PairDataset(Dataset):
         table: PairTable,
         tokenize: Tokenize,
         seed: int,
-        config: Any,
+        data_config: DataConfig,
         *,
         shuffle: bool = True,
         augment: bool = True,
@@ -43,21 +60,19 @@ class PairDataset(Dataset):
         self.table = table
         self.tokenize = tokenize
         self.seed = seed
-        self.config = config
-        self.order = noise.SampleOrder(seed, len(table), shuffle)
+        self.data_config = data_config
+        self.order: noise.Order = noise.SampleOrder(seed, len(table), shuffle)
         self.augment = augment
 
     def __len__(self) -> int:
-        """Pairs in an epoch; positions go on beyond it."""
+        """Pairs in an epoch; positions continue beyond it."""
         return len(self.table)
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
+    def __getitem__(self, position: int) -> PairExample:
         """The example at a position.
 
-        pixel_values (2, 3, R, R) float32 in [−1, 1], chosen first; tokens, (L,) each; position and row, int;
-        pair_id; caption_dropped; truncated, whether the caption lost tokens; unreadable, rows of the source met on the
-        way whose images cannot be decoded. The next pair of the table stands in for such a row, so the
-        example stays a function of (seed, position).
+        Where images can't be decoded, the next pair of the table replaces theirs, so the example stays a function of
+        (seed, position).
         Raises DataError after 100 unreadable pairs in a row, or when none of a smaller table can be read.
         """
         index, unreadable = self.order[position], []
@@ -73,22 +88,22 @@ class PairDataset(Dataset):
                 index = (index + 1) % len(self.table)
         else:
             raise DataError(
-                f"{len(unreadable)} pairs in a row have unreadable images, last {_named(self.table, row)}: {reason}"
+                f"{len(unreadable)} pairs in a row have unreadable images, last {_row_name(self.table, row)}: {reason}"
             )
         if self.table.chosen_side[index] == 1:
             images.reverse()
         caption, caption_dropped = record["caption"], self._drops_caption(position)
         tokens, truncated = self.tokenize("" if caption_dropped else caption)
-        return {
-            "position": position,
-            "row": row,
-            "pair_id": pair_id(record, row),
-            "pixel_values": self._transform(images, position),
-            "tokens": tokens,
-            "caption_dropped": caption_dropped,
-            "truncated": truncated,
-            "unreadable": unreadable,
-        }
+        return PairExample(
+            position=position,
+            row=row,
+            pair_id=pair_id(record, row),
+            pixel_values=self._transform(images, position),
+            tokens=tokens,
+            caption_dropped=caption_dropped,
+            truncated=truncated,
+            unreadable=unreadable,
+        )
 
     def image(self, index: int, side: int, position: int) -> SingleItem | None:
         """One image of a pair, the chosen one at side 0, with the draws of `position`; None where it is unreadable."""
@@ -101,26 +116,27 @@ class PairDataset(Dataset):
         return SingleItem(self._transform([image], position)[0], tokens, truncated)
 
     def caption(self, index: int | None) -> Tokens:
-        """(L,) each, of a pair's caption, never dropped; None is the empty caption."""
+        """The token ids, (L,) each, of a pair's caption, never dropped; None is the empty caption."""
         return self.tokenize("" if index is None else self.table.caption(index))[0]
 
     def batch(self, positions: Sequence[int]) -> Batch:
-        """The examples at some positions as one batch (collate_pairs)."""
+        """The examples at B positions as one batch (collate_pairs)."""
         return collate_pairs([self[position] for position in positions])
 
     __getitems__ = batch  # what a DataLoader calls
 
-    def _transform(self, images: list[Any], position: int) -> torch.Tensor:
-        """One flip and one relative crop for all the images of a position: both of a pair."""
+    def _transform(self, images: list[Image.Image], position: int) -> Tensor:
+        """Flip and crop all images of a position, both of a pair, in the same way."""
         flip, offset = False, (0.5, 0.5)
         if self.augment:
             coin, across, down = noise.draw_augmentation(self.seed, position)
-            flip = self.config.horizontal_flip and coin < 0.5
-            offset = (across, down) if self.config.crop == "random" else offset
-        return torch.stack([square_pixels(image, self.config.resolution, offset=offset, flip=flip) for image in images])
+            flip = self.data_config.horizontal_flip and coin < 0.5
+            offset = (across, down) if self.data_config.crop == "random" else offset
+        resolution = self.data_config.resolution
+        return torch.stack([square_pixels(image, resolution, offset=offset, flip=flip) for image in images])
 
     def _drops_caption(self, position: int) -> bool:
-        return self.augment and noise.draw_caption_coin(self.seed, position) < self.config.caption_dropout
+        return self.augment and noise.draw_caption_coin(self.seed, position) < self.data_config.caption_dropout
 
 
 class StepSampler:
@@ -145,34 +161,34 @@ class StepSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         first = self.first_position
-        while True:  # (a·W + r)·B grows by W·B from micro-step to micro-step, and so it does from step to step
+        while True:  # (a·W + r)·B grows by W·B with every micro-step, within a step and from one step to the next
             yield list(range(first, first + self.micro_batch_pairs))
             first += self.stride
 
 
-def collate_pairs(examples: list[dict[str, Any]]) -> Batch:
+def collate_pairs(examples: Sequence[PairExample]) -> Batch:
     """A list of B examples → one batch."""
-    pixels = torch.stack([example["pixel_values"] for example in examples], dim=1)  # (2, B, 3, R, R)
+    pixels = torch.stack([example.pixel_values for example in examples], dim=1)  # (2, B, 3, R, R)
     return Batch(
-        positions=torch.tensor([example["position"] for example in examples]),
-        rows=torch.tensor([example["row"] for example in examples]),
-        pair_ids=[example["pair_id"] for example in examples],
+        positions=torch.tensor([example.position for example in examples]),
+        rows=torch.tensor([example.row for example in examples]),
+        pair_ids=[example.pair_id for example in examples],
         images=pixels.flatten(0, 1),
-        captions=stack([example["tokens"] for example in examples]),
-        truncated=sum(example["truncated"] for example in examples),
-        unreadable=[row for example in examples for row in example["unreadable"]],
+        captions=stack([example.tokens for example in examples]),
+        truncated=sum(example.truncated for example in examples),
+        unreadable=[row for example in examples for row in example.unreadable],
     )
 
 
 def held_out_batches(
     num_pairs: int, num_draws: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> list[list[int]]:
-    """The positions of held-out pairs shared out over the ranks: each batch of pairs with all its draws in a row.
+    """The batches of held-out positions of one rank: each batch of pairs with all its draws one after another.
 
     Draw k of pair i has position i + k · num_pairs.
     """
-    mine = list(range(rank, num_pairs, world_size))
-    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    pairs = list(range(rank, num_pairs, world_size))
+    batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
     return [[pair + draw * num_pairs for pair in batch] for batch in batches for draw in range(num_draws)]
 
 
@@ -182,49 +198,50 @@ def make_loader(
     """A loader of batches of positions, such as a StepSampler's.
 
     dataset: a PairDataset, or another that gives whole batches by position (`__getitems__`). Batches do not depend on
-    num_workers. They are a rank's own already: don't hand the loader to accelerate's prepare.
+    num_workers. They are already one rank's: don't pass the loader to accelerate's prepare.
     """
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
         worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # its own: a loader must not draw from the global one
+        generator=torch.Generator(),  # a loader must not draw from the global generator
     )
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _unchanged(batch: Any) -> Batch:
+    """`__getitems__` has made the batch already, which DataLoader's types don't know of."""
     return batch
 
 
 class UnreadableTracker:
-    """Stops a run whose data are damaged: more than max_share of the pairs read have unreadable images."""
+    """Stops a run whose data are damaged: one in which more than max_share of the pairs read have unreadable images."""
 
-    def __init__(self, table: PairTable, max_share: float):
+    def __init__(self, table: PairRows, max_share: float):
         self.table = table
         self.max_share = max_share
         self.pairs_read = 0
         self.rows: set[int] = set()
 
     def update(self, pairs_read: int, unreadable: Iterable[int]) -> None:
-        """Count pairs read and the unreadable rows met meanwhile, each row once.
+        """Count the pairs read and the unreadable rows among them, each row once.
 
-        The share is taken of at least 100 pairs, so that one bad file does not end a run at its start, and of at most
-        the table's pairs, so that it does not fade with the epochs. Raises DataError, naming up to ten rows.
+        The share is one of at least 100 pairs, so that one bad file does not end a run at its start, and of at most the
+        table's pairs, so that it does not shrink with the epochs. Raises DataError, naming up to ten rows.
         """
         self.pairs_read += pairs_read
         self.rows.update(unreadable)
         pairs_seen = max(min(self.pairs_read, len(self.table)), 100)
         if len(self.rows) > self.max_share * pairs_seen:
-            named = ", ".join(_named(self.table, row) for row in sorted(self.rows)[:10])
+            shown = ", ".join(_row_name(self.table, row) for row in sorted(self.rows)[:10])
             raise DataError(
                 f"{len(self.rows)} of the first {self.pairs_read:,} pairs read have unreadable images, more than "
-                f"data.max_unreadable_share={self.max_share:g} allows: {named}. Repair the files, or raise the share"
+                f"data.max_unreadable_share={self.max_share:g} allows: {shown}. Repair the files, or raise the share"
             )
 
 
-def _named(table: PairTable, row: int) -> str:
+def _row_name(table: PairRows, row: int) -> str:
     return f"row {row} (pair {table.pair_id(row)})"

@@ -1,8 +1,8 @@
-"""Which images a source has, told without reading all of them: every size, and the bytes of some.
+"""Identifies a source's images without reading all of them: by every size, and the bytes of some.
 
-A source of a million images is read at each start as far as this goes: seconds, not the hours that hashing 300 GB takes
-(docs/performance.md has it measured). An edited image nearly always has another size; where images are files of
-their own, those of more than MOST_FILES are sampled too, and an edit in between goes unseen.
+This runs at each start. For a million images it takes seconds, where hashing 300 GB takes hours (measured in
+docs/performance.md). An edited image nearly always has another size. Where images are separate files, the sizes of at
+most MOST_FILES are read, and an edit of another file goes unnoticed.
 """
 
 import hashlib
@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
-SAMPLED = 256  # images a column whose bytes are read
-MOST_FILES = 20_000  # files a column whose sizes are asked for
+SAMPLED = 256  # images per column whose bytes are read
+MOST_FILES = 20_000  # files per column whose sizes are read
 
 
 def image_digest(dataset: "Dataset", columns: tuple[str, ...]) -> str:
@@ -31,17 +32,17 @@ def image_digest(dataset: "Dataset", columns: tuple[str, ...]) -> str:
 
 
 def file_states(paths: list[str]) -> dict[str, list[int]]:
-    """Size and time of the last change of files, by path; those that are not here are left out."""
-    found = {}
+    """Size and time of the last change of files, by path; files that don't exist are left out."""
+    states = {}
     for path in paths:
         if os.path.isfile(path):
             status = os.stat(path)
-            found[path] = [status.st_size, status.st_mtime_ns]
-    return found
+            states[path] = [status.st_size, status.st_mtime_ns]
+    return states
 
 
-def _sizes(column: Any) -> np.ndarray:
-    """Bytes of each image; of files no more than MOST_FILES, evenly spaced. −1 where there is none."""
+def _sizes(column: "pa.ChunkedArray") -> np.ndarray:
+    """Bytes of each image, −1 where there is none; of separate files at most MOST_FILES, evenly spaced."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -67,7 +68,7 @@ def _file_size(path: str | None) -> int:
 
 
 def bytes_of(cell: Any) -> bytes:
-    """The file of an image as a source has it: bytes, a path, or both in a dictionary. Empty where there is none."""
+    """An image's encoded file from a cell of a source: bytes, a path, or a dictionary of both. Empty where missing."""
     if isinstance(cell, dict) and cell["bytes"] is not None:
         return cell["bytes"]
     if isinstance(cell, bytes):

@@ -20,7 +20,7 @@ _UPRIGHT = {  # EXIF orientation → what turns the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_STORAGE_ERRORS = frozenset(  # they tell nothing about the file
+_STORAGE_ERRORS = frozenset(  # they say nothing about the file
     {
         *(errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ETIMEDOUT),
         *(errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH),
@@ -37,30 +37,36 @@ def decode_rgb(cell: bytes | str | dict[str, Any] | None) -> Image.Image:
     """Decode image bytes, the file at a path, or {"bytes", "path"} to mode RGB.
 
     EXIF orientation is applied, transparency is laid over white, 16-bit grey is scaled to 8, and of an animation the
-    first frame is taken. 32-bit values are scaled by the least of these whites that they all fit: 1 and 255 for
-    floats, 255 and 65,535 for integers. Where they fit none, or stay below a tenth of a greater one, nobody knows.
+    first frame is taken. 32-bit values are scaled by the smallest white that none of them exceeds: 1 or 255 for floats,
+    255 or 65,535 for integers. Values that exceed both, or stay below a tenth of the larger one, are ambiguous.
 
-    Raises UnreadableImageError for whatever a decoder raises and for a missing file, StorageError where the storage is
-    at fault and not the image.
+    Raises UnreadableImageError for ambiguous values, for whatever a decoder raises and for a missing file; StorageError
+    where the storage is at fault and not the image.
     """
-    path, content = (cell, None) if isinstance(cell, str) else (None, cell)
+    path: str | None = None
+    content: bytes | None = None
     if isinstance(cell, dict):
         path, content = cell.get("path"), cell.get("bytes")
-    if path is None and content is None:
+    elif isinstance(cell, str):
+        path = cell
+    else:
+        content = cell
+    file = path if content is None else io.BytesIO(content)
+    if file is None:
         raise UnreadableImageError("there is no image")
     try:
-        with Image.open(path if content is None else io.BytesIO(content)) as image:
+        with Image.open(file) as image:
             image.load()
             if 0 in image.size:
                 raise UnreadableImageError(f"its size is {image.width} × {image.height}")
             turn = _UPRIGHT.get(_orientation(image))
-            rgb = _as_rgb(image.copy(), image.format)  # a copy has its palette where a format's own class forgets it
+            rgb = _as_rgb(image.copy(), image.format)  # a copy keeps the palette, which some formats' classes lose
             return rgb if turn is None else rgb.transpose(turn)
     except MemoryError:
         raise
     except Exception as error:  # decoders are many, and what they raise on damage has nothing in common
-        if content is None and isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
-            raise StorageError(f"could not read {path}: {storage_fault(error, Path(path))}") from error
+        if not isinstance(file, io.BytesIO) and isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
+            raise StorageError(f"could not read {path}: {storage_fault(error, Path(file))}") from error
         reason = str(error) if isinstance(error, UnreadableImageError) else f"{type(error).__name__}: {error}"
         reason = lfs_pointer(_start(path, content)) or reason
         raise UnreadableImageError(reason if path is None else f"{path}: {reason}") from error
@@ -78,7 +84,7 @@ def _start(path: Any, content: Any) -> bytes:
 
 
 def _orientation(image: Image.Image) -> Any:
-    """The EXIF tag of a loaded image; None where there is none, or its metadata are damaged and its pixels are not."""
+    """The EXIF orientation of a loaded image; None where it has none, or where only its metadata are damaged."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # as in decode_rgb
@@ -99,7 +105,7 @@ def _as_rgb(image: Image.Image, format: str | None) -> Image.Image:
 
 
 def _white_of(values: np.ndarray, mode: str) -> float:
-    """Which value is white, by the rule in decode_rgb; floats may pass black and white by a tenth, as resizing does."""
+    """Which value is white, by the rule in decode_rgb. Floats may exceed it by a tenth, due to resizing."""
     whites, margin = ((1.0, 255.0), 0.1) if mode == "F" else ((255.0, 65_535.0), 0.0)
     low, high = float(values.min()), float(values.max())
     for white in whites:
@@ -116,7 +122,7 @@ def square_pixels(
 ) -> torch.Tensor:
     """The largest square of an RGB image as (3, resolution, resolution) float32 in [−1, 1].
 
-    offset: where the square lies along (width, height), from 0 (left, top) to 1 (right, bottom).
+    offset: position of the square along (width, height), from 0 (left, top) to 1 (right, bottom).
     One bilinear, antialiased resize of the square equals resizing the shorter side and then cropping, and does not
     build the large intermediate of a very long image.
     """

@@ -1,17 +1,18 @@
 """The scores of pairs → the factor of each pair's β: SmPO's margin weights, for `loss.margin_weight`.
 
-A weight depends on the pair's two scores and on the range of all the training pairs' scores, never on a batch. A pair
-is found by its row in the source, which every batch names: where another pair stood in for an unreadable one, that row
-is the other's.
+A weight depends on the pair's two scores and on the range of all the training pairs' scores, never on a batch. Weights
+are looked up by the pair's row in the source, which every batch has: where another pair replaced an unreadable one, the
+row is that pair's.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from xdpo.data.interface import PairRows
 from xdpo.data.split import Split
 from xdpo.data.table import DataError
 from xdpo.loss import margin_weights, preference_probability
@@ -26,7 +27,7 @@ class MarginWeights:
     score_range: tuple[float, float]  # lowest and highest score of the training pairs
 
     def get(self, rows: Tensor, device: torch.device) -> Tensor:
-        """(B,) float32 on `device`, of the pairs at B rows of the source, which lie on the CPU."""
+        """The weights, (B,) float32 on `device`, of the pairs at B rows of the source. rows: on the CPU."""
         return self.weights[torch.searchsorted(self.rows, rows)].to(device, non_blocking=True)
 
     def __str__(self) -> str:
@@ -38,7 +39,7 @@ class MarginWeights:
 
 
 class PairWeights(NamedTuple):
-    """The weights of both kinds of pairs; None where there are no such pairs, or no weights."""
+    """The margin weights of training and held-out pairs; None where there are no such pairs, or no weights."""
 
     train: MarginWeights | None
     held_out: MarginWeights | None
@@ -47,11 +48,11 @@ class PairWeights(NamedTuple):
         return self.held_out if split.is_held_out else self.train
 
 
-def weigh_pairs(scale: float | None, train_pairs: Any, held_out_pairs: Any = None) -> PairWeights:
-    """Weights of a data.PairTable's pairs, or a cache.ExampleCache's, with `loss.margin_weight` as scale; null: none.
+def weigh_pairs(scale: float | None, train_pairs: PairRows, held_out_pairs: PairRows | None = None) -> PairWeights:
+    """The margin weights of all pairs. scale: loss.margin_weight; None: no weights.
 
-    The range of the scores is the training pairs', as SmPO takes its data set's, for the held-out ones too.
-    Raises DataError where a score is missing or no finite number, or the training pairs' are all equal.
+    The range of the scores is that of the training pairs, as in SmPO, for the held-out pairs too.
+    Raises DataError where a score is missing or not finite, or the training pairs' scores are all equal.
     """
     if scale is None:
         return PairWeights(None, None)
@@ -69,8 +70,8 @@ def weigh_pairs(scale: float | None, train_pairs: Any, held_out_pairs: Any = Non
     return PairWeights(train, held_out)
 
 
-def finite_scores(pairs: Any, split: Split) -> np.ndarray:
-    """(2, N) float64, chosen first. Raises DataError where a pair has none, naming up to ten rows."""
+def finite_scores(pairs: PairRows, split: Split) -> np.ndarray:
+    """The scores, (2, N) float64, chosen first. Raises DataError where a pair has none, naming up to ten rows."""
     scores = pairs.scores
     if scores is None:
         raise no_scores(split)
@@ -93,9 +94,10 @@ def no_scores(split: Split) -> DataError:
     )
 
 
-def _weights(pairs: Any, scores: np.ndarray, score_range: tuple[float, float], scale: float) -> MarginWeights:
+def _weights(pairs: PairRows, scores: np.ndarray, score_range: tuple[float, float], scale: float) -> MarginWeights:
     lowest, highest = score_range
-    probability = preference_probability(*torch.from_numpy(scores), lowest=lowest, highest=highest)
+    chosen, rejected = torch.from_numpy(scores)
+    probability = preference_probability(chosen, rejected, lowest=lowest, highest=highest)
     # One number on every process and device: computed in float64 on the CPU, rounded once.
     weights = margin_weights(probability, scale=scale).float()
     return MarginWeights(torch.tensor(pairs.rows), weights, score_range)

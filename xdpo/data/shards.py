@@ -1,6 +1,6 @@
-"""Files of one data set need not be alike: which columns of each are read, under which one schema; which file is wrong.
+"""One schema for the files of a data set, which may differ from one another, and the file that is at fault.
 
-Only the columns that somebody reads count. Others may come, go and change their type; optional ones may be missing.
+Only the columns that are used count. Others may be missing or of any type; optional ones may be missing.
 """
 
 import io
@@ -18,7 +18,7 @@ from xdpo.data.table import (
     NUMBER_COLUMNS,
     REQUIRED_COLUMNS,
     DataError,
-    house_names,
+    canonical_names,
     kind_of,
     require_columns,
 )
@@ -26,19 +26,20 @@ from xdpo.files import lfs_pointer
 from xdpo.tables import parquet_rows, parquet_schema
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Features
 
 
 @dataclass(frozen=True)
 class Alike:
-    """Parquet files one after another whose columns have the same names, and the types to read them as."""
+    """Consecutive parquet files whose columns have the same names, and the types to read them as."""
 
     files: list[str]
     features: "Features"  # by the files' own names
 
 
 def alike(files: Sequence[str]) -> list[Alike]:
-    """Parquet files in groups that can be read together; every house column has one type in all of them.
+    """Parquet files in groups that can be read together; each canonical column has one type in all of them.
 
     Files without a row are left out. Raises DataError for a file that can't be read, lacks a required column, or has
     one of a type that doesn't go with the others', and where no file has a row.
@@ -49,66 +50,72 @@ def alike(files: Sequence[str]) -> list[Alike]:
     if not files:
         raise DataError(f"no parquet file has any row, {first} for one")
     schemas = {file: parquet_schema(Path(file)) for file in files}  # footers only: no row is read
-    columns = {file: _columns(schema.names, file) for file, schema in schemas.items()}
+    names = {file: _names_of(schema.names, file) for file, schema in schemas.items()}
     features = {}
-    for house in dict.fromkeys(house for found in columns.values() for house in found):
-        types = {file: schemas[file].field(found[house]).type for file, found in columns.items() if house in found}
-        features[house] = _feature(house, _common_type(house, types), schemas, columns)
+    for column in dict.fromkeys(column for names_of in names.values() for column in names_of):
+        types = {file: schemas[file].field(named[column]).type for file, named in names.items() if column in named}
+        features[column] = _feature(column, _common_type(column, types), schemas, names)
     groups = []
-    for _, group in groupby(files, key=columns.get):
-        group = list(group)
-        groups.append(Alike(group, Features({name: features[house] for house, name in columns[group[0]].items()})))
+    for _, group in groupby(files, key=lambda file: names[file]):
+        together = list(group)
+        names_of = names[together[0]]
+        groups.append(Alike(together, Features({name: features[column] for column, name in names_of.items()})))
     return groups
 
 
-def _columns(names: list[str], file: str) -> dict[str, str]:
-    """House column → the file's. Raises DataError for a required one that is missing or there twice."""
-    require_columns(names, file)
-    found = house_names(names)
-    if twice := [name for name in found if names.count(name) > 1]:
+def _names_of(columns: list[str], file: str) -> dict[str, str]:
+    """Canonical column → the file's name of it. Raises DataError for a required one that is missing or there twice."""
+    require_columns(columns, file)
+    canonical = canonical_names(columns)
+    if twice := [name for name in canonical if columns.count(name) > 1]:
         raise DataError(f"{file} has several columns called {twice[0]!r}; remove all but one")
-    return {house: name for name, house in found.items()}
+    return {column: name for name, column in canonical.items()}
 
 
-def _common_type(house: str, types: Mapping[str, Any]) -> Any:
+def _common_type(column: str, types: "Mapping[str, pa.DataType]") -> "pa.DataType":
     """The pyarrow type that a column is read as. Raises DataError naming the first file whose type doesn't fit."""
     import pyarrow as pa
 
     kinds = {file: kind_of(type) for file, type in types.items()}
-    known = {file: kind for file, kind in kinds.items() if kind != "nothing"}
-    if house == "caption":
-        for file, kind in known.items():
+    filled = {file: kind for file, kind in kinds.items() if kind != "nothing"}
+    if column == "caption":
+        for file, kind in filled.items():
             if kind != "text":
-                raise DataError(f"{file}: column {house} must hold text, it holds {types[file]}")
-    distinct, holds = {types[file] for file in known or kinds}, set(known.values())
+                raise DataError(f"{file}: column {column} must hold text, it holds {types[file]}")
+    distinct, holds = {types[file] for file in filled or kinds}, set(filled.values())
     if holds == {"text"}:  # also dictionaries and views, which `datasets` does not take
         return pa.large_string() if pa.large_string() in distinct else pa.string()
     if holds == {"bytes"}:
         return pa.large_binary() if pa.large_binary() in distinct else pa.binary()
     if len(distinct) == 1:
         return distinct.pop()
-    if house in (*ID_COLUMNS, *FLAG_COLUMNS) and holds <= {"text", "number", "flag"}:
+    if column in (*ID_COLUMNS, *FLAG_COLUMNS) and holds <= {"text", "number", "flag"}:
         return pa.string()
-    if house in NUMBER_COLUMNS and holds <= {"number", "flag"}:
+    if column in NUMBER_COLUMNS and holds <= {"number", "flag"}:
         return pa.float64()
-    if house in NUMBER_COLUMNS and holds <= {"text", "number"}:  # numbers may be written as text
+    if column in NUMBER_COLUMNS and holds <= {"text", "number"}:  # numbers may be written as text
         return pa.string()
-    first, *rest = known
+    first, *rest = filled
     other = next(file for file in rest if types[file] != types[first])
     raise DataError(
-        f"{other}: column {house} holds {types[other]}, but {types[first]} in {first}; write both with the same type"
+        f"{other}: column {column} holds {types[other]}, but {types[first]} in {first}; write both with the same type"
     )
 
 
-def _feature(house: str, type: Any, schemas: Mapping[str, Any], columns: Mapping[str, Mapping[str, str]]) -> Any:
-    """A type as `datasets` calls it; as an image column where the file of that type says that it is one."""
+def _feature(
+    column: str,
+    type: "pa.DataType",
+    schemas: "Mapping[str, pa.Schema]",
+    names: Mapping[str, Mapping[str, str]],
+) -> Any:
+    """A type as a feature of `datasets`: an image, where a file with that type declares its column to be one."""
     import pyarrow as pa
     from datasets import Features
 
-    name, metadata = house, None
-    for file, found in columns.items():
-        if house in found and schemas[file].field(found[house]).type == type:
-            name, metadata = found[house], schemas[file].metadata
+    name, metadata = column, None
+    for file, names_of in names.items():
+        if column in names_of and schemas[file].field(names_of[column]).type == type:
+            name, metadata = names_of[column], schemas[file].metadata
             break
     return Features.from_arrow_schema(pa.schema([(name, type)], metadata=metadata))[name]
 
@@ -130,16 +137,18 @@ def with_members(files: Sequence[str]) -> list[str]:
         if not names:
             continue
         filled.append(file)
-        found = {house: name for name, house in house_names(names).items()}
-        for house, name in found.items():
+        by_column = {column: name for name, column in canonical_names(names).items()}
+        for column, name in by_column.items():
             if len(clash := [other for other in names if other.split(".")[0] == name.split(".")[0]]) > 1:
-                raise DataError(f"{file}: its samples hold {' and '.join(clash)}, and {house} can be but one; keep one")
-        for house in set(REQUIRED_COLUMNS) & set(found):
-            wanted = first.setdefault(house, found[house])
-            if found[house] != wanted:
                 raise DataError(
-                    f"{file}: its samples hold {found[house]}, but {wanted} in {files[0]}; pack all tars with the same "
-                    "member names"
+                    f"{file}: its samples hold {' and '.join(clash)}, and {column} can be but one; keep one"
+                )
+        for column in set(REQUIRED_COLUMNS) & set(by_column):
+            expected = first.setdefault(column, by_column[column])
+            if by_column[column] != expected:
+                raise DataError(
+                    f"{file}: its samples hold {by_column[column]}, but {expected} in {files[0]}; pack all tars with "
+                    "the same member names"
                 )
     if not filled:
         raise DataError(f"no tar holds a sample, {files[0]} for one")
@@ -147,7 +156,7 @@ def with_members(files: Sequence[str]) -> list[str]:
 
 
 def _first_sample(file: str) -> list[str]:
-    """What follows the key in the member names of a tar's first sample: `jpg_0.jpg`, `caption.txt`, …"""
+    """The member names of a tar's first sample without their key: `jpg_0.jpg`, `caption.txt`, …"""
     key, names = None, []
     with tarfile.open(file) as tar:
         if isinstance(tar.fileobj, io.BufferedReader) and os.path.getsize(file) % tarfile.BLOCKSIZE:  # not compressed
@@ -161,7 +170,7 @@ def _first_sample(file: str) -> list[str]:
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, str]]:
-    """(folder, key, rest of the name) of the files whose names begin with a key; a Mac's `._…` don't."""
+    """(folder, key, rest of the name) of the files whose names begin with a key, which a Mac's `._…` don't."""
     for member in tar:
         folder, _, name = member.name.rpartition("/")
         base, dot, rest = name.partition(".")
@@ -170,7 +179,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, str]]:
 
 
 def file_at_fault(files: Iterable[str], read: Callable[[str], None]) -> str | None:
-    """The first file that `read` fails on and how; None where it fails on none. Reads all files before that one."""
+    """The first file that `read` fails on, with the error; None where it fails on none. Reads all files before it."""
     for file in files:
         try:
             read(file)

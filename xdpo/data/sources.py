@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xdpo.config import DataConfig
 from xdpo.data.shards import alike, file_at_fault, first_line, read_parquet, read_tar, with_members
 from xdpo.data.table import (
     SCORE_COLUMNS,
@@ -21,7 +22,7 @@ from xdpo.data.table import (
     listed,
     require_columns,
     usable_pairs,
-    with_house_columns,
+    with_canonical_columns,
 )
 from xdpo.files import storage_fault
 from xdpo.paths import expanded, matching, user_path
@@ -41,7 +42,7 @@ Or use local data, which also needs no network (the hub is asked for its list of
 
 
 def load_pairs(
-    config: Any,
+    data_config: DataConfig,
     *,
     path: str | list[str] | None = None,
     split: str | None = None,
@@ -50,36 +51,38 @@ def load_pairs(
 ) -> PairTable:
     """Load the pairs that the `data` section of a config describes.
 
-    config: needs source, path, revision, split, max_pairs. `path`, `split` and `max_pairs`, where given, take the
-    place of the config's (for held-out pairs). Ties, unlabelled rows, rows without a caption and pairs of identical
-    images are dropped and counted; max_pairs then keeps the first so many. A split chooses files of a hub data set, or
-    within a folder (`train.parquet`, `train-*.parquet`, `train/*.parquet`); files named outright are all used.
-    num_proc: processes that convert files, where they aren't converted yet; it changes neither rows nor their order.
+    `path`, `split` and `max_pairs`, where given, replace those of data_config (for held-out pairs). Ties, unlabelled
+    rows, rows without a caption and pairs of identical images are dropped and counted; then the first max_pairs are
+    kept. A split selects files of a hub data set, or within a folder (`train.parquet`, `train-*.parquet`,
+    `train/*.parquet`); files that are named themselves are all used.
+    num_proc: processes that convert files that aren't converted yet; it changes neither rows nor their order.
 
-    Raises DataError: nothing at that path, columns missing, labels that are none, no pair left, or no such source.
+    Raises DataError: nothing at that path, columns missing, invalid labels, no pair left, or an unknown source.
     """
     loaders = {"hub": _load_hub, "parquet": _load_parquet, "webdataset": _load_webdataset, "folder": _load_folder}
-    if config.source not in loaders:
-        raise DataError(f"unknown data.source {config.source!r}; choose from {', '.join(loaders)}")
-    paths = _paths(config, path)
-    where = f"{config.source} data at {', '.join(paths)}"
+    if data_config.source not in loaders:
+        raise DataError(f"unknown data.source {data_config.source!r}; choose from {', '.join(loaders)}")
+    paths = _paths(data_config, path)
+    where = f"{data_config.source} data at {', '.join(paths)}"
     try:
-        dataset = loaders[config.source](paths, split or config.split, config.revision, num_proc)
+        dataset = loaders[data_config.source](paths, split or data_config.split, data_config.revision, num_proc)
     except TableError as error:
         raise DataError(str(error)) from error
-    dataset = with_house_columns(dataset, where)
-    return usable_pairs(dataset, config.max_pairs if max_pairs is None else max_pairs, where)
+    dataset = with_canonical_columns(dataset, where)
+    return usable_pairs(dataset, data_config.max_pairs if max_pairs is None else max_pairs, where)
 
 
-def files_to_convert(config: Any, *, path: str | list[str] | None = None, split: str | None = None) -> list[str]:
-    """Paths or URLs of the files that `load_pairs` would fetch and convert; none of a folder, read where it lies.
+def files_to_convert(
+    data_config: DataConfig, *, path: str | list[str] | None = None, split: str | None = None
+) -> list[str]:
+    """Paths or URLs of the files that `load_pairs` would fetch and convert; none for a folder, which needs neither.
 
     Raises DataError where there are none.
     """
-    paths, split = _paths(config, path), split or config.split
-    match config.source:
+    paths, split = _paths(data_config, path), split or data_config.split
+    match data_config.source:
         case "hub":
-            return _hub_files(_only(paths, "hub"), split, config.revision)
+            return _hub_files(_only(paths, "hub"), split, data_config.revision)
         case "parquet":
             return _matching_files(paths, ".parquet", split)
         case "webdataset":
@@ -87,20 +90,20 @@ def files_to_convert(config: Any, *, path: str | list[str] | None = None, split:
     return []
 
 
-def local_files(config: Any, *, path: str | list[str] | None = None, split: str | None = None) -> list[str]:
-    """The files of this machine behind `load_pairs`, of a folder its listing; none of a hub data set."""
-    paths, split = _paths(config, path), split or config.split
-    if config.source == "folder":
+def local_files(data_config: DataConfig, *, path: str | list[str] | None = None, split: str | None = None) -> list[str]:
+    """This machine's files that `load_pairs` would read; for a folder its listing, for a hub data set none."""
+    paths, split = _paths(data_config, path), split or data_config.split
+    if data_config.source == "folder":
         return [str(_listing(paths, split).absolute())]
-    files = [] if config.source == "hub" else files_to_convert(config, path=path, split=split)
+    files = [] if data_config.source == "hub" else files_to_convert(data_config, path=path, split=split)
     return [os.path.abspath(file) for file in files]
 
 
-def _paths(config: Any, path: str | list[str] | None) -> list[str]:
-    given = config.path if path is None else path
+def _paths(data_config: DataConfig, path: str | list[str] | None) -> list[str]:
+    given = data_config.path if path is None else path
     paths = [given] if isinstance(given, str) else list(given)
     if not paths:
-        raise DataError(f"data.path is empty; name what data.source={config.source} should read")
+        raise DataError(f"data.path is empty; name what data.source={data_config.source} should read")
     return paths
 
 
@@ -155,7 +158,7 @@ def _load_parquet(paths: list[str], split: str, revision: str | None, num_proc: 
         dataset = _load_files(
             "parquet", group.files, split, read, columns=columns, features=group.features, num_proc=num_proc
         )
-        parts.append(with_house_columns(dataset, group.files[0]))
+        parts.append(with_canonical_columns(dataset, group.files[0]))
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
@@ -165,7 +168,7 @@ def _load_webdataset(paths: list[str], split: str, revision: str | None, num_pro
 
 
 def _load_files(builder: str, files: list[str], split: str, read: Callable[[str], None], **settings: Any) -> "Dataset":
-    """A packaged builder's data set of some files; `read` reads one of them, to find the one at fault."""
+    """A packaged builder's data set of some files. `read` reads one file, to find the damaged one."""
     from datasets import load_dataset
 
     names = [glob.escape(file) for file in files]  # `datasets` takes them for globs
@@ -233,19 +236,23 @@ def _load_folder(paths: list[str], split: str, revision: str | None, num_proc: i
         return [os.path.join(listing.parent, expanded(cell)) if cell else None for cell in table.texts(name)]
 
     text, number = Value("string"), Value("float64")
-    found = {"jpg_0": files(columns[0]), "jpg_1": files(columns[1]), "caption": table.texts("caption")}
+    content: dict[str, list[Any]] = {
+        "jpg_0": files(columns[0]),
+        "jpg_1": files(columns[1]),
+        "caption": table.texts("caption"),
+    }
     optional = {"has_label": "has_label", "ranking_id": "ranking_id"}
     if columns is by_choice:
-        found["label_0"] = [1.0] * len(table.rows)
+        content["label_0"] = [1.0] * len(table.rows)
         optional |= {"score_0": "score_chosen", "score_1": "score_rejected"}
     else:
-        found |= {name: table.floats(name) for name in ("label_0", "label_1") if name in table.names}
+        content |= {name: table.floats(name) for name in ("label_0", "label_1") if name in table.names}
         optional |= {name: name for name in SCORE_COLUMNS}
     import pyarrow as pa
 
-    found |= {name: table.scalars(column) for name, column in optional.items() if column in table.names}
-    features = Features({name: number if name.startswith("label") else text for name in found})
-    return Dataset(pa.table(found, features.arrow_schema))  # not from_dict, which looks at each cell once more
+    content |= {name: table.scalars(column) for name, column in optional.items() if column in table.names}
+    features = Features({name: number if name.startswith("label") else text for name in content})
+    return Dataset(pa.table(content, features.arrow_schema))  # not from_dict, which inspects each cell again
 
 
 def _only(paths: list[str], source: str) -> str:
@@ -255,25 +262,25 @@ def _only(paths: list[str], source: str) -> str:
 
 
 def _matching_files(paths: list[str], suffix: str, split: str) -> list[str]:
-    """Files that paths, globs and folders stand for, in order, each once; every one of `paths` must match some."""
+    """The files that paths, globs and folders match, in order, each once. Each of `paths` must match at least one."""
     files: list[str] = []
     for path in paths:
         folder = user_path(path)
         if folder.is_dir():
             inside = sorted(folder.rglob(f"*{suffix}"))
-            found = [str(file) for file in inside if split in (file.parent.name, _split_of(file))]
-            if inside and not found:
+            matches = [str(file) for file in inside if split in (file.parent.name, _split_of(file))]
+            if inside and not matches:
                 named = sorted({_split_of(file) for file in inside})[:10]
                 raise DataError(
                     f"folder {path} has no {suffix} file of split {split!r} (found {listed(named)}); "
                     f"set the split, or name the files: '{path}/*{suffix}'"
                 )
-            _refuse_two_shardings(found)
+            _refuse_two_shardings(matches)
         else:
-            found = [str(file) for file in matching(path) if file.is_file()]
-        if not found:
+            matches = [str(file) for file in matching(path) if file.is_file()]
+        if not matches:
             raise DataError(f"no {suffix} file matches {path!r} (seen from {Path.cwd()}); check data.path")
-        files += found
+        files += matches
     return list(dict.fromkeys(files))
 
 

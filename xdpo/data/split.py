@@ -1,4 +1,4 @@
-"""Which of a run's two sets of pairs: those it trains on, or those that it is watched on."""
+"""A run's two sets of pairs: those that it trains on, and those that it is evaluated on."""
 
 from enum import Enum
 
@@ -20,11 +20,11 @@ class Split(Enum):
     def title(self) -> str:
         return "held-out pairs" if self.is_held_out else "training pairs"
 
-    def seed(self, config: Config) -> int:
-        """The seed of its draws; held-out pairs meet the same (t, ε) in every run."""
-        return HELD_OUT_SEED if self.is_held_out else config.seed
+    def seed(self, settings: Config) -> int:
+        """The seed of its draws; held-out pairs have the same (t, ε) in every run."""
+        return HELD_OUT_SEED if self.is_held_out else settings.seed
 
     @classmethod
-    def of(cls, config: Config) -> tuple["Split", ...]:
+    def of(cls, settings: Config) -> tuple["Split", ...]:
         """Those that a run reads."""
-        return (cls.TRAIN, cls.HELD_OUT) if config.eval.every else (cls.TRAIN,)
+        return (cls.TRAIN, cls.HELD_OUT) if settings.eval.every else (cls.TRAIN,)

@@ -1,8 +1,8 @@
 """The table of usable pairs: the columns read, which rows are dropped and why, which image is the chosen one.
 
 The columns are those of Pick-a-Pic v2: encoded images `jpg_0` and `jpg_1`, `label_0` (1: image 0 is preferred,
-0: image 1 is, 0.5: a tie), `caption`; beside them may stand `score_0` and `score_1`, a scorer's, as scripts/relabel.py
-writes them. They are oriented here, once; every other module says chosen and rejected.
+0: image 1 is, 0.5: a tie), `caption`; optionally a scorer's `score_0` and `score_1`, as scripts/relabel.py writes
+them. Pairs are oriented here, once; every other module says chosen and rejected.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ import numpy as np
 from xdpo.data.identity import bytes_of, image_digest
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 IMAGE_COLUMNS = ("jpg_0", "jpg_1")
@@ -31,12 +32,12 @@ NUMBER_COLUMNS = ("label_0", "label_1", *SCORE_COLUMNS)
 
 
 class DataError(ValueError):
-    """The preference data cannot be used as they are; the message says what to do."""
+    """Preference data that cannot be used as they are; the message names the remedy."""
 
 
 @dataclass(frozen=True)
 class PairCounts:
-    """What became of the rows of a source. Each row has one fate: `rows` is the sum of all the others."""
+    """How many rows of a source were kept, or dropped and why. Each row counts once: `rows` is the sum of the rest."""
 
     rows: int
     unlabelled: int  # has_label is False, or a label is missing
@@ -85,12 +86,12 @@ class PairTable:
         return (other, one) if self.chosen_side[index] else (one, other)
 
     def columns(self, *names: str) -> dict[str, list]:
-        """Light columns of the usable pairs, in their order; those that the source has."""
-        found = self._named(names)
-        return self._light(found).to_pydict() if found else {}
+        """Columns without images of the usable pairs, in their order; names that the source lacks are left out."""
+        present = self._present(names)
+        return self._arrow(present).to_pydict() if present else {}
 
     def image_names(self) -> tuple[np.ndarray, np.ndarray]:
-        """Names of each pair's chosen and rejected image: its uid, else one of its own for every side of every row."""
+        """Names of each pair's chosen and rejected image: its uid, else a number, different for each row and side."""
         uids = self.columns("image_0_uid", "image_1_uid")
         if len(uids) == 2 and not any(None in column for column in uids.values()):
             names = np.stack([np.array(uids[f"image_{side}_uid"], dtype=str) for side in (0, 1)])
@@ -105,11 +106,12 @@ class PairTable:
 
         Raises DataError for a column that doesn't hold numbers.
         """
-        if len(self._named(SCORE_COLUMNS)) < 2:
+        if len(self._present(SCORE_COLUMNS)) < 2:
             return None
         table = self.dataset.select_columns(list(SCORE_COLUMNS)).with_format("arrow")[:]
-        every = np.stack([_numbers(table, name, "the pairs") for name in SCORE_COLUMNS])  # an error names the row
-        return self._oriented(every[:, self.rows])
+        # Of all rows, so that an error names the row.
+        scores = np.stack([_numbers(table, name, "the pairs") for name in SCORE_COLUMNS])
+        return self._oriented(scores[:, self.rows])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -122,23 +124,23 @@ class PairTable:
 
     @cached_property
     def _without_images(self) -> "Dataset":
-        """The source's rows without images; kept, as choosing columns of a large source takes as long as a step."""
+        """The source's rows without images. Cached: selecting columns of a large source takes as long as a step."""
         return self.dataset.select_columns([name for name in self.dataset.column_names if name not in IMAGE_COLUMNS])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what a worker that is spawned makes itself: of a source in memory it would travel a second time."""
+        """Without the cached rows, which a spawned worker makes itself: a source in memory would be sent twice."""
         return {name: value for name, value in self.__dict__.items() if name != "_without_images"}
 
     def _oriented(self, sides: np.ndarray) -> np.ndarray:
-        """(2, N) by image 0 and 1 → (2, N), chosen first."""
+        """(2, N), image 0 first → (2, N), chosen first."""
         pairs = np.arange(len(self))
         return np.stack([sides[self.chosen_side, pairs], sides[1 - self.chosen_side, pairs]])
 
-    def _light(self, names: Iterable[str]) -> Any:
-        """An Arrow table of the usable pairs' columns of these names."""
+    def _arrow(self, names: Iterable[str]) -> "pa.Table":
+        """Columns of the usable pairs as an Arrow table."""
         return self.dataset.select_columns(list(names)).with_format("arrow")[:].take(self.rows)
 
-    def _named(self, names: Iterable[str]) -> list[str]:
+    def _present(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if name in self.dataset.column_names]
 
 
@@ -151,12 +153,12 @@ def pair_id(example: dict[str, Any], row: int) -> str:
     return str(example.get("__key__") or row)
 
 
-def with_house_columns(dataset: "Dataset", where: str) -> "Dataset":
-    """Give columns the house's names, keep images encoded, leave out what nobody reads."""
+def with_canonical_columns(dataset: "Dataset", where: str) -> "Dataset":
+    """Rename columns to Pick-a-Pic's, keep images encoded, drop unused columns."""
     from datasets import Image
 
     require_columns(dataset.column_names, where)
-    names = house_names(dataset.column_names)
+    names = canonical_names(dataset.column_names)
     dataset = dataset.select_columns(list(names)).rename_columns(names)
     check_images({column: dataset.data.schema.field(column).type for column in IMAGE_COLUMNS}, where)
     for column in IMAGE_COLUMNS:
@@ -178,8 +180,8 @@ def check_images(types: Mapping[str, Any], where: str) -> None:
             )
 
 
-def house_names(columns: Iterable[str]) -> dict[str, str]:
-    """Source column → house column. Members of a tar have endings (`jpg_0.jpg`); exact names come first."""
+def canonical_names(columns: Iterable[str]) -> dict[str, str]:
+    """Source column → canonical column. Members of a tar have endings (`jpg_0.jpg`); exact names take precedence."""
     names: dict[str, str] = {}
     for column in sorted(columns, key=lambda column: "." in column):
         name = column.split(".")[0]
@@ -189,14 +191,14 @@ def house_names(columns: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def require_columns(found: list[str], where: str) -> None:
-    missing = set(REQUIRED_COLUMNS) - set(house_names(found).values())
+def require_columns(columns: list[str], where: str) -> None:
+    missing = set(REQUIRED_COLUMNS) - set(canonical_names(columns).values())
     if missing:
-        raise DataError(f"{where} lacks the columns {listed(sorted(missing))}; it has {listed(found)}")
+        raise DataError(f"{where} lacks the columns {listed(sorted(missing))}; it has {listed(columns)}")
 
 
-def kind_of(type: Any) -> str:
-    """What a column of a pyarrow type holds: text, number, flag, bytes, nothing, or the type's own name."""
+def kind_of(type: "pa.DataType") -> str:
+    """The kind of a pyarrow type: text, number, flag, bytes, nothing, or its name where it is none of these."""
     import pyarrow.types as t
 
     kinds = {
@@ -212,40 +214,41 @@ def kind_of(type: Any) -> str:
 
 
 def usable_pairs(dataset: "Dataset", max_pairs: int | None, where: str) -> PairTable:
-    """Filter and orient by the label columns alone: a million rows take about a second and no image is touched."""
-    light = [name for name in dataset.column_names if name not in IMAGE_COLUMNS]
-    table = dataset.select_columns(light).with_format("arrow")[:]
+    """Filter and orient by the label columns alone: a million rows take about a second and no image is read."""
+    without_images = [name for name in dataset.column_names if name not in IMAGE_COLUMNS]
+    table = dataset.select_columns(without_images).with_format("arrow")[:]
     _check_texts(table, where)
     label_0 = _numbers(table, "label_0", where)
-    label_1 = _numbers(table, "label_1", where) if "label_1" in light else 1 - label_0
+    label_1 = _numbers(table, "label_1", where) if "label_1" in without_images else 1 - label_0
 
     labelled = _flags(table, "has_label") & ~np.isnan(label_0) & ~np.isnan(label_1)
     tie = label_0 == label_1
     decided = ((label_0 == 1) & (label_1 == 0)) | ((label_0 == 0) & (label_1 == 1))
-    strange = np.flatnonzero(labelled & ~tie & ~decided)
-    if len(strange):
-        shown = ", ".join(f"row {row}: {label_0[row]:g}/{label_1[row]:g}" for row in strange[:10])
+    invalid = np.flatnonzero(labelled & ~tie & ~decided)
+    if len(invalid):
+        shown = ", ".join(f"row {row}: {label_0[row]:g}/{label_1[row]:g}" for row in invalid[:10])
         raise DataError(
-            f"{where}: label_0/label_1 must be 1/0, 0/1 or 0.5/0.5, got others in {len(strange)} rows ({shown})"
+            f"{where}: label_0/label_1 must be 1/0, 0/1 or 0.5/0.5, got others in {len(invalid)} rows ({shown})"
         )
 
     captioned = ~table.column("caption").is_null().to_numpy()
     different = _flags(table, "are_different")
-    # A row has one fate: each filter sees only what the ones before it let through.
+    # A row counts once: each filter sees only what the ones before it let through.
+    filters = {"unlabelled": labelled, "without_caption": captioned, "identical": different, "ties": ~tie}
     remaining = np.ones(len(label_0), dtype=bool)
-    dropped = []
-    for passes in (labelled, captioned, different, ~tie):
-        dropped.append(int((remaining & ~passes).sum()))
+    dropped = {}
+    for reason, passes in filters.items():
+        dropped[reason] = int((remaining & ~passes).sum())
         remaining &= passes
     rows = np.flatnonzero(remaining)
     kept = rows[:max_pairs]
-    counts = PairCounts(len(label_0), *dropped, beyond_max_pairs=len(rows) - len(kept), kept=len(kept))
+    counts = PairCounts(rows=len(label_0), **dropped, beyond_max_pairs=len(rows) - len(kept), kept=len(kept))
     if not len(kept):
         raise DataError(f"no usable pair in {where}: {counts}")
     return PairTable(dataset, kept, (label_0[kept] == 0).astype(np.uint8), counts)
 
 
-def _numbers(table: Any, name: str, where: str) -> np.ndarray:
+def _numbers(table: "pa.Table", name: str, where: str) -> np.ndarray:
     """A column as float64, missing values as NaN. WebDataset and CSV carry labels and scores as text."""
     if kind_of(type := table.column(name).type) not in ("number", "flag", "text", "bytes", "nothing"):
         raise DataError(f"{where}: column {name} must hold numbers, it holds {type}")
@@ -265,8 +268,8 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _check_texts(table: Any, where: str) -> None:
-    """Raise DataError for captions that are no text, and for text that isn't UTF-8, which Arrow doesn't look at."""
+def _check_texts(table: "pa.Table", where: str) -> None:
+    """Raise DataError for captions that are no text, and for text that isn't UTF-8, which Arrow doesn't check."""
     import pyarrow as pa
 
     caption = table.column("caption").type
@@ -282,7 +285,7 @@ def _check_texts(table: Any, where: str) -> None:
                 ) from None
 
 
-def _first_bad(table: Any, name: str) -> str:
+def _first_bad(table: "pa.Table", name: str) -> str:
     for row, cell in enumerate(table.column(name)):
         try:
             cell.as_py()
@@ -291,8 +294,8 @@ def _first_bad(table: Any, name: str) -> str:
     return ""
 
 
-def _flags(table: Any, name: str) -> np.ndarray:
-    """A column as booleans; what is missing counts as True."""
+def _flags(table: "pa.Table", name: str) -> np.ndarray:
+    """A column as booleans; missing values and columns count as True."""
     if name not in table.column_names:
         return np.ones(table.num_rows, dtype=bool)
     return np.array(

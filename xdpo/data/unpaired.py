@@ -1,13 +1,13 @@
 """Pairs → labelled single images, for objectives that need no pairs (Diffusion-KTO).
 
 The label is Diffusion-KTO's: an image that was preferred at least once is desirable, every other one undesirable. An
-image that stands in several pairs is one image. Ties are no part of the pairs; an image that only tied is left out.
+image that occurs in several pairs counts once. Ties are not among the pairs, so an image that only tied is left out.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,15 +16,16 @@ from torch.utils.data import Dataset
 from xdpo import noise
 from xdpo.batch import Batch, LatentMoments, SingleImages, SingleItem, stack
 from xdpo.data.examples import MAX_SUBSTITUTIONS
+from xdpo.data.interface import PairExamples
 from xdpo.data.table import DataError
 
 IMAGES_PER_POSITION = 2
-"""A position of the training order holds as many images as one of pairs does, so a batch costs the same."""
+"""Two single images per position of the training order, so that a batch costs what a batch of pairs does."""
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
-    """Every distinct image once: the pair and the side at which it stands first, and its label.
+    """Every distinct image once: the pair and the side at which it occurs first, and its label.
 
     index (N,) int64, of a pair in its table; side (N,) uint8, 0 where it is that pair's chosen image;
     desirable (N,) bool.
@@ -37,12 +38,12 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.index)
 
-    def numbers(self, *, desirable: bool) -> np.ndarray:
-        """Numbers of the images of one label."""
+    def of_label(self, *, desirable: bool) -> np.ndarray:
+        """The images of one label, as numbers 0 … len − 1."""
         return np.flatnonzero(self.desirable == desirable)
 
 
-def label_images(chosen: Sequence[Any], rejected: Sequence[Any]) -> LabelledImages:
+def label_images(chosen: Sequence[Any] | np.ndarray, rejected: Sequence[Any] | np.ndarray) -> LabelledImages:
     """`chosen` and `rejected` name the images of each pair; equal names are the same image.
 
     Raises DataError where every image is desirable: the objective compares the two labels.
@@ -61,51 +62,50 @@ def label_images(chosen: Sequence[Any], rejected: Sequence[Any]) -> LabelledImag
 
 
 class UnpairedOrder:
-    """Which image stands at a position of the order of single images: an index into the labelled images.
+    """Which image is at a position of the order of single images: its number among the labelled images.
 
-    A coin decides the label, `desirable_share` of them desirable, and the image is drawn among all of that label, with
-    replacement (Diffusion-KTO's weighted sampler). Position p of the training order holds the images at positions
+    A coin decides the label, desirable with probability `desirable_share`. The image is drawn from all of that label,
+    with replacement (Diffusion-KTO's weighted sampler). Position p of the training order holds the images at positions
     IMAGES_PER_POSITION · p + s of this one.
     """
 
     def __init__(self, seed: int, images: LabelledImages, desirable_share: float):
         self.seed, self.desirable_share = seed, desirable_share
         self._images = images
-        self._numbers = {label: images.numbers(desirable=label) for label in (True, False)}
+        self._of_label = {label: images.of_label(desirable=label) for label in (True, False)}
 
     def __getitem__(self, image_position: int) -> int:
         source = noise.generator(self.seed, image_position, "unpaired")
         coin, choice = torch.rand(2, generator=source, dtype=torch.float64).tolist()
-        candidates = self._numbers[coin < self.desirable_share]
+        candidates = self._of_label[coin < self.desirable_share]
         return int(candidates[int(choice * len(candidates))])
 
     def stand_ins(self, image: int) -> Iterator[int]:
-        """An image, then those of its label that follow it, round and round: each of them once."""
-        candidates = self._numbers[bool(self._images.desirable[image])]
+        """An image, then the others of its label in their order, from the one behind it: each once."""
+        candidates = self._of_label[bool(self._images.desirable[image])]
         start = int(np.searchsorted(candidates, image))
         for step in range(len(candidates)):
             yield int(candidates[(start + step) % len(candidates)])
 
 
 def image_positions_of(positions: Sequence[int]) -> list[int]:
-    """The 2B image positions of B positions, in the order in which chosen and rejected images stand in a batch."""
+    """The 2B image positions of B positions, in the order that chosen and rejected images have in a batch."""
     return [IMAGES_PER_POSITION * position + slot for slot in range(IMAGES_PER_POSITION) for position in positions]
 
 
 class UnpairedDataset(Dataset):
     """Batches by position of labelled single images, IMAGES_PER_POSITION of them at each position.
 
-    pairs: a PairDataset or a cache.CachedPairDataset; it gives the image at a side of a pair. Flip and dropped caption
-    are an image's own: they are drawn at its image position.
+    pairs: gives the image at a side of a pair. Flip and dropped caption are drawn per image, at its image position.
     """
 
-    def __init__(self, pairs: Any, desirable_share: float):
+    def __init__(self, pairs: PairExamples, desirable_share: float):
         self.pairs = pairs
         self.images = label_images(*pairs.table.image_names())
         self.order = UnpairedOrder(pairs.seed, self.images, desirable_share)
 
     def __len__(self) -> int:
-        """Positions that hold as many images as there are; positions go on beyond it."""
+        """Positions in an epoch, in which as many images are drawn as there are; positions continue beyond it."""
         return -(-len(self.images) // IMAGES_PER_POSITION)
 
     def batch(self, positions: Sequence[int]) -> Batch:
@@ -114,7 +114,9 @@ class UnpairedDataset(Dataset):
         pair_ids names the two pairs of each position. Raises DataError after 100 unreadable images in a row.
         """
         image_positions = image_positions_of(positions)
-        items, images, unreadable = [], [], []
+        items: list[SingleItem] = []
+        images: list[int] = []
+        unreadable: list[int] = []
         for image_position in image_positions:
             image, item = self._readable(image_position, unreadable)
             images.append(image)
@@ -135,7 +137,7 @@ class UnpairedDataset(Dataset):
     __getitems__ = batch  # what a DataLoader calls
 
     def _readable(self, image_position: int, unreadable: list[int]) -> tuple[int, SingleItem]:
-        """The image at an image position, or the next one of its label that can be read."""
+        """The image at an image position, or the next readable one of its label."""
         for image in islice(self.order.stand_ins(self.order[image_position]), MAX_SUBSTITUTIONS):
             index = int(self.images.index[image])
             item = self.pairs.image(index, int(self.images.side[image]), image_position)
@@ -146,8 +148,10 @@ class UnpairedDataset(Dataset):
 
 
 def _stack_images(images: Sequence[torch.Tensor | LatentMoments]) -> torch.Tensor | LatentMoments:
-    first = images[0]
-    if isinstance(first, torch.Tensor):
-        return torch.stack(images)
-    stds = None if first.stds is None else torch.stack([moments.stds for moments in images])
-    return LatentMoments(torch.stack([moments.means for moments in images]), stds, first.scaling_factor)
+    # A data set gives one kind, with or without stds, which the union of an item's types doesn't say.
+    if isinstance(images[0], torch.Tensor):
+        return torch.stack(cast(list[torch.Tensor], images))
+    every = cast(list[LatentMoments], images)
+    stds = [moments.stds for moments in every if moments.stds is not None]
+    means = torch.stack([moments.means for moments in every])
+    return LatentMoments(means, torch.stack(stds) if stds else None, every[0].scaling_factor)

@@ -1,37 +1,41 @@
-"""What a family of base models is: the record of everything that differs between them."""
+"""A family of base models: a record of everything that differs between families."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
 from xdpo.batch import Conditioning, LatentMoments, Tokens
 from xdpo.noise import Process
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
 class PipelineParts:
-    """What a pipeline folder holds, by the names of its folders: all weights float32, nothing trainable."""
+    """The loaded parts of a pipeline, by the names of their folders: all weights float32, nothing trainable."""
 
     family: "Family"
-    modules: Mapping[str, nn.Module]  # the denoiser, and the encoders where they were not left out
-    tokenizers: Mapping[str, Any]
-    scheduler: Any
+    modules: Mapping[str, "ModelMixin | PreTrainedModel"]  # the denoiser, and unless left out the encoders
+    tokenizers: Mapping[str, "PreTrainedTokenizerBase"]
+    scheduler: "SchedulerMixin"
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> "ModelMixin":
         return self.modules[self.family.denoiser]
 
     @property
-    def encoders(self) -> tuple[nn.Module, ...]:
+    def encoders(self) -> "tuple[ModelMixin | PreTrainedModel, ...]":
         """Autoencoder and text encoders; empty where they were left out."""
         return tuple(self.modules[name] for name in self.family.encoders if name in self.modules)
 
     @property
-    def vae(self) -> nn.Module:
+    def vae(self) -> "AutoencoderKL":
         """The autoencoder. Raises KeyError where the encoders were left out."""
         return self.modules["vae"]
 
@@ -48,7 +52,7 @@ class PipelineParts:
         return partial(self.family.tokenize, self.tokenizers)
 
     def encode_captions(self, tokens: Tokens) -> Conditioning:
-        """Token ids (N, L) → what the denoiser is told, (N, …)."""
+        """Token ids (N, L) → the denoiser's inputs from them, (N, …)."""
         return self.family.encode_captions(self, tokens)
 
     def encode_images(self, pixel_values: Tensor) -> LatentMoments:
@@ -61,34 +65,34 @@ class PipelineParts:
 
 
 class Family(NamedTuple):
-    """One family. Functions without state; whatever they need is in the parts that they are given."""
+    """One family: names, and functions without state that work on the parts that they are given."""
 
     name: str  # for people
-    pipeline_class: str  # of diffusers, and the `_class_name` in model_index.json
-    denoiser: str  # folder of the network that is trained, in a pipeline and in an export
+    pipeline_class: str  # in diffusers; also the `_class_name` in model_index.json
+    denoiser: str  # folder of the trained network, in a pipeline and in an export
     encoders: tuple[str, ...]  # folders of the autoencoder and the text encoders
     tokenizers: tuple[str, ...]  # folders
-    lora_targets: tuple[str, ...]  # layers that an adapter adapts, by the end of their names
-    without_extras: Mapping[str, Any]  # arguments of the pipeline class that leave out what is not used here
+    lora_targets: tuple[str, ...]  # layers that a LoRA adapter changes, by the end of their names
+    without_extras: Mapping[str, Any]  # arguments of the pipeline class that leave out unused parts
 
     problems: Callable[[Path], list[str]]
     """A sentence for each problem of a folder's configs and vocabularies; no weight is read."""
 
-    process: Callable[[Any], Process]
-    tokenize: Callable[[Mapping[str, Any], str], tuple[Tokens, bool]]
+    process: "Callable[[SchedulerMixin], Process]"
+    tokenize: "Callable[[Mapping[str, PreTrainedTokenizerBase], str], tuple[Tokens, bool]]"
     encode_captions: Callable[[PipelineParts, Tokens], Conditioning]
     encode_images: Callable[[PipelineParts, Tensor], LatentMoments]
     latent_shape: Callable[[PipelineParts, int], tuple[int, int, int]]
     # These five: see PipelineParts, which has a method for each.
 
     conditioning_shapes: Callable[[PipelineParts], dict[str, tuple[int, ...]]]
-    """The shape of each entry of a Conditioning, of one caption."""
+    """The shape of each entry of a Conditioning, for one caption."""
 
     to_latents: Callable[[LatentMoments, Tensor | None], Tensor]
-    """Latents (N, C, h, w) as the denoiser knows them: a sample of the posterior by the noise, or its mean without."""
+    """Latents (N, C, h, w) for the denoiser: a sample of the posterior with this noise, or its mean without noise."""
 
     predict: Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
     """Denoiser, noisy latents (N, C, h, w), times (N,), conditioning → prediction (N, C, h, w)."""
 
     prompt_arguments: Callable[[Conditioning, Conditioning], dict[str, Tensor]]
-    """The pipeline's arguments for N captions, and for as many empty ones, which guidance is measured from."""
+    """The pipeline's arguments for N captions and for N empty ones, which guidance starts from."""

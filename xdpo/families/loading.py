@@ -4,6 +4,7 @@ import copy
 import hashlib
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,13 +15,17 @@ from xdpo.families.interface import Family, PipelineParts
 from xdpo.families.pipeline_files import Unreachable, describe_file, fetch, read_json, weight_paths
 from xdpo.families.stable_diffusion import STABLE_DIFFUSION
 from xdpo.families.stable_diffusion_check import PARTS, part_class, weight_problems
+from xdpo.files import file_sha256
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 FAMILIES = {family.pipeline_class: family for family in (STABLE_DIFFUSION,)}
 """Every family, by the `_class_name` of its model_index.json."""
 
 
 def family_of(folder: Path) -> Family:
-    """The family of a pipeline's folder; one of unknown class is left to Stable Diffusion's check, which names it."""
+    """The family of a pipeline's folder; Stable Diffusion for an unknown class, which that family's check refuses."""
     index = folder / "model_index.json"
     name = read_json(index).get("_class_name") if index.is_file() else None
     return FAMILIES.get(str(name), STABLE_DIFFUSION)
@@ -29,8 +34,8 @@ def family_of(folder: Path) -> Family:
 def check_pipeline_folder(pipeline: str, revision: str | None = None) -> None:
     """Refuse what isn't a pipeline of a known family whose parts fit together, before any weight is read.
 
-    pipeline: a folder, or a hub id, of which only small files are fetched here. A hub model that can't be had now
-    passes: `load_parts` says so. Raises ValueError with a sentence for each problem.
+    pipeline: a folder, or a hub id, from which only small files are fetched here. A hub model that can't be reached
+    passes: `load_parts` raises for it. Raises ValueError with a sentence for each problem.
     """
     path = Path(pipeline)
     if path.is_file():
@@ -54,9 +59,9 @@ def check_pipeline_folder(pipeline: str, revision: str | None = None) -> None:
 def load_parts(config: ModelConfig, *, encoders: bool = True) -> PipelineParts:
     """Load a pipeline from a hub id or a folder; safetensors only, float32.
 
-    encoders: load the autoencoder and the text encoders too; examples from a cache need neither. A part that is there
-    as a variant alone (fp16, …) is loaded from that, and a line says so. Raises ValueError where the pipeline can't be
-    loaded or is of no known family.
+    encoders: load the autoencoder and the text encoders too; cached examples need neither. A part that exists only as a
+    variant (fp16, …) is loaded from that, and a note is printed. Raises ValueError where the pipeline can't be loaded
+    or is of no known family.
     """
     import diffusers
     import transformers
@@ -64,16 +69,16 @@ def load_parts(config: ModelConfig, *, encoders: bool = True) -> PipelineParts:
     check_pipeline_folder(config.pipeline, config.revision)
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
-    is_local = Path(config.pipeline).is_dir()  # then its weights have just been checked
+    is_local = Path(config.pipeline).is_dir()  # then check_pipeline_folder has checked its weights
     family = family_of(fetch(config.pipeline, config.revision, (), weights=False))
     loaded = (family.denoiser, *family.encoders * encoders)
     folder = fetch(config.pipeline, config.revision, (*loaded, *family.tokenizers, "scheduler"), weights=True)
     if problems := [] if is_local else weight_problems(folder, loaded):
         raise ValueError(f"model.pipeline: could not load {config.pipeline!r}:\n  " + "\n  ".join(problems))
-    options = {"dtype": torch.float32, "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
     variants = {part: variant for part in loaded if (variant := weight_paths(folder / part)[0]) is not None}
     try:
-        given = {part: None for part in family.encoders if not encoders}
+        given: dict[str, Any] = {part: None for part in family.encoders if not encoders}
         for part, variant in variants.items():
             given[part] = part_class(folder, part).from_pretrained(folder, subfolder=part, variant=variant, **options)
         pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(
@@ -82,8 +87,8 @@ def load_parts(config: ModelConfig, *, encoders: bool = True) -> PipelineParts:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"model.pipeline: could not load {config.pipeline!r}: {error}") from error
     if variants and processes.rank() == 0:
-        those = ", ".join(f"{part} as {variant}" for part, variant in variants.items())
-        print(f"note: {config.pipeline} holds {those} alone; loaded from that, as float32", file=sys.stderr)
+        shown = ", ".join(f"{part} as {variant}" for part, variant in variants.items())
+        print(f"note: {config.pipeline} holds {shown} alone; loaded from that, as float32", file=sys.stderr)
     modules = {name: getattr(pipeline, name) for name in loaded}
     for module in modules.values():
         module.eval().requires_grad_(False)
@@ -92,25 +97,24 @@ def load_parts(config: ModelConfig, *, encoders: bool = True) -> PipelineParts:
 
 
 def part_checksum(config: ModelConfig, *names: str) -> str:
-    """16 hexadecimal digits of the SHA-256 of all files of a pipeline's parts ("vae", "unet", …) that count.
+    """16 hexadecimal digits of the SHA-256 of the files of a pipeline's parts ("vae", "unet", …).
 
-    Configs, vocabularies and the weights that `load_parts` reads, no other variants. Files of a hub model are fetched
-    where they aren't in its cache; nothing is loaded. Raises ValueError where there are none.
+    They are configs, vocabularies and the weights that `load_parts` reads, not other variants. Files of a hub model are
+    fetched where they aren't in its cache; nothing is loaded. Raises ValueError where there are none.
     """
     folder = fetch(config.pipeline, config.revision, names, weights=True)
     digest = hashlib.sha256()
     for name in names:
         files = [path for path in sorted((folder / name).iterdir()) if path.suffix in (".json", ".txt")]
         for path in [*files, *weight_paths(folder / name)[1]]:
-            with path.open("rb") as file:
-                digest.update(f"{name}/{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            digest.update(f"{name}/{path.name} {file_sha256(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def pipeline_with(parts: PipelineParts, denoiser: nn.Module, *, encoders: bool = True):
-    """The family's diffusers pipeline; it shares the parts' memory and denoises with `denoiser`. No safety checker.
+def pipeline_with(parts: PipelineParts, denoiser: nn.Module, *, encoders: bool = True) -> "DiffusionPipeline":
+    """The family's diffusers pipeline, denoising with `denoiser`; it shares the parts' memory. No safety checker.
 
-    encoders: with the encoders that the parts have; without any, a pipeline takes the denoiser's device.
+    encoders: with the parts' encoders, if they have any; a pipeline without encoders runs on the denoiser's device.
     """
     import diffusers
 

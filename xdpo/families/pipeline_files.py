@@ -1,4 +1,4 @@
-"""Files of a pipeline in diffusers' layout, in a folder or on the hub, and what they hold, no weight loaded."""
+"""The files of a pipeline in diffusers' layout, in a folder or on the hub, read without loading a weight."""
 
 import json
 import re
@@ -21,13 +21,13 @@ CONFIGS = {
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>[^.-]+))?(?:-\d+-of-\d+)?(?:\.(?P<after>[^.-]+))?\.safetensors"
 )
-_LIKED = ("fp16", "bf16", "ema")  # of several variants, where the main weights are not there
+_PREFERRED = ("fp16", "bf16", "ema")  # in this order, where the main weights are missing
 
 CONVERT = (
     "Convert it once: python -c \"from diffusers import StableDiffusionPipeline as P; P.from_single_file('{path}')"
     ".save_pretrained('FOLDER')\" and give that FOLDER"
 )
-_FAMILY_NAMES = {  # of weights in a single file that only another family has
+_FAMILY_NAMES = {  # a prefix of weights in a single file → the only family that has it
     "conditioner.embedders.1.": "Stable Diffusion XL",
     "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
     "double_blocks.": "FLUX",
@@ -36,14 +36,14 @@ _FAMILY_NAMES = {  # of weights in a single file that only another family has
 
 
 class Unreachable(ValueError):
-    """A hub model that is neither in the cache nor to be had now."""
+    """A hub model that is not in the cache and can't be downloaded now."""
 
 
 def weight_files(names: Iterable[str]) -> tuple[str | None, list[str]]:
     """Which of a part's files hold its weights: (variant, names).
 
-    The variant is None where the main weights are there; variants beside them ("fp16", "non_ema") are left out. All
-    shards of sharded weights are named. No names where there are no safetensors of diffusers' naming.
+    The variant is None where the main weights exist; variants beside them ("fp16", "non_ema") are ignored. Sharded
+    weights give all shards. There are no names where no safetensors file has a name of diffusers' kind.
     """
     by_variant: dict[str | None, list[str]] = {}
     for name in sorted(names):
@@ -51,8 +51,9 @@ def weight_files(names: Iterable[str]) -> tuple[str | None, list[str]]:
             by_variant.setdefault(match["variant"] or match["after"], []).append(name)
     if not by_variant:
         return None, []
-    order = {None: 0, **{variant: number for number, variant in enumerate(_LIKED, start=1)}}
-    variant = min(by_variant, key=lambda variant: (order.get(variant, len(order)), variant or ""))
+    order = [None, *_PREFERRED]
+    ranks = {variant: order.index(variant) if variant in order else len(order) for variant in by_variant}
+    variant = min(by_variant, key=lambda variant: (ranks[variant], variant or ""))
     return variant, by_variant[variant]
 
 
@@ -65,25 +66,25 @@ def weight_paths(part: Path) -> tuple[str | None, list[Path]]:
 def fetch(pipeline: str, revision: str | None, parts: Collection[str], *, weights: bool) -> Path:
     """A folder with these parts of a pipeline: the folder itself, or the cache's copy of a hub model.
 
-    weights: with the weights, else configs and vocabularies alone, which are small. Raises Unreachable where the hub
-    can't be asked and the cache lacks them, other ValueErrors for a model that isn't there.
+    weights: with the weights; otherwise configs and vocabularies only, which are small. Raises Unreachable where the
+    hub can't be reached and the cache lacks them, other ValueErrors for a model that doesn't exist.
     """
     if Path(pipeline).is_dir():
         return Path(pipeline)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import DryRunError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["model_index.json", *(f"{part}/*{ending}" for part in parts for ending in (".json", ".txt"))]
+    patterns = ["model_index.json", *(f"{part}/*{ending}" for part in parts for ending in (".json", ".txt"))]
     is_online = True
     try:
         if weights:
             try:
-                patterns = [f"{part}/*.safetensors" for part in parts]
-                known = snapshot_download(pipeline, revision=revision, allow_patterns=patterns, dry_run=True)
-                wanted += _chosen([Path(file.filename) for file in known], parts)
-            except DryRunError:  # what is in the cache has to do
+                weight_patterns = [f"{part}/*.safetensors" for part in parts]
+                files = snapshot_download(pipeline, revision=revision, allow_patterns=weight_patterns, dry_run=True)
+                patterns += _chosen([Path(file.filename) for file in files], parts)
+            except DryRunError:  # offline: use what the cache has
                 is_online = False
-        folder = Path(snapshot_download(pipeline, revision=revision, allow_patterns=wanted))
+        folder = Path(snapshot_download(pipeline, revision=revision, allow_patterns=patterns))
         lacking = [part for part in parts if part in WITH_WEIGHTS and not weight_paths(folder / part)[1]]
         if weights and lacking and is_online:
             raise ValueError(
@@ -106,7 +107,7 @@ def fetch(pipeline: str, revision: str | None, parts: Collection[str], *, weight
 
 
 def _chosen(files: Collection[Path], parts: Collection[str]) -> list[str]:
-    """Of a hub model's safetensors files those that are read."""
+    """The safetensors files of a hub model that are read."""
     by_part = {part: [file.name for file in files if file.parent.as_posix() == part] for part in parts}
     return [f"{part}/{name}" for part, names in by_part.items() for name in weight_files(names)[1]]
 
@@ -133,7 +134,7 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def describe_file(path: Path) -> str:
-    """What a single file in place of a folder is, and how it is used: the end of a sentence about it."""
+    """What a single file in place of a folder is, and how to use it: the end of a sentence about it."""
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         return (
             "is a single file of pickled weights, which may run any code when it is opened, so it is not. Take the "

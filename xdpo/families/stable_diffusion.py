@@ -1,7 +1,7 @@
 """Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet that attends to its last states, four latent channels."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,13 @@ from xdpo.families.interface import Family, PipelineParts
 from xdpo.families.stable_diffusion_check import problems
 from xdpo.noise import DiffusionProcess
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 TEXT = "text"  # the text encoder's last states, (N, L, D)
 
 
-def tokenize(tokenizers: Mapping[str, Any], caption: str) -> tuple[Tokens, bool]:
+def tokenize(tokenizers: Mapping[str, "PreTrainedTokenizerBase"], caption: str) -> tuple[Tokens, bool]:
     tokenizer = tokenizers["tokenizer"]
     length = tokenizer.model_max_length
     ids = tokenizer(caption, padding="max_length", truncation=True, max_length=length).input_ids
@@ -34,7 +37,7 @@ def conditioning_shapes(parts: PipelineParts) -> dict[str, tuple[int, ...]]:
 
 @torch.no_grad()
 def encode_images(parts: PipelineParts, pixel_values: Tensor) -> LatentMoments:
-    # Contiguous, whatever layout the convolutions left: the UNet would round another one differently.
+    # Contiguous, whatever layout the convolutions gave: the UNet rounds differently in another one.
     posterior = parts.vae.encode(pixel_values).latent_dist
     means, stds = posterior.mean.float().contiguous(), posterior.std.float().contiguous()
     return LatentMoments(means, stds, parts.vae.config.scaling_factor)
@@ -46,7 +49,11 @@ def latent_shape(parts: PipelineParts, resolution: int) -> tuple[int, int, int]:
 
 
 def to_latents(moments: LatentMoments, noise: Tensor | None) -> Tensor:
-    latents = moments.means if noise is None else moments.means + moments.stds * noise
+    latents = moments.means
+    if noise is not None:
+        if moments.stds is None:
+            raise ValueError("latents can't be sampled where only the posterior's means were kept")
+        latents = latents + moments.stds * noise
     return latents * moments.scaling_factor
 
 

@@ -1,12 +1,13 @@
-"""What a Stable Diffusion 1.x or 2.x pipeline must be: its parts checked against each other before a weight is loaded.
+"""Checks a Stable Diffusion 1.x or 2.x pipeline, and its parts against each other, before a weight is loaded.
 
-Configs, vocabularies and the headers of safetensors files say everything that is checked here.
+Only configs, vocabularies and the headers of safetensors files are read.
 """
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +21,10 @@ from xdpo.families.pipeline_files import (
     weight_paths,
 )
 from xdpo.noise import DiffusionProcess
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+    from transformers import PreTrainedModel
 
 OTHER_FAMILIES = {
     "StableDiffusionXL": "Stable Diffusion XL",
@@ -48,20 +53,20 @@ def check_unet(unet: Path, base: Path, label: str, *, has_weights: bool) -> None
     )
     problems = [*_unet_problems(config), *_fit_problems(config, vae, text.get("text_config") or text)]
     if not problems and (has_weights or weight_paths(unet)[1]):
-        problems = _compare(unet, "unet", lambda: _empty(part_class(base, "unet"), unet))
+        problems = _compare(unet, "unet", partial(_empty, part_class(base, "unet"), unet))
     if problems:
         raise ValueError(f"{label} doesn't fit its pipeline:\n  " + "\n  ".join(problems))
 
 
 def weight_problems(folder: Path, parts: tuple[str, ...] = WITH_WEIGHTS) -> list[str]:
-    """A sentence for each part whose weight files have other names or shapes than its config says."""
+    """A sentence for each part whose weights differ from its config in names or shapes."""
     problems = []
     for part in parts:
-        problems += _compare(folder / part, part, lambda part=part: build_empty(folder, part))
+        problems += _compare(folder / part, part, partial(build_empty, folder, part))
     return problems
 
 
-def part_class(folder: Path, part: str) -> type[nn.Module]:
+def part_class(folder: Path, part: str) -> "type[ModelMixin | PreTrainedModel]":
     """The class of a checked pipeline's "unet", "vae" or "text_encoder"."""
     import diffusers
     import transformers
@@ -75,7 +80,7 @@ def build_empty(folder: Path, part: str) -> nn.Module:
     return _empty(part_class(folder, part), folder / part)
 
 
-def _empty(kind: type[nn.Module], folder: Path) -> nn.Module:
+def _empty(kind: "type[ModelMixin | PreTrainedModel]", folder: Path) -> nn.Module:
     with torch.device("meta"):
         if hasattr(kind, "config_class"):  # transformers
             return kind(kind.config_class.from_pretrained(folder))
@@ -86,7 +91,7 @@ def _empty(kind: type[nn.Module], folder: Path) -> nn.Module:
 
 
 def problems(folder: Path) -> list[str]:
-    """What is wrong with a pipeline's small files, other families first: nothing else of those is worth saying."""
+    """What is wrong with a pipeline's small files. For a pipeline of another family, only that."""
     if not (folder / "model_index.json").is_file():
         lacking = ["model_index.json", *(part for part in PARTS if not (folder / part).is_dir())]
         return [_lacks(lacking)]
@@ -139,24 +144,24 @@ def _family_problem(index: Mapping[str, Any]) -> str | None:
 
 
 def _unet_problems(unet: Mapping[str, Any]) -> list[str]:
-    """UNets that want to know more than noisy latents, a timestep and a caption, or that are no such UNets."""
+    """Problems of a UNet that is of another class, or takes more than noisy latents, a timestep and a caption."""
     kind = unet.get("_class_name", "UNet2DConditionModel")
     if kind != "UNet2DConditionModel":
         return [f"unet is a {kind} where a UNet2DConditionModel is meant; take one of Stable Diffusion 1.x or 2.x"]
-    told = {
+    further_inputs = {
         "addition_embed_type": "as Stable Diffusion XL's is",
         "class_embed_type": "as an upscaler's is",
         "num_class_embeds": "as an upscaler's is",
     }
     return [
         f"unet has {key} {unet[key]!r}: it is told more than a caption, {like}. Take one of Stable Diffusion 1.x or 2.x"
-        for key, like in told.items()
+        for key, like in further_inputs.items()
         if unet.get(key) is not None
     ]
 
 
 def _fit_problems(unet: Mapping[str, Any], vae: Mapping[str, Any], text: Mapping[str, Any]) -> list[str]:
-    """Widths at which a pipeline's parts meet."""
+    """Problems where the widths of a pipeline's parts don't match."""
     problems = []
     latents, taken, given = vae.get("latent_channels", 4), unet.get("in_channels", 4), unet.get("out_channels", 4)
     if taken != latents:
@@ -172,12 +177,12 @@ def _fit_problems(unet: Mapping[str, Any], vae: Mapping[str, Any], text: Mapping
             "predicts a variance too can't be used, take one that predicts the noise alone"
         )
     width = text.get("hidden_size", 512)
-    wanted = unet.get("encoder_hid_dim") or unet.get("cross_attention_dim", 1280)
-    wanted = sorted({*wanted} if isinstance(wanted, list | tuple) else {wanted})
-    if wanted != [width]:
+    attended = unet.get("encoder_hid_dim") or unet.get("cross_attention_dim", 1280)
+    attended = sorted({*attended} if isinstance(attended, list | tuple) else {attended})
+    if attended != [width]:
         problems.append(
             f"the text encoder's states are {width} wide (hidden_size), and the UNet attends to "
-            f"{' and '.join(map(str, wanted))} (cross_attention_dim): Stable Diffusion 1.x has 768, 2.x 1024. Take "
+            f"{' and '.join(map(str, attended))} (cross_attention_dim): Stable Diffusion 1.x has 768, 2.x 1024. Take "
             "both from one pipeline"
         )
     if vae.get("in_channels", 3) != 3 or vae.get("out_channels", 3) != 3:
@@ -247,40 +252,40 @@ def _scheduler_problems(config: Mapping[str, Any]) -> list[str]:
 
 
 def _compare(part: Path, name: str, build: Callable[[], nn.Module]) -> list[str]:
-    """What a part's weight files lack or have in another shape than the module that its config describes."""
+    """Problems of a part's weight files: weights of its config's module that they lack or have in another shape."""
     _, files = weight_paths(part)
     if not files:
-        found = ", ".join(sorted(path.name for path in part.iterdir())) or "nothing"
+        content = ", ".join(sorted(path.name for path in part.iterdir())) or "nothing"
         pickled = any(path.suffix in (".bin", ".ckpt", ".pt") for path in part.iterdir())
         return [
-            f"it lacks {name}/*.safetensors by the names that diffusers gives; found there: {found}. "
+            f"it lacks {name}/*.safetensors by the names that diffusers gives; found there: {content}. "
             + ("Pickled weights are not opened: they may run any code. " * pickled)
             + "Save it with StableDiffusionPipeline.save_pretrained(folder, safe_serialization=True)"
         ]
     if missing := _missing_shards(part, files):
         return [f"it lacks {', '.join(f'{name}/{shard}' for shard in missing)}, shards of its weights; copy them too"]
     try:
-        there = {_modern(weight): shape for path in files for weight, shape in read_header(path).items()}
-        wanted = {_modern(weight): tuple(value.shape) for weight, value in build().state_dict().items()}
+        actual = {_modern(weight): shape for path in files for weight, shape in read_header(path).items()}
+        expected = {_modern(weight): tuple(value.shape) for weight, value in build().state_dict().items()}
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:
         return [f"{name}: {error}"]
-    if lacking := sorted(wanted.keys() - there.keys()):
-        others = sorted(there.keys() - wanted.keys())
+    if lacking := sorted(expected.keys() - actual.keys()):
+        others = sorted(actual.keys() - expected.keys())
         return [
-            f"{name}: {len(lacking)} of {len(wanted)} weights are missing, {lacking[0]} for one"
+            f"{name}: {len(lacking)} of {len(expected)} weights are missing, {lacking[0]} for one"
             + (f"; {len(others)} have names that don't belong there, {others[0]} for one" if others else "")
             + f". Is it another model's file, or a prefix too many or too few? Take {name} from its pipeline again"
         ]
-    if odd := sorted(weight for weight, shape in wanted.items() if there[weight] != shape):
+    if odd := sorted(weight for weight, shape in expected.items() if actual[weight] != shape):
         return [
-            f"{name}: {len(odd)} of {len(wanted)} weights have another shape than {name}/config.json says: {odd[0]} "
-            f"{there[odd[0]]} for {wanted[odd[0]]}. Config and weights are of two models; take both from one"
+            f"{name}: {len(odd)} of {len(expected)} weights have another shape than {name}/config.json says: {odd[0]} "
+            f"{actual[odd[0]]} for {expected[odd[0]]}. Config and weights are of two models; take both from one"
         ]
     return []
 
 
 def _missing_shards(part: Path, files: list[Path]) -> list[str]:
-    """Files that an index beside the weights names and that are not there."""
+    """Files that are missing although an index beside the weights names them."""
     present = {path.name for path in files}
     named: set[str] = set()
     for index in part.glob("*.safetensors.index*.json"):
@@ -291,7 +296,7 @@ def _missing_shards(part: Path, files: list[Path]) -> list[str]:
 
 
 def _modern(weight: str) -> str:
-    """A weight's name without what differs between the libraries' versions, which they convert themselves."""
+    """A weight's name as the newest library versions write it; they convert older names themselves."""
     weight = weight.removeprefix("text_model.")
     for old, new in _ATTENTION_OF_OLD.items():
         weight = weight.replace(old, new)

@@ -1,16 +1,14 @@
-"""What an optimizer step trains on: the data's own pairs or single images, or pairs that the run samples itself."""
+"""What an optimizer step trains on: the data's pairs or single images, or pairs with images sampled by the run."""
 
 from collections.abc import Callable
 from pathlib import Path
 
-from torch.utils.data import Dataset
-
-from xdpo.data import StepSampler
+from xdpo.data import StepSampler, UnpairedDataset
 from xdpo.feeds.interface import Feed
 from xdpo.feeds.offline import OfflineFeed
 from xdpo.feeds.self_play import SelfPlay, SelfPlayFeed, check_snapshots
 from xdpo.learner import Learner
-from xdpo.precompute import Pairs, latent_shape
+from xdpo.precompute import Examples, Pairs, latent_shape
 
 __all__ = ["Feed", "OfflineFeed", "SelfPlay", "SelfPlayFeed", "build_feed", "check_snapshots"]
 
@@ -18,18 +16,19 @@ __all__ = ["Feed", "OfflineFeed", "SelfPlay", "SelfPlayFeed", "build_feed", "che
 def build_feed(
     learner: Learner,
     pairs: Pairs,
-    dataset: Dataset,
+    dataset: Examples,
     sampler: StepSampler,
     folder: Path,
     say: Callable[[str], None],
     is_asked_to_stop: Callable[[], bool],
 ) -> Feed:
-    """The feed that a run's objective asks for. `folder` is the run's; `say` prints a line on the first process."""
+    """The feed of a run's objective. folder: the run's. say: prints a line on the first process."""
     settings, accelerator = learner.settings, learner.accelerator
     self_play = None
-    if settings.loss.samples_rejected:  # before the data set is loaded from: it changes its order
-        shape = latent_shape(pairs, learner.parts, settings)
+    if settings.loss.samples_rejected:  # made first, because it replaces the order of the data set
         network = learner.reference.network
+        assert network is not None and not isinstance(dataset, UnpairedDataset), "the config allows neither"
+        shape = latent_shape(pairs, learner.parts, settings)
         self_play = SelfPlay(
             settings, accelerator, learner.parts, dataset, shape, network, folder, say, is_asked_to_stop
         )

@@ -1,4 +1,4 @@
-"""What an optimizer step trains on."""
+"""The interface of what an optimizer step trains on."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -9,10 +9,12 @@ from xdpo.batch import Batch
 
 
 class Feed(Protocol):
-    """Gives the micro-batches of each optimizer step, in order, from the step on at which it was made."""
+    """Gives the micro-batches of each optimizer step, in order, beginning at the step for which it was made."""
 
-    wait_seconds: float
-    """How long this process has waited for the batches of the step."""
+    @property
+    def wait_seconds(self) -> float:
+        """How long this process has waited for the batches of the step."""
+        ...
 
     def begin_step(self, step_number: int, policy: nn.Module) -> bool:
         """Prepare an optimizer step; every process calls it. `policy` is outside its distributed wrapper.
@@ -26,5 +28,5 @@ class Feed(Protocol):
         ...
 
     def close(self) -> None:
-        """Remove what no run needs after the last step; the first process calls it."""
+        """Remove what is not needed after the last step; the first process calls it."""
         ...

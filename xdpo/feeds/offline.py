@@ -4,16 +4,15 @@ import time
 from collections.abc import Iterator
 
 from torch import nn
-from torch.utils.data import Dataset
 
 from xdpo.batch import Batch
 from xdpo.config import Config
 from xdpo.data import StepSampler, UnreadableTracker, make_loader
-from xdpo.precompute import Pairs
+from xdpo.precompute import Examples, Pairs
 
 
 class OfflineFeed:
-    """Batches of a data set. Processes that load start with it.
+    """Batches of a data set. Loading processes start with it.
 
     accumulation: micro-batches of an optimizer step in this process.
     """
@@ -22,7 +21,7 @@ class OfflineFeed:
         self,
         settings: Config,
         pairs: Pairs,
-        dataset: Dataset,
+        dataset: Examples,
         sampler: StepSampler,
         accumulation: int,
         *,
@@ -48,4 +47,4 @@ class OfflineFeed:
             yield batch
 
     def close(self) -> None:
-        """Nothing is kept."""
+        """There is nothing to remove."""

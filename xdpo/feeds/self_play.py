@@ -1,18 +1,18 @@
 """SePPO's self-play: the reference is a past snapshot of the policy; it samples what the chosen image is compared with.
 
-Training goes in rounds of `self_play.every` optimizer steps. Where round r begins, the policy is kept as snapshot r
+Training consists of rounds of `self_play.every` optimizer steps. When round r begins, the policy is saved as snapshot r
 (snapshot 0 is the base model), one of the snapshots 0 … r is drawn and becomes the reference, and the reference samples
-an image for each caption of the round. Round, snapshot, starting noise and caption follow from (seed, position) alone;
-what is sampled together never depends on the processes.
+an image for each caption of the round. Round, snapshot, starting noise and caption follow from (seed, position) alone.
+The images sampled in one batch never depend on the number of processes.
 
 ```
 output_dir/snapshots/00003/unet.safetensors
-output_dir/self_play/00003/made_from.json       what decides the latents below
-                           latents_00000.npy …  those sampled at once, with checksums
+output_dir/self_play/00003/made_from.json       everything that decides the latents below
+                           latents_00000.npy …  one batch each, with checksums
 ```
 
-Every process writes what it samples to the run folder, and all of them read it there. So a run that was killed resumes
-with what was sampled, and ends as if it had not been.
+Every process writes its samples to the run folder, and all of them read there. So a run that was killed resumes with
+the samples that exist, and gives the same result.
 """
 
 import json
@@ -34,6 +34,7 @@ from xdpo import noise, processes
 from xdpo.batch import Batch, Conditioning, Tokens, stack
 from xdpo.cache import Shards
 from xdpo.config import Config
+from xdpo.data import PairExamples
 from xdpo.families import PipelineParts, pipeline_with
 from xdpo.feeds.offline import OfflineFeed
 from xdpo.files import StorageError, file_sha256, replacing_folder, storage_fault, write_text
@@ -42,11 +43,11 @@ from xdpo.runs import CheckpointError, finished_checkpoints, step_of
 
 @dataclass(frozen=True)
 class Rounds:
-    """Which round and which slot of its buffer a position of the training order belongs to."""
+    """Maps a position of the training order to its round and its slot in the round's buffer."""
 
     steps: int  # optimizer steps of a round
     positions: int  # pairs trained on in a round
-    slots: int  # images sampled in a round; fewer than positions are used several times, at other (t, ε)
+    slots: int  # images sampled in a round; if fewer than positions, each is used several times, at other (t, ε)
 
     @classmethod
     def of(cls, settings: Config) -> "Rounds":
@@ -60,9 +61,9 @@ class Rounds:
 
 
 class RoundOrder:
-    """The training order in rounds: as noise.SampleOrder, but a round goes round and round its own `slots` pairs."""
+    """The training order in rounds: a round takes the next `slots` pairs of `order`, and repeats them until it ends."""
 
-    def __init__(self, order: noise.SampleOrder, rounds: Rounds):
+    def __init__(self, order: noise.Order, rounds: Rounds):
         self.order, self.rounds = order, rounds
 
     def __getitem__(self, position: int) -> int:
@@ -86,10 +87,10 @@ def draw_snapshot(seed: int, round_number: int, choice: str) -> int:
 class SelfPlay:
     """The snapshots of a run, the reference of the round, and the latents that it sampled.
 
-    dataset: of the training pairs; gives captions by index. Its order is made one of rounds, so nothing may be loaded
-    from it before. latent_shape: (C, h, w). reference: the module whose weights are exchanged, as accelerate prepared
-    it: guidance is then added in float32, whatever the precision. folder: of the run, on storage that all machines
-    share. say: prints a line on the first process. is_asked_to_stop: looked at between batches.
+    dataset: of the training pairs. Its order is replaced by a RoundOrder, so nothing may be loaded from it before.
+    latent_shape: (C, h, w). reference: the module whose weights are replaced in each round, as accelerate prepared it,
+    so that guidance is computed in float32 in any precision. folder: of the run, on storage that all machines share.
+    say: prints a line on the first process. is_asked_to_stop: called between batches.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class SelfPlay:
         settings: Config,
         accelerator: Accelerator,
         parts: PipelineParts,
-        dataset: object,
+        dataset: PairExamples,
         latent_shape: tuple[int, int, int],
         reference: nn.Module,
         folder: Path,
@@ -114,7 +115,7 @@ class SelfPlay:
         self._opened: tuple[int, Shards] | None = None
 
     def begin_step(self, step_number: int, policy: nn.Module) -> bool:
-        """Begin the round of an optimizer step, where it isn't begun; every process calls it.
+        """Begin the round of an optimizer step, unless it has begun; every process calls it.
 
         policy: outside its distributed wrapper. Returns False where the run was asked to stop before all was sampled.
         Raises CheckpointError where a snapshot can't be written or read, StorageError where the latents can't.
@@ -145,7 +146,7 @@ class SelfPlay:
         return torch.from_numpy(np.stack(latents))
 
     def close(self) -> None:
-        """Remove what was sampled, once the run is finished; one process calls it."""
+        """Remove the samples of a finished run; one process calls it."""
         shutil.rmtree(self.folder / "self_play", ignore_errors=True)
 
     def _save(self, number: int, policy: nn.Module) -> None:
@@ -163,7 +164,7 @@ class SelfPlay:
             raise CheckpointError(f"can't read the snapshot {path}: {error}; remove the run and start anew") from error
 
     def _latents(self, round_number: int) -> Shards:
-        """A round's latents on the disk: what is sampled at once is a shard."""
+        """A round's latents on the disk; a batch of samples is a shard."""
         if self._opened is None or self._opened[0] != round_number:
             shards = Shards(
                 self.folder / "self_play" / f"{round_number:05d}",
@@ -178,7 +179,7 @@ class SelfPlay:
 
     @torch.no_grad()
     def _sample_round(self, round_number: int, snapshot: int) -> bool:
-        """Sample what is missing of a round, shared out over the processes. Returns whether all of it is there."""
+        """Sample the missing batches of a round, divided among the processes. Returns whether the round is complete."""
         latents, first = self._latents(round_number), round_number * self.rounds.slots
         is_main = self.accelerator.is_main_process
         missing = processes.agree(self._prepare_folder(latents, round_number, snapshot) if is_main else None)
@@ -187,23 +188,23 @@ class SelfPlay:
             written = 0
             for number in processes.deal(f"self-play/{round_number}", range(len(missing)), self.is_asked_to_stop):
                 slots = latents.records_of(missing[number])
-                # Filled up with the last position: rounding depends on a batch's shape.
-                positions = [first + min(slots.start + number, slots[-1]) for number in range(latents.per_shard)]
+                # The last batch is filled up, because rounding depends on a batch's shape.
+                positions = [first + min(slots.start + i, slots[-1]) for i in range(latents.per_shard)]
                 sampled = self._sample(positions)[: len(slots)]
                 latents.write(missing[number], sampled.unsqueeze(1).cpu().numpy())
                 written += 1
-                bar.update(number + 1 - bar.n)  # of all processes
+                bar.update(number + 1 - bar.n)  # counts the batches of all processes
         processes.wait()
-        # Counted, not looked for: network storage that was asked for a file in vain goes on denying it.
+        # The files are not looked for: network storage may cache that one doesn't exist.
         is_whole = sum(processes.gather(written)) == len(missing)
         if is_whole and is_main:
             self._remove_rounds_before(round_number)
         return is_whole
 
     def _prepare_folder(self, latents: Shards, round_number: int, snapshot: int) -> list[int]:
-        """Make a round's folder, or go on in it. Returns the shards that are missing; one process calls it.
+        """Create a round's folder, or resume it. Returns the missing shards; one process calls it.
 
-        What was sampled from anything else is removed. Raises StorageError, also where the disk is too small.
+        Samples that were made from anything else are removed. Raises StorageError, also where the disk is too small.
         """
         made_from = json.dumps(self._made_from(snapshot), indent=2) + "\n"
         record = latents.folder / "made_from.json"
@@ -248,7 +249,7 @@ class SelfPlay:
         }
 
     def _remove_rounds_before(self, round_number: int) -> None:
-        """Remove the rounds that no run will need: what comes after the newest checkpoint may be trained again."""
+        """Remove the rounds that end before the newest checkpoint; later ones are needed if the run resumes there."""
         finished = finished_checkpoints(self.folder)
         resumed = step_of(finished[-1]) // self.rounds.steps if finished else 0
         for folder in (self.folder / "self_play").iterdir():
@@ -256,20 +257,20 @@ class SelfPlay:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _sample(self, positions: Sequence[int]) -> Tensor:
-        settings, wanted = self.settings, self.settings.self_play
+        settings, sampling = self.settings, self.settings.self_play
         # Two draws for each position: those of a pair. The one image of a position uses the first.
         draws = noise.draw_noise(settings.seed, positions, self.latent_shape, stream="self_play")
         start = draws[: len(positions)].to(self.accelerator.device)
         captions, empty = self._conditioning(positions), self._conditioning([None])
         empty = Conditioning({name: value.expand_as(captions[name]) for name, value in empty.items()})
-        # Captions are encoded and latents asked for. Without encoders, whose device may be another, it takes the
-        # denoiser's.
+        # The pipeline gets encoded captions and returns latents. It has no encoders, because they may be on another
+        # device, and a pipeline without them runs on the denoiser's.
         pipeline = pipeline_with(self.parts, self.reference, encoders=False)
         output = pipeline(
             **self.parts.family.prompt_arguments(captions, empty),
             latents=start,
-            num_inference_steps=wanted.num_inference_steps,
-            guidance_scale=wanted.guidance_scale,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
             height=settings.data.resolution,
             width=settings.data.resolution,
             output_type="latent",
@@ -277,7 +278,7 @@ class SelfPlay:
         return output.images.float()
 
     def _conditioning(self, positions: Sequence[int | None]) -> Conditioning:
-        """Of the captions at positions of the pairs' own order, on the device; None is the empty caption."""
+        """The conditioning of the captions at positions of `order`, on the device; None is the empty caption."""
         indices = [None if position is None else self.order[position] for position in positions]
         captions, device = stack([self.dataset.caption(index) for index in indices]), self.accelerator.device
         if isinstance(captions, Conditioning):
@@ -286,7 +287,7 @@ class SelfPlay:
 
 
 class SelfPlayFeed:
-    """Pairs whose rejected images are the reference's own samples, round by round."""
+    """Pairs whose rejected images the reference has sampled, round by round."""
 
     def __init__(self, self_play: SelfPlay, pairs: OfflineFeed):
         self.self_play, self.pairs = self_play, pairs
@@ -307,14 +308,14 @@ class SelfPlayFeed:
 
 
 def snapshot_path(folder: Path, number: int) -> Path:
-    """Where a run keeps the policy of the start of round `number`."""
+    """Where a run keeps the policy as it was when round `number` began."""
     return folder / "snapshots" / f"{number:05d}" / "unet.safetensors"
 
 
 def check_snapshots(settings: Config, folder: Path, start_step: int) -> None:
     """Raise CheckpointError where a resumed run lacks a snapshot that this round or a later one may draw."""
-    begun = range(-(-start_step // settings.self_play.every))
-    missing = [str(path) for path in (snapshot_path(folder, number) for number in begun) if not path.is_file()]
+    rounds = range(-(-start_step // settings.self_play.every))
+    missing = [str(path) for path in (snapshot_path(folder, number) for number in rounds) if not path.is_file()]
     if missing:
         raise CheckpointError(
             f"the run goes on from step {start_step}, and the earlier checkpoints from which self-play draws its "

@@ -5,30 +5,41 @@ stand beside it, one file per family.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from xdpo.loss.registry import KEYS, OBJECTIVES, Key, Objective
 
-_MODULE_OF = {  # of what computes with tensors
-    "LossOutput": "types",
-    "MAX_EXPONENT": "types",
-    "PairErrors": "types",
-    "UnpairedErrors": "types",
-    "clamp_count": "xdpo",
-    "diffusion_dpo_loss": "xdpo",
-    "diffusion_dpo_margin": "xdpo",
-    "xdpo_loss": "xdpo",
-    "xdpo_margin": "xdpo",
-    "margin_weights": "modifiers",
-    "negative_log_sigmoid": "modifiers",
-    "preference_probability": "modifiers",
-    "safeguard": "modifiers",
-}
+if TYPE_CHECKING:  # what __getattr__ gives
+    from xdpo.loss.modifiers import margin_weights, negative_log_sigmoid, preference_probability, safeguard
+    from xdpo.loss.types import MAX_EXPONENT, LossOutput, PairErrors, UnpairedErrors
+    from xdpo.loss.xdpo import clamp_count, diffusion_dpo_loss, diffusion_dpo_margin, xdpo_loss, xdpo_margin
 
-__all__ = ["KEYS", "OBJECTIVES", "Key", "Objective", *_MODULE_OF]
+__all__ = [
+    "KEYS",
+    "MAX_EXPONENT",
+    "OBJECTIVES",
+    "Key",
+    "LossOutput",
+    "Objective",
+    "PairErrors",
+    "UnpairedErrors",
+    "clamp_count",
+    "diffusion_dpo_loss",
+    "diffusion_dpo_margin",
+    "margin_weights",
+    "negative_log_sigmoid",
+    "preference_probability",
+    "safeguard",
+    "xdpo_loss",
+    "xdpo_margin",
+]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Import what computes with tensors when it is first asked for: the config needs the registry alone."""
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    if name in __all__:
+        for file in ("types", "modifiers", "xdpo"):
+            module = import_module(f"{__name__}.{file}")
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

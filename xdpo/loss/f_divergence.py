@@ -2,21 +2,21 @@
 
 Maximising E[r] − β·D_f(p_θ ‖ p_ref), D_f = E_ref[f(z)], z = p_θ / p_ref, gives r = β·f′(z) up to a constant of the
 prompt, which cancels in a pair wherever f′ has no value at z = 0 (Wang et al. 2023, "Beyond reverse KL"; [34] of the
-xDPO paper). So each member is one f′.
+xDPO paper). So each member is given by its f′.
 
-Of diffusion the ratio of one denoising step is known up to its unit: ln z = −κ·d, d being a mean over (C, H, W). Every
-margin here is (β/2)/κ · [f′(z_w) − f′(z_l)], so that the logarithm's part is Diffusion-DPO at β for any κ, and κ says
-from which d on (about 1/κ) f′ bends. κ = 1 is the xDPO paper's tacit choice; |d| is 1e-3 in training, so that there
-every member is Diffusion-DPO at its β_eff = β·f″(1).
+For diffusion, the ratio of one denoising step is known only up to a scale: ln z = −κ·d, where d is a mean over
+(C, H, W). Every margin here is (β/2)/κ · [f′(z_w) − f′(z_l)]. The logarithm's part is then Diffusion-DPO at β for any
+κ, and f′ bends from d ≈ 1/κ on. κ = 1 is the xDPO paper's tacit choice. In training |d| is 1e-3, where every member is
+Diffusion-DPO at its β_eff = β·f″(1).
 """
 
 from torch import Tensor
 
 from xdpo.loss.modifiers import negative_log_sigmoid
 from xdpo.loss.types import (
-    Beta,
     LossOutput,
     PairErrors,
+    PerPair,
     count_clamped,
     differences,
     exp_difference,
@@ -30,7 +30,7 @@ from xdpo.loss.types import (
 def f_dpo_margin(
     errors: PairErrors,
     *,
-    beta: Beta,
+    beta: PerPair,
     divergence: str,
     kappa: float,
     alpha: float,
@@ -71,7 +71,7 @@ def f_dpo_margin(
 
 
 def _clamped(errors: PairErrors, divergence: str, kappa: float, alpha: float, n: float) -> Tensor:
-    """How many exponents of f_dpo_margin's met MAX_EXPONENT; a pair has two, or none."""
+    """How many exponents of f_dpo_margin met MAX_EXPONENT; a pair has two, or none."""
     d_chosen, d_rejected = differences(prepare(errors))
     match divergence:
         case "forward_kl":
@@ -88,7 +88,7 @@ def _clamped(errors: PairErrors, divergence: str, kappa: float, alpha: float, n:
 def f_dpo(
     errors: PairErrors,
     *,
-    beta: Beta,
+    beta: PerPair,
     divergence: str,
     kappa: float,
     alpha: float,
@@ -102,12 +102,12 @@ def f_dpo(
     Source: Wang et al. 2023 (arXiv 2309.16240), for language models, α of 0.3, 0.5 and 0.7. Nothing is published for
     diffusion: β is Diffusion-DPO's, κ = 1 the xDPO paper's, η, γ and n its headline.
     """
-    shape = {"divergence": divergence, "kappa": kappa, "alpha": alpha, "n": n}
-    margin = f_dpo_margin(errors, beta=beta, eta=eta, gamma=gamma, **shape)
-    return LossOutput(negative_log_sigmoid(margin, label_smoothing), margin, _clamped(errors, **shape))
+    margin = f_dpo_margin(errors, beta=beta, divergence=divergence, kappa=kappa, alpha=alpha, eta=eta, gamma=gamma, n=n)
+    clamped = _clamped(errors, divergence, kappa, alpha, n)
+    return LossOutput(negative_log_sigmoid(margin, label_smoothing), margin, clamped)
 
 
-def chipo(errors: PairErrors, *, beta: Beta, kappa: float, max_reward: float, label_smoothing: float) -> LossOutput:
+def chipo(errors: PairErrors, *, beta: PerPair, kappa: float, max_reward: float, label_smoothing: float) -> LossOutput:
     """The objective `chipo`, χPO: −log σ(m), m = clip((β/2)/κ · [φ(z_w) − φ(z_l)], −2R, 2R), φ(z) = z + ln z.
 
     Source: Huang et al. 2024 (arXiv 2407.13399; [32] of the xDPO paper), Algorithm 1: DPO with the link φ, whose
@@ -126,8 +126,8 @@ def chipo(errors: PairErrors, *, beta: Beta, kappa: float, max_reward: float, la
     Limits: R → ∞ is Eq. 9; κ → 0 Diffusion-DPO at 2β. A clipped pair has no gradient, one that is hopelessly wrong
     included: that is the method.
     """
-    link = {"divergence": "xdpo", "kappa": kappa, "alpha": 1.0, "n": 1.0}  # α does not act in it
-    margin = f_dpo_margin(errors, beta=beta, eta=1.0, gamma=1.0, **link)
+    # The link φ is f_dpo's member xdpo, in which α does not act.
+    margin = f_dpo_margin(errors, beta=beta, divergence="xdpo", kappa=kappa, alpha=1.0, eta=1.0, gamma=1.0, n=1.0)
     margin = margin.clamp(-2 * max_reward, 2 * max_reward)
-    clamped = _clamped(errors, **link)
+    clamped = _clamped(errors, "xdpo", kappa, alpha=1.0, n=1.0)
     return LossOutput(negative_log_sigmoid(margin, label_smoothing), margin, clamped)

@@ -21,7 +21,7 @@ def negative_log_sigmoid(margin: Tensor, label_smoothing: float = 0.0) -> Tensor
 
 
 def safeguard(errors: PairErrors, policy_dot: Tensor, *, mu: float) -> PairErrors:
-    """The errors with the gradient of the policy's rejected one multiplied by λ; every value stays what it is.
+    """The errors, with the gradient of the policy's rejected one scaled by λ; all values are unchanged.
 
         λ = clip((1 − μ)·‖a_w‖² / <a_w, a_l>, 0, 1)  where <a_w, a_l> > 0, else 1;  a = prediction − target
 
@@ -32,15 +32,15 @@ def safeguard(errors: PairErrors, policy_dot: Tensor, *, mu: float) -> PairError
     Source: Diffusion-SDPO (arXiv 2511.03317), its public code; μ = 0.9 with DPO and DMPO, 0.2 with DSPO. There λ is one
     number per forward pass; here it is one per pair, so that it doesn't depend on how a batch is split. To first
     order in the predictions, raising e_l can then take back at most the share 1 − μ of what e_w falls, if the
-    objective pulls at both with the same slope, as Diffusion-DPO does. Of others (xDPO away from d = 0, f_dpo,
-    MaPO) the slopes differ, and the guarantee holds up to their ratio.
+    objective pulls at both with the same slope, as Diffusion-DPO does. Others (xDPO away from d = 0, f_dpo, MaPO)
+    have two different slopes, and the guarantee holds up to their ratio.
     """
     dot = at_least_float32(policy_dot.detach())
     agree = dot > 0
     bound = (1 - mu) * errors.policy_chosen.detach() / torch.where(agree, dot, 1.0)
     share = torch.where(agree, bound.clamp(0, 1), 1.0)
     rejected = errors.policy_rejected
-    # x.detach() + λ·(x − x.detach()): the bracket is exactly zero, so the value doesn't move.
+    # x.detach() + λ·(x − x.detach()): the bracket is exactly zero, so the value is unchanged.
     return errors._replace(policy_rejected=rejected.detach() + share * (rejected - rejected.detach()))
 
 
@@ -59,7 +59,7 @@ def preference_probability(chosen_scores: Tensor, rejected_scores: Tensor, *, lo
 def margin_weights(probability: Tensor, *, scale: float) -> Tensor:
     """scale·(2p − 1), the factor of a pair's margin: multiply β by it. Shape (B,).
 
-    Source: SmPO-Diffusion, scale 10. p = ½ takes the pair out, p < ½ turns it round; p = (1 + 1/scale)/2 leaves
-    the margin as it is. For objectives with the key margin_weight: pass beta = beta · weights.
+    Source: SmPO-Diffusion, scale 10. p = ½ drops the pair, p < ½ reverses it; p = (1 + 1/scale)/2 leaves
+    the margin as it is. For objectives with the key margin_weight: pass beta = beta · margin_weights.
     """
     return scale * (2 * at_least_float32(probability) - 1)

@@ -13,9 +13,9 @@ from torch.nn.functional import logsigmoid, relu
 from xdpo.loss.modifiers import negative_log_sigmoid
 from xdpo.loss.types import (
     MAX_EXPONENT,
-    Beta,
     LossOutput,
     PairErrors,
+    PerPair,
     at_least_float32,
     differences,
     no_exponents,
@@ -25,19 +25,19 @@ from xdpo.loss.types import (
 from xdpo.loss.xdpo import diffusion_dpo_margin
 
 
-def ipo(errors: PairErrors, *, beta: Beta) -> LossOutput:
-    """(s − ½)², s = (β/2)·Δ: the margin is drawn to ½ instead of to infinity.
+def ipo(errors: PairErrors, *, beta: PerPair) -> LossOutput:
+    """(s − ½)², s = (β/2)·Δ: the margin is pulled to ½ instead of to infinity.
 
     Source: Azar et al. 2023 (arXiv 2310.12036), for diffusion the script of diffusers: (Δ − 1/(2β′))² with
     β′ = β/2 = 2500. Ours is that times the constant β′²: its slope at the start is −β/2, against −4e-4 as printed,
     which would leave most of a UNet's gradients below AdamW's ε.
-    Limits: quadratic in s, so a pair that is very wrong counts the more, and one beyond ½ is pulled back.
+    Limits: quadratic in s, so a pair that is very wrong counts more, and one beyond ½ is pulled back.
     """
     margin = diffusion_dpo_margin(errors, beta=beta)
     return _output((margin - 0.5).square(), margin)
 
 
-def hinge(errors: PairErrors, *, beta: Beta) -> LossOutput:
+def hinge(errors: PairErrors, *, beta: PerPair) -> LossOutput:
     """max(0, 1 − s): every pair pulls equally until its margin is 1, and then not at all.
 
     Source: SLiC-HF (Zhao et al. 2023, arXiv 2305.10425), for diffusion the script of diffusers, relu(1 − β′·Δ) with
@@ -47,7 +47,7 @@ def hinge(errors: PairErrors, *, beta: Beta) -> LossOutput:
     return _output(relu(1 - margin), margin)
 
 
-def dmpo(errors: PairErrors, *, beta: Beta, alpha: float) -> LossOutput:
+def dmpo(errors: PairErrors, *, beta: PerPair, alpha: float) -> LossOutput:
     """KL(p ‖ q) of two coins, p = σ(s) and q = 1 − α: p·ln(p/q) + (1 − p)·ln((1 − p)/(1 − q)). 0 < α < 1.
 
     Source: DMPO (arXiv 2507.07510), the reverse of the KL that −log σ minimises; α = 0.01 and β = 2000 as in the
@@ -61,7 +61,7 @@ def dmpo(errors: PairErrors, *, beta: Beta, alpha: float) -> LossOutput:
     return _output(agree + disagree, margin)
 
 
-def alpha_dpo(errors: PairErrors, *, beta: Beta, alpha: Beta) -> LossOutput:
+def alpha_dpo(errors: PairErrors, *, beta: PerPair, alpha: PerPair) -> LossOutput:
     """The α-divergence of p = σ(s) from certainty: (p^α − (1 − α) − α·p) / (α·(α − 1)), 0 < α < 1.
 
     Source: α-DPO for diffusion (ICLR 2026) and its public code, whose launcher (SDXL) has β = 4000 and α = 0.9999.
@@ -89,7 +89,7 @@ def dspo(errors: PairErrors, *, policy_dot_reference: Tensor, beta: float) -> Lo
     the loss; both terms of k·(a − a_ref) vanish while the policy is the reference.
     """
     prepared = prepare(errors)
-    margin = diffusion_dpo_margin(prepared, beta=beta)
+    margin = diffusion_dpo_margin(errors, beta=beta)
     k = beta * torch.sigmoid(-margin)
     dot = at_least_float32(policy_dot_reference)
     loss = (1 - k).square() * prepared.policy_chosen + 2 * k * (1 - k) * dot + k.square() * prepared.reference_chosen
@@ -118,15 +118,15 @@ def _bernoulli(x: Tensor) -> Tensor:
 
 
 def sft(errors: PairErrors) -> LossOutput:
-    """e_w: fine-tuning on the chosen images. No reference, no number; the margin, for the log, is e_l − e_w."""
+    """e_w: fine-tuning on the chosen images. No reference, no hyper-parameter; the logged margin is e_l − e_w."""
     chosen, rejected = _policy(errors)
     return _output(chosen, rejected - chosen)
 
 
-def seppo(errors: PairErrors, *, beta: Beta, flip: str, label_smoothing: float) -> LossOutput:
+def seppo(errors: PairErrors, *, beta: PerPair, flip: str, label_smoothing: float) -> LossOutput:
     """−log σ(m), m = −(β/2)·[d(x_w) − φ·d(x_ref)], φ = sign(e_ref(x_w) − e_θ(x_w)), without gradient.
 
-    `rejected` is here the image x_ref that a past policy, the reference, sampled for the same prompt; `chosen` is the
+    `rejected` is the image x_ref that the reference, a past policy, sampled for the same prompt; `chosen` is the
     anchor. Where the policy is better than the reference on the anchor (φ = 1), x_ref counts as rejected, where it
     is worse (φ = −1) as chosen, and where they are equal not at all. `flip: indicator` has φ = 0 instead of −1.
 

@@ -2,20 +2,25 @@
 
 Config, help text, configs/base.yaml and every `if` of the training follow from the two tables here. An objective is a
 function in a file of this package and a line in OBJECTIVES; a number that no other objective has is a line in KEYS.
-Nothing here needs PyTorch, so that a mistake in a config is told at once: a function is imported when it is asked for.
+Nothing here needs PyTorch, so that a mistake in a config is reported at once: functions are imported when asked for.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from xdpo.loss.types import LossOutput, PairErrors
 
 Value = float | str
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key of the `loss` section, whichever objectives it acts in: what it means and what it may be."""
+    """One key of the `loss` section: what it means and which values it may have, in every objective that has it."""
 
     description: str
     default: Value | None = None  # None: null in the config, which is each objective's published value, or "off"
@@ -84,29 +89,31 @@ class Objective:
 
     path: str  # module and function in this package, as in "pairwise.mapo"
     published: Mapping[str, Value]  # its own keys, with the values of those that the config leaves null
-    shared: tuple[str, ...] = ()  # the other keys that act, with the default that stands in KEYS
+    shared: tuple[str, ...] = ()  # the other keys that act, with their default from KEYS
     inputs: tuple[str, ...] = ()  # tensors that the function takes beside the errors, by the name of its argument
     takes: Literal["pairs", "images"] = "pairs"  # types.PairErrors, or types.UnpairedErrors of single images
     needs_reference: bool = True  # if not, the errors of the reference may be None
     needs_predictions: bool = False  # of the reference: errors that were recorded before are not enough
     samples_rejected: bool = False  # self-play: a past policy is the reference and samples the rejected images
     effective_beta: Callable[..., tuple[float, str]] | None = None
-    """From the numbers to the β of the Diffusion-DPO that this is near the reference (d about 0), and its formula."""
-    problem: Callable[..., str | None] = lambda **numbers: None
-    """What is wrong with numbers that are each in their range, or None."""
+    """Hyper-parameters → the β of the Diffusion-DPO that this equals near the reference (d ≈ 0), and its formula."""
+    problem: Callable[..., str | None] = lambda **hyperparameters: None
+    """What is wrong with hyper-parameters that are each in their range, or None."""
     citation: str = ""  # for the model card
 
     @property
-    def function(self) -> Callable[..., Any]:
-        """(errors, *, every key that is an argument, every input) → types.LossOutput."""
+    def function(self) -> "Callable[..., LossOutput]":
+        """The function: (errors, *, every key that is an argument, every input) → types.LossOutput."""
         module, _, name = self.path.partition(".")
         return getattr(import_module(f"{__package__}.{module}"), name)
 
-    def of_pairs(self, errors: Any, desirable: Any = None, **arguments: Any) -> Any:
+    def of_pairs(
+        self, errors: "PairErrors", desirable: "Tensor | None" = None, **arguments: "Value | Tensor"
+    ) -> "LossOutput":
         """The objective on a batch's types.PairErrors → types.LossOutput of its B pairs.
 
-        One of single images sees both images of each, desirable (2B,) bool or else the chosen one alone; its loss and
-        margin are means over the two.
+        An objective of single images gets the 2B images one by one. desirable (2B,) bool labels them; without it the
+        chosen ones are desirable. Its loss and margin are then means over each pair's two images.
         """
         if not self.is_unpaired:
             return self.function(errors, **arguments)
@@ -116,13 +123,13 @@ class Objective:
 
     @property
     def keys(self) -> dict[str, Value | None]:
-        """All keys that act here and their values where the config says nothing: None for a modifier that is off."""
+        """All keys that act here, with their values where the config has none; None: the modifier is off."""
         return {**self.published, **{name: KEYS[name].default for name in self.shared}}
 
     @property
-    def numbers(self) -> dict[str, Value]:
+    def hyperparameters(self) -> dict[str, Value]:
         """The keys that the function takes, with their published values."""
-        return {name: value for name, value in self.keys.items() if KEYS[name].is_argument}
+        return {name: value for name, value in self.keys.items() if KEYS[name].is_argument and value is not None}
 
     @property
     def is_unpaired(self) -> bool:
@@ -142,16 +149,18 @@ def _twice_beta(beta: float, **_: Value) -> tuple[float, str]:
     return 2 * beta, f"2·β = 2 × {beta:g}"
 
 
-def _attenuated_beta(beta: float, eta: float, gamma: float, n: float, reward: str = "", **_: Value):
-    """The derivative of Appendix C's and Eq. 9's reward at d = 0. Eq. 10's power term is here that of an error of 0."""
+def _attenuated_beta(
+    beta: float, eta: float, gamma: float, n: float, reward: str = "", **_: Value
+) -> tuple[float, str]:
+    """The derivative of Appendix C's and Eq. 9's reward at d = 0; for Eq. 10 the derivative at an error of 0."""
     factor = ", whose γ·n part grows by exp(n·e) with the error e" if reward == "eq10" else ""
     return beta * (eta + gamma * n), f"β·(η + γ·n) = {beta:g} × ({eta:g} + {gamma:g} × {n:g}){factor}"
 
 
-def _beta_of_f_dpo(beta: float, divergence: str, **numbers: Value) -> tuple[float, str]:
+def _beta_of_f_dpo(beta: float, divergence: str, eta: float, gamma: float, n: float, **_: Value) -> tuple[float, str]:
     """β·f″(1)."""
     if divergence == "xdpo":
-        return _attenuated_beta(beta, **numbers)
+        return _attenuated_beta(beta, eta, gamma, n)
     if divergence == "jensen_shannon":
         return beta * 0.5, f"β/2 = {beta:g} / 2"
     return _beta_itself(beta)

@@ -18,9 +18,9 @@ def diffusion_kto(
 ) -> LossOutput:
     """λ·(1 − U(v)), v = ±β·(g − z0): + for a desirable image, − for the others; g = e_ref − e_θ. Shapes (B,).
 
-    z0 is the reference point, a 0-d tensor, cut from the graph: max(0, mean of g), of which the training takes the
-    mean over the whole batch, all processes, of the optimizer step before. λ is the image's class weight. There is no
-    ½ at β here. The margin that is returned is v.
+    z0 is the reference point, a 0-d tensor, cut from the graph: max(0, mean of g). The training takes that mean over
+    the whole batch of the previous optimizer step, on all processes. λ is the image's class weight. β has no factor ½
+    here. The returned margin is v.
 
     utility        U(v)            slope
     kto            σ(v)            greatest at v = 0, fades to both sides

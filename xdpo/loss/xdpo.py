@@ -9,9 +9,10 @@ from torch import Tensor
 
 from xdpo.loss.modifiers import negative_log_sigmoid
 from xdpo.loss.types import (
-    Beta,
+    ComparedErrors,
     LossOutput,
     PairErrors,
+    PerPair,
     count_clamped,
     differences,
     exp_difference,
@@ -22,7 +23,7 @@ from xdpo.loss.types import (
 )
 
 
-def xdpo_loss(errors: PairErrors, *, beta: Beta, eta: float, gamma: float, n: float, reward: str) -> Tensor:
+def xdpo_loss(errors: PairErrors, *, beta: PerPair, eta: float, gamma: float, n: float, reward: str) -> Tensor:
     """xDPO's loss of each pair, −log σ(m) (Eq. 11, Appendix C). Shape (B,).
 
     β and n are positive, η and γ not negative. Half precision is promoted to float32; float64 stays.
@@ -32,24 +33,24 @@ def xdpo_loss(errors: PairErrors, *, beta: Beta, eta: float, gamma: float, n: fl
     return negative_log_sigmoid(xdpo_margin(errors, beta=beta, eta=eta, gamma=gamma, n=n, reward=reward))
 
 
-def diffusion_dpo_loss(errors: PairErrors, *, beta: Beta) -> Tensor:
+def diffusion_dpo_loss(errors: PairErrors, *, beta: PerPair) -> Tensor:
     """Diffusion-DPO's loss of each pair, −log σ(m) (Eq. 5). Shape (B,). Precision and errors as xdpo_loss."""
     return negative_log_sigmoid(diffusion_dpo_margin(errors, beta=beta))
 
 
-def xdpo_margin(errors: PairErrors, *, beta: Beta, eta: float, gamma: float, n: float, reward: str) -> Tensor:
+def xdpo_margin(errors: PairErrors, *, beta: PerPair, eta: float, gamma: float, n: float, reward: str) -> Tensor:
     """m = −(β/2) · [ η·(d_w − d_l) + γ·P ], where P is the power term of the chosen reward. Shape (B,).
 
     appendix_c  P = exp(n·d_w) − exp(n·d_l)                      Appendix C, the only executable definition
     eq9         P = exp(−n·d_l) − exp(−n·d_w)                    Eq. 9 with ln z = −d
     eq10        P = [exp(n·e_θ) − exp(n·e_ref)]_w − [same]_l     Eq. 10 with its ε_θ + ε read as ε_θ − ε
     """
-    errors = prepare(errors)
-    power = sum(exp_difference(a, b, n) for a, b in _power_terms(errors, reward))
-    return -0.5 * beta * (eta * gap(errors) + gamma * power)
+    compared = prepare(errors)
+    power = sum(exp_difference(a, b, n) for a, b in _power_terms(compared, reward))
+    return -0.5 * beta * (eta * gap(compared) + gamma * power)
 
 
-def diffusion_dpo_margin(errors: PairErrors, *, beta: Beta) -> Tensor:
+def diffusion_dpo_margin(errors: PairErrors, *, beta: PerPair) -> Tensor:
     """m = −(β/2) · (d_w − d_l): Eq. 5 with ln z = −d, on the scale of its public code. Shape (B,)."""
     return -0.5 * beta * gap(prepare(errors))
 
@@ -63,7 +64,7 @@ def clamp_count(errors: PairErrors, n: float, reward: str) -> Tensor:
     return count_clamped((argument for term in terms for argument in term), n)
 
 
-def _power_terms(errors: PairErrors, reward: str) -> list[tuple[Tensor, Tensor]]:
+def _power_terms(errors: ComparedErrors, reward: str) -> list[tuple[Tensor, Tensor]]:
     """The pairs (a, b) for which the reward's power term P is the sum of exp(n·a) − exp(n·b)."""
     d_chosen, d_rejected = differences(errors)
     match reward:
@@ -82,7 +83,7 @@ def _power_terms(errors: PairErrors, reward: str) -> list[tuple[Tensor, Tensor]]
 def xdpo(
     errors: PairErrors,
     *,
-    beta: Beta,
+    beta: PerPair,
     eta: float,
     gamma: float,
     n: float,
@@ -94,7 +95,7 @@ def xdpo(
     return LossOutput(negative_log_sigmoid(margin, label_smoothing), margin, clamp_count(errors, n, reward))
 
 
-def diffusion_dpo(errors: PairErrors, *, beta: Beta, label_smoothing: float) -> LossOutput:
+def diffusion_dpo(errors: PairErrors, *, beta: PerPair, label_smoothing: float) -> LossOutput:
     """The objective `diffusion_dpo`; β = 2000 is its paper's for SD1.5 (its launcher has 5000)."""
     margin = diffusion_dpo_margin(errors, beta=beta)
     return LossOutput(negative_log_sigmoid(margin, label_smoothing), margin, no_exponents(margin))

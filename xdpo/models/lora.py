@@ -1,4 +1,4 @@
-"""LoRA files checked against the model that they are to adapt: every weight must have its place there, in its size."""
+"""Checks a LoRA file against the model that it adapts: every weight must belong to a layer and fit its size."""
 
 import math
 import re
@@ -33,7 +33,7 @@ class _Pair:
 
 
 def check_lora(file: Path, base: Path, label: str) -> None:
-    """Refuse a LoRA file that would change another model, only a part of this one, or nothing.
+    """Refuse a LoRA file of another model, of which only a part fits this one, or that changes nothing.
 
     base: a folder with the configs of the pipeline to adapt, whose weights aren't read. Names are those of diffusers,
     of PEFT below `unet.` and `text_encoder.`, or of kohya's scripts. Raises ValueError with counts and examples.
@@ -89,8 +89,11 @@ def _pairs(
     strange = []
     for name, shape in sorted(header.items()):
         match = _KOHYA.fullmatch(name) or _DIFFUSERS.fullmatch(name)
-        part = {"te": "text_encoder", "te1": "text_encoder"}.get(match["part"], match["part"]) if match else ""
-        layer = flat[part].get(_flat(_modern(match["layer"], part))) if match else None
+        if match is None:
+            strange.append(name)
+            continue
+        part = {"te": "text_encoder", "te1": "text_encoder"}.get(match["part"], match["part"])
+        layer = flat[part].get(_flat(_modern(match["layer"], part)))
         if layer is None:
             strange.append(name)
             continue
@@ -116,12 +119,12 @@ def _modern(layer: str, part: str) -> str:
 
 
 def _flat(layer: str) -> str:
-    """A layer's name as kohya's scripts write it, by which names of both kinds are found."""
+    """A layer's name as kohya's scripts write it, to compare names of both kinds."""
     return layer.replace(".", "_").removeprefix("text_model_")
 
 
 def _problems(key: tuple[str, str], pair: _Pair, layers: Mapping[str, Mapping[str, nn.Module]]) -> list[str]:
-    """Halves that are missing, of two ranks, or of another width than the layer."""
+    """Problems of a pair: a missing half, two different ranks, or another width than the layer's."""
     part, layer = key
     name = f"{part}.{layer}"
     if not (pair.down and pair.up):
@@ -143,7 +146,7 @@ def _problems(key: tuple[str, str], pair: _Pair, layers: Mapping[str, Mapping[st
 
 
 def _guess(strange: list[str], layers: Mapping[str, Mapping[str, nn.Module]]) -> str:
-    """What such names are likely to be, and what to do."""
+    """Which kind of file probably has such names, and what to do."""
     first = strange[0] if strange else ""
     save = "save it with StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=…)"
     if not strange:

@@ -1,15 +1,15 @@
-"""Models to generate with: what a user names → which files, of which version → a pipeline."""
+"""Models to generate with: a user's name for one → its files and their version → a pipeline."""
 
 import difflib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 
 from xdpo.config import ComputeConfig, FilePath, ModelConfig, Section, Text, load_config, parse_yaml
 from xdpo.families import PipelineParts, check_pipeline_folder, load_parts, pipeline_with
@@ -19,11 +19,14 @@ from xdpo.files import file_sha256
 from xdpo.models.lora import LORA_FILE, check_lora, layers_adapted
 from xdpo.models.policy import make_policy
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin, UNet2DConditionModel
+
 MODEL_CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "models"
 
 
 class ModelSpec(Section):
-    """What images are made with: a pipeline, its UNet replaced or adapted, or a run of train_xdpo.py.
+    """A model to generate with: a pipeline, its UNet replaced or adapted, or a run of train_xdpo.py.
 
     configs/models/ holds the paper's five. `revision` is the hub revision of `unet` or `lora`, `base_revision` that
     of `base`.
@@ -53,7 +56,7 @@ class ModelSpec(Section):
 class ResolvedModel:
     """A model whose files have been found. Revisions are hub commits, or "sha256:…" of local weights.
 
-    `kind` says what `weights` is: "unet" (hub id or folder), "lora" (hub id, folder or file), "checkpoint" (folder), or
+    `kind` is that of `weights`: "unet" (hub id or folder), "lora" (hub id, folder or file), "checkpoint" (folder), or
     "base" and None.
     """
 
@@ -73,13 +76,13 @@ class ResolvedModel:
 
 
 def read_model_spec(name: str, *, unet: str | None = None, lora: str | None = None) -> tuple[str, ModelSpec]:
-    """What a user names: (display name, spec). Raises ValueError for what can't be a model, saying what can.
+    """A user's name for a model → (display name, spec). Raises ValueError, with the choices, for what is no model.
 
     name: a YAML file or the name of one in configs/models, a pipeline folder, a run folder, its export or a checkpoint
     of it, or a hub id. `unet` and `lora` replace or adapt the UNet of a pipeline.
     """
     path, shipped = Path(name), sorted(file.stem for file in MODEL_CONFIGS.glob("*.yaml"))
-    if name in shipped:  # also where a folder is called so, as our own package is: that one is ./xdpo
+    if name in shipped:  # even if a folder has that name, such as this package's, which is ./xdpo
         path = MODEL_CONFIGS / f"{name}.yaml"
     if path.suffix in (".yaml", ".yml"):
         return path.stem, _spec_from_yaml(path, unet, lora)
@@ -109,9 +112,9 @@ def read_model_spec(name: str, *, unet: str | None = None, lora: str | None = No
 
 
 def resolve_model(name: str, spec: ModelSpec) -> ResolvedModel:
-    """Find a model's files and which version they are, before any weight is loaded.
+    """Find a model's files and their version, before any weight is loaded.
 
-    Of hub models only small files are fetched here, which tells the commit. Raises ValueError where files are missing.
+    For hub models only small files are fetched here, which give the commit. Raises ValueError where files are missing.
     """
     if spec.run is not None:
         return _resolve_run(name, Path(spec.run))
@@ -140,20 +143,21 @@ def resolve_model(name: str, spec: ModelSpec) -> ResolvedModel:
     return ResolvedModel(name, base, base_revision, kind, source, subfolder, commit)
 
 
-def load_model(model: ResolvedModel):
+def load_model(model: ResolvedModel) -> "DiffusionPipeline":
     """The StableDiffusionPipeline of a resolved model: float32, on the CPU, no safety checker.
 
     Raises ValueError where weights can't be loaded or don't fit the base.
     """
     parts = load_parts(model.base)
     try:
+        if model.weights is None:
+            return pipeline_with(parts, parts.denoiser)
         if model.kind == "unet":
-            return pipeline_with(parts, _load_unet(type(parts.denoiser), model))
+            return pipeline_with(parts, _load_unet(type(parts.denoiser), model, model.weights))
         if model.kind == "checkpoint":
             return pipeline_with(parts, _load_checkpoint(parts, Path(model.weights), model.base))
         pipeline = pipeline_with(parts, parts.denoiser)
-        if model.kind == "lora":
-            _load_lora(pipeline, model)
+        _load_lora(pipeline, model, model.weights)
         return pipeline
     except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
         problem = f"can't load {model.kind} weights of {model.weights}: {error}"
@@ -193,7 +197,7 @@ def _resolve_base(base: ModelConfig) -> tuple[ModelConfig, str]:
 
 
 def _resolve_run(name: str, path: Path) -> ResolvedModel:
-    """A run's export, or one of its checkpoints; the base is the one that the run trained."""
+    """A run's export, or one of its checkpoints; the base is the pipeline that the run trained."""
     is_checkpoint = (path / "policy.safetensors").is_file()
     run = path.resolve().parents[1] if is_checkpoint else path.resolve().parent if path.name == "export" else path
     if not (run / "config.yaml").is_file():
@@ -215,13 +219,13 @@ def _resolve_run(name: str, path: Path) -> ResolvedModel:
 
 
 def _check_fit(kind: str, file: Path, base: ModelConfig, label: str, *, has_weights: bool = True) -> None:
-    """Refuse a UNet or a LoRA file that doesn't fit the base, where the base's configs can be had.
+    """Refuse a UNet or a LoRA file that doesn't fit the base, if the base's configs are available.
 
     has_weights: the weights lie beside the UNet's config, as in a folder; a hub model's are fetched on loading.
     """
     try:
         folder = fetch(base.pipeline, base.revision, PARTS, weights=False)
-    except Unreachable:  # told on loading
+    except Unreachable:  # load_parts will raise
         return
     if kind == "unet":
         check_unet(file.parent, folder, label, has_weights=has_weights)
@@ -230,19 +234,17 @@ def _check_fit(kind: str, file: Path, base: ModelConfig, label: str, *, has_weig
 
 
 def _local_revision(folder: Path, depth: str = "") -> str:
-    """Which model a folder holds, whatever it is called: "sha256:…" over its weights and configs."""
+    """The identity of a folder's model, whatever its name: "sha256:…" over its weights and configs."""
     total = hashlib.sha256()
     weights = sorted(folder.glob(f"{depth}*.safetensors")) or sorted(folder.glob(f"{depth}*.bin"))
     for path in [*weights, *sorted(folder.glob(f"{depth}*.json"))]:
         if path.name != "optimizer.safetensors":  # of a checkpoint: not part of the model
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").digest()
-            total.update(path.relative_to(folder).as_posix().encode() + digest)
+            total.update(path.relative_to(folder).as_posix().encode() + bytes.fromhex(file_sha256(path)))
     return f"sha256:{total.hexdigest()}"
 
 
 def _hub_file(repository: str, files: tuple[str, ...], revision: str | None, key: str) -> tuple[str, Path]:
-    """The commit that a hub revision stands for, and where the first of `files` that it has lies in the cache."""
+    """The commit of a hub revision, and the path in the cache of the first of `files` that it has."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
@@ -260,34 +262,35 @@ def _hub_file(repository: str, files: tuple[str, ...], revision: str | None, key
     ) from problem
 
 
-def _load_unet(kind: type[nn.Module], model: ResolvedModel) -> nn.Module:
-    """The UNet that takes the place of the base's, float32; a folder's variant (fp16, …) where that is all there is."""
-    folder = Path(model.weights)
+def _load_unet(kind: "type[UNet2DConditionModel]", model: ResolvedModel, weights: str) -> "UNet2DConditionModel":
+    """The UNet that replaces the base's, float32; from a variant (fp16, …) where a folder has nothing else."""
+    folder = Path(weights)
     where = {"variant": weight_paths(folder)[0]} if folder.is_dir() else {"revision": model.revision}
-    unet, found = kind.from_pretrained(
-        model.weights,
+    unet, report = kind.from_pretrained(
+        weights,
         subfolder=model.subfolder,
         dtype=torch.float32,
         use_safetensors=True,
         output_loading_info=True,
         **where,
     )
-    if missing := found["missing_keys"]:
+    if missing := report["missing_keys"]:
         raise ValueError(f"{len(missing)} weights are missing, {min(missing)} for one; it is another model's UNet")
     return unet.eval().requires_grad_(False)
 
 
-def _load_lora(pipeline, model: ResolvedModel) -> None:
-    """Adapt a pipeline's UNet and text encoder, and see that every layer of the file took effect."""
+def _load_lora(pipeline: "DiffusionPipeline", model: ResolvedModel, weights: str) -> None:
+    """Adapt a pipeline's UNet and text encoder. Raises ValueError where not every layer of the file took effect."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    path = Path(model.weights)
+    path = Path(weights)
+    where: dict[str, str | None]
     if path.is_file():
         file, where = path, {"weight_name": path.name}
     elif path.is_dir():
         file, where = path / LORA_FILE, {"weight_name": LORA_FILE}
     else:
-        _, file = _hub_file(model.weights, (LORA_FILE,), model.revision, "model.lora")
+        _, file = _hub_file(weights, (LORA_FILE,), model.revision, "model.lora")
         where = {"weight_name": LORA_FILE, "revision": model.revision}
     pipeline.load_lora_weights(str(path.parent if path.is_file() else path), use_safetensors=True, **where)
     adapted = [
@@ -296,12 +299,14 @@ def _load_lora(pipeline, model: ResolvedModel) -> None:
         for module in part.modules()
         if isinstance(module, BaseTunerLayer)
     ]
-    if len(adapted) != (wanted := layers_adapted(file)):
-        raise ValueError(f"{file.name} adapts {wanted} layers, and {len(adapted)} took effect; its names are ambiguous")
+    if len(adapted) != (expected := layers_adapted(file)):
+        raise ValueError(
+            f"{file.name} adapts {expected} layers, and {len(adapted)} took effect; its names are ambiguous"
+        )
 
 
-def _load_checkpoint(parts: PipelineParts, folder: Path, model: ModelConfig) -> nn.Module:
-    """Put the weights of a training checkpoint, the moving average where one was kept, into the base's denoiser."""
+def _load_checkpoint(parts: PipelineParts, folder: Path, model: ModelConfig) -> "ModelMixin":
+    """Load a training checkpoint into the base's denoiser: the moving average of the weights, if it has one."""
     policy = make_policy(parts, model, ComputeConfig())
     names = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
     weights = load_file(folder / "policy.safetensors")

@@ -1,8 +1,9 @@
-"""The network that is trained, and the copy that it is compared with: adapters, compute switches, compilation."""
+"""The trained network and the frozen copy that it is compared with: adapters, compute switches, compilation."""
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -10,12 +11,15 @@ from torch import nn
 from xdpo.config import ComputeConfig, ModelConfig
 from xdpo.families import PipelineParts
 
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
-def make_reference(parts: PipelineParts, model: ModelConfig, compute: ComputeConfig) -> nn.Module | None:
+
+def make_reference(parts: PipelineParts, model: ModelConfig, compute: ComputeConfig) -> "ModelMixin | None":
     """A frozen copy of the denoiser, or None for LoRA, whose reference is the policy without its adapter.
 
-    Its weights stay float32 and its forward runs under the policy's autocast: any other precision moves the first
-    margin away from 0 by rounding times β. Compiled, they require gradients that nobody asks for (xdpo.reference).
+    Its weights stay float32 and its forward runs under the policy's autocast: in any other precision the first margin
+    would differ from 0 by rounding times β. Compiled, they require gradients, which are dropped (see xdpo.reference).
     """
     if model.trainable == "lora":
         return None
@@ -24,10 +28,10 @@ def make_reference(parts: PipelineParts, model: ModelConfig, compute: ComputeCon
     return reference
 
 
-def make_policy(parts: PipelineParts, model: ModelConfig, compute: ComputeConfig) -> nn.Module:
+def make_policy(parts: PipelineParts, model: ModelConfig, compute: ComputeConfig) -> "ModelMixin":
     """Make the parts' denoiser trainable, in place: all of it, or LoRA adapters on the family's layers.
 
-    Like the reference it drops nothing out: a margin would be that noise times β.
+    Dropout is off, as in the reference: otherwise margins would contain its noise times β.
     """
     denoiser = parts.denoiser
     if model.trainable == "lora":
@@ -47,8 +51,8 @@ def make_policy(parts: PipelineParts, model: ModelConfig, compute: ComputeConfig
     return denoiser.eval()
 
 
-def _apply_compute(denoiser: nn.Module, compute: ComputeConfig) -> None:
-    """Switches that policy and reference share, so that equal weights give equal bits (compiled: xdpo.reference)."""
+def _apply_compute(denoiser: "ModelMixin", compute: ComputeConfig) -> None:
+    """Apply the switches that policy and reference share: equal weights must give equal bits (see xdpo.reference)."""
     if compute.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     if compute.channels_last:
@@ -61,15 +65,16 @@ def _apply_compute(denoiser: nn.Module, compute: ComputeConfig) -> None:
         _compile(denoiser)
 
 
-def _compile(denoiser: nn.Module) -> None:
-    """Compile the forward of training alone: what records no gradient, evaluation and sampling, runs as written.
+def _compile(denoiser: "ModelMixin") -> None:
+    """Compile the forward of training only: without gradients, in evaluation and sampling, it runs uncompiled.
 
-    Shapes are static, so each micro-batch size has one graph; autocast is around it, so modules of one make share it.
+    Shapes are static, so each micro-batch size has one graph. Autocast is outside, so policy and reference share it.
     """
     import torch._dynamo
 
-    # One graph within DDP as without it: split at DDP's buckets where the policy comes first, whole where the reference
-    # does, it would round in two ways. What splitting overlaps is an exchange that comes once in an optimizer step.
+    # One graph within DDP as without it. Otherwise the graph would be split at DDP's buckets if the policy is compiled
+    # first and whole if the reference is, which round differently. Splitting would gain little: it overlaps an exchange
+    # that happens once per optimizer step.
     torch._dynamo.config.optimize_ddp = False
     plain = denoiser.forward
     compiled = torch.compile(plain, fullgraph=True, dynamic=False)
@@ -82,8 +87,8 @@ def _compile(denoiser: nn.Module) -> None:
 
 
 @contextmanager
-def adapter_off(denoiser: nn.Module) -> Iterator[None]:
-    """Run the LoRA policy as its own reference."""
+def adapter_off(denoiser: "ModelMixin") -> Iterator[None]:
+    """A context in which a LoRA policy runs without its adapter, as its own reference."""
     denoiser.disable_adapters()
     try:
         yield

@@ -1,4 +1,4 @@
-"""What is random about a sample, and how a process adds noise. Tensors only."""
+"""The random draws of a sample, and how a process adds noise. Tensors only."""
 
 from collections.abc import Iterable
 from typing import Protocol, Self
@@ -9,6 +9,7 @@ from torch import Tensor
 from xdpo.noise.diffusion import DiffusionProcess
 from xdpo.noise.draws import (
     HELD_OUT_SEED,
+    Order,
     SampleOrder,
     draw_augmentation,
     draw_caption_coin,
@@ -21,6 +22,7 @@ from xdpo.noise.draws import (
 __all__ = [
     "HELD_OUT_SEED",
     "DiffusionProcess",
+    "Order",
     "Process",
     "SampleOrder",
     "draw_augmentation",
@@ -33,7 +35,7 @@ __all__ = [
 
 
 class Process(Protocol):
-    """How noise is added to latents, which times are drawn, what the denoiser predicts, and a time's weight."""
+    """How noise is added to latents, which times are drawn, what the denoiser predicts, and the weight of a time."""
 
     def to(self, device: torch.device | str) -> Self: ...
 

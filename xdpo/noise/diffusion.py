@@ -9,14 +9,14 @@ import torch
 from xdpo.noise.draws import draw_timesteps
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
-NO_SIGNAL = 1e-6  # a last ᾱ below it comes of betas rescaled to no signal; Stable Diffusion's is 0.0047
+NO_SIGNAL = 1e-6  # a last ᾱ below it means betas rescaled to zero signal; Stable Diffusion's is 0.0047
 
 
 @dataclass(frozen=True, eq=False)
 class DiffusionProcess:
     """How much signal is left at each timestep, and what the network predicts.
 
-    Every tensor of a call is on the process's device. Half precision is promoted to float32.
+    Every tensor of a call must be on the process's device. Half precision is promoted to float32.
     """
 
     alphas_cumprod: torch.Tensor  # (T,) float32, ᾱ_t, falling with t

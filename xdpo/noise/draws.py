@@ -1,20 +1,21 @@
 """Everything random about a training sample.
 
 A draw depends on (seed, position of the sample in training order, stream) alone: never on the batch it is in,
-the process, the worker or the time. Hence resume is a jump to a position, and two processes equal one.
+the process, the worker or the time. Hence a run resumes by jumping to a position, and two processes equal one.
 """
 
 import zlib
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 
-HELD_OUT_SEED = 0  # held-out pairs meet the same (t, ε) in every run, so that runs can be compared
+HELD_OUT_SEED = 0  # held-out pairs have the same (t, ε) in every run, so that runs can be compared
 
 
 def generator(seed: int, position: int, stream: str) -> torch.Generator:
-    """A CPU generator of its own for one purpose of one sample ("timestep", "noise", "augment", …).
+    """A separate CPU generator for one purpose (stream) of one sample: "timestep", "noise", "augment", …
 
     The three are hashed to 32 bits, because torch's CPU generator (a Mersenne twister) uses only the low 32 bits
     of its seed: numbers packed side by side into 64 would collide. `seed` and `position` are not negative.
@@ -28,8 +29,14 @@ def permutation(seed: int, epoch: int, length: int) -> torch.Tensor:
     return torch.randperm(length, generator=generator(seed, epoch, "permutation"))
 
 
+class Order(Protocol):
+    """Which pair is at a position of the training order."""
+
+    def __getitem__(self, position: int, /) -> int: ...
+
+
 class SampleOrder:
-    """Which pair stands at a position of the training order: `order[position]` is an index below `length`.
+    """Which pair is at a position of the training order: `order[position]` is an index below `length`.
 
     Position p belongs to epoch p // length. With `shuffle` each epoch has its own permutation of the pairs.
     """
@@ -39,25 +46,25 @@ class SampleOrder:
         self._epoch, self._permutation = -1, torch.empty(0)
 
     def __getitem__(self, position: int) -> int:
-        epoch, place = divmod(position, self.length)
+        epoch, slot = divmod(position, self.length)
         if not self.shuffle:
-            return place
+            return slot
         if epoch != self._epoch:
             self._epoch, self._permutation = epoch, permutation(self.seed, epoch, self.length)
-        return int(self._permutation[place])
+        return int(self._permutation[slot])
 
 
 def draw_augmentation(seed: int, position: int) -> tuple[float, float, float]:
     """Three uniform numbers in [0, 1) for a pair's images: to flip them, and to place the crop across and down.
 
-    All three are always drawn, so that switching one use off leaves the others as they were.
+    All three are always drawn, so that switching one use off does not change the others.
     """
     coin, across, down = torch.rand(3, generator=generator(seed, position, "augment")).tolist()
     return coin, across, down
 
 
 def draw_caption_coin(seed: int, position: int) -> float:
-    """A uniform number in [0, 1): a pair's caption is dropped where it lies below the share to drop."""
+    """A uniform number in [0, 1): a pair's caption is dropped where it is below the share to drop."""
     return torch.rand(1, generator=generator(seed, position, "caption")).item()
 
 
@@ -76,8 +83,8 @@ def draw_noise(
 ) -> torch.Tensor:
     """Gaussian noise for B pairs of latents of `shape`: (2B, *shape) float32 on the CPU, chosen first.
 
-    shared: both images of a pair get the same noise (Appendix C); otherwise the rejected image gets its own,
-    and the chosen one keeps what it had. `stream` names the purpose: "noise", or "posterior" for the VAE's sample.
+    shared: both images of a pair get the same noise (Appendix C); otherwise the rejected image gets another one, and
+    the chosen image's stays the same. stream: the purpose, "noise", or "posterior" for the VAE's sample.
     """
     chosen, rejected = [], []
     for position in positions:

@@ -1,8 +1,9 @@
-"""Filling the caches and opening them: which key a run has, encoding ahead, and where its examples come from."""
+"""Filling and opening the caches: their keys, encoding in advance, and a run's pairs and data sets."""
 
 from xdpo.precompute.build import build_examples, build_missing_examples, verify_examples
 from xdpo.precompute.keys import example_key, examples_folder, reference_key, takes_single_images
 from xdpo.precompute.opening import (
+    Examples,
     Pairs,
     count_shared,
     latent_shape,
@@ -15,6 +16,7 @@ from xdpo.precompute.opening import (
 )
 
 __all__ = [
+    "Examples",
     "Pairs",
     "build_examples",
     "build_missing_examples",

@@ -4,8 +4,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ from xdpo.files import appears, file_sha256, is_own, only_run, replacing
 from xdpo.precompute.keys import example_key, examples_folder
 from xdpo.precompute.opening import load_table, source_of
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 VERIFIED = 16  # records of each kind that `verify` encodes again
 VERIFY_TOLERANCE = 0.02  # norm of the difference over the norm: bf16's rounding is 0.004, another image about 1
 
@@ -35,22 +39,22 @@ Say = Callable[[str], None]
 
 
 def build_missing_examples(settings: Config, accelerator: Accelerator, say: Say = print) -> None:
-    """Build what is missing of the caches that a run with these settings reads. Every process calls it.
+    """Build whatever is missing of the example caches that a run with these settings reads. Every process calls it.
 
-    Raises CacheError or DataError, before weights are loaded, for what the run couldn't use once it is built.
+    Raises CacheError or DataError, before weights are loaded, for a cache that the run could not use.
     """
     missing: dict[Split, PairTable] = {}
     is_main = accelerator.is_main_process
     for split in Split.of(settings):
         folder = examples_folder(settings, split)
         needs_scores = settings.loss.margin_weight is not None
-        # One process looks, here and below: network storage that was asked for a file in vain goes on denying it.
-        plan, is_there = processes.agree((ExamplePlan.load(folder), is_finished(folder)) if is_main else None)
+        # Only the first process looks, here and below: network storage may cache that a file doesn't exist.
+        plan, is_built = processes.agree((ExamplePlan.load(folder), is_finished(folder)) if is_main else None)
         if plan is not None:
             plan.refuse_another(folder, example_key(settings, split))
             if needs_scores and not plan.has_scores:
                 raise no_scores(split)
-        if is_there:
+        if is_built:
             if processes.agree(is_main and _may_have_changed(plan)):
                 table = load_table(settings, accelerator, split)
                 if table.fingerprint != plan.fingerprint:
@@ -62,7 +66,9 @@ def build_missing_examples(settings: Config, accelerator: Accelerator, say: Say 
         missing[split] = load_table(settings, accelerator, split)
         if needs_scores:
             finite_scores(missing[split], split)
-    parts = load_parts(settings.model) if missing else None
+    if not missing:
+        return
+    parts = load_parts(settings.model)
     for split, table in missing.items():
         folder = examples_folder(settings, split)
         with only_run([folder], "encoding examples", is_main=is_main):
@@ -70,7 +76,10 @@ def build_missing_examples(settings: Config, accelerator: Accelerator, say: Say 
 
 
 def _may_have_changed(plan: ExamplePlan) -> bool:
-    """Whether local files that a cache was made from are there, and not as they were; a folder's images always may."""
+    """Whether the local files that a cache was made from may have changed; files that are gone count as unchanged.
+
+    Images of a folder are not among the plan's files, so they always may have.
+    """
     if not plan.sources:
         return False
     now = file_states(list(plan.sources))
@@ -91,16 +100,16 @@ def build_examples(
 ) -> None:
     """Encode what a folder lacks of its cache: every distinct image and caption of `table`, once.
 
-    Every process calls it; whoever is free makes the next shard. Finished shards are kept, so the same command goes
-    on after a kill, on any number of processes. The encoders see batches as large as in training, so that they round
-    as there. A process holds one shard in memory.
+    Every process calls it; a free process takes the next shard. Finished shards are kept, so the same command resumes
+    after a kill, on any number of processes. Batches have the training's size, because rounding depends on the batch's
+    shape. A process holds one shard in memory.
     Raises CacheError where the folder belongs to something else, the disk is too small, or latents aren't finite.
     """
     plan, is_main = None, accelerator.is_main_process
     if is_main:
         plan = ExamplePlan.load(folder)
         if plan is None:
-            plan = _write_plan(folder, table, parts, settings, split, shard_bytes=shard_bytes)
+            plan = _begin(folder, table, parts, settings, split, shard_bytes=shard_bytes)
         plan.refuse_another(folder, example_key(settings, split))
         if plan.fingerprint != table.fingerprint:
             raise CacheError(f"cache.examples: {folder} was begun with other pairs; remove it, or name another folder")
@@ -115,12 +124,12 @@ def build_examples(
         name = f"{folder.name}/{kind.shards.name}"
         with tqdm(total=before[-1], desc=name, unit="record", disable=not is_main) as bar:
             for number in processes.deal(f"examples/{name}", range(len(unfinished))):
-                bar.update(before[number] - bar.n)  # the shards before this one are done, or in work elsewhere
+                bar.update(before[number] - bar.n)  # earlier shards are done, or being written by other processes
                 _write_shard(kind, unfinished[number], settings.data.num_workers, bar)
             bar.update(bar.total - bar.n)
     processes.wait()
     if is_main and not is_finished(folder):
-        for kind in kinds:  # others wrote them, on other machines perhaps
+        for kind in kinds:  # other processes wrote them, perhaps on other machines
             for shard in range(len(kind.shards)):
                 appears(kind.shards.checksum_path(shard))
         finish(folder, plan)
@@ -130,12 +139,15 @@ def build_examples(
 
 def _write_shard(kind: "_Kind", shard: int, num_workers: int, bar: tqdm) -> None:
     """Encode a shard's records into memory of their final size and type, and write them."""
-    numbers, unreadable, filled = list(kind.shards.records_of(shard)), [], 0
-    records = np.empty((len(numbers), *kind.shards.shape), dtype=kind.shards.dtype)
-    for encoded, batch in kind.encoded(numbers, num_workers):
+    record_ids, filled = list(kind.shards.records_of(shard)), 0
+    unreadable: list[int] = []
+    records = np.empty((len(record_ids), *kind.shards.shape), dtype=kind.shards.dtype)
+    for encoded, batch in kind.encoded(record_ids, num_workers):
         records[filled : filled + len(encoded)] = encoded
         filled += len(encoded)
-        unreadable += [n for n, ok in zip(batch["record"], batch["readable"], strict=True) if not ok]
+        unreadable += [
+            record for record, is_readable in zip(batch["record"], batch["readable"], strict=True) if not is_readable
+        ]
         bar.update(len(encoded))
     kind.shards.write(shard, records, unreadable)
 
@@ -150,11 +162,11 @@ def verify_examples(
     differences = []
     for kind in _kinds(cache.folder, table, cache.plan, parts, settings, accelerator):
         shards, name = kind.shards, kind.shards.name
-        shards.verify(lambda numbers, name=name: tqdm(numbers, desc=f"checksums of {name}", unit="shard"))
+        shards.verify(partial(tqdm, desc=f"checksums of {name}", unit="shard"))
         sample = sorted(np.random.default_rng(0).permutation(shards.count)[:VERIFIED].tolist())
         again = np.concatenate([encoded for encoded, _ in kind.encoded(sample)])
-        kept = np.stack([[shards.read(record, part) for part in range(shards.shape[0])] for record in sample])
-        difference = float(np.linalg.norm(again - kept.astype(np.float32)) / np.linalg.norm(again))
+        cached = np.stack([[shards.read(record, part) for part in range(shards.shape[0])] for record in sample])
+        difference = float(np.linalg.norm(again - cached.astype(np.float32)) / np.linalg.norm(again))
         if not difference <= VERIFY_TOLERANCE:
             raise CacheError(
                 f"{cache.folder}: {name} encoded again differ by {difference:.3g} of their norm from those kept; "
@@ -164,7 +176,7 @@ def verify_examples(
     return differences[0], differences[1]
 
 
-def _write_plan(
+def _begin(
     folder: Path,
     table: PairTable,
     parts: PipelineParts,
@@ -173,47 +185,80 @@ def _write_plan(
     *,
     shard_bytes: int | None,
 ) -> ExamplePlan:
-    """The tables and the plan of a new cache. Refuses a folder that holds something else, or a disk too small."""
-    import pyarrow as pa
+    """Write the tables and the plan of a new cache.
+
+    Raises CacheError for a folder that holds something else, or a disk that is too small.
+    """
     import pyarrow.parquet as pq
 
     if folder.is_dir() and any(not is_own(path) and path.name not in TABLES for path in folder.iterdir()):
         raise CacheError(f"cache.examples: {folder} holds something that is no cache; name another folder")
-    columns = table.columns("image_0_uid", "image_1_uid", "caption", "ranking_id", "__key__")
+    pairs, images, prompts = _tables(table, parts)
+    plan = _plan(table, pairs, images, prompts, parts, settings, split)
+    if shard_bytes is not None:
+        plan = replace(plan, shard_bytes=shard_bytes)
+    folder.mkdir(parents=True, exist_ok=True)
+    _refuse_small_disk(folder, plan)
+    for name, content in zip(TABLES, (pairs, images, prompts), strict=True):
+        with replacing(folder / name, "wb") as file:
+            pq.write_table(content, file)
+    plan = replace(plan, tables={name: file_sha256(folder / name) for name in TABLES})
+    plan.save(folder)
+    return plan
 
-    # Distinct images in the order of their first pair; without names, every image is one of its own.
-    sides = [columns.get(f"image_{side}_uid") or [None] * len(table) for side in (0, 1)]
-    flat = [sides[side][index] or f"row {row}, image {side}" for index, row in enumerate(table.rows) for side in (0, 1)]
-    encoded = pa.array(flat).dictionary_encode()
+
+def _tables(table: PairTable, parts: PipelineParts) -> "tuple[pa.Table, pa.Table, pa.Table]":
+    """The pairs, the distinct images in the order of their first pair, the distinct captions after the empty one."""
+    import pyarrow as pa
+
+    columns = table.columns("image_0_uid", "image_1_uid", "caption", "ranking_id", "__key__")
+    records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    # Images without a name are all distinct.
+    uids = [columns.get(f"image_{side}_uid") or [None] * len(table) for side in (0, 1)]
+    names = [uids[side][index] or f"row {row}, image {side}" for index, row in enumerate(table.rows) for side in (0, 1)]
+    encoded = pa.array(names).dictionary_encode()
+    # `codes` has the image at both sides of pair 0, then of pair 1, …: a dictionary numbers names by first occurrence,
+    # so an image's code is its record in the cache, and half of where a code first occurs is the pair it comes from.
     codes = encoded.indices.to_numpy()
     first = np.unique(codes, return_index=True)[1]
     images = {"name": encoded.dictionary, "row": table.rows[first // 2], "side": (first % 2).astype(np.int8)}
-    chosen_side = table.chosen_side.astype(np.int64)
-    places = 2 * np.arange(len(table))
+    side_0, chosen_side = 2 * np.arange(len(table)), table.chosen_side.astype(np.int64)
 
-    # Distinct captions; the empty one first.
     captions = pa.array(["", *columns["caption"]]).dictionary_encode()
     truncated = [parts.tokenize(caption)[1] for caption in captions.dictionary.to_pylist()]
     prompts = {"caption": captions.dictionary, "truncated": truncated}
 
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     pairs = {
         "row": table.rows,
-        "pair_id": [pair_id(light, int(row)) for light, row in zip(rows, table.rows, strict=True)],
-        "chosen_image": codes[places + chosen_side].astype(np.int64),
-        "rejected_image": codes[places + 1 - chosen_side].astype(np.int64),
+        "pair_id": [pair_id(record, int(row)) for record, row in zip(records, table.rows, strict=True)],
+        "chosen_image": codes[side_0 + chosen_side].astype(np.int64),
+        "rejected_image": codes[side_0 + 1 - chosen_side].astype(np.int64),
         "prompt": captions.indices.to_numpy()[1:].astype(np.int64),
     }
     if (scores := table.scores) is not None:
         pairs |= {"chosen_score": scores[0], "rejected_score": scores[1]}
+    return pa.table(pairs), pa.table(images), pa.table(prompts)
+
+
+def _plan(
+    table: PairTable,
+    pairs: "pa.Table",
+    images: "pa.Table",
+    prompts: "pa.Table",
+    parts: PipelineParts,
+    settings: Config,
+    split: Split,
+) -> ExamplePlan:
+    """A new cache's plan, but for the checksums of its tables."""
     ((_, text_shape),) = parts.family.conditioning_shapes(parts).items()
-    plan = ExamplePlan(
+    return ExamplePlan(
         key=example_key(settings, split),
         fingerprint=table.fingerprint,
         counts=asdict(table.counts),
         num_pairs=len(table),
-        num_images=len(images["name"]),
-        num_prompts=len(prompts["caption"]),
+        num_images=len(images),
+        num_prompts=len(prompts),
         latent_shape=(
             2 if settings.data.horizontal_flip and not split.is_held_out else 1,
             2 if settings.data.sample_latents else 1,
@@ -222,24 +267,18 @@ def _write_plan(
         text_shape=(1, *text_shape),
         scaling_factor=parts.vae.config.scaling_factor,
         dtype={"fp16": "float16", "fp32": "float32"}[settings.cache.dtype],
-        has_scores=scores is not None,
+        has_scores="chosen_score" in pairs.column_names,
         sources=file_states(local_files(settings.data, **source_of(settings, split))),
     )
-    if shard_bytes is not None:
-        plan = replace(plan, shard_bytes=shard_bytes)
-    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _refuse_small_disk(folder: Path, plan: ExamplePlan) -> None:
     needed, free = plan.latents(folder).num_bytes + plan.text(folder).num_bytes, shutil.disk_usage(folder).free
     if needed > free:
         raise CacheError(
             f"cache.examples: {folder} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; make room, "
             "name another disk, or halve it by data.horizontal_flip=false or data.sample_latents=false"
         )
-    for name, content in zip(TABLES, (pairs, images, prompts), strict=True):
-        with replacing(folder / name, "wb") as file:
-            pq.write_table(pa.table(content), file)
-    plan = replace(plan, tables={name: file_sha256(folder / name) for name in TABLES})
-    plan.save(folder)
-    return plan
 
 
 class _Images(Dataset):
@@ -276,22 +315,22 @@ class _Captions(Dataset):
 
 @dataclass(frozen=True)
 class _Kind:
-    """Latents or text states: where they go, what they are made of, how, and how many at once."""
+    """One kind of encodings, latents or text states: their shards, the data to encode, the encoder, its batch size."""
 
     shards: Shards
     records: Dataset
-    encode: Callable[[dict], np.ndarray]
+    encode: Callable[[dict[str, Any]], np.ndarray]
     batch_size: int
 
-    def encoded(self, numbers: list[int], num_workers: int = 0) -> Iterator[tuple[np.ndarray, dict]]:
+    def encoded(self, record_ids: list[int], num_workers: int = 0) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
         """Encodings of some records, batch by batch, each with `record` and `readable` of its rows."""
-        batches = [numbers[start : start + self.batch_size] for start in range(0, len(numbers), self.batch_size)]
-        # The last one is filled up: every batch has the same shape, which decides how it is rounded.
+        batches = [record_ids[start : start + self.batch_size] for start in range(0, len(record_ids), self.batch_size)]
+        # The last batch is filled up, because rounding depends on the batch's shape.
         full = [batch + batch[-1:] * (self.batch_size - len(batch)) for batch in batches]
         loader = DataLoader(self.records, batch_sampler=full, num_workers=num_workers, generator=torch.Generator())
-        for batch, wanted in zip(loader, batches, strict=True):
-            rows = slice(len(wanted))
-            yield self.encode(batch)[rows], {"record": wanted, "readable": batch["readable"][rows].tolist()}
+        for batch, records in zip(loader, batches, strict=True):
+            rows = slice(len(records))
+            yield self.encode(batch)[rows], {"record": records, "readable": batch["readable"][rows].tolist()}
 
 
 def _kinds(
@@ -306,8 +345,8 @@ def _kinds(
 
     for module in parts.encoders:
         module.to(accelerator.device)
-    found = pq.read_table(folder / "images.parquet")
-    rows, sides = found["row"].to_numpy(), found["side"].to_numpy()
+    names = pq.read_table(folder / "images.parquet")
+    rows, sides = names["row"].to_numpy(), names["side"].to_numpy()
     orientations, pairs_at_once = plan.latent_shape[0], settings.train.micro_batch_pairs
     images = _Images(table, rows, sides, settings.data.resolution, orientations)
     captions = _Captions(folder, parts.tokenize)
@@ -325,7 +364,8 @@ def _encode_images(parts: PipelineParts, batch: dict, plan: ExamplePlan, acceler
     pixels = batch["pixel_values"]
     with accelerator.autocast():
         moments = parts.encode_images(pixels.flatten(0, 1).to(accelerator.device))
-    latents = torch.stack([moments.means, moments.stds][: plan.latent_shape[1]], dim=1).cpu()
+    present = [moment for moment in (moments.means, moments.stds) if moment is not None]
+    latents = torch.stack(present[: plan.latent_shape[1]], dim=1).cpu()
     if not torch.isfinite(latents).all():
         raise CacheError(
             f"the autoencoder gives latents that are not finite for image records {batch['record'].tolist()}; "
@@ -343,18 +383,18 @@ def _encode_captions(parts: PipelineParts, batch: dict, accelerator: Accelerator
 
 
 def _estimate(folder: Path, plan: ExamplePlan, kinds: list[_Kind], num_processes: int) -> str:
-    """Gigabytes, counted, and hours, from encoding one batch of each kind twice (the first one warms up)."""
+    """A line with a cache's gigabytes and hours. One batch of each kind is timed, after another that warms up."""
     seconds = 0.0
     for kind in kinds:
         unfinished = [shard for shard in range(len(kind.shards)) if not kind.shards.is_finished(shard)]
-        numbers = list(range(min(kind.batch_size, kind.shards.count)))
+        one_batch = list(range(min(kind.batch_size, kind.shards.count)))
         for _ in range(2 if unfinished else 0):
             start = time.perf_counter()
-            list(kind.encoded(numbers))
+            list(kind.encoded(one_batch))
             elapsed = time.perf_counter() - start
         if unfinished:
             missing = sum(len(kind.shards.records_of(shard)) for shard in unfinished)
-            seconds += missing * elapsed / len(numbers) / num_processes
+            seconds += missing * elapsed / len(one_batch) / num_processes
     latents, text = (kind.shards.num_bytes / 1e9 for kind in kinds)
     duration = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
     return (

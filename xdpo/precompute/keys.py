@@ -1,4 +1,4 @@
-"""What decides the content of a cache, by name: a run with another key must not use it."""
+"""The caches' keys: everything that decides a cache's content, by name. A run with another key must not use it."""
 
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,21 @@ from xdpo.files import file_sha256
 
 
 def takes_single_images(settings: Config, split: Split) -> bool:
-    """Whether a batch holds single images and not pairs; held-out ones are always pairs."""
+    """Whether batches hold single images instead of pairs. Held-out batches always hold pairs."""
     return settings.loss.objective.is_unpaired and not split.is_held_out
 
 
 def examples_folder(settings: Config, split: Split) -> Path:
+    if settings.cache.examples is None:
+        raise ValueError("cache.examples is null: this run has no example cache")
     return Path(settings.cache.examples) / split.value
 
 
 def example_key(settings: Config, split: Split) -> dict[str, Any]:
     """Everything that decides what an example cache holds; held-out pairs are those of the `eval` section.
 
-    But for rounding by the encoders' device and batch: a reference's key then names the examples by their bytes.
+    The encoders' device and batch, which change rounding, are left out. A reference's key identifies cached examples by
+    their bytes.
     """
     data, model = settings.data, settings.model
     source = {"source": data.source, "path": data.path, "split": data.split, "max_pairs": data.max_pairs}
@@ -46,12 +49,13 @@ def example_key(settings: Config, split: Split) -> dict[str, Any]:
 
 
 def reference_key(settings: Config, pairs: PairTable | ExampleCache, split: Split, precision: str) -> dict[str, Any]:
-    """Everything that decides the reference's errors at a position, but for rounding by the batch's shape and version.
+    """Everything that decides the reference's errors at a position.
 
-    precision: of autocast, as accelerate names it. The version is that of PyTorch and of its kernels.
+    The batch's shape and the versions of PyTorch and its kernels, which change rounding, are left out. precision: of
+    autocast, as accelerate names it.
     """
     compute, model = settings.compute, settings.model
-    graph = None  # evaluation runs as written, and so does training but for compute.compile
+    graph = None  # not compiled, as evaluation always is
     if compute.compile and not split.is_held_out:
         adapter = model.lora_rank if model.trainable == "lora" else None
         graph = {"adapter": adapter, "gradient_checkpointing": compute.gradient_checkpointing}

@@ -1,4 +1,4 @@
-"""Where a run's examples come from: the source of its pairs, or caches; and what is known of the reference's errors."""
+"""Opens a run's pairs, from their source or a cache, its data sets, and the recorded errors of its reference."""
 
 import filecmp
 from collections.abc import Iterator
@@ -19,15 +19,16 @@ from xdpo.files import is_own, reading, replacing
 from xdpo.precompute.keys import example_key, examples_folder, reference_key, takes_single_images
 
 Pairs = PairTable | ExampleCache
+Examples = PairDataset | CachedPairDataset | UnpairedDataset
 MOST_ALIKE = 20
 COPIED_AT_ONCE = 2**24
 MANIFEST = "manifest.json"
 
 
 def open_pairs(settings: Config, accelerator: Accelerator, split: Split) -> Pairs:
-    """Training pairs or held-out ones: a cache of encoded examples where the config names one, else their source.
+    """Training or held-out pairs, from the example cache if the config names one, else from their source.
 
-    Every process calls it. Raises CacheError or DataError, also where the objective can't be trained on them.
+    Every process calls it. Raises CacheError or DataError, also where the objective can't be trained on these pairs.
     """
     pairs: Pairs
     if settings.cache.examples:
@@ -37,46 +38,47 @@ def open_pairs(settings: Config, accelerator: Accelerator, split: Split) -> Pair
     else:
         pairs = load_table(settings, accelerator, split)
     if takes_single_images(settings, split):
-        label_images(*pairs.image_names())  # refuses data of one label alone
+        label_images(*pairs.image_names())  # refuses data in which all images have one label
     return pairs
 
 
 def count_shared(train: Pairs, held_out: Pairs) -> int:
     """How many held-out pairs are training pairs too, with the same caption and the same two images.
 
-    Of each caption MOST_ALIKE training pairs are looked at.
+    For each caption at most MOST_ALIKE training pairs are compared.
     """
-    wanted = held_out.captions()
-    alike: dict[str, list[int]] = {caption: [] for caption in wanted}
+    captions = held_out.captions()
+    alike: dict[str, list[int]] = {caption: [] for caption in captions}
     for index, caption in enumerate(train.captions()):
         if caption in alike and len(alike[caption]) < MOST_ALIKE:
             alike[caption].append(index)
-    pairs = ((set(held_out.images_of(index)), alike[caption]) for index, caption in enumerate(wanted) if alike[caption])
+    pairs = (
+        (set(held_out.images_of(index)), alike[caption]) for index, caption in enumerate(captions) if alike[caption]
+    )
     return sum(any(set(train.images_of(other)) == images for other in others) for images, others in pairs)
 
 
-def make_dataset(
-    pairs: Pairs, tokenize: Tokenize, settings: Config, split: Split
-) -> PairDataset | CachedPairDataset | UnpairedDataset:
-    """Batches by position, encoded or not; held-out pairs in their order, without augmentation.
+def make_dataset(pairs: Pairs, tokenize: Tokenize, settings: Config, split: Split) -> Examples:
+    """The data set of a split, of pixels or cached encodings. Held-out pairs are neither shuffled nor augmented.
 
-    An unpaired objective trains on single images.
+    For training by an unpaired objective it is one of single images.
     """
     seed, is_trained = split.seed(settings), not split.is_held_out
-    how = {"shuffle": is_trained, "augment": is_trained}
+    dataset: PairDataset | CachedPairDataset
     if isinstance(pairs, ExampleCache):
-        dataset = CachedPairDataset(pairs, seed, settings.data, **how)
+        dataset = CachedPairDataset(pairs, seed, settings.data, shuffle=is_trained, augment=is_trained)
     else:
-        dataset = PairDataset(pairs, tokenize, seed, settings.data, **how)
+        dataset = PairDataset(pairs, tokenize, seed, settings.data, shuffle=is_trained, augment=is_trained)
     if takes_single_images(settings, split):
         return UnpairedDataset(dataset, settings.loss.values["desirable_share"])
     return dataset
 
 
 def latent_shape(pairs: Pairs, parts: PipelineParts, settings: Config) -> tuple[int, int, int]:
-    """(C, h, w) of the latents that training sees."""
+    """(C, h, w) of the latents in training."""
     if isinstance(pairs, ExampleCache):
-        return tuple(pairs.plan.latent_shape[2:])
+        _, _, channels, height, width = pairs.plan.latent_shape
+        return channels, height, width
     return parts.latent_shape(settings.data.resolution)
 
 
@@ -86,24 +88,26 @@ def load_table(settings: Config, accelerator: Accelerator, split: Split) -> Pair
     Every process calls it, and all return together.
     """
     max_pairs = settings.eval.pairs if split.is_held_out else None
-    with processes.one_first(accelerator.is_main_process):  # it converts the files, the others find them converted
+    with processes.one_first(
+        accelerator.is_main_process
+    ):  # the first process converts the files, the others find them converted
         return load_pairs(settings.data, **source_of(settings, split), max_pairs=max_pairs)
 
 
 def source_of(settings: Config, split: Split) -> dict[str, Any]:
-    """What of the `eval` section takes the place of the `data` section's: path and split of the held-out pairs."""
+    """The values of the `eval` section that replace those of the `data` section: path and split of held-out pairs."""
     return {"path": settings.eval.path, "split": settings.eval.split} if split.is_held_out else {}
 
 
 def open_examples(settings: Config, accelerator: Accelerator, split: Split) -> ExampleCache:
-    """The finished cache of the training pairs or the held-out ones, from the local copy where one is asked for."""
+    """The finished example cache of a split, from the local copy if the config asks for one."""
     folder, key = examples_folder(settings, split), example_key(settings, split)
     if settings.cache.local_copy is None:
         return ExampleCache(folder, key)
     copy = Path(settings.cache.local_copy) / folder.name
     with processes.one_first(accelerator.is_local_main_process):
         if accelerator.is_local_main_process and not is_finished(copy):
-            ExampleCache(folder, key)  # refuses before gigabytes travel
+            ExampleCache(folder, key)  # refuses before gigabytes are copied
             copy_examples(folder, copy)
         elif is_finished(folder) and not filecmp.cmp(folder / MANIFEST, copy / MANIFEST, shallow=False):
             raise CacheError(
@@ -113,26 +117,26 @@ def open_examples(settings: Config, accelerator: Accelerator, split: Split) -> E
 
 
 def copy_examples(source: Path, target: Path) -> None:
-    """Copy a finished cache, the manifest last; what an interrupted copy left is gone on with."""
+    """Copy a finished cache, the manifest last. An interrupted copy is resumed."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir(), key=lambda path: path.name == MANIFEST):
-        there = target / path.name
-        if is_own(path) or (there.is_file() and there.stat().st_size == path.stat().st_size):
+        copied = target / path.name
+        if is_own(path) or (copied.is_file() and copied.stat().st_size == path.stat().st_size):
             continue
-        with replacing(there, "wb") as out:
+        with replacing(copied, "wb") as out:
             for piece in _pieces(path):
                 out.write(piece)
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
-    """A file piece by piece. Raises StorageError where it can't be read, which is not the copy's fault."""
+    """A file piece by piece. Raises StorageError, naming the source, where it can't be read."""
     with reading(path), path.open("rb") as file:
         while piece := file.read(COPIED_AT_ONCE):
             yield piece
 
 
 def open_reference(settings: Config, pairs: Pairs, split: Split, precision: str) -> ReferenceCache | None:
-    """The cache of the reference's errors on `pairs`, or None where the config or the objective asks for none."""
+    """The recorded errors of the reference on `pairs`; None where the config or the objective has none."""
     if settings.cache.reference is None or not settings.loss.needs_reference:
         return None
     key = reference_key(settings, pairs, split, precision=precision)

@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill at any moment, and resuming from them on any number of processes.
 
-All randomness is a function of (seed, position), so the step number is the only progress that a checkpoint keeps
-beside tensors. A new checkpoint is on the disk before an old one is removed.
+All randomness is a function of (seed, position), so besides tensors a checkpoint keeps the step number as its only
+progress. A new checkpoint is on the disk before an old one is removed.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import shutil
 import socket
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,9 +21,12 @@ from xdpo import processes
 from xdpo.files import PART, appears, replacing_folder, storage_fault, sweep, system_error
 from xdpo.runs import optimizer_state
 
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
+
 
 class CheckpointError(RuntimeError):
-    """A checkpoint can't be resumed from; the message says what is there and what to do."""
+    """A checkpoint that can't be resumed from; the message describes it and names the remedy."""
 
 
 def finished_checkpoints(folder: Path) -> list[Path]:
@@ -86,13 +90,13 @@ def save_checkpoint(
     *,
     is_main: bool,
     keep: int,
-    ema: object | None = None,
+    ema: "EMAModel | None" = None,
     reference: nn.Module | None = None,
-    extra: dict | None = None,
+    extra: dict[str, Any] | None = None,
 ) -> Path:
     """Save the state after `step` optimizer steps and rotate older checkpoints; only the first process writes.
 
-    policy: outside its distributed wrapper. reference: only where it moves. extra: small JSON (the gradient scaler's
+    policy: outside its distributed wrapper. reference: only where it changes. extra: small JSON (the gradient scaler's
     state). Raises StorageError when the disk is full or not writable; earlier checkpoints are then intact.
     """
     final = checkpoint_path(folder, step)
@@ -104,18 +108,18 @@ def save_checkpoint(
         tensors["ema"] = _shadow(ema)
     if reference is not None:
         tensors["reference"] = reference.state_dict()
-    # A run has one writer. What it left aside when it was killed goes first: those gigabytes may be what is missing.
+    # A run has one writer. Unfinished files of a killed one are removed first, because their gigabytes may be needed.
     sweep(final.parent, f"step_*{PART}")
     with replacing_folder(final) as aside:
         for name, content in tensors.items():
             on_cpu = {key: value.detach().cpu().contiguous() for key, value in content.items()}
             save_file(on_cpu, aside / f"{name}.safetensors")
-            del on_cpu  # before the next one: each is gigabytes
+            del on_cpu  # freed before the next copy is made: each takes gigabytes
         optimizer_state.save(_bare(optimizer), weights, aside / "optimizer.safetensors")
         progress = {"step": step, "ema_step": getattr(ema, "optimization_step", None), "extra": extra or {}}
         (aside / "progress.json").write_text(json.dumps(progress) + "\n")
     for old in finished_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)  # what storage holds on to goes at the next rotation
+        shutil.rmtree(old, ignore_errors=True)  # files that storage still holds are removed at the next rotation
     return final
 
 
@@ -123,13 +127,13 @@ def load_checkpoint(
     path: Path,
     policy: nn.Module,
     optimizer: torch.optim.Optimizer,
-    ema: object | None = None,
+    ema: "EMAModel | None" = None,
     reference: nn.Module | None = None,
-) -> dict:
+) -> dict[str, Any]:
     """Restore what `save_checkpoint` wrote; returns progress: step and extra.
 
-    Every process reads the files; the number of processes may differ from the one that saved. Tensors are copied one
-    by one into the existing ones, so that the device never holds anything twice. `optimizer` has made no step yet.
+    Every process reads the files; the number of processes may differ from when they were saved. Tensors are copied one
+    by one into the existing ones, so that the device never holds two copies. `optimizer` must not have made a step.
     Raises CheckpointError for a damaged checkpoint or one of another model.
     """
     try:
@@ -175,7 +179,7 @@ def _copy_into(targets: Mapping[str, Tensor], path: Path) -> None:
             target.copy_(saved)
 
 
-def _shadow(ema: object) -> dict[str, Tensor]:
+def _shadow(ema: "EMAModel") -> dict[str, Tensor]:
     return {str(index): tensor for index, tensor in enumerate(ema.shadow_params)}
 
 

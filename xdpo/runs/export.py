@@ -1,8 +1,9 @@
-"""The trained model in the form that others load: diffusers format or LoRA weights, with a model card."""
+"""Exports the trained model in the form that other software loads: diffusers format or LoRA weights, with a card."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,13 +12,22 @@ from xdpo.config import Config, dump_config
 from xdpo.files import replacing_folder
 from xdpo.runs.checkpoints import trainable_weights
 
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
+
 
 def export_model(
-    folder: Path, policy: nn.Module, config: Config, *, is_main: bool, unwrap: Callable, ema: object | None = None
+    folder: Path,
+    policy: nn.Module,
+    settings: Config,
+    *,
+    is_main: bool,
+    unwrap: Callable,
+    ema: "EMAModel | None" = None,
 ) -> Path:
     """Write output_dir/export: `unet/` in diffusers format, or LoRA weights for `load_lora_weights`; a model card.
 
-    ema: exported in place of the policy's own weights. Every process calls it; only the first one writes.
+    ema: its weights are exported instead of the policy's. Every process calls it; only the first one writes.
     Raises StorageError where it can't be written.
     """
     final = folder / "export"
@@ -29,13 +39,13 @@ def export_model(
         names = [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
         weights = {**weights, **{n: p.detach().cpu() for n, p in zip(names, ema.shadow_params, strict=True)}}
     with replacing_folder(final) as aside:
-        if config.model.trainable == "lora":
+        if settings.model.trainable == "lora":
             from diffusers import StableDiffusionPipeline
             from diffusers.utils import convert_state_dict_to_diffusers
             from peft import get_peft_model_state_dict
 
             layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, state_dict=weights))
-            adapter = unet.peft_config["default"].to_dict()  # without it a loader takes alpha for the rank
+            adapter = unet.peft_config["default"].to_dict()  # without it a loader uses the rank as alpha
             adapter["target_modules"] = sorted(adapter["target_modules"])  # it is a set
             StableDiffusionPipeline.save_lora_weights(
                 aside, unet_lora_layers=layers, unet_lora_adapter_metadata=adapter
@@ -47,14 +57,14 @@ def export_model(
             exported.save_pretrained(aside / "unet")
         for path in aside.rglob("*.safetensors"):
             sort_metadata(path)
-        (aside / "README.md").write_text(model_card(config), encoding="utf-8")
+        (aside / "README.md").write_text(model_card(settings), encoding="utf-8")
     return final
 
 
 def sort_metadata(path: Path) -> None:
-    """Sort a safetensors file's metadata in place: safetensors writes them in a different order each time.
+    """Sort a safetensors file's metadata in place, because safetensors writes them in a random order.
 
-    Models are identified by their files' checksums, so equal models must be equal files.
+    Models are identified by their files' checksums, so equal models must give equal files.
     """
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -66,13 +76,13 @@ def sort_metadata(path: Path) -> None:
         file.write(ordered.ljust(length))
 
 
-def model_card(config: Config) -> str:
+def model_card(settings: Config) -> str:
     """A model card: what was trained on what, with which loss, and how to load it."""
     from huggingface_hub import ModelCardData
 
-    base, loss = config.model.pipeline, config.loss
+    base, loss = settings.model.pipeline, settings.loss
     card = ModelCardData(base_model=base, tags=["text-to-image", "diffusers", "preference-alignment", loss.name])
-    if config.model.trainable == "lora":
+    if settings.model.trainable == "lora":
         load = f'pipeline = StableDiffusionPipeline.from_pretrained("{base}")\npipeline.load_lora_weights("export")'
     else:
         load = (
@@ -82,7 +92,7 @@ def model_card(config: Config) -> str:
     symbols = {"beta": "β", "eta": "η", "gamma": "γ"}
     objective = f"`{loss.name}`" + "".join(
         f", {symbols.get(key, key)} = {f'{value:g}' if isinstance(value, float) else value}"
-        for key, value in loss.numbers.items()
+        for key, value in loss.hyperparameters.items()
     )
     method = f" The method is {loss.objective.citation}." if loss.objective.citation else ""
     return f"""---
@@ -91,7 +101,7 @@ def model_card(config: Config) -> str:
 
 # {base} aligned to preferences with {loss.name}
 
-Trained on preference pairs ({config.data.source}: {config.data.path}), objective {objective}.{method}
+Trained on preference pairs ({settings.data.source}: {settings.data.path}), objective {objective}.{method}
 
 ```python
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -103,5 +113,5 @@ image = pipeline("a prompt").images[0]
 The licence of the base model applies. The full config:
 
 ```yaml
-{dump_config(config)}```
+{dump_config(settings)}```
 """

@@ -1,4 +1,4 @@
-"""Whose a run folder is: its config, and the record of what ran there, with what and when."""
+"""The run folder: the config that it belongs to, and the record of its starts, libraries and data."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from xdpo.files import check_writable, is_untouched, write_text, writing
 from xdpo.provenance import git_commit, library_versions
 
 
-def check_run_folder(folder: Path, config: Config, allow_config_change: bool) -> None:
+def check_run_folder(folder: Path, settings: Config, allow_config_change: bool) -> None:
     """Raise ValueError for a folder that can't be written to, or that holds another run or something else.
 
     The error names the keys in which the earlier run's config differs. Nothing is written.
@@ -24,7 +24,7 @@ def check_run_folder(folder: Path, config: Config, allow_config_change: bool) ->
     if not saved.is_file():
         content = ", ".join(sorted(path.name for path in folder.iterdir())[:5])
         raise ValueError(f"output_dir: {folder} holds something that is not a run ({content}); choose another folder")
-    changes = changed_keys(load_config(saved), config)
+    changes = changed_keys(load_config(saved), settings)
     if changes and not allow_config_change:
         raise ValueError(
             f"output_dir: {folder} holds a run with another config:\n  "
@@ -34,9 +34,9 @@ def check_run_folder(folder: Path, config: Config, allow_config_change: bool) ->
 
 
 def check_pairs(folder: Path, fingerprint: str, allow_change: bool, report: Callable[[str], None]) -> None:
-    """Raise ValueError where a run would resume with other training pairs; where that is allowed, report it instead.
+    """Raise ValueError where a run would resume with other training pairs; with allow_change, report it instead.
 
-    fingerprint: of the training pairs. A run whose run.json holds none passes.
+    fingerprint: of the training pairs. A run passes whose run.json has none.
     """
     before = _read_record(folder / "run.json").get("pairs_fingerprint")
     if before in (None, fingerprint):
@@ -50,14 +50,14 @@ def check_pairs(folder: Path, fingerprint: str, allow_change: bool, report: Call
     report(f"note: {change}; going on in the order of the new ones")
 
 
-def describe_run(folder: Path, config: Config, **facts: object) -> str:
-    """Write config.yaml and run.json: what ran here, with what, started when; facts are added as given.
+def describe_run(folder: Path, settings: Config, **facts: object) -> str:
+    """Write config.yaml and run.json: the run's starts, library versions and commit; `facts` are added as given.
 
-    Returns the run's identifier, the same at every start.
+    Returns the run's identifier, which is the same at every start.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", dump_config(config))
+    write_text(folder / "config.yaml", dump_config(settings))
     path = folder / "run.json"
     before = _read_record(path)
     start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv}

@@ -1,7 +1,7 @@
-"""What an optimizer keeps of each parameter, as named tensors: any optimizer whose state is tensors and numbers.
+"""An optimizer's state as named tensors, for any optimizer whose state consists of tensors and numbers.
 
-A state `exp_avg` of the parameter `conv.weight` is the tensor `conv.weight::exp_avg`; a nested one has more names.
-Numbers become tensors of one element, and their type is kept beside them.
+The state `exp_avg` of the parameter `conv.weight` is the tensor `conv.weight::exp_avg`; nested states have more names.
+Numbers become tensors of one element, and their types are kept in the file's metadata.
 """
 
 import json
@@ -15,44 +15,44 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 _SEPARATOR = "::"
-_KINDS = "kinds"  # the one entry of the file's metadata: several would be written in any order
+_KINDS = "kinds"  # the only entry of the file's metadata: several would be written in random order
 _NUMBERS = {"int": int, "float": float, "bool": bool}
 _ON_CPU = "tensor on the CPU"  # whatever device its parameter is on
 _PROBE_SHAPE = (128, 64)  # large enough for bitsandbytes to quantize its state
 
 
 def save(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], path: Path) -> None:
-    """Write the states of `parameters`, by name, as one safetensors file. Raises ValueError for what it can't hold."""
+    """Write the states of `parameters`, by name, as one safetensors file. Raises ValueError for other types."""
     tensors, kinds, seen = {}, {}, set()
     for name, parameter in parameters.items():
         for key, value in _leaves(optimizer.state.get(parameter, {}), name):
             tensors[key], kind = _to_tensor(key, value, parameter)
             if kind is not None:
                 kinds[key] = kind
-            if tensors[key].data_ptr() in seen:  # safetensors holds nothing twice, such as bitsandbytes' one code book
+            if tensors[key].data_ptr() in seen:  # safetensors refuses shared memory, such as bitsandbytes' code book
                 tensors[key] = tensors[key].clone()
             seen.add(tensors[key].data_ptr())
     save_file(tensors, path, metadata={_KINDS: json.dumps(kinds, sort_keys=True)})
 
 
 def load(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], path: Path) -> None:
-    """Give an optimizer that has no state yet the one in a file, tensor by tensor, each laid out as its parameter.
+    """Load a file's states into an optimizer that has none yet, tensor by tensor, each with its parameter's layout.
 
-    Raises KeyError for a parameter that isn't there.
+    Raises KeyError for a parameter that `parameters` lacks.
     """
     with safe_open(path, "pt") as file:
         kinds = json.loads((file.metadata() or {}).get(_KINDS, "{}"))
         for key in file.keys():  # noqa: SIM118 (not a mapping)
             name, *inner = key.split(_SEPARATOR)
             parameter = parameters[name]
-            place = optimizer.state[parameter]
-            for part in inner[:-1]:
-                place = place.setdefault(part, {})
-            place[inner[-1]] = _from_tensor(file.get_tensor(key), kinds.get(key), parameter)
+            state = optimizer.state[parameter]
+            for key_part in inner[:-1]:
+                state = state.setdefault(key_part, {})
+            state[inner[-1]] = _from_tensor(file.get_tensor(key), kinds.get(key), parameter)
 
 
 def check(build: Callable[[list[nn.Parameter]], torch.optim.Optimizer], device: torch.device) -> None:
-    """Raise ValueError where a checkpoint could not hold an optimizer's state, from one step on a small parameter."""
+    """Raise ValueError where a checkpoint could not hold an optimizer's state. Takes one step on a small parameter."""
     parameter = nn.Parameter(torch.ones(_PROBE_SHAPE, device=device))
     optimizer = build([parameter])
     before = [_settings(group) for group in optimizer.param_groups]
@@ -95,14 +95,14 @@ def _to_tensor(key: str, value: Any, parameter: nn.Parameter) -> tuple[Tensor, s
     return torch.tensor(value, dtype={"int": torch.int64, "float": torch.float64, "bool": torch.bool}[kind]), kind
 
 
-def _from_tensor(found: Tensor, kind: str | None, parameter: nn.Parameter) -> Any:
+def _from_tensor(saved: Tensor, kind: str | None, parameter: nn.Parameter) -> Any:
     if kind == "None":
         return None
     if kind in _NUMBERS:
-        return _NUMBERS[kind](found.item())
+        return _NUMBERS[kind](saved.item())
     if kind == _ON_CPU:
-        return found
-    if found.shape != parameter.shape:
-        return found.to(parameter.device)
-    # Strides as the parameter's: fused kernels pair the elements of weights and moments by their place in memory.
-    return torch.empty_like(parameter, dtype=found.dtype, requires_grad=False).copy_(found)
+        return saved
+    if saved.shape != parameter.shape:
+        return saved.to(parameter.device)
+    # With the parameter's strides: fused kernels pair elements of weights and moments by their position in memory.
+    return torch.empty_like(parameter, dtype=saved.dtype, requires_grad=False).copy_(saved)
