@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
 
+from xdpo.arguments import positive
 from xdpo.files import check_writable, write_text
 from xdpo.images.reading import Problem, by_prompt, name_folders, read_models
 from xdpo.paths import expanded, user_path
@@ -75,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     how = parser.add_argument_group("scoring")
     how.add_argument("--device", help="default: the accelerator where there is one, else the CPU")
-    how.add_argument("--batch-size", type=_positive, default=16, help="images at once (default: 16)")
+    how.add_argument("--batch-size", type=positive, default=16, help="images at once (default: 16)")
     how.add_argument("--workers", type=int, help="processes that decode (default: 0 on a CPU, up to 8 beside a GPU)")
     how.add_argument("--weights", type=user_path, help="folder of the scorers' weights, for machines without a hub")
     where = parser.add_argument_group("output")
@@ -87,12 +88,6 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--table2", action="store_true", help="print the paper's Table 2 with the numbers measured")
     where.add_argument("--table3", action="store_true", help="print the paper's Table 3 with the numbers measured")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
-    return int(text)
 
 
 def evaluate(options: argparse.Namespace) -> int:

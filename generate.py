@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
 
+from xdpo.arguments import positive
 from xdpo.paths import expanded, user_path
 from xdpo.prompts import PROMPT_SETS, load_prompts
 from xdpo.sampling.settings import SCHEDULERS, SamplingSettings
@@ -62,18 +63,18 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("prompts and images")
     what.add_argument("--prompts", required=True, nargs="+", help=f"{', '.join(PROMPT_SETS)}, or files of your own")
     what.add_argument("--prompts-path", help="file or folder of the one set in --prompts, in place of the cache")
-    what.add_argument("--limit", type=_positive, help="the first so many prompts")
+    what.add_argument("--limit", type=positive, help="the first so many prompts")
     what.add_argument("--categories", nargs="+", default=(), help="only these categories or styles")
-    what.add_argument("--sample", type=_positive, help="so many prompts at random")
+    what.add_argument("--sample", type=positive, help="so many prompts at random")
     what.add_argument("--sample-seed", type=int, default=0, help="which ones (default: 0)")
-    what.add_argument("--images-per-prompt", type=_positive, default=1, help="default: 1")
+    what.add_argument("--images-per-prompt", type=positive, default=1, help="default: 1")
     what.add_argument("--output", required=True, type=user_path, help="images go to OUTPUT/SET/CATEGORY/00000.png")
     what.add_argument("--format", choices=("png", "jpg"), default="png", help="default: png")
     what.add_argument("--quality", type=int, default=75, help="of JPEGs; 75, Pillow's default, if not given")
     how = parser.add_argument_group("sampling")
     default = SamplingSettings()
     how.add_argument("--seed", type=int, default=default.seed, help="the prompt at position p starts from seed + p")
-    how.add_argument("--steps", type=_positive, default=default.num_inference_steps, help="default: 50")
+    how.add_argument("--steps", type=positive, default=default.num_inference_steps, help="default: 50")
     how.add_argument("--guidance", type=float, default=default.guidance_scale, help="default: 7.5; 1: none")
     how.add_argument(
         "--scheduler",
@@ -81,11 +82,11 @@ def build_parser() -> argparse.ArgumentParser:
         default="pipeline",
         help="default: the pipeline's own",
     )
-    how.add_argument("--image-size", type=_positive, help="in pixels; default: the pipeline's, 512 for SD 1.5")
+    how.add_argument("--image-size", type=positive, help="in pixels; default: the pipeline's, 512 for SD 1.5")
     how.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
     how.add_argument("--compile", action="store_true", help="torch.compile of the whole UNet")
     how.add_argument(
-        "--batch-size", type=_positive, default=default.batch_size, help="images at once; part of what decides pixels"
+        "--batch-size", type=positive, default=default.batch_size, help="images at once; part of what decides pixels"
     )
     how.add_argument(
         "--allow-oom-halving",
@@ -107,16 +108,10 @@ def build_grid_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, type=user_path, help="PNG or JPEG; further sheets get _2, _3, …")
     parser.add_argument("--categories", nargs="+", default=(), help="only these")
     parser.add_argument("--indices", nargs="+", type=int, help="only images of these numbers")
-    parser.add_argument("--limit", type=_positive, help="the first so many prompts")
-    parser.add_argument("--rows", type=_positive, default=6, help="prompts on a sheet (default: 6)")
-    parser.add_argument("--cell", type=_positive, help="side of an image on the sheet, in pixels; default: its own")
+    parser.add_argument("--limit", type=positive, help="the first so many prompts")
+    parser.add_argument("--rows", type=positive, default=6, help="prompts on a sheet (default: 6)")
+    parser.add_argument("--cell", type=positive, help="side of an image on the sheet, in pixels; default: its own")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
-    return int(text)
 
 
 # --- images --------------------------------------------------------------------------------------------

@@ -46,7 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     for name, module in BENCHMARKS.items():
-        command = commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
+        description = module.__doc__ or ""
+        command = commands.add_parser(name, help=description.partition("\n")[0], description=description)
         module.add_arguments(command)
         command.add_argument(
             "--json", type=user_path, metavar="FILE", help="write table, all rounds, machine and versions"

@@ -126,8 +126,8 @@ class Rehearsal:
         common = [step for step in run.checkpoints() if step % self.every == 0 and step > stopped_at]
         equal = [same_bits(self._checkpoint("whole", step), self._checkpoint("interrupted", step)) for step in common]
         claim = "its weights and moments are the uninterrupted run's, to the bit"
-        steps = ", ".join(map(str, common))
-        self._check(claim, bool(equal) and all(equal), f"steps {steps}")
+        compared = ", ".join(map(str, common))
+        self._check(claim, bool(equal) and all(equal), f"steps {compared}")
 
         self._title("resumed as one process")
         run = Training([sys.executable], self._arguments("interrupted"), self.output / "interrupted")

@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
 
@@ -198,7 +199,7 @@ def count(table: pa.Table, scores: np.ndarray, labels: np.ndarray) -> Counter:
     return Counter({name: int(rows.sum()) for name, rows in counts.items()})
 
 
-def as_number(value: object) -> float:
+def as_number(value: Any) -> float:
     """A label as a number; NaN where it is missing or none."""
     try:
         return float(value)

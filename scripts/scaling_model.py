@@ -170,7 +170,7 @@ def main() -> None:
     title = f"Hours of the paper's run, {STEPS:,} steps of {TOTAL_BATCH_PAIRS} pairs, at {rates} in large passes:"
     header = ("trained", "", "checkpointing", "micro-batch", "GB a GPU", "bytes of a pass", "a pass", "1 GPU", "2 GPUs")
     print(table(title, header, run_rows(LINKS[1]), words=3))
-    header = ("", *(str(gpus) for gpus in GPUS))
+    gpus_header = ("", *(str(gpus) for gpus in GPUS))
     for mode in MODES:
         rows = [
             (
@@ -179,7 +179,7 @@ def main() -> None:
             )
             for link in LINKS
         ]
-        print(table(f"Pairs per second (share of N times one GPU), {mode}, by GPUs and link:", header, rows))
+        print(table(f"Pairs per second (share of N times one GPU), {mode}, by GPUs and link:", gpus_header, rows))
     rows = [
         (
             str(mode),

@@ -90,9 +90,9 @@ class Stage:
         with replacing(self.path, "wb") as file:
             torch.save(state, file)
 
-    def log(self, **numbers: float) -> None:
-        """One line of numbers, to the log file and the screen."""
-        row = {"step": self.step, **{k: round(float(v), 5) for k, v in numbers.items()}}
+    def log(self, **metrics: float | torch.Tensor) -> None:
+        """Write one line of metrics to the log file and the screen."""
+        row = {"step": self.step, **{k: round(float(v), 5) for k, v in metrics.items()}}
         row["seconds"] = round(time.time() - self.started)
         print(self.name, row, flush=True)
         with self.log_path.open("a") as file:
@@ -207,9 +207,10 @@ def train_text_encoder(
         rows = torch.randint(0, len(captions), (batch,), generator=torch.Generator().manual_seed(stage.step))
         state = encoder(token_ids[rows]).last_hidden_state[:, -1]
         losses = [cross_entropy(heads[name](state), classes[name][rows], ignore_index=-1) for name in heads]
-        stage.update(sum(losses))
+        total = sum(losses, torch.zeros(()))
+        stage.update(total)
         if stage.step % 100 == 0:
-            stage.log(loss=sum(losses) / len(losses))
+            stage.log(loss=total / len(losses))
     stage.save()
     return encoder
 

@@ -52,21 +52,22 @@ def measure(reader: AttributeReader, vae: AutoencoderKL | None, count: int, seed
     scenes, renderings, pixels = draw_batch(np.random.default_rng(seed), count)
     outputs = reader(pixels if vae is None else through_autoencoder(vae, pixels, spread=0.0))
     classes, appeal = labels_and_appeal(renderings)
-    numbers, right, known_total = {}, 0, 0
+    metrics: dict[str, float] = {}
+    right, labelled_total = 0, 0
     for name in HEADS:
-        known = classes[name] >= 0
-        hits = (outputs[name].argmax(1) == classes[name])[known]
-        numbers[name] = hits.float().mean().item()
-        right, known_total = right + hits.sum().item(), known_total + known.sum().item()
-    numbers["all attributes"] = right / known_total
+        is_labelled = classes[name] >= 0
+        hits = (outputs[name].argmax(1) == classes[name])[is_labelled]
+        metrics[name] = hits.float().mean().item()
+        right, labelled_total = right + int(hits.sum()), labelled_total + int(is_labelled.sum())
+    metrics["all attributes"] = right / labelled_total
     probabilities = {name: outputs[name].softmax(1).numpy() for name in HEADS}
     judged = [alignment(s, {n: rows[i] for n, rows in probabilities.items()}) for i, s in enumerate(scenes)]
     truth = [rendering.alignment for rendering in renderings]
-    numbers["alignment: mean absolute error"] = float(np.abs(np.subtract(judged, truth)).mean())
-    numbers["alignment: correlation"] = float(np.corrcoef(judged, truth)[0, 1])
-    numbers["appeal: mean absolute error"] = (outputs["appeal"] - appeal).abs().mean().item()
-    numbers["appeal: correlation"] = float(np.corrcoef(outputs["appeal"], appeal)[0, 1])
-    return {name: round(value, 4) for name, value in numbers.items()}
+    metrics["alignment: mean absolute error"] = float(np.abs(np.subtract(judged, truth)).mean())
+    metrics["alignment: correlation"] = float(np.corrcoef(judged, truth)[0, 1])
+    metrics["appeal: mean absolute error"] = (outputs["appeal"] - appeal).abs().mean().item()
+    metrics["appeal: correlation"] = float(np.corrcoef(outputs["appeal"], appeal)[0, 1])
+    return {name: round(value, 4) for name, value in metrics.items()}
 
 
 def train(vae: AutoencoderKL, options: argparse.Namespace) -> AttributeReader:

@@ -26,8 +26,10 @@ SlopeSettings = tuple[dict[str, float], float, tuple[float, float]]
 def write(findings: Findings, page: Path, command: str) -> list[Path]:
     """Write the page, and its figures into a folder of its name beside it. Returns what was written."""
     figures = page.with_suffix("")
-    written = save(drawing.quality(findings), figures / "quality")
-    written += save(drawing.errors(findings), figures / "errors")
+    written = [
+        *save(drawing.quality(findings), figures / "quality"),
+        *save(drawing.errors(findings), figures / "errors"),
+    ]
     slopes = _slope_settings(findings)
     if slopes is not None:
         written += save(drawing.slopes(*slopes, DRAWN_EXPONENTS), figures / "slopes")

@@ -67,7 +67,7 @@ class Plan(Section):
 
     @field_validator("generate", mode="before")
     @classmethod
-    def _as_words(cls, words):
+    def _as_words(cls, words: object) -> object:
         return [str(word) for word in words] if isinstance(words, list | tuple) else words
 
     @model_validator(mode="after")

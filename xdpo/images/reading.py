@@ -126,9 +126,9 @@ def read_model_folder(folder: Path, model: str) -> tuple[list[Picture], list[Pro
         pictures += found
         problems += wrong
     if not pictures:
-        found = "".join(f"; {problem.describe()}" for problem in problems if problem.names)
+        reasons = "".join(f"; {problem.describe()}" for problem in problems if problem.names)
         raise ValueError(
-            f"{folder} holds no images: expected {{prompt set}}/{{category}}/{{index}}.png or .jpg there{found}"
+            f"{folder} holds no images: expected {{prompt set}}/{{category}}/{{index}}.png or .jpg there{reasons}"
         )
     return pictures, problems
 
@@ -303,7 +303,8 @@ def _is_of_one_colour(path: Path) -> bool:
         with Image.open(path) as image:
             if path.stat().st_size > 2048 + image.width * image.height / 8:  # bytes: a bit per pixel, and the header
                 return False
-            return all(low == high for low, high in image.convert("RGB").getextrema())
+            extremes = [band.getextrema() for band in image.convert("RGB").split()]
+            return all(lowest == highest for lowest, highest in extremes)
     except Exception:  # what Pillow raises on a damaged file depends on the damage; told where the image is scored
         return False
 

@@ -64,7 +64,7 @@ def save_sheet(path: Path, sheet: Image.Image) -> None:
 
 
 def contact_sheet(
-    columns: dict[str, Sequence[Image.Image]],
+    columns: Mapping[str, Sequence[Image.Image]],
     captions: Sequence[str],
     cell: int | None = None,
     caption_lines: int = 1,
@@ -106,7 +106,8 @@ def _square(image: Image.Image, cell: int) -> Image.Image:
 
 def _wrap(draw: ImageDraw.ImageDraw, text: str, width: int, most: int) -> list[str]:
     """The text in lines no wider than `width` pixels, at most so many."""
-    lines, words = [], text.split()
+    lines: list[str] = []
+    words = text.split()
     while words and len(lines) < most - 1:
         line = words.pop(0)
         while words and draw.textlength(f"{line} {words[0]}", font_size=_FONT_SIZE) <= width:

@@ -50,7 +50,7 @@ def title_of(scorer: str) -> str:
     return TITLES.get(scorer, scorer.rpartition(".py:")[2])
 
 
-def number(value: float, scorer: str, sign: bool = False) -> str:
+def number(value: float | None, scorer: str, sign: bool = False) -> str:
     """A score to the decimals usual for the scorer, "–" for none."""
     if value is None or not isfinite(value):
         return "–"
@@ -218,14 +218,15 @@ def to_text(grid: Grid) -> str:
     numeric = _numeric_columns(grid)
 
     def aligned(line: list[str]) -> str:
-        parts = []
+        cells = []
         for text, width, right in zip(line, widths, numeric, strict=True):
-            parts.append(text.rjust(width) if right and not text.endswith("*") else text.rjust(width + right))
             if not right:
-                parts[-1] = text.ljust(width)
-            elif not text.endswith("*"):
-                parts[-1] += " "
-        return "  ".join(parts).rstrip()
+                cells.append(text.ljust(width))
+            elif text.endswith("*"):
+                cells.append(text.rjust(width + 1))
+            else:
+                cells.append(text.rjust(width) + " ")
+        return "  ".join(cells).rstrip()
 
     body = [aligned(line) for line in lines]
     rule = "-" * max(map(len, body))

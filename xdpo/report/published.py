@@ -15,6 +15,7 @@ from xdpo.scores.results import Benchmark
 _FILE = Path(__file__).resolve().parents[2] / "assets" / "published_tables.yaml"
 _COLUMNS = {"hpsv2": "HPSV2 ↑", "pickscore": "PickScore ↑", "image_reward": "Image Reward ↑", "clip": "CLIP ↑"}
 _TABLE2 = {**_COLUMNS, "aesthetic": "Aesthetic ↑"}
+_Statistic = Callable[[np.ndarray], float]  # of a model's scores (prompts,)
 _DATASETS = {"hpsv2": "HPSV2", "partiprompts": "PartiPrompts"}
 
 
@@ -57,7 +58,7 @@ def table2(benchmarks: Sequence[Benchmark]) -> Grid:
             for m, numbers in printed.items()
         ]
         lines += _others(benchmark, lines)
-        rows += _rows(_DATASETS[prompt_set], lines, list(_TABLE2), benchmark, {"measured": np.mean})
+        rows += _rows(_DATASETS[prompt_set], lines, list(_TABLE2), benchmark, {"measured": _mean})
     return Grid("Table 2: mean scores", ("Dataset", "Method", "", *_TABLE2.values()), tuple(rows), _note(benchmarks))
 
 
@@ -68,7 +69,7 @@ def table3(benchmarks: Sequence[Benchmark]) -> Grid:
         _Line(row["title"], _model_named(benchmark, row["aliases"]), {s: row[s] for s in _COLUMNS})
         for row in _tables()["table3"]
     ]
-    statistics = {"median": np.median, "mean": np.mean}
+    statistics = {"median": _median, "mean": _mean}
     rows = _rows("HPSV2", lines, list(_COLUMNS), benchmark, statistics)
     return Grid(
         "Table 3: ablation, medians and means",
@@ -100,19 +101,21 @@ def _rows(
     lines: Sequence[_Line],
     scorers: Sequence[str],
     benchmark: Benchmark | None,
-    statistics: Mapping[str, Callable[[np.ndarray], float]],
+    statistics: Mapping[str, _Statistic],
 ) -> list[tuple[Cell, ...]]:
     """For every method one row per statistic, then the published numbers, then the first statistic's difference."""
 
-    def own(line: _Line, scorer: str, statistic: Callable) -> float | None:
-        if line.model is None or scorer not in benchmark.scores:
+    def measured_score(line: _Line, scorer: str, statistic: _Statistic) -> float | None:
+        if benchmark is None or line.model is None or scorer not in benchmark.scores:
             return None
-        return float(statistic(benchmark.of(line.model, scorer)))
+        return statistic(benchmark.of(line.model, scorer))
 
     def highest(values: Sequence[float | None]) -> float | None:
         return max((value for value in values if value is not None), default=None)
 
-    measured = {name: [[own(line, s, f) for s in scorers] for line in lines] for name, f in statistics.items()}
+    measured = {
+        name: [[measured_score(line, s, f) for s in scorers] for line in lines] for name, f in statistics.items()
+    }
     best = {name: [highest(column) for column in zip(*table, strict=True)] for name, table in measured.items()}
     best_published = [highest([line.published.get(s) for line in lines]) for s in scorers]
     first = next(iter(statistics))
@@ -137,6 +140,14 @@ def _rows(
                 cells = [Cell(number(gap, s, sign=True), gap) for gap, s in zip(gaps, scorers, strict=True)]
                 rows.append((*start, Cell("difference", "difference"), *cells))
     return rows
+
+
+def _mean(scores: np.ndarray) -> float:
+    return float(np.mean(scores))
+
+
+def _median(scores: np.ndarray) -> float:
+    return float(np.median(scores))
 
 
 def _as_printed(value: float, scorer: str) -> str:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
@@ -20,6 +21,10 @@ from xdpo.prompts import PromptSet
 from xdpo.sampling import images as sampling
 from xdpo.sampling.images import ImageTask
 from xdpo.sampling.settings import SamplingSettings
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTokenizer
 
 SAVING_THREADS = 4  # encoding a 512-pixel PNG takes some 80 ms, one after another they would slow generation down
 
@@ -102,7 +107,7 @@ def make_missing_images(jobs: Sequence[Job], state: PartialState, allow_oom_halv
     processes.wait()
 
 
-def _describe(job: Job, missing: list[list[ImageTask]], done: set[str], tokenizer) -> str:
+def _describe(job: Job, missing: list[list[ImageTask]], done: set[str], tokenizer: "CLIPTokenizer") -> str:
     """A line on a prompt set: how many prompts, how many of them odd, how many images are there and are not."""
     prompts = job.prompt_set.prompts
     tasks = [task for chunk in job.chunks for task in chunk]
@@ -120,7 +125,7 @@ def _make_images(
     job: Job,
     missing: list[list[ImageTask]],
     done: set[str],
-    pipeline,
+    pipeline: "StableDiffusionPipeline",
     state: PartialState,
     allow_oom_halving: bool,
 ) -> None:
@@ -151,7 +156,7 @@ def _make_images(
         progress.update(progress.total - progress.n)
 
 
-def _manifest_row(job: Job, task: ImageTask, tokenizer, batch_size: int, sha256: str) -> ManifestRow:
+def _manifest_row(job: Job, task: ImageTask, tokenizer: "CLIPTokenizer", batch_size: int, sha256: str) -> ManifestRow:
     return ManifestRow(
         file=task.file,
         category=task.prompt.category,
@@ -171,12 +176,16 @@ def _manifest_row(job: Job, task: ImageTask, tokenizer, batch_size: int, sha256:
 
 
 def _sample_fitting(
-    pipeline, chunk: list[ImageTask], settings: SamplingSettings, batch_size: int, allow_halving: bool
+    pipeline: "StableDiffusionPipeline",
+    chunk: list[ImageTask],
+    settings: SamplingSettings,
+    batch_size: int,
+    allow_halving: bool,
 ) -> tuple[list[Image.Image], int]:
     """The images of a chunk, and the batch size they were made with: halved until it fits, where that is allowed."""
     while True:
         try:
-            images = []
+            images: list[Image.Image] = []
             for start in range(0, len(chunk), batch_size):
                 batch = chunk[start : start + batch_size]
                 texts, seeds = [task.prompt.text for task in batch], [task.seed for task in batch]

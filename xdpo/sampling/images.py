@@ -8,12 +8,17 @@ an interrupted run repeats.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 
 from xdpo.prompts import Prompt
 from xdpo.sampling.settings import SCHEDULERS, SamplingSettings
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SEED_STRIDE = 1_000_000  # between the images of one prompt: more than any set has prompts
@@ -58,7 +63,9 @@ def plan_chunks(
     return chunks
 
 
-def prepare_pipeline(pipeline, settings: SamplingSettings, device: torch.device):
+def prepare_pipeline(
+    pipeline: "StableDiffusionPipeline", settings: SamplingSettings, device: torch.device
+) -> "StableDiffusionPipeline":
     """Move a pipeline to its device and precision, give it the chosen scheduler, compile its UNet where asked to."""
     import diffusers
 
@@ -73,7 +80,7 @@ def prepare_pipeline(pipeline, settings: SamplingSettings, device: torch.device)
     return pipeline
 
 
-def is_truncated(tokenizer, text: str) -> bool:
+def is_truncated(tokenizer: "CLIPTokenizer", text: str) -> bool:
     """Whether the text encoder won't see the end of a prompt: SD 1.5's reads 77 tokens, two of them its own."""
     return len(tokenizer(text, verbose=False).input_ids) > tokenizer.model_max_length
 
@@ -83,7 +90,11 @@ class NotFiniteError(ValueError):
 
 
 def sample_chunk(
-    pipeline, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings, batch_size: int | None = None
+    pipeline: "StableDiffusionPipeline",
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    batch_size: int | None = None,
 ) -> list[Image.Image]:
     """Sample one image per prompt in one batch of `batch_size`, padded with the last one where prompts are fewer.
 
@@ -106,7 +117,11 @@ def sample_chunk(
 
 @torch.no_grad()
 def _sample(
-    pipeline, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings, size: int
+    pipeline: "StableDiffusionPipeline",
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    size: int,
 ) -> tuple[list[Image.Image], list[str]]:
     """One image per prompt, and what of it is not finite: "latents", "pixels" or "". One wait for the device."""
     assert 0 < len(prompts) == len(seeds) <= size, "a chunk has one seed per prompt and no more than fit a batch"
@@ -128,7 +143,7 @@ def _sample(
 
 
 def sample_images(
-    pipeline,
+    pipeline: "StableDiffusionPipeline",
     prompts: Sequence[str],
     *,
     seed: int,
@@ -152,8 +167,9 @@ def sample_images(
     for start in range(0, len(prompts), chunk_size):
         chunk = list(prompts[start : start + chunk_size])
         seeds = range(seed + start, seed + start + len(chunk))
-        for all_of, new in zip((images, faults), _sample(pipeline, chunk, seeds, settings, chunk_size), strict=True):
-            all_of += new
+        new_images, new_faults = _sample(pipeline, chunk, seeds, settings, chunk_size)
+        images += new_images
+        faults += new_faults
     if bad := [f"{fault} of {prompt!r}" for prompt, fault in zip(prompts, faults, strict=True) if fault]:
         print(f"note: {len(bad)} of {len(prompts)} sample images are not finite: {', '.join(bad)}", file=sys.stderr)
     return images

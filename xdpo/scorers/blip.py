@@ -1,6 +1,6 @@
 """ImageReward's network: BLIP's image encoder, a BERT that attends to it in both directions, and a head on [CLS]."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -109,7 +109,7 @@ def from_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def load_bert_tokenizer(path: Path):
+def load_bert_tokenizer(path: Path) -> Callable[[Sequence[str]], tuple[Tensor, Tensor]]:
     """bert-base-uncased's tokenizer from its vocab.txt: texts → ids and mask, both (B, 35) long.
 
     Raises ValueError for a broken file.

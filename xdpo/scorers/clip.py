@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,7 +142,7 @@ def from_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def load_tokenizer(path: Path):
+def load_tokenizer(path: Path) -> Callable[[Sequence[str]], Tensor]:
     """CLIP's byte-pair tokenizer from a tokenizer.json: texts → (B, L) long, cut at 77 tokens, padded with 0.
 
     Padding comes after the end token, where the causal text model never looks. Raises ValueError for a broken file.

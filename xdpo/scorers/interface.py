@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from PIL import Image
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,18 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def full_precision(function: Callable) -> Callable:
+def full_precision(function: Callable[P, R]) -> Callable[P, R]:
     """Run `function` without gradients, autocast and TF32, whatever the rest of the process has switched on."""
 
-    def wrapped(*arguments):
-        switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    def wrapped(*arguments: P.args, **options: P.kwargs) -> R:
+        # torch puts cudnn.conv on its module at run time.
+        switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
         before = [switch.fp32_precision for switch in switches]
         for switch in switches:
             switch.fp32_precision = "ieee"
         try:
             with torch.inference_mode(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-                return function(*arguments)
+                return function(*arguments, **options)
         finally:
             for switch, precision in zip(switches, before, strict=True):
                 switch.fp32_precision = precision

@@ -24,7 +24,7 @@ SAVE_SECONDS = 20  # between parts of the score table: what a kill can cost
 def choose_device(name: str | None) -> torch.device:
     """The device named, else the accelerator where there is one. Raises ValueError for one that does not work."""
     if name is None:
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -81,8 +81,8 @@ def left_out(
         if picture.sha256 in broken:
             undecodable[owner].append(picture.name)
         for name, version in versions.items():
-            number = table.scores.get(_key(picture, name, version), 0.0)
-            if not abs(number) < float("inf"):
+            score = table.scores.get(_key(picture, name, version), 0.0)
+            if not abs(score) < float("inf"):
                 not_finite[*owner, name].append(picture.name)
     problems = [Problem(*owner, "left out: cannot be decoded", tuple(names)) for owner, names in undecodable.items()]
     problems += [
@@ -97,15 +97,17 @@ def left_out(
 def _score(
     scorer: Scorer, version: str, pictures: Sequence[Picture], table: ScoreTable, batch_size: int, workers: int
 ) -> set[str]:
-    broken, saved = set(), time.monotonic()
+    broken: set[str] = set()
+    saved = time.monotonic()
     with tqdm(total=len(pictures), desc=scorer.name, unit="image") as progress:
         for batch in _prepared_batches(scorer, pictures, batch_size, workers):
             good = [(picture, item) for picture, item in batch if not isinstance(item, _Undecodable)]
-            broken |= {picture.sha256 for picture, item in batch if isinstance(item, _Undecodable)}
+            bad = [picture for picture, item in batch if isinstance(item, _Undecodable)]
+            broken |= {_key(picture, scorer.name, version).sha256 for picture in bad}
             if good:
-                numbers = scorer.score_batch([item for _, item in good], [picture.prompt for picture, _ in good])
                 keys = [_key(picture, scorer.name, version) for picture, _ in good]
-                table.add(dict(zip(keys, map(float, numbers), strict=True)))
+                scores = scorer.score_batch([item for _, item in good], [key.prompt for key in keys])
+                table.add(dict(zip(keys, map(float, scores), strict=True)))
             progress.update(len(batch))
             if time.monotonic() - saved > SAVE_SECONDS:
                 table.save_part()
@@ -126,7 +128,7 @@ class _Prepared(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> object:
         try:
             image = decode_rgb(str(self.paths[index]))
         except UnreadableImageError:
@@ -145,6 +147,7 @@ def _prepared_batches(
 
 
 def _key(picture: Picture, scorer: str, version: str) -> ScoreKey:
+    assert picture.prompt is not None and picture.sha256 is not None, "read_models gives every picture both"
     return ScoreKey(picture.prompt, picture.sha256, scorer, version)
 
 

@@ -61,7 +61,7 @@ class Comparison:
         )
 
 
-def summarize(scores: Sequence[float]) -> Summary:
+def summarize(scores: Sequence[float] | np.ndarray) -> Summary:
     """Summary of one score per prompt. Raises ValueError for none, and for scores that aren't finite."""
     values = np.asarray(scores, np.float64)
     if values.ndim != 1 or not len(values):
@@ -71,7 +71,9 @@ def summarize(scores: Sequence[float]) -> Summary:
     return Summary(len(values), float(values.mean()), float(np.median(values)), error, bootstrap_interval(values))
 
 
-def compare(before: Sequence[float], after: Sequence[float], tie_width: float = 0.0) -> Comparison:
+def compare(
+    before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarray, tie_width: float = 0.0
+) -> Comparison:
     """Compare paired scores; a difference of at most `tie_width` is a tie.
 
     Raises ValueError for lists of different length, for none, and for scores that aren't finite.

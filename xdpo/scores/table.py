@@ -8,10 +8,13 @@ Each file is written aside and renamed, so a kill at any moment loses only the s
 import fcntl
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
 from xdpo.files import reading, replacing, writing
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 TABLE, PARTS, LOCK = "scores.parquet", "scores.parts", ".writing"
 
@@ -126,7 +129,7 @@ def _slot(placement: Placement, key: ScoreKey) -> tuple:
     return placement.prompt_set, placement.model, placement.key, placement.repeat, key.scorer
 
 
-def _schema():
+def _schema() -> "pa.Schema":
     import pyarrow as pa
 
     special = {"repeat": pa.int32(), "score": pa.float64()}
@@ -146,7 +149,8 @@ def _read(path: Path) -> list[_Row]:
         raise ValueError(f"{path} is not a score table that can be read ({error}); {remedy}") from None
     if table.schema.names != _schema().names:
         raise ValueError(f"{path} is not a score table of this version: its columns are {table.schema.names}; {remedy}")
-    width, rows = len(Placement._fields), []
+    rows: list[_Row] = []
+    width = len(Placement._fields)
     for *values, score in zip(*table.to_pydict().values(), strict=True):
         placement, key = Placement(*values[:width]), ScoreKey(*values[width:])
         rows.append((None if placement.model is None else placement, key, score))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -159,7 +160,7 @@ def win_rate_bars(findings: StudyFindings) -> Figure:
     return figure
 
 
-def _bars(axes, findings: StudyFindings, benchmark: str, questions: Sequence[str]) -> None:
+def _bars(axes: Axes, findings: StudyFindings, benchmark: str, questions: Sequence[str]) -> None:
     by_place = {(r.question, r.baseline): r for r in findings.results if r.benchmark == benchmark and r.category == ALL}
     row, ticks = 0.0, []
     for baseline in findings.key.baselines:

@@ -13,7 +13,7 @@ import socket
 import sqlite3
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,7 @@ def application(folder: Path) -> FastAPI:
             raise StudyError("this is no JSON") from None
 
     @app.middleware("http")
-    async def with_headers(request: Request, call_next):
+    async def with_headers(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         response = await call_next(request)
         response.headers.update(HEADERS)
         return response

@@ -8,7 +8,7 @@ function of the scene and the placement alone.
 import itertools
 import re
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -249,9 +249,3 @@ def tiny_prompts(per_category: int = 50) -> list[tuple[str, str]]:
                 rows.append((category, text))
                 count += 1
     return rows
-
-
-def with_thing(scene: Scene, index: int, **changes) -> Scene:
-    """The scene with one attribute of one thing changed."""
-    things = tuple(replace(thing, **changes) if i == index else thing for i, thing in enumerate(scene.things))
-    return replace(scene, things=things)
