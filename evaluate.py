@@ -157,9 +157,10 @@ def write_report(options: argparse.Namespace, evaluation: "Evaluation") -> None:
     from xdpo.report.sections import sections
 
     output = options.output
-    parts = sections(evaluation, output / "figures")
-    write_text(output / "report.md", markdown(options.title, parts, output))
-    write_text(output / "report.html", page(options.title, evaluation, parts, output, int(options.embed_mb * 1e6)))
+    report_sections = sections(evaluation, output / "figures")
+    write_text(output / "report.md", markdown(options.title, report_sections, output))
+    embed_bytes = int(options.embed_mb * 1e6)
+    write_text(output / "report.html", page(options.title, evaluation, report_sections, output, embed_bytes))
     print(f"report: {output / 'report.html'}, {output / 'report.md'}; scores: {output / 'scores.parquet'}")
 
 

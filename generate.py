@@ -209,24 +209,24 @@ def grid(options: argparse.Namespace) -> int:
     if len(titles) != len(options.images) or len(set(titles)) != len(titles):
         raise ValueError(f"--titles must name each of the {len(options.images)} columns differently, got {titles}")
     folders = dict(zip(titles, options.images, strict=True))
-    found = {title: first_images(folder, options.prompts) for title, folder in folders.items()}
-    shared = sorted(set.intersection(*map(set, found.values())))
-    prompts = [prompt for prompt in shared if _is_wanted(found[titles[0]][prompt], options)][: options.limit]
+    rows_by_title = {title: first_images(folder, options.prompts) for title, folder in folders.items()}
+    shared = sorted(set.intersection(*map(set, rows_by_title.values())))
+    prompts = [prompt for prompt in shared if _is_selected(rows_by_title[titles[0]][prompt], options)][: options.limit]
     if not prompts:
         raise ValueError("no prompt is left that all folders have images of; check --categories and --indices")
     columns = {
-        title: [folder / options.prompts / found[title][prompt].file for prompt in prompts]
+        title: [folder / options.prompts / rows_by_title[title][prompt].file for prompt in prompts]
         for title, folder in folders.items()
     }
     captions = [text for _, text in prompts]
     for path, count in write_sheets(columns, captions, options.output, options.rows, options.cell):
         print(f"{path}: {count} prompts × {len(titles)} models")
-    everywhere = max(map(len, found.values()))
+    everywhere = max(map(len, rows_by_title.values()))
     print(f"{len(prompts)} of {everywhere} prompts shown; {len(shared)} have an image in every folder")
     return 0
 
 
-def _is_wanted(row: "ManifestRow", options: argparse.Namespace) -> bool:
+def _is_selected(row: "ManifestRow", options: argparse.Namespace) -> bool:
     in_category = not options.categories or row.category in options.categories
     return in_category and (options.indices is None or row.index in options.indices)
 

@@ -48,13 +48,13 @@ def describe(files: list[str]) -> str:
 
     size = sum(sizes_of(files))
     lines = [f"{len(files):,} files, {size / 1e9:.3g} GB"]
-    places = {"converted": Path(HF_DATASETS_CACHE)}
+    folders = {"converted": Path(HF_DATASETS_CACHE)}
     if "://" in files[0]:
-        places = {"fetched": Path(HF_HUB_CACHE)} | places
-    for what, place in places.items():
-        existing = next(parent for parent in (place, *place.absolute().parents) if parent.exists())
+        folders = {"fetched": Path(HF_HUB_CACHE)} | folders
+    for what, folder in folders.items():
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         free = shutil.disk_usage(existing).free
-        lines.append(f"{what} in {place}: about {size / 1e9:.3g} GB, less what is there; {free / 1e9:.3g} GB are free")
+        lines.append(f"{what} in {folder}: about {size / 1e9:.3g} GB, less what is there; {free / 1e9:.3g} GB are free")
     return "\n  ".join(lines)
 
 

@@ -171,9 +171,9 @@ class Rehearsal:
     def _title(self, text: str) -> None:
         print(f"\n{text}", flush=True)
 
-    def _check(self, claim: str, holds: bool, found: str) -> None:
+    def _check(self, claim: str, holds: bool, evidence: str) -> None:
         self.all_hold = self.all_hold and holds
-        print(f"  {'holds' if holds else 'DOES NOT HOLD'}: {claim} ({found})", flush=True)
+        print(f"  {'holds' if holds else 'DOES NOT HOLD'}: {claim} ({evidence})", flush=True)
 
 
 class Training:

@@ -78,10 +78,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def input_files(patterns: list[str], output: Path) -> list[Path]:
     """The files meant, checked by their footers. Raises ValueError naming what is wrong, before any is read."""
-    found = {pattern: matching(pattern) for pattern in patterns}
-    if empty := [pattern for pattern in patterns if not found[pattern]]:
+    matches = {pattern: matching(pattern) for pattern in patterns}
+    if empty := [pattern for pattern in patterns if not matches[pattern]]:
         raise ValueError(f"--data: no file matches {', '.join(empty)}")
-    files = list(dict.fromkeys(file for pattern in patterns for file in found[pattern]))
+    files = list(dict.fromkeys(file for pattern in patterns for file in matches[pattern]))
     if twice := [name for name, count in Counter(file.name for file in files).items() if count > 1]:
         raise ValueError(
             f"--data: several files are called {twice[0]}; relabel each folder into an --output of its own"
@@ -108,9 +108,9 @@ def is_done(path: Path, made_by: dict) -> bool:
     """Whether a file is there already. Raises ValueError where another scorer or threshold made it."""
     if not path.exists():
         return False
-    found = pq.read_schema(path).metadata or {}
-    wanted = {name.encode(): str(value).encode() for name, value in made_by.items()}
-    if any(found.get(name) != value for name, value in wanted.items()):
+    metadata = pq.read_schema(path).metadata or {}
+    expected = {name.encode(): str(value).encode() for name, value in made_by.items()}
+    if any(metadata.get(name) != value for name, value in expected.items()):
         raise ValueError(f"{path} was made by another scorer or --tie-threshold; choose another --output")
     return True
 
@@ -152,21 +152,21 @@ def with_new_labels(table: pa.Table, scores: np.ndarray, labels: np.ndarray) -> 
                 table = table.remove_column(table.column_names.index(name))
             table = table.append_column(name, pa.array(values[:, side]))
     if "has_label" in table.column_names:  # what had none has one now
-        place = table.column_names.index("has_label")
-        table = table.set_column(place, "has_label", pa.array(np.ones(len(table), dtype=bool)))
+        column = table.column_names.index("has_label")
+        table = table.set_column(column, "has_label", pa.array(np.ones(len(table), dtype=bool)))
     return table
 
 
 def score_pairs(table: pa.Table, scorer: Scorer, batch_size: int) -> np.ndarray:
     """(rows, 2) float64; NaN for a pair without caption or with an image that can't be read."""
     scores = np.full((len(table), 2), np.nan)
-    places, images, captions = [], [], []
+    cells, images, captions = [], [], []
     for row, side, image, caption in _readable(table):
-        places.append((row, side))
+        cells.append((row, side))
         images.append(image)
         captions.append(caption)
-    for place, score in zip(places, scorer.score(images, captions, batch_size), strict=True):
-        scores[place] = score
+    for cell, score in zip(cells, scorer.score(images, captions, batch_size), strict=True):
+        scores[cell] = score
     scores[np.isnan(scores).any(axis=1)] = np.nan
     return scores
 

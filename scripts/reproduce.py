@@ -18,7 +18,7 @@ from xdpo.experiments.findings import Findings
 from xdpo.experiments.plan import BASE, load_plan
 from xdpo.experiments.runs import ROOT, Run, train_all
 from xdpo.experiments.stages import Reproduction, choose, model_name
-from xdpo.experiments.tasks import Interrupted, Task, run_all, tell
+from xdpo.experiments.tasks import Interrupted, Task, print_line, run_all
 from xdpo.paths import user_path
 
 PLANS = ROOT / "configs" / "experiments"
@@ -73,20 +73,20 @@ def reproduce(reproduction: Reproduction, jobs: int) -> Findings:
     reproduction.runs(dict.fromkeys(plan.tuned, plan.tuning.values[0]))  # and all others
 
     # Tuning: one run for each value, on prompts of its own.
-    tell(f"tuning: {len(candidates)} trainings")
+    print_line(f"tuning: {len(candidates)} trainings")
     failed = train_all(list(candidates.values()), jobs, processes)
-    made = {place: run for place, run in candidates.items() if run.name not in failed}
-    images = [reproduction.images(run, plan.steps, plan.tuning.prompts) for run in made.values()]
+    trained = {candidate: run for candidate, run in candidates.items() if run.name not in failed}
+    images = [reproduction.images(run, plan.steps, plan.tuning.prompts) for run in trained.values()]
     finish(images, jobs, processes)
     finish([reproduction.evaluation("tuning", images)], 1, 1)
-    names = {place: model_name(run, plan.steps) for place, run in made.items()}
+    names = {candidate: model_name(run, plan.steps) for candidate, run in trained.items()}
     scores = reproduction.scores("tuning", list(names.values()))
-    found = {place: float(scores[name, plan.score].mean()) for place, name in names.items()}
-    chosen = choose(found)
+    means = {candidate: float(scores[name, plan.score].mean()) for candidate, name in names.items()}
+    chosen = choose(means)
 
     # The methods, with every seed.
     runs = reproduction.runs(chosen)
-    tell(f"methods: {len(runs)} trainings")
+    print_line(f"methods: {len(runs)} trainings")
     failed |= train_all(list(runs.values()), jobs, processes)
     pipeline = next(iter(candidates.values())).settings.model.pipeline
     images = [reproduction.base_images(pipeline, plan.prompts)]
@@ -97,7 +97,7 @@ def reproduce(reproduction: Reproduction, jobs: int) -> Findings:
             models.append(model_name(run, step))
     finish(images, jobs, processes)
     finish([reproduction.evaluation("results", images)], 1, 1)
-    tuning = {place: found.get(place, float("nan")) for place in candidates}
+    tuning = {candidate: means.get(candidate, float("nan")) for candidate in candidates}
     return Findings(plan, candidates, tuning, chosen, runs, reproduction.scores("results", models), failed)
 
 

@@ -82,19 +82,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compare", type=user_path, metavar="FILE", help="checksums of before")
     parser.add_argument("--only", nargs="+", choices=[*RUNS, "resumed", "two processes", "images"], metavar="RUN")
     options = parser.parse_args(arguments)
-    found = {}
+    checksums = {}
     with tempfile.TemporaryDirectory() as folder:
         working = Path(folder)
         prepare(working)
         for name in options.only or [*RUNS, "resumed", "two processes", "images"]:
-            found[name] = images(working) if name == "images" else training(working, name)
-            print(f"{name}: {len(found[name])} files", flush=True)
-    options.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            checksums[name] = images(working) if name == "images" else training(working, name)
+            print(f"{name}: {len(checksums[name])} files", flush=True)
+    options.output.write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
     if options.compare is None:
         return 0
     before = json.loads(options.compare.read_text(encoding="utf-8"))
     changed = 0
-    for name, files in found.items():
+    for name, files in checksums.items():
         differing = [file for file in {**before[name], **files} if before[name].get(file) != files.get(file)]
         print(f"{name}: " + (f"DIFFER: {', '.join(differing)}" if differing else f"{len(files)} files are the same"))
         changed += bool(differing)
@@ -125,19 +125,19 @@ def training(working: Path, name: str) -> dict[str, str]:
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command]
         command.append("train.micro_batch_pairs=1")
     call(*command)
-    found = {}
+    checksums = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".safetensors", ".png"):
-            found[str(path.relative_to(folder))] = checksum(path.read_bytes())
+            checksums[str(path.relative_to(folder))] = checksum(path.read_bytes())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [{key: value for key, value in sorted(row.items()) if key not in NOT_COMPARED} for row in rows]
-    return found | {"metrics.jsonl": checksum(json.dumps(rows).encode())}
+    return checksums | {"metrics.jsonl": checksum(json.dumps(rows).encode())}
 
 
 def images(working: Path) -> dict[str, str]:
     """Checksums of images of the base model and of a trained one, of their manifests, and of what evaluating says."""
     training(working, "full")
-    folder, found = working / "images", {}
+    folder, checksums = working / "images", {}
     models = {"base": "assets/tiny/pipeline", "xdpo": str(working / "runs" / "full")}
     for name, model in models.items():
         call(
@@ -150,8 +150,8 @@ def images(working: Path) -> dict[str, str]:
     )
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != "lock":
-            found[str(path.relative_to(folder))] = checksum(without_what_varies(path))
-    return found
+            checksums[str(path.relative_to(folder))] = checksum(without_what_varies(path))
+    return checksums
 
 
 def without_what_varies(path: Path) -> bytes:

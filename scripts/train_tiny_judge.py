@@ -118,11 +118,11 @@ def main() -> None:
         with replacing(options.out, "wb") as file:
             file.write(save(weights))
         reader = reader.eval().half().float()  # what half precision keeps is what gets measured
-    numbers = {
+    accuracy = {
         "drawn": measure(reader, None, options.test_images, options.seed + 1_000),
         "through the autoencoder": measure(reader, vae, options.test_images, options.seed + 2_000),
     }
-    report = {"images": options.test_images, "seed": options.seed, "steps": options.steps, "accuracy": numbers}
+    report = {"images": options.test_images, "seed": options.seed, "steps": options.steps, "accuracy": accuracy}
     write_text(options.out.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 

@@ -181,8 +181,8 @@ def run_import(options: argparse.Namespace) -> None:
 
     study = Study.load(options.study)
     for file in options.files:
-        new, known = import_votes(study, file)
-        print(f"{file}: {new} new votes, {known} known")
+        new, earlier = import_votes(study, file)
+        print(f"{file}: {new} new votes, {earlier} known")
 
 
 def run_analyze(options: argparse.Namespace) -> None:

@@ -78,7 +78,7 @@ def together() -> Iterator[None]:
         yield
         processes.disconnect()
     except BaseException as error:
-        first = watch.tell(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+        first = watch.announce(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
         if first is not None and _lost_another(error):
             raise SystemExit(f"error: {first}") from None
         raise
@@ -107,7 +107,7 @@ class _Watch(threading.Thread):
             if self._store is not None:
                 self._look_after_the_others(self._store)
 
-    def tell(self, message: str) -> str | None:
+    def announce(self, message: str) -> str | None:
         """Tell the other processes that this one failed, and give them time to hear it.
 
         Returns why it ends, where another failed before: what this one met may be no more than that.
@@ -145,9 +145,9 @@ class _Watch(threading.Thread):
                 self._end_here(self._failure_of(store.get("failed").decode()))
             now = time.monotonic()
             for other, (beats, when) in self._heard.items():
-                found = store.add(f"beats/{other}", 0)
-                if found != beats or store.check([f"left/{other}"]):
-                    self._heard[other] = found, now
+                beats_now = store.add(f"beats/{other}", 0)
+                if beats_now != beats or store.check([f"left/{other}"]):
+                    self._heard[other] = beats_now, now
                 elif now - when > SILENT_SECONDS:
                     silence = f"process {other} has not been heard of for {SILENT_SECONDS:.0f} seconds"
                     self._end_here(f"process {self._rank} ends: {silence}")
@@ -159,8 +159,8 @@ class _Watch(threading.Thread):
             elif not self._ended.is_set():
                 self._end_here(f"process {self._rank} ends: lost the launcher or the first process ({error})")
 
-    def _failure_of(self, told: str) -> str:
-        number, _, message = told.partition(" ")
+    def _failure_of(self, report: str) -> str:
+        number, _, message = report.partition(" ")
         return f"process {self._rank} ends: process {number} failed: {message}"
 
     def _end_here(self, reason: str) -> None:

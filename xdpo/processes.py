@@ -91,12 +91,12 @@ def gather(value: Any) -> list[Any]:
 
 def refuse_differences(facts: Mapping[str, Any], remedy: str) -> None:
     """Raise ValueError on every process where one of them has another value for a fact, naming machines and values."""
-    found = gather((socket.gethostname(), dict(facts)))
+    everyone = gather((socket.gethostname(), dict(facts)))
     lines = []
-    for name, value in found[0][1].items():
+    for name, value in everyone[0][1].items():
         lines += [
-            f"{name}: {value} in process 0 on {found[0][0]}, {others.get(name)} in process {number} on {host}"
-            for number, (host, others) in enumerate(found)
+            f"{name}: {value} in process 0 on {everyone[0][0]}, {others.get(name)} in process {number} on {host}"
+            for number, (host, others) in enumerate(everyone)
             if others.get(name) != value
         ]
     if lines:

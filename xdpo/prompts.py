@@ -131,9 +131,9 @@ def load_prompts(
                 f"{_checksum(prompts)[:12]}…, the published one {source.sha256[:12]}…. Remove it from the cache to "
                 "fetch it again, or use it under a name of its own, by its path"
             )
-    elif (own := user_path(name_or_path)).suffix.lower() in SUFFIXES or own.exists():
-        name = own.stem
-        prompts = _numbered(_read([_existing_file(own)]))
+    elif (file := user_path(name_or_path)).suffix.lower() in SUFFIXES or file.exists():
+        name = file.stem
+        prompts = _numbered(_read([_existing_file(file)]))
         if name in PROMPT_SETS:
             raise ValueError(
                 f"{name_or_path}: a set of your own can't be called {name!r}; rename the file, or give the name as the "
@@ -164,12 +164,12 @@ def cache_folder() -> Path:
 def _select(
     name: str, prompts: list[Prompt], categories: Sequence[str], sample: int | None, sample_seed: int
 ) -> tuple[list[Prompt], dict[str, Any]]:
-    known = list(dict.fromkeys(prompt.category for prompt in prompts))
-    unknown = [category for category in categories if category not in known]
+    available = list(dict.fromkeys(prompt.category for prompt in prompts))
+    unknown = [category for category in categories if category not in available]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
+        near = difflib.get_close_matches(unknown[0], available, n=1)
         raise ValueError(
-            f"prompt set {name!r} has no category {unknown[0]!r}; choose from {', '.join(known)}"
+            f"prompt set {name!r} has no category {unknown[0]!r}; choose from {', '.join(available)}"
             + (f"; did you mean {near[0]!r}?" if near else "")
         )
     selected = [prompt for prompt in prompts if not categories or prompt.category in categories]
@@ -222,15 +222,15 @@ def _rows_of_set(name: str, source: _Source, path: str | Path | None) -> _Rows:
     if path is not None:
         path = user_path(path)
         if path.is_dir():
-            if found := _files_in(path, source):
-                return _read(found)
-            raise ValueError(f"prompt set {name!r}: {path} lacks {_wanted(source)}")
+            if files := _files_in(path, source):
+                return _read(files)
+            raise ValueError(f"prompt set {name!r}: {path} lacks {_needed(source)}")
         return _read([_existing_file(path)])
     if source.shipped is not None:
         return _read([_existing_file(source.shipped)])
     folder = cache_folder() / name
-    if found := _files_in(folder, source):
-        return _read(found)
+    if files := _files_in(folder, source):
+        return _read(files)
     try:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
             raise OSError("HF_HUB_OFFLINE is set")
@@ -239,7 +239,7 @@ def _rows_of_set(name: str, source: _Source, path: str | Path | None) -> _Rows:
         urls = "\n  ".join(source.files.values())
         raise ValueError(
             f"prompt set {name!r} is not in the cache and could not be fetched: {error}\n"
-            f"Place {_wanted(source)} in {folder} (XDPO_CACHE changes where that is), or give the path of the file or "
+            f"Place {_needed(source)} in {folder} (XDPO_CACHE changes where that is), or give the path of the file or "
             f"of a folder with these files. They come from\n  {urls}"
         ) from error
 
@@ -253,7 +253,7 @@ def _files_in(folder: Path, source: _Source) -> list[Path] | None:
     return None
 
 
-def _wanted(source: _Source) -> str:
+def _needed(source: _Source) -> str:
     names = source.files or ([source.shipped.name] if source.shipped else [])
     return ", ".join(names) + (f" (or {source.combined})" if source.combined else "")
 

@@ -61,16 +61,16 @@ class RunLog:
             self.bar.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def row(self, step: int, numbers: dict[str, float], advance: bool = False) -> None:
-        """Log `numbers` at `step`; `advance` moves the bar by one optimizer step."""
+    def row(self, step: int, metrics: dict[str, float], advance: bool = False) -> None:
+        """Log `metrics` at `step`; `advance` moves the bar by one optimizer step."""
         if self.is_main:
             with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **numbers}) + "\n")
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
             if advance:
                 shown = {"loss": "loss", "acc": "implicit_accuracy", "lr": "learning_rate"}
-                self.bar.set_postfix({short: f"{numbers[name]:.3g}" for short, name in shown.items()}, refresh=False)
+                self.bar.set_postfix({short: f"{metrics[name]:.3g}" for short, name in shown.items()}, refresh=False)
                 self.bar.update()
-        self.accelerator.log(numbers, step=step)
+        self.accelerator.log(metrics, step=step)
 
     def close(self) -> None:
         self.bar.close()

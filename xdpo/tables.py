@@ -57,22 +57,22 @@ class Table:
         """A column of numbers, also those written as text; None where it is missing or empty. Raises TableError."""
         self._check(name)
         numbers: list[float | None] = []
-        for place, row in enumerate(self.rows):
-            cell = row.get(name)
+        for row, cells in enumerate(self.rows):
+            cell = cells.get(name)
             try:
                 numbers.append(None if cell is None or cell == "" else float(cell))
             except (ValueError, TypeError, OverflowError):
-                raise TableError(f"{self.where(place, name)} must hold numbers, got {_shown(cell)}") from None
+                raise TableError(f"{self.where(row, name)} must hold numbers, got {_shown(cell)}") from None
         return numbers
 
     def _as_texts(self, name: str, values: list[Any]) -> list[str | None]:
         return [
-            value if _is_plain(value) else as_text(value, self.where(place, name)) for place, value in enumerate(values)
+            value if _is_plain(value) else as_text(value, self.where(row, name)) for row, value in enumerate(values)
         ]
 
-    def where(self, place: int, name: str) -> str:
+    def where(self, row: int, name: str) -> str:
         """A cell as messages call it: `pairs.csv line 3: column caption`."""
-        return f"{self.path} {self.unit} {self.numbers[place]}: column {name}"
+        return f"{self.path} {self.unit} {self.numbers[row]}: column {name}"
 
     def _check(self, name: str) -> None:
         if list(self.names).count(name) > 1:
@@ -152,12 +152,12 @@ def _parsed(text: str, path: Path, line: int | None = None, hint: str = "") -> A
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise TableError(f"an object has the key {twice!r} more than once; remove all but one")
-    return found
+    return members
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -285,9 +285,9 @@ def _records(path: Path, delimiter: str, is_quoted: bool) -> Iterator[_Record]:
         except StopIteration:
             return
         except csv.Error as error:
-            place = _span(number, reader.line_num - number + 1)
+            span = _span(number, reader.line_num - number + 1)
             raise TableError(
-                f"{path} {place}: a cell begins with a quotation mark that does not close it ({error}); write the "
+                f"{path} {span}: a cell begins with a quotation mark that does not close it ({error}); write the "
                 'marks inside a cell twice: "a ""small"" cat"'
             ) from None
         yield _Record(number, cells, list(lines) if len(lines) > 1 else [])
@@ -301,15 +301,17 @@ def _refuse_merged(path: Path, records: Sequence[_Record], width: int, delimiter
     several = [record for record in records if record.lines]
     if not several or width == 1:
         return
-    usual = [{_likeness(record.cells[place]) for record in records if not record.lines} for place in range(width)]
+    usual = [{_likeness(record.cells[column]) for record in records if not record.lines} for column in range(width)]
     for record in several:
         split = list(csv.reader((line.rstrip("\r\n") for line in record.lines), delimiter=delimiter, quoting=3))
         if any(len(cells) != width for cells in split):
             continue
-        others = [place for place in range(width) if not any('"' in cells[place] for cells in split)]
+        others = [column for column in range(width) if not any('"' in cells[column] for cells in split)]
         first, *rest = split
         alike = [
-            _likeness(cells[place]) in usual[place] | {_likeness(first[place])} for cells in rest for place in others
+            _likeness(cells[column]) in usual[column] | {_likeness(first[column])}
+            for cells in rest
+            for column in others
         ]
         if alike and all(alike):
             raise TableError(

@@ -30,15 +30,15 @@ def quality(findings: Findings) -> Figure:
         panels = figure.subplots(len(groups), 2, squeeze=False, sharex=True, sharey="col")
         for row, group in zip(panels, groups, strict=True):
             others = [name for name in curves if name != plan.baseline and plan.methods[name].group == group]
-            looks = {plan.baseline: {"color": "#222222"}}
+            styles = {plan.baseline: {"color": "#222222"}}
             for position, name in enumerate(others):  # dashed where the colours begin again
                 dashes = "--" if position >= len(COLOURS) else "-"
-                looks[name] = {"color": COLOURS[position % len(COLOURS)], "linestyle": dashes}
+                styles[name] = {"color": COLOURS[position % len(COLOURS)], "linestyle": dashes}
             for axes, scorer in zip(row, (plan.score, plan.alignment), strict=True):
                 axes.axhline(0, color=BASELINE_COLOUR, linewidth=0.8)
-                for method, look in looks.items():
+                for method, style in styles.items():
                     if method in curves:
-                        _quality_line(axes, findings, method, scorer, look)
+                        _quality_line(axes, findings, method, scorer, style)
                 axes.set_title(f"{title_of(scorer)}: change against the base")
                 axes.grid(color="#e6e9ee", linewidth=0.7)
             row[1].legend(title=group, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
@@ -47,12 +47,12 @@ def quality(findings: Findings) -> Figure:
     return figure
 
 
-def _quality_line(axes: Axes, findings: Findings, method: str, scorer: str, look: dict[str, str]) -> None:
+def _quality_line(axes: Axes, findings: Findings, method: str, scorer: str, style: dict[str, str]) -> None:
     pairs, curve = findings.pairs_at(method), findings.curve(method, scorer)
     points = [measures.difference(point, curve[0]) for point in curve]
-    axes.plot(pairs, [point.value for point in points], marker="o", markersize=4, label=method, **look)
+    axes.plot(pairs, [point.value for point in points], marker="o", markersize=4, label=method, **style)
     low, high = [point.low for point in points], [point.high for point in points]
-    axes.fill_between(pairs, low, high, color=look["color"], alpha=0.08, linewidth=0)
+    axes.fill_between(pairs, low, high, color=style["color"], alpha=0.08, linewidth=0)
 
 
 def errors(findings: Findings) -> Figure:

@@ -62,11 +62,11 @@ class Findings:
         """The last value of a logged number, (seeds, 1); zeros for BASE, NaN where a method doesn't log it."""
         if method == BASE:
             return np.zeros((len(self.plan.seeds), 1))
-        found = []
+        last_values = []
         for seed in self.plan.seeds:
             values = [row[key] for row in self.runs[method, seed].rows() if key in row]
-            found.append([values[-1] if values else np.nan])
-        return np.array(found)
+            last_values.append([values[-1] if values else np.nan])
+        return np.array(last_values)
 
     def logged_curve(self, method: str, key: str) -> tuple[list[int], np.ndarray]:
         """Optimizer steps, and a logged number at them, (seeds, steps)."""
@@ -94,18 +94,18 @@ class Findings:
         """What the interval of the difference says, in words, and the difference."""
         if question.logged:
             values, others = (self.logged(name, question.logged) for name in (question.method, question.than))
-            found = measures.difference(values, others)
-            better, what = -found.sign, ("lower", "higher")
+            difference = measures.difference(values, others)
+            better, what = -difference.sign, ("lower", "higher")
         else:
             score = question.score or self.plan.score
-            found = measures.difference(self.of(question.method, score), self.of(question.than, score))
-            better, what = found.sign, ("higher", "lower")
+            difference = measures.difference(self.of(question.method, score), self.of(question.than, score))
+            better, what = difference.sign, ("higher", "lower")
         words = {
             "better": {1: "yes", 0: "not resolved", -1: "no, it is worse"},
             "differs": {1: f"yes, {what[0]}", 0: "no difference resolved", -1: f"yes, {what[1]}"},
             "holds": {1: "yes, it rises", 0: "no change resolved", -1: "no, it falls"},
         }
-        return words[question.kind][better], found
+        return words[question.kind][better], difference
 
     def can_answer(self, question: Question) -> bool:
         return all(name in (BASE, *self.methods) for name in (question.method, question.than))

@@ -36,9 +36,9 @@ def estimate(statistic: Callable[..., float], *arrays: np.ndarray, seed: int = 0
     for _ in range(RESAMPLES):
         rows, columns = rng.integers(seeds, size=seeds), rng.integers(prompts, size=prompts)
         drawn.append(statistic(*(array[..., rows, :][..., columns] for array in arrays)))
-    found = np.array(drawn)
-    known = found[np.isfinite(found)]
-    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
+    values = np.array(drawn)
+    finite = values[np.isfinite(values)]
+    low, high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (np.nan, np.nan)
     return Estimate(float(statistic(*arrays)), float(low), float(high))
 
 
@@ -64,10 +64,10 @@ def speed_up(pairs: Sequence[float], curve: np.ndarray, baseline: np.ndarray) ->
     which the baseline ends no higher than it started ask for nothing and are left out.
     """
 
-    def ratio(own: np.ndarray, other: np.ndarray) -> float:
-        own_means, other_means = own.mean(axis=(1, 2)), other.mean(axis=(1, 2))
-        needed = first_reached(pairs, other_means, other_means[-1])
-        reached = first_reached(pairs, own_means, other_means[-1])
+    def ratio(scores: np.ndarray, baseline_scores: np.ndarray) -> float:
+        means, baseline_means = scores.mean(axis=(1, 2)), baseline_scores.mean(axis=(1, 2))
+        needed = first_reached(pairs, baseline_means, baseline_means[-1])
+        reached = first_reached(pairs, means, baseline_means[-1])
         if not needed:
             return float("nan")
         return needed / reached if reached else 0.0

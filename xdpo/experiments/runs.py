@@ -12,7 +12,7 @@ from statistics import median
 from xdpo.cache.examples import is_finished
 from xdpo.config import KEYS, Config, ConfigError, changed_keys, load_config
 from xdpo.data import Split
-from xdpo.experiments.tasks import Task, launcher, run_all, tell
+from xdpo.experiments.tasks import Task, launcher, print_line, run_all
 from xdpo.precompute.keys import examples_folder
 from xdpo.report.grids import Cell, Grid
 from xdpo.runlog import read_rows
@@ -67,9 +67,9 @@ def make_run(name: str, config: Path, overrides: Sequence[str], output: Path) ->
 
     Raises ConfigError.
     """
-    own = (*overrides, f"output_dir={output / name}")
-    own += shared_caches(load_config(config, own), output / "cache")
-    return Run(name, config, own, load_config(config, own))
+    all_overrides = (*overrides, f"output_dir={output / name}")
+    all_overrides += shared_caches(load_config(config, all_overrides), output / "cache")
+    return Run(name, config, all_overrides, load_config(config, all_overrides))
 
 
 def make_runs(
@@ -114,7 +114,7 @@ def make_runs(
 
 def shared_caches(settings: Config, folder: Path) -> tuple[str, ...]:
     """Overrides that let a run share its caches with others of the same data; none of what it can't or has itself."""
-    data, found = settings.data, []
+    data, overrides = settings.data, []
     if settings.cache.examples is None and data.crop == "center":
         decides = {**data.model_dump(mode="json"), "dtype": settings.cache.dtype}
         decides["pipeline"] = [settings.model.pipeline, settings.model.revision]
@@ -122,24 +122,24 @@ def shared_caches(settings: Config, folder: Path) -> tuple[str, ...]:
         for key in ("caption_dropout", "num_workers", "max_unreadable_share"):
             decides.pop(key)
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
-        found.append(f"cache.examples={folder / f'examples-{digest}'}")
+        overrides.append(f"cache.examples={folder / f'examples-{digest}'}")
     stays = settings.loss.objective.can_reuse_reference and settings.model.reference_decay is None
     if settings.cache.reference is None and stays:
-        found.append(f"cache.reference={folder / 'reference'}")
-    return tuple(found)
+        overrides.append(f"cache.reference={folder / 'reference'}")
+    return tuple(overrides)
 
 
 def train_all(
-    runs: Sequence[Run], jobs: int = 1, num_processes: int = 1, say: Callable[[str], None] = tell
+    runs: Sequence[Run], jobs: int = 1, num_processes: int = 1, report: Callable[[str], None] = print_line
 ) -> dict[str, str]:
     """Train all runs that are not finished, `jobs` at a time. Returns those that failed, with the end of their log.
 
     The first run of each example cache that isn't there yet builds it, before others run beside it.
     """
     builders = {run.settings.cache.examples: run for run in reversed(runs) if _builds_examples(run.settings)}
-    failed = run_all([run.task(num_processes) for run in builders.values()], 1, num_processes, say)
+    failed = run_all([run.task(num_processes) for run in builders.values()], 1, num_processes, report)
     rest = [run.task(num_processes) for run in runs if run.name not in failed]
-    return failed | run_all(rest, jobs, num_processes, say)
+    return failed | run_all(rest, jobs, num_processes, report)
 
 
 def _builds_examples(settings: Config) -> bool:

@@ -42,15 +42,15 @@ class Reproduction:
 
         Methods whose tuning chose nothing are left out.
         """
-        found = {}
+        runs = {}
         for name, method in self.plan.methods.items():
             value = chosen.get(method.tuned_as or name)
             if value is None:
                 continue
             for seed in self.plan.seeds:
                 steps = self.plan.measured_steps(name)
-                found[name, seed] = self._run(f"{name}-seed{seed}", name, value, seed, steps)
-        return found
+                runs[name, seed] = self._run(f"{name}-seed{seed}", name, value, seed, steps)
+        return runs
 
     def _run(self, name: str, method: str, value: str, seed: int, steps: Sequence[int]) -> Run:
         plan = self.plan
@@ -59,8 +59,8 @@ class Reproduction:
             every = math.gcd(*steps)
             # All of them: a run that is asked to stop saves one more, and none that is measured may go for it.
             overrides = [overrides[0], f"checkpoint.every={every}", f"checkpoint.keep={plan.steps}"]
-        own = (*plan.methods[method].set, f"{plan.tuning.key}={value}", f"seed={seed}")
-        return make_run(name, plan.methods[method].config, (*overrides, *plan.common, *own), self.output / "runs")
+        set_here = (*plan.methods[method].set, f"{plan.tuning.key}={value}", f"seed={seed}")
+        return make_run(name, plan.methods[method].config, (*overrides, *plan.common, *set_here), self.output / "runs")
 
     # --- images and scores -----------------------------------------------------------------------------
 
@@ -97,9 +97,9 @@ class Reproduction:
         rows = [row for row in ScoreTable(self.output / folder).placed if row.placement.model in set(models)]
         if absent := sorted(set(models) - {row.placement.model for row in rows}):
             raise ValueError(f"no scores of {absent[0]} in {self.output / folder}")
-        found = benchmarks_of(rows, list(models), list(self.plan.scorers))
+        benchmarks = benchmarks_of(rows, list(models), list(self.plan.scorers))
         return {
-            (model, scorer): np.concatenate([benchmark.of(model, scorer) for benchmark in found])
+            (model, scorer): np.concatenate([benchmark.of(model, scorer) for benchmark in benchmarks])
             for model in models
             for scorer in self.plan.scorers
         }

@@ -64,13 +64,13 @@ def launcher(num_processes: int) -> tuple[str, ...]:
     return (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}")
 
 
-def tell(text: str) -> None:
+def print_line(text: str) -> None:
     """Print at once, also into a file that somebody follows."""
     print(text, flush=True)
 
 
 def run_all(
-    tasks: Sequence[Task], jobs: int = 1, num_processes: int = 1, say: Callable[[str], None] = tell
+    tasks: Sequence[Task], jobs: int = 1, num_processes: int = 1, report: Callable[[str], None] = print_line
 ) -> dict[str, str]:
     """Run the tasks that are not done, in order, `jobs` at a time. Returns the failed ones, with the end of their log.
 
@@ -79,15 +79,15 @@ def run_all(
     """
     if jobs < 1 or num_processes < 1:
         raise ValueError(f"jobs and processes must be at least 1, got {jobs} and {num_processes}")
-    _wait_for_earlier_starts(tasks, say)
+    _wait_for_earlier_starts(tasks, report)
     environments = [_environment(job, jobs, num_processes) for job in range(jobs)]
     waiting = [task for task in tasks if not task.is_done()]
     total, ended, failed = len(waiting), 0, {}
     running: dict[int, tuple[Task, subprocess.Popen, float]] = {}
     asked: list[int] = []
     handed_on = 0
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in numbers}
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in signals}
     try:
         while running or (waiting and not asked):
             while waiting and len(running) < jobs and not asked:
@@ -110,7 +110,7 @@ def run_all(
                 elif process.returncode or not task.is_done():
                     failed[task.name] = end_of(task.log)
                     how = f"failed with exit status {process.returncode}; the end of {task.log}:\n{failed[task.name]}"
-                say(f"[{ended}/{total}] {task.name}: {how}")
+                report(f"[{ended}/{total}] {task.name}: {how}")
             time.sleep(POLL_SECONDS)
     finally:
         for number, handler in before.items():
@@ -120,7 +120,7 @@ def run_all(
     return failed
 
 
-def _wait_for_earlier_starts(tasks: Sequence[Task], say: Callable[[str], None]) -> None:
+def _wait_for_earlier_starts(tasks: Sequence[Task], report: Callable[[str], None]) -> None:
     """Return when no process of an earlier start is at work on any of the tasks."""
     for task in tasks:
         if task.log.exists():
@@ -128,7 +128,7 @@ def _wait_for_earlier_starts(tasks: Sequence[Task], say: Callable[[str], None]) 
                 try:
                     fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    say(f"{task.name}: a process of an earlier start is still at work on it; waiting for its end")
+                    report(f"{task.name}: a process of an earlier start is still at work on it; waiting for its end")
                     fcntl.flock(log, fcntl.LOCK_EX)
 
 

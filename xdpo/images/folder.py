@@ -46,8 +46,8 @@ def check_image_folder(folder: Path, settings: Mapping[str, Any]) -> None:
         return
     saved = _read_settings(folder)
     if saved is None:
-        found = ", ".join(names[:5])
-        raise ImageFolderError(f"output: {folder} holds something else than generated images ({found}); choose another")
+        some = ", ".join(names[:5])
+        raise ImageFolderError(f"output: {folder} holds something else than generated images ({some}); choose another")
     if not _holds_images(folder):
         return
     before = saved["settings"]

@@ -69,8 +69,8 @@ def name_folders(words: Sequence[str]) -> dict[str, Path]:
             name, path = "", word
         folder = user_path(path)
         if not name:
-            own = (folder / MANIFEST).is_file()  # a prompt set's own folder: its parent is the model
-            name = folder.resolve().parent.name if own else folder.resolve().name
+            is_prompt_set = (folder / MANIFEST).is_file()  # then its parent is the model
+            name = folder.resolve().parent.name if is_prompt_set else folder.resolve().name
         if "/" in name or "\\" in name:
             raise ValueError(f"a model cannot be called {name!r}: its name becomes part of file names")
         if name in folders:
@@ -87,13 +87,15 @@ def read_models(folders: Mapping[str, Path], sets: Sequence[str] | None) -> tupl
     pictures: list[Picture] = []
     problems: list[Problem] = []
     for model, folder in folders.items():
-        found, wrong = read_model_folder(folder, model)
-        pictures += found
-        problems += wrong
+        model_pictures, model_problems = read_model_folder(folder, model)
+        pictures += model_pictures
+        problems += model_problems
     if sets is not None:
-        known = sorted({picture.prompt_set for picture in pictures})
-        if unknown := [name for name in sets if name not in known]:
-            raise ValueError(f"no images of prompt set {unknown[0]!r} in these folders; there are {', '.join(known)}")
+        available = sorted({picture.prompt_set for picture in pictures})
+        if unknown := [name for name in sets if name not in available]:
+            raise ValueError(
+                f"no images of prompt set {unknown[0]!r} in these folders; there are {', '.join(available)}"
+            )
         pictures = [picture for picture in pictures if picture.prompt_set in sets]
         problems = [problem for problem in problems if problem.prompt_set in sets]
     pictures, without_prompt = with_prompts(pictures, known_prompts)
@@ -122,9 +124,9 @@ def read_model_folder(folder: Path, model: str) -> tuple[list[Picture], list[Pro
     pictures: list[Picture] = []
     problems: list[Problem] = []
     for set_folder in _set_folders(folder):
-        found, wrong = _read_set(set_folder, model)
-        pictures += found
-        problems += wrong
+        set_pictures, set_problems = _read_set(set_folder, model)
+        pictures += set_pictures
+        problems += set_problems
     if not pictures:
         reasons = "".join(f"; {problem.describe()}" for problem in problems if problem.names)
         raise ValueError(
@@ -184,24 +186,24 @@ def _picture(model: str, prompt_set: str, folder: Path, name: str, category: str
     return Picture(model, prompt_set, category or ("" if parent == "." else parent), key, repeat, path, name)
 
 
-def _by_place(pictures: Sequence[Picture]) -> list[list[Picture]]:
+def _by_slot(pictures: Sequence[Picture]) -> list[list[Picture]]:
     """Pictures by what they are an image of: one for each prompt and repeat, if nothing clashes."""
-    places = defaultdict(list)
+    slots = defaultdict(list)
     for picture in pictures:
-        places[picture.key, picture.repeat].append(picture)
-    return list(places.values())
+        slots[picture.key, picture.repeat].append(picture)
+    return list(slots.values())
 
 
 def _clashes(pictures: Sequence[Picture]) -> list[Problem]:
     """Files of a set that would be the same image, such as 00012.png and 00012.jpg, or 12.png: nobody knows which."""
-    names = [" and ".join(picture.name for picture in same) for same in _by_place(pictures) if len(same) > 1]
+    names = [" and ".join(picture.name for picture in same) for same in _by_slot(pictures) if len(same) > 1]
     if not names:
         return []
     return [Problem(pictures[0].model, pictures[0].prompt_set, "clashes, left out: files for one image", tuple(names))]
 
 
 def _without_clashes(pictures: Sequence[Picture]) -> list[Picture]:
-    return [same[0] for same in _by_place(pictures) if len(same) == 1]
+    return [same[0] for same in _by_slot(pictures) if len(same) == 1]
 
 
 def _manifest_rows(path: Path) -> tuple[dict[str, ListedImage], list[str]]:
@@ -220,14 +222,14 @@ def _manifest_rows(path: Path) -> tuple[dict[str, ListedImage], list[str]]:
 
 
 def _gaps(pictures: Sequence[Picture]) -> list[str]:
-    numbers: dict[str, set[int]] = defaultdict(set)
+    present_by_folder: dict[str, set[int]] = defaultdict(set)
     for picture in pictures:
         folder, _, number = picture.key.rpartition("/")
         if number.isdigit():
-            numbers[folder].add(int(number))
+            present_by_folder[folder].add(int(number))
     return [
         f"{folder}/{number:05d}" if folder else f"{number:05d}"
-        for folder, present in sorted(numbers.items())
+        for folder, present in sorted(present_by_folder.items())
         for number in range(max(present))
         if number not in present
     ]
@@ -247,18 +249,18 @@ def with_prompts(
         if picture.prompt is not None:
             agreed.setdefault((picture.prompt_set, picture.key), (picture.category, picture.prompt))
     for prompt_set in dict.fromkeys(picture.prompt_set for picture in pictures if picture.prompt is None):
-        for key, told in known_prompts(prompt_set).items():
-            agreed.setdefault((prompt_set, key), told)
+        for key, category_and_prompt in known_prompts(prompt_set).items():
+            agreed.setdefault((prompt_set, key), category_and_prompt)
 
     kept, unknown, different = [], defaultdict(list), defaultdict(list)
     for picture in pictures:
-        place, owner = (picture.prompt_set, picture.key), (picture.model, picture.prompt_set)
-        if place not in agreed:
+        prompt_key, owner = (picture.prompt_set, picture.key), (picture.model, picture.prompt_set)
+        if prompt_key not in agreed:
             unknown[owner].append(picture.name)
-        elif picture.prompt not in (None, agreed[place][1]):
+        elif picture.prompt not in (None, agreed[prompt_key][1]):
             different[owner].append(picture.name)
         else:
-            category, prompt = agreed[place]
+            category, prompt = agreed[prompt_key]
             kept.append(replace(picture, prompt=prompt, category=category))
     problems = [Problem(*owner, "left out: no prompt is known", tuple(names)) for owner, names in unknown.items()]
     problems += [
@@ -290,12 +292,13 @@ def of_one_colour(pictures: Sequence[Picture]) -> list[Problem]:
     colour takes more.
     """
     with ThreadPoolExecutor() as pool:
-        plain = list(pool.map(lambda picture: _is_of_one_colour(picture.path), pictures))
-    found = defaultdict(list)
-    for picture, is_plain in zip(pictures, plain, strict=True):
+        answers = list(pool.map(lambda picture: _is_of_one_colour(picture.path), pictures))
+    names = defaultdict(list)
+    for picture, is_plain in zip(pictures, answers, strict=True):
         if is_plain:
-            found[picture.model, picture.prompt_set].append(picture.name)
-    return [Problem(*owner, "of one colour throughout; scored as they are", tuple(n)) for owner, n in found.items()]
+            names[picture.model, picture.prompt_set].append(picture.name)
+    kind = "of one colour throughout; scored as they are"
+    return [Problem(*owner, kind, tuple(listed)) for owner, listed in names.items()]
 
 
 def _is_of_one_colour(path: Path) -> bool:
@@ -326,10 +329,10 @@ def missing_against_others(pictures: Iterable[Picture]) -> list[Problem]:
 
 def by_prompt(pictures: Iterable[Picture]) -> dict[tuple[str, str, str], list[Picture]]:
     """(prompt set, model, key) → that prompt's images, in the order of their `repeat`."""
-    found: dict[tuple[str, str, str], list[Picture]] = defaultdict(list)
+    grouped: dict[tuple[str, str, str], list[Picture]] = defaultdict(list)
     for picture in sorted(pictures, key=lambda picture: picture.repeat):
-        found[picture.prompt_set, picture.model, picture.key].append(picture)
-    return found
+        grouped[picture.prompt_set, picture.model, picture.key].append(picture)
+    return grouped
 
 
 def natural_order(key: str) -> tuple:

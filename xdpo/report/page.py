@@ -22,20 +22,20 @@ _HERE = Path(__file__).parent
 _FIRST_EMBEDDED = 24  # prompts from either end of every ranking come before all others
 
 
-def page(title: str, evaluation: Evaluation, parts: Sequence[Section], folder: Path, embed_bytes: int) -> str:
+def page(title: str, evaluation: Evaluation, sections: Sequence[Section], folder: Path, embed_bytes: int) -> str:
     """The page as HTML that needs neither network nor other files.
 
     Images are embedded as data URIs, the best and worst prompts' first, until `embed_bytes` are used up; the others
     are links relative to `folder`, where the page will stand. Every text is escaped.
     """
     embedded = embed(_in_order_of_interest(evaluation), embed_bytes)
-    numbers = {path: number for number, path in enumerate(embedded)}
+    number_of = {path: number for number, path in enumerate(embedded)}
     data = {
         "embedded": list(embedded.values()),
-        "sets": [_browser_data(evaluation, benchmark, numbers, folder) for benchmark in evaluation.benchmarks],
+        "sets": [_browser_data(evaluation, benchmark, number_of, folder) for benchmark in evaluation.benchmarks],
     }
-    names = [("s" + str(position), part) for position, part in enumerate(parts)]
-    links = [(anchor, part.title) for anchor, part in names]
+    names = [("s" + str(position), section) for position, section in enumerate(sections)]
+    links = [(anchor, section.title) for anchor, section in names]
     last_anchor, last_part = names[-1]
     filling = {
         "title": escape(title),
@@ -45,7 +45,7 @@ def page(title: str, evaluation: Evaluation, parts: Sequence[Section], folder: P
         "navigation": "".join(
             f'<a href="#{anchor}">{escape(text)}</a>' for anchor, text in [*links[:-1], ("images", "Images"), links[-1]]
         ),
-        "sections": "".join(_section(anchor, part, evaluation) for anchor, part in names[:-1]),
+        "sections": "".join(_section(anchor, section, evaluation) for anchor, section in names[:-1]),
         "account": _section(last_anchor, last_part, evaluation),
         "images_note": escape(_images_note(len(embedded), len(set(_in_order_of_interest(evaluation))))),
         # No "<" inside a script element: neither "</script" nor "<!--" can end it early.
@@ -92,17 +92,17 @@ def _tiles(benchmark: Benchmark, baseline: str) -> str:
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
-def _section(anchor: str, part: Section, evaluation: Evaluation) -> str:
-    text = "".join(f"<p>{escape(line)}</p>" for line in part.text)
-    if part.benchmark is not None:
-        text += _tiles(part.benchmark, evaluation.baselines_of(part.benchmark)[0])
-    if part.title == "Account":
-        text = "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in part.text) + "</ul>"
-    blocks = "".join(_block(block) for block in part.blocks)
+def _section(anchor: str, section: Section, evaluation: Evaluation) -> str:
+    text = "".join(f"<p>{escape(line)}</p>" for line in section.text)
+    if section.benchmark is not None:
+        text += _tiles(section.benchmark, evaluation.baselines_of(section.benchmark)[0])
+    if section.title == "Account":
+        text = "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in section.text) + "</ul>"
+    blocks = "".join(_block(block) for block in section.blocks)
     folded = "".join(
-        f"<details><summary>{escape(grid.title)}</summary>{to_html(grid)}</details>" for grid in part.folded
+        f"<details><summary>{escape(grid.title)}</summary>{to_html(grid)}</details>" for grid in section.folded
     )
-    return f'<section id="{anchor}"><h2>{escape(part.title)}</h2>{text}{blocks}{folded}</section>'
+    return f'<section id="{anchor}"><h2>{escape(section.title)}</h2>{text}{blocks}{folded}</section>'
 
 
 def _block(block: Grid | FigureFile) -> str:

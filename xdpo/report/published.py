@@ -54,8 +54,8 @@ def table2(benchmarks: Sequence[Benchmark]) -> Grid:
         benchmark = by_name.get(prompt_set)
         methods = _tables()["methods"]
         lines = [
-            _Line(methods[m]["title"], _model_named(benchmark, methods[m]["aliases"]), numbers)
-            for m, numbers in printed.items()
+            _Line(methods[m]["title"], _model_named(benchmark, methods[m]["aliases"]), scores)
+            for m, scores in printed.items()
         ]
         lines += _others(benchmark, lines)
         rows += _rows(_DATASETS[prompt_set], lines, list(_TABLE2), benchmark, {"measured": _mean})

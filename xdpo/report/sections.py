@@ -54,15 +54,15 @@ class Section:
 
 def sections(evaluation: Evaluation, figure_folder: Path) -> list[Section]:
     """Draw the figures into `figure_folder` and put the report together."""
-    parts = [_benchmark_section(evaluation, benchmark, figure_folder) for benchmark in evaluation.benchmarks]
+    report = [_benchmark_section(evaluation, benchmark, figure_folder) for benchmark in evaluation.benchmarks]
     if evaluation.curves:
-        parts += [_curve_section(evaluation, benchmark, figure_folder) for benchmark in evaluation.benchmarks]
+        report += [_curve_section(evaluation, benchmark, figure_folder) for benchmark in evaluation.benchmarks]
     if any(published.has_published(benchmark) for benchmark in evaluation.benchmarks):
         tables = [published.table2(evaluation.benchmarks)]
         if any(benchmark.name == "hpsv2" for benchmark in evaluation.benchmarks):
             tables.append(published.table3(evaluation.benchmarks))
-        parts.append(Section("Beside the paper", (published.user_study(),), tuple(tables)))
-    return [*parts, _account_section(evaluation)]
+        report.append(Section("Beside the paper", (published.user_study(),), tuple(tables)))
+    return [*report, _account_section(evaluation)]
 
 
 def _benchmark_section(evaluation: Evaluation, benchmark: Benchmark, figure_folder: Path) -> Section:

@@ -41,25 +41,25 @@ def custom_class(name: str) -> tuple[type, Path]:
         except BaseException:
             del sys.modules[module_name]
             raise
-    found = getattr(sys.modules[module_name], class_name, None)
-    if not inspect.isclass(found) or not callable(getattr(found, "score", None)):
+    scorer_class = getattr(sys.modules[module_name], class_name, None)
+    if not inspect.isclass(scorer_class) or not callable(getattr(scorer_class, "score", None)):
         raise ValueError(f"scorer {name!r}: {path} has no class {class_name!r} with a method score(images, prompts)")
-    return found, path
+    return scorer_class, path
 
 
 def custom_version(name: str) -> str:
-    found, path = custom_class(name)
-    return str(getattr(found, "version", None) or f"{path.name}:{found.__name__} sha256 {digest(path)[:16]}")
+    scorer, path = custom_class(name)
+    return str(getattr(scorer, "version", None) or f"{path.name}:{scorer.__name__} sha256 {digest(path)[:16]}")
 
 
 def load_custom(name: str, device: str | torch.device, weights: str | Path | None) -> Scorer:
     """Construct the class behind the common interface."""
-    found, _ = custom_class(name)
-    accepted = inspect.signature(found).parameters.values()
+    scorer_class, _ = custom_class(name)
+    accepted = inspect.signature(scorer_class).parameters.values()
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted)
     names = {parameter.name for parameter in accepted}
     offered = {"device": device, "weights": weights}
-    instance = found(**{key: value for key, value in offered.items() if takes_any or key in names})
+    instance = scorer_class(**{key: value for key, value in offered.items() if takes_any or key in names})
     score_batch = getattr(instance, "score_batch", instance.score)
 
     def checked(items: Sequence[Any], prompts: Sequence[str]) -> list[float]:

@@ -81,8 +81,8 @@ def _sizes_of(architecture: str, weights: str | Path | None) -> dict:
         return ARCHITECTURES[architecture]
     unknown = sorted(changes.keys() - ARCHITECTURES.keys())
     if unknown:
-        known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"{Path(weights) / SIZES_FILE} speaks of unknown {unknown[0]!r}; choose from {known}")
+        architectures = ", ".join(ARCHITECTURES)
+        raise ValueError(f"{Path(weights) / SIZES_FILE} speaks of unknown {unknown[0]!r}; choose from {architectures}")
     return _merge(ARCHITECTURES[architecture], changes.get(architecture, {}))
 
 

@@ -37,7 +37,7 @@ class WeightFile:
     url: str | None = None
 
     @property
-    def place(self) -> str:
+    def relative_path(self) -> str:
         """Where the file lies under a weights folder."""
         return f"{self.repository}/{self.name}"
 
@@ -45,7 +45,7 @@ class WeightFile:
     def source(self) -> str:
         """The command that fetches it into a weights folder named DIR."""
         if self.url:
-            return f"curl -L --create-dirs -o 'DIR/{self.place}' '{self.url}'"
+            return f"curl -L --create-dirs -o 'DIR/{self.relative_path}' '{self.url}'"
         return f"hf download {self.repository} {self.name} --revision {self.revision} --local-dir DIR/{self.repository}"
 
 
@@ -72,7 +72,7 @@ def find_files(scorer: str, files: Mapping[str, WeightFile], folder: str | Path 
             paths[key] = path
     if faults:
         lines = [
-            f"  {file.place} ({size_in_words(file.about_bytes)}): {reason}\n    {file.source}"
+            f"  {file.relative_path} ({size_in_words(file.about_bytes)}): {reason}\n    {file.source}"
             for file, reason in faults
         ]
         raise ValueError(
@@ -83,7 +83,7 @@ def find_files(scorer: str, files: Mapping[str, WeightFile], folder: str | Path 
 
 
 def _in_folder(file: WeightFile, folder: Path) -> tuple[Path | None, str]:
-    path = folder / file.place
+    path = folder / file.relative_path
     return (path, "") if path.is_file() else (None, f"no file at {path}")
 
 

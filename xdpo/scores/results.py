@@ -55,16 +55,16 @@ class Benchmark:
         return row if category is None else row[self.categories[category]]
 
     def summary(self, model: str, scorer: str, category: str | None = None) -> Summary:
-        place = (model, scorer, category)
-        if place not in self._summaries:
-            self._summaries[place] = summarize(self.of(*place))
-        return self._summaries[place]
+        which = (model, scorer, category)
+        if which not in self._summaries:
+            self._summaries[which] = summarize(self.of(*which))
+        return self._summaries[which]
 
     def comparison(self, baseline: str, model: str, scorer: str, category: str | None = None) -> Comparison:
-        place = (baseline, model, scorer, category)
-        if place not in self._comparisons:
-            self._comparisons[place] = compare(self.of(baseline, scorer, category), self.of(model, scorer, category))
-        return self._comparisons[place]
+        which = (baseline, model, scorer, category)
+        if which not in self._comparisons:
+            self._comparisons[which] = compare(self.of(baseline, scorer, category), self.of(model, scorer, category))
+        return self._comparisons[which]
 
     @cached_property
     def _summaries(self) -> dict[tuple, Summary]:
@@ -90,7 +90,7 @@ def benchmarks_of(rows: Iterable[PlacedScore], models: Sequence[str], scorers: S
             by_set[image.prompt_set][image.model, key.scorer][image.key].append(score)
             prompts.setdefault((image.prompt_set, image.key), ScoredPrompt(image.key, image.category, key.prompt))
 
-    found = []
+    benchmarks = []
     for name, cells in sorted(by_set.items()):
         present_models = tuple(model for model in models if any(m == model for m, _ in cells))
         present_scorers = tuple(scorer for scorer in scorers if any(s == scorer for _, s in cells))
@@ -112,9 +112,9 @@ def benchmarks_of(rows: Iterable[PlacedScore], models: Sequence[str], scorers: S
                 for scorer in present_scorers
             }
             limited = {model: len(seen - keys) for model, keys in usable.items() if seen - keys}
-            chosen = tuple(prompts[name, key] for key in common)
-            found.append(Benchmark(name, present_models, chosen, scores, len(seen), limited))
-    return found
+            shared_prompts = tuple(prompts[name, key] for key in common)
+            benchmarks.append(Benchmark(name, present_models, shared_prompts, scores, len(seen), limited))
+    return benchmarks
 
 
 def _categories(prompts: dict[tuple[str, str], ScoredPrompt], prompt_set: str, keys: set[str]) -> list[str]:

@@ -80,7 +80,7 @@ class Checks:
 
 def judgements(study: Study, key: Key, votes: Iterable[Vote]) -> list[Judgement]:
     """The votes on pairs, by model, one for each question; checks are left out."""
-    found = []
+    judged = []
     for vote in votes:
         _, task = study.owner_of[vote.task]
         item = key.items[task.item]
@@ -89,21 +89,21 @@ def judgements(study: Study, key: Key, votes: Iterable[Vote]) -> list[Judgement]
         for question, side in vote.answers.items():
             chosen = item.images[getattr(task, side)]
             facts = (item.baseline, item.benchmark, item.category, item.key, item.prompt)
-            found.append(Judgement(task.item, vote.annotator, question, chosen == key.model, *facts))
-    return found
+            judged.append(Judgement(task.item, vote.annotator, question, chosen == key.model, *facts))
+    return judged
 
 
 def results(study: Study, key: Key, given: Sequence[Judgement]) -> list[Result]:
     """A result for each question and baseline, of all prompts, of each benchmark, and of each of its styles."""
-    found = []
+    all_results = []
     for question in [question["id"] for question in study.questions]:
         for baseline in key.baselines:
-            own = [item for item in key.items.items() if item[1].kind == "pair" and item[1].baseline == baseline]
+            pairs = [item for item in key.items.items() if item[1].kind == "pair" and item[1].baseline == baseline]
             groups: dict[tuple[str, str], list[str]] = defaultdict(list)
-            for name, item in own:
+            for name, item in pairs:
                 for group in ((ALL, ALL), (item.benchmark, ALL), (item.benchmark, item.category)):
                     groups[group].append(name)
-            if len({item.benchmark for _, item in own}) == 1:
+            if len({item.benchmark for _, item in pairs}) == 1:
                 del groups[ALL, ALL]  # the one benchmark says it
             asked: dict[str, list[bool]] = defaultdict(list)
             for judgement in given:
@@ -111,17 +111,17 @@ def results(study: Study, key: Key, given: Sequence[Judgement]) -> list[Result]:
                     asked[judgement.item].append(judgement.prefers_model)
             for (benchmark, category), names in groups.items():
                 votes = [asked[name] for name in names]
-                found.append(_result(question, baseline, benchmark, category, votes, study.votes_per_pair))
-    return found
+                all_results.append(_result(question, baseline, benchmark, category, votes, study.votes_per_pair))
+    return all_results
 
 
 def _result(
-    question: str, baseline: str, benchmark: str, category: str, votes: Sequence[Sequence[bool]], wanted: int
+    question: str, baseline: str, benchmark: str, category: str, votes: Sequence[Sequence[bool]], votes_per_pair: int
 ) -> Result:
-    wins = sum(2 * sum(each) > wanted for each in votes)
-    losses = sum(2 * (len(each) - sum(each)) > wanted for each in votes)
+    wins = sum(2 * sum(each) > votes_per_pair for each in votes)
+    losses = sum(2 * (len(each) - sum(each)) > votes_per_pair for each in votes)
     single = [vote for each in votes for vote in each]
-    complete = np.array([[sum(each), len(each) - sum(each)] for each in votes if len(each) == wanted])
+    complete = np.array([[sum(each), len(each) - sum(each)] for each in votes if len(each) == votes_per_pair])
     return Result(
         question=question,
         baseline=baseline,
@@ -155,11 +155,11 @@ def fleiss_kappa(counts: np.ndarray) -> float | None:
 def attention(study: Study, key: Key, votes: Sequence[Vote]) -> list[Checks]:
     """Every annotator's checks, in order of their numbers; those without a vote too."""
     by_task = {vote.task: vote for vote in votes}
-    found = []
+    checks = []
     for number in range(1, len(study.tasks) + 1):
-        own = [vote for vote in votes if vote.annotator == number]
-        obvious = [vote for vote in own if key.items[study.owner_of[vote.task][1].item].kind == "obvious"]
-        repeats = [vote for vote in own if vote.task in key.repeats and key.repeats[vote.task] in by_task]
+        own_votes = [vote for vote in votes if vote.annotator == number]
+        obvious = [vote for vote in own_votes if key.items[study.owner_of[vote.task][1].item].kind == "obvious"]
+        repeats = [vote for vote in own_votes if vote.task in key.repeats and key.repeats[vote.task] in by_task]
         wrong = [vote for vote in obvious if _chosen(study, key, vote, "alignment") == "wrong"]
         changed = [
             (vote, question)
@@ -168,8 +168,8 @@ def attention(study: Study, key: Key, votes: Sequence[Vote]) -> list[Checks]:
             if _image(study, vote, question) != _image(study, by_task[key.repeats[vote.task]], question)
         ]
         asked = len(study.questions) * len(repeats)
-        found.append(Checks(number, len(own), len(obvious), len(wrong), asked, len(changed)))
-    return found
+        checks.append(Checks(number, len(own_votes), len(obvious), len(wrong), asked, len(changed)))
+    return checks
 
 
 def _image(study: Study, vote: Vote, question: str) -> str:

@@ -92,9 +92,9 @@ def _pictures(model: str, folder: Path) -> dict[PromptKey, Picture]:
 
 def _common_prompts(model: str, shown: Mapping[str, Mapping[PromptKey, Picture]]) -> dict[str, list[PromptKey]]:
     """The prompts of each benchmark, in order. Raises StudyError, naming some, where models have different ones."""
-    own = shown[model]
+    reference = shown[model]
     for name, pictures in shown.items():
-        for here, there, lacking in ((own, pictures, name), (pictures, own, model)):
+        for here, there, lacking in ((reference, pictures, name), (pictures, reference, model)):
             if only := sorted(here.keys() - there.keys()):
                 listed = ", ".join(f"{benchmark} {key}" for benchmark, key in only[:5])
                 raise StudyError(
@@ -102,13 +102,13 @@ def _common_prompts(model: str, shown: Mapping[str, Mapping[PromptKey, Picture]]
                     f"({listed}); a pair needs both. Make them with generate.py, with the same --prompts"
                 )
         for prompt, picture in pictures.items():
-            if picture.prompt != own[prompt].prompt:
+            if picture.prompt != reference[prompt].prompt:
                 raise StudyError(
-                    f"{' '.join(prompt)} is {own[prompt].prompt!r} in {model} and {picture.prompt!r} in {name}; "
+                    f"{' '.join(prompt)} is {reference[prompt].prompt!r} in {model} and {picture.prompt!r} in {name}; "
                     "a pair needs one prompt"
                 )
     by_benchmark: dict[str, list[PromptKey]] = {}
-    for prompt in sorted(own, key=lambda prompt: (prompt[0], natural_order(prompt[1]))):
+    for prompt in sorted(reference, key=lambda prompt: (prompt[0], natural_order(prompt[1]))):
         by_benchmark.setdefault(prompt[0], []).append(prompt)
     return by_benchmark
 
@@ -117,14 +117,14 @@ def _draw(
     prompts: Mapping[str, Sequence[PromptKey]], sample: Mapping[str, int] | None, rng: np.random.Generator
 ) -> list[PromptKey]:
     """Prompts of each benchmark drawn without replacement, in their order."""
-    sample = {name: len(found) for name, found in prompts.items()} if sample is None else sample
+    sample = {name: len(available) for name, available in prompts.items()} if sample is None else sample
     drawn: list[PromptKey] = []
     for benchmark, count in sample.items():
-        found = prompts.get(benchmark, ())
-        if count > len(found):
-            have = ", ".join(f"{name} {len(found)}" for name, found in prompts.items())
+        available = prompts.get(benchmark, ())
+        if count > len(available):
+            have = ", ".join(f"{name} {len(available)}" for name, available in prompts.items())
             raise StudyError(f"--sample wants {count} prompts of {benchmark!r}; the folders have {have}")
-        drawn += [found[place] for place in sorted(rng.permutation(len(found))[:count])]
+        drawn += [available[index] for index in sorted(rng.permutation(len(available))[:count])]
     if not drawn:
         raise StudyError("no prompt was drawn; raise --sample")
     return drawn
@@ -194,16 +194,16 @@ def _deal(
     pairs = _prompt_by_prompt(items, rng)
     checks = [name for name, item in items.items() if item.kind == "obvious"]
     shares: list[list[str]] = [[] for _ in range(plan.annotators)]
-    for place, pair in enumerate(pairs):
+    for index, pair in enumerate(pairs):
         for vote in range(plan.votes_per_pair):
-            shares[(place * plan.votes_per_pair + vote) % plan.annotators].append(pair)
+            shares[(index * plan.votes_per_pair + vote) % plan.annotators].append(pair)
     dealt, repeats = [], {}
     for share in shares:
         tasks = [_task(items, item, bool(rng.integers(2))) for item in rng.permutation([*share, *checks])]
         if plan.repeats > len(share):
             raise StudyError(f"--repeats {plan.repeats} is more than the {len(share)} pairs of an annotator")
         for item in rng.permutation(share)[: plan.repeats]:
-            first = next(place for place, task in enumerate(tasks) if task.item == item)
+            first = next(index for index, task in enumerate(tasks) if task.item == item)
             again = Task(secrets.token_hex(8), str(item), tasks[first].right, tasks[first].left)
             repeats[again.task] = tasks[first].task
             # As late as it can be for some distance; never before what it repeats.
@@ -223,7 +223,7 @@ def _prompt_by_prompt(items: Mapping[str, Item], rng: np.random.Generator) -> li
         if item.kind == "pair":
             of_prompt[item.benchmark, item.key].append(name)
     groups = list(of_prompt.values())
-    return [str(pair) for place in rng.permutation(len(groups)) for pair in rng.permutation(groups[place])]
+    return [str(pair) for index in rng.permutation(len(groups)) for pair in rng.permutation(groups[index])]
 
 
 def _task(items: Mapping[str, Item], item: str, swapped: bool) -> Task:

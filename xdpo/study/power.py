@@ -46,19 +46,19 @@ def power(prompts: int, annotators: int, vote_rate: float, spread: float = 0.0) 
     return Power(prompts, annotators, vote_rate, rate, float(total))
 
 
-def prompts_needed(annotators: int, vote_rate: float, wanted: float = 0.8, spread: float = 0.0) -> int | None:
-    """The fewest prompts with at least the wanted power, about; None where MOST_PROMPTS are not enough.
+def prompts_needed(annotators: int, vote_rate: float, least_power: float = 0.8, spread: float = 0.0) -> int | None:
+    """The fewest prompts with at least that power, about; None where MOST_PROMPTS are not enough.
 
     Power rises in small saw teeth, so that a few prompts fewer may do as well.
     """
     low, high = 1, 1
-    while power(high, annotators, vote_rate, spread).power < wanted:
+    while power(high, annotators, vote_rate, spread).power < least_power:
         if high == MOST_PROMPTS:
             return None
         low, high = high, min(2 * high, MOST_PROMPTS)
     while low < high:
         middle = (low + high) // 2
-        if power(middle, annotators, vote_rate, spread).power >= wanted:
+        if power(middle, annotators, vote_rate, spread).power >= least_power:
             high = middle
         else:
             low = middle + 1

@@ -61,10 +61,10 @@ def write(findings: StudyFindings, folder: Path) -> Path:
 def markdown(findings: StudyFindings) -> str:
     """The report as text."""
     study, key = findings.study, findings.key
-    wanted = sum(map(len, study.tasks))
-    parts = [
+    planned = sum(map(len, study.tasks))
+    blocks = [
         f"# {study.title}",
-        f"{key.model} against {', '.join(key.baselines)}; {len(findings.votes)} of {wanted} votes, checks among them; "
+        f"{key.model} against {', '.join(key.baselines)}; {len(findings.votes)} of {planned} votes, checks among them; "
         f"{study.votes_per_pair} votes wanted of every pair. Study {study.id}.",
         "Win rates are of pairs decided by majority, with Wilson's 95 % interval; p is the two-sided sign test's. "
         "Fleiss' κ is over pairs that have all their votes.",
@@ -78,25 +78,25 @@ def markdown(findings: StudyFindings) -> str:
         to_markdown(checks_grid(findings.checks, findings.excluded)),
     ]
     if findings.excluded:
-        parts += ["## Without the inattentive", to_markdown(overview(study, findings.without_inattentive))]
-    return "\n\n".join(parts) + "\n"
+        blocks += ["## Without the inattentive", to_markdown(overview(study, findings.without_inattentive))]
+    return "\n\n".join(blocks) + "\n"
 
 
-def overview(study: Study, found: Sequence[Result]) -> Grid:
+def overview(study: Study, results: Sequence[Result]) -> Grid:
     """A row for each question and baseline, over all prompts of a benchmark or of all of them."""
-    return _grid(study, "Results", [result for result in found if result.category == ALL])
+    return _grid(study, "Results", [result for result in results if result.category == ALL])
 
 
-def by_group(study: Study, found: Sequence[Result]) -> Grid:
+def by_group(study: Study, results: Sequence[Result]) -> Grid:
     """A row for each style of each benchmark."""
-    return _grid(study, "By style", [result for result in found if result.category != ALL], with_category=True)
+    return _grid(study, "By style", [result for result in results if result.category != ALL], with_category=True)
 
 
-def _grid(study: Study, title: str, found: Sequence[Result], with_category: bool = False) -> Grid:
+def _grid(study: Study, title: str, results: Sequence[Result], with_category: bool = False) -> Grid:
     columns = ("question", "against", "benchmark", *(["style"] if with_category else []))
     columns += ("wins", "losses", "undecided", "win rate", "p", "votes", "single votes", "κ")
     rows = []
-    for result in found:
+    for result in results:
         rate = Cell("")
         if result.win_rate is not None and result.interval is not None:
             low, high = result.interval
@@ -134,8 +134,8 @@ def _attention_text(findings: StudyFindings) -> str:
         return sides + "No checks were answered."
     if not findings.excluded:
         return sides + "Nobody failed so many checks as to be left out."
-    numbers = ", ".join(map(str, findings.excluded))
-    return sides + f"Annotators {numbers} failed too many checks; the last table leaves them out."
+    excluded = ", ".join(map(str, findings.excluded))
+    return sides + f"Annotators {excluded} failed too many checks; the last table leaves them out."
 
 
 def win_rate_bars(findings: StudyFindings) -> Figure:
@@ -165,11 +165,11 @@ def _bars(axes: Axes, findings: StudyFindings, benchmark: str, questions: Sequen
     row, ticks = 0.0, []
     for baseline in findings.key.baselines:
         ticks.append((row + (len(questions) - 1) / 2, f"against {baseline}"))
-        for place, question in enumerate(questions):
+        for position, question in enumerate(questions):
             result = by_place.get((question, baseline))
             if result is not None and result.win_rate is not None and result.interval is not None:
                 low, high = result.interval
-                axes.barh(row, result.win_rate, color=COLOURS[place], height=0.8, label=question)
+                axes.barh(row, result.win_rate, color=COLOURS[position], height=0.8, label=question)
                 reach = [[result.win_rate - low], [high - result.win_rate]]
                 axes.errorbar(result.win_rate, row, xerr=reach, color="#222222", linewidth=1, capsize=2)
                 beside = dict(xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points")

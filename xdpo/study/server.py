@@ -144,7 +144,7 @@ def application(folder: Path) -> FastAPI:
     """The web application of a study. Raises StudyError for a folder that holds none, or a damaged one."""
     study = Study.load(folder)
     key, links, ballots, guesses = Key.load(study), Links.load(folder), Ballots(study), Guesses()
-    numbers = {token: number for number, token in enumerate(links.annotators, start=1)}
+    number_of = {token: number for number, token in enumerate(links.annotators, start=1)}
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     async def not_found(request: Request) -> HTTPException:
@@ -153,7 +153,7 @@ def application(folder: Path) -> FastAPI:
 
     async def annotator_of(request: Request, token: str) -> int:
         # compare_digest: how long a comparison takes tells nothing of the secret.
-        for secret, number in numbers.items():
+        for secret, number in number_of.items():
             if secrets.compare_digest(secret.encode(), token.encode()):
                 return number
         raise await not_found(request)
@@ -166,12 +166,12 @@ def application(folder: Path) -> FastAPI:
         return Response((PAGES / name).read_bytes(), media_type=media_type, headers={"Cache-Control": "no-cache"})
 
     def answered(state: dict[str, Any], token: str) -> JSONResponse:
-        def url(place: tuple[str, str]) -> str:
-            return f"/a/{token}/image/{place[0]}/{place[1]}"
+        def url(task_and_side: tuple[str, str]) -> str:
+            return f"/a/{token}/image/{'/'.join(task_and_side)}"
 
         if state["task"]:
             state["task"] |= {side: url(state["task"][side]) for side in SIDES}
-        state["preload"] = [url(place) for place in state["preload"]]
+        state["preload"] = [url(task_and_side) for task_and_side in state["preload"]]
         return JSONResponse(state, headers={"Cache-Control": "no-store"})
 
     async def body_of(request: Request) -> Any:

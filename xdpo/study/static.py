@@ -21,10 +21,10 @@ def export(study: Study, folder: Path, annotators: Sequence[int] | None = None) 
 
     Raises StudyError for a number that isn't an annotator's and for folders that are there already.
     """
-    numbers = list(annotators or range(1, len(study.tasks) + 1))
-    if unknown := [number for number in numbers if not 1 <= number <= len(study.tasks)]:
+    chosen = list(annotators or range(1, len(study.tasks) + 1))
+    if unknown := [number for number in chosen if not 1 <= number <= len(study.tasks)]:
         raise StudyError(f"the study has annotators 1 to {len(study.tasks)}, got {unknown[0]}")
-    targets = {number: folder / f"annotator_{number:02d}" for number in numbers}
+    targets = {number: folder / f"annotator_{number:02d}" for number in chosen}
     if there := [target for target in targets.values() if target.exists()]:
         raise StudyError(f"{there[0]} is there already; choose another folder")
     return [_export_one(study, number, target) for number, target in targets.items()]
@@ -68,13 +68,13 @@ def import_votes(study: Study, file: Path) -> tuple[int, int]:
 def _read_votes(study: Study, file: Path) -> list[Vote]:
     try:
         content = read_json(file)
-        found, number, rows = content["study"], content["annotator"], content["votes"]
+        study_id, number, rows = content["study"], content["annotator"], content["votes"]
         rows = [(row["task"], row["answers"], row.get("seconds"), row.get("at")) for row in rows]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = error if isinstance(error, TableError) else repr(error)
         raise StudyError(f"{file} holds no votes: {reason}; it must be what the page's “Save votes” wrote") from None
-    if found != study.id:
-        raise StudyError(f"{file} holds votes of another study ({found}, not {study.id}); nothing was taken in")
+    if study_id != study.id:
+        raise StudyError(f"{file} holds votes of another study ({study_id}, not {study.id}); nothing was taken in")
     votes = []
     for task, answers, seconds, at in rows:
         owner, _ = study.owner_of.get(task, (None, None)) if isinstance(task, str) else (None, None)

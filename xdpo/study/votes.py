@@ -56,7 +56,7 @@ class VoteStore:
                 cursor.execute(
                     "INSERT OR IGNORE INTO study SELECT ? WHERE NOT EXISTS (SELECT 1 FROM study)", [study.id]
                 )
-            [(found,)] = connection.execute("SELECT id FROM study")
+            [(study_id,)] = connection.execute("SELECT id FROM study")
         except sqlite3.OperationalError as error:
             raise StudyError(f"{self.path}: {error}; check that the folder is writable and has room") from None
         except (sqlite3.DatabaseError, ValueError) as error:
@@ -64,8 +64,8 @@ class VoteStore:
                 f"{self.path} is damaged: {error}. Nothing was changed; copy it away and save what is in it with "
                 f"`sqlite3 {self.path.name} .recover`, or take it from a backup"
             ) from None
-        if found != study.id:
-            raise StudyError(f"{self.path} holds the votes of another study ({found}, not {study.id})")
+        if study_id != study.id:
+            raise StudyError(f"{self.path} holds the votes of another study ({study_id}, not {study.id})")
 
     def add(self, *votes: Vote) -> int:
         """Keep votes, all or none; the same ones again change nothing. Returns how many are new.

@@ -78,8 +78,8 @@ def labels_of(scene: Scene, placement: Placement) -> dict[str, int]:
     }
     for slot in range(2):
         for attribute, values in ATTRIBUTES.items():
-            known = slot < len(order)
-            labels[f"{attribute}{slot}"] = values.index(getattr(scene.things[order[slot]], attribute)) if known else -1
+            drawn = slot < len(order)
+            labels[f"{attribute}{slot}"] = values.index(getattr(scene.things[order[slot]], attribute)) if drawn else -1
     return labels
 
 
