@@ -106,7 +106,10 @@ def questions(findings: Findings) -> Grid:
                 Cell(_signed(difference)),
             )
         )
-    note = "Bold where the interval of the difference excludes zero."
+    note = (
+        "A difference is resolved, and its answer bold, where its interval excludes zero. Otherwise these seeds and "
+        "prompts cannot tell whether there is a difference; it does not mean that there is none."
+    )
     return Grid("Questions", ("question", "answer", "difference in", "difference [95 %]"), tuple(rows), note)
 
 
