@@ -3,8 +3,8 @@
     python evaluate.py --images images/sd15 images/xdpo --scorers pickscore,hpsv2,clip --baseline sd15 --output results
     python evaluate.py --output results --table2 --table3      the paper's tables, from the scores that are there
 
-Every score is kept in OUTPUT/scores.parquet by image checksum, prompt and scorer version: another model or metric costs
-only what is new, and a run that was killed goes on where it was.
+Every score is kept in OUTPUT/scores.parquet by image checksum, prompt and scorer version. Another model or metric costs
+only the new scores, and a killed run resumes.
 """
 
 import argparse
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from xdpo.report.sections import Evaluation
     from xdpo.scores.table import ScoreTable
 
-# Everything that needs torch is imported after the arguments are read: --help and a bad argument take no seconds.
+# What needs torch is imported after the arguments are read, so that --help and a bad argument answer at once.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Check what is cheap to check, score what is new, write the report."""
+    """Check what is cheap to check, score what is new, write the report. Returns 0."""
     check_writable(options.output, "--output")
     folders = name_folders(options.images)
     scorers = list(dict.fromkeys(expanded(name.strip()) for name in options.scorers.split(",") if name.strip()))
@@ -151,7 +151,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def write_report(options: argparse.Namespace, evaluation: "Evaluation") -> None:
-    """report.md, report.html and figures/ in the output folder, each file written aside and renamed."""
+    """Write report.md, report.html and figures/ into the output folder."""
     from xdpo.report.markdown import markdown
     from xdpo.report.page import page
     from xdpo.report.sections import sections
@@ -165,7 +165,7 @@ def write_report(options: argparse.Namespace, evaluation: "Evaluation") -> None:
 
 
 def print_tables(options: argparse.Namespace, table: "ScoreTable") -> int:
-    """The paper's tables from the scores of all models in the table, whatever else was evaluated lately."""
+    """Print the paper's tables from all models in the score table, not only those just evaluated. Returns 0."""
     from xdpo.report import grids, published
     from xdpo.scores.results import benchmarks_of
 

@@ -4,7 +4,7 @@
     accelerate launch generate.py --model runs/xdpo_sd15 --prompts hpsv2 --output images/xdpo
     python generate.py grid --images images/sd15 images/xdpo --prompts paper_figures --output figures.png
 
-The same command resumes: finished images are skipped. `generate.py grid --help` explains sheets side by side.
+The same command resumes and skips finished images. `generate.py grid --help` explains sheets of models side by side.
 """
 
 import argparse
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from xdpo.images.manifest import ManifestRow
 
-# Everything that needs torch is imported after the arguments are read: --help and a bad argument take no seconds.
+# What needs torch is imported after the arguments are read, so that --help and a bad argument answer at once.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,7 +118,7 @@ def build_grid_parser() -> argparse.ArgumentParser:
 
 
 def generate(options: argparse.Namespace) -> int:
-    """Check everything that is cheap to check, load the model, make what is missing."""
+    """Check everything that is cheap to check, load the model, make the missing images. Returns 0."""
     settings = build_settings(options)
     if options.prompts_path and len(options.prompts) != 1:
         raise ValueError(f"--prompts-path is for one set, but --prompts names {len(options.prompts)}")
@@ -137,13 +137,13 @@ def generate(options: argparse.Namespace) -> int:
 
 
 def make_missing(options: argparse.Namespace, settings: SamplingSettings, state: "PartialState") -> int:
-    """Make the images that aren't there. Returns 0; every process calls it."""
+    """Make the missing images. Returns 0. Every process calls it."""
     from xdpo import files, models, processes
     from xdpo.images.folder import check_image_folder
     from xdpo.sampling.generation import make_missing_images, plan_job
 
     # Prompts, model, folders: all checked before any weight is loaded.
-    with processes.one_first(state.is_main_process):  # it downloads, the others find it done
+    with processes.one_first(state.is_main_process):  # it downloads, the others find the files
         prompt_sets = [
             load_prompts(
                 name,
@@ -202,7 +202,7 @@ def build_settings(options: argparse.Namespace) -> SamplingSettings:
 
 
 def grid(options: argparse.Namespace) -> int:
-    """Sheets of the prompts that all folders have images of."""
+    """Write sheets of the prompts for which every folder has an image. Returns 0."""
     from xdpo.images.sheets import first_images, write_sheets
 
     titles = options.titles or [folder.resolve().name for folder in options.images]

@@ -1,10 +1,10 @@
-"""What a step costs, how fast it is, what it needs: each subcommand prints a table and writes it with --json FILE.
+"""Measure what a step costs, its speed and its memory: each subcommand prints a table and writes it with --json FILE.
 
     python scripts/benchmark.py flops
     python scripts/benchmark.py step --rounds 5 --json step.json
     python scripts/benchmark.py step --help
 
-Times are taken in turn within one process. OMP_NUM_THREADS sets the number of threads.
+Variants are timed in turn within one process. OMP_NUM_THREADS sets the number of threads.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Measure a run on the embedded default: images before and after, and what the judges say of them.
+"""Measure a run on the embedded default: images before and after training, and the judges' scores.
 
     python scripts/compare_tiny.py runs/tiny/xdpo
 

@@ -3,11 +3,10 @@
     python scripts/relabel.py --data 'pickapic/train-*.parquet' --scorer pickscore --output relabelled
     python train_xdpo.py --config configs/xdpo_sd15.yaml data.source=parquet data.path='relabelled/*.parquet'
 
-Of each pair the image with the higher score becomes the preferred one (Diffusion-DPO's AI feedback, Section 5.3). New
-columns: score_0 and score_1, from which loss.margin_weight weights the pairs where it is asked for, and the labels that
-were there as human_label_0 and human_label_1. Scores that differ by no more than --tie-threshold are a tie, which
-training leaves out; so is a pair whose images cannot both be read. The same command goes on where it was interrupted: a
-file is whole or absent.
+The image with the higher score becomes the preferred one of its pair (Diffusion-DPO's AI feedback, Section 5.3). New
+columns are score_0 and score_1, which loss.margin_weight uses, and human_label_0 and human_label_1, the earlier labels.
+Scores that differ by at most --tie-threshold are a tie, and so is a pair with an unreadable image; training leaves ties
+out. The same command resumes: a file is whole or absent.
 """
 
 import argparse
@@ -77,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def input_files(patterns: list[str], output: Path) -> list[Path]:
-    """The files meant, checked by their footers. Raises ValueError naming what is wrong, before any is read."""
+    """The files that the patterns match, checked by their footers. Raises ValueError before any file is read."""
     matches = {pattern: matching(pattern) for pattern in patterns}
     if empty := [pattern for pattern in patterns if not matches[pattern]]:
         raise ValueError(f"--data: no file matches {', '.join(empty)}")
@@ -105,7 +104,7 @@ def input_files(patterns: list[str], output: Path) -> list[Path]:
 
 
 def is_done(path: Path, made_by: dict) -> bool:
-    """Whether a file is there already. Raises ValueError where another scorer or threshold made it."""
+    """Whether a file exists already. Raises ValueError if another scorer or threshold made it."""
     if not path.exists():
         return False
     metadata = pq.read_schema(path).metadata or {}
@@ -116,7 +115,7 @@ def is_done(path: Path, made_by: dict) -> bool:
 
 
 def relabel(source: Path, target: Path, scorer: Scorer, made_by: dict, batch_size: int) -> Counter:
-    """Write one file's pairs with new labels, whole or not at all; returns what became of them."""
+    """Write one file's pairs with new labels, whole or not at all. Returns counts of the outcomes."""
     counts: Counter[str] = Counter()
     with replacing(target, "wb") as file:
         writer = None
@@ -136,14 +135,14 @@ def relabel(source: Path, target: Path, scorer: Scorer, made_by: dict, batch_siz
 
 
 def _tables(source: Path) -> Iterator[pa.Table]:
-    """A file's rows, some at a time. Raises StorageError where they can't be read."""
+    """A file's rows in batches. Raises StorageError where they can't be read."""
     with reading(source):
         for batch in pq.ParquetFile(source).iter_batches(batch_size=ROWS_AT_ONCE):
             yield pa.Table.from_batches([batch])
 
 
 def with_new_labels(table: pa.Table, scores: np.ndarray, labels: np.ndarray) -> pa.Table:
-    """The pairs with these labels and scores in the place of those they have; the first labels stay as human_label."""
+    """The pairs with these labels and scores instead of their own; the first labels are kept as human_label."""
     for side in (0, 1):
         if f"label_{side}" in table.column_names and f"human_label_{side}" not in table.column_names:
             table = table.append_column(f"human_label_{side}", table.column(f"label_{side}"))
@@ -158,7 +157,7 @@ def with_new_labels(table: pa.Table, scores: np.ndarray, labels: np.ndarray) -> 
 
 
 def score_pairs(table: pa.Table, scorer: Scorer, batch_size: int) -> np.ndarray:
-    """(rows, 2) float64; NaN for a pair without caption or with an image that can't be read."""
+    """Scores (rows, 2) float64; NaN for a pair without caption or with an image that can't be read."""
     scores = np.full((len(table), 2), np.nan)
     cells, images, captions = [], [], []
     for row, side, image, caption in _readable(table):
@@ -182,7 +181,7 @@ def _readable(table: pa.Table) -> Iterator[tuple]:
 
 
 def new_labels(scores: np.ndarray, tie_threshold: float) -> np.ndarray:
-    """(rows, 2): 1 and 0 for the image that scores more and the other; ½ each for a tie or missing scores."""
+    """Labels (rows, 2): 1 for the image with the higher score, 0 for the other; ½ each for a tie or missing scores."""
     gap = scores[:, 0] - scores[:, 1]
     first = np.where(np.isnan(gap) | (np.abs(gap) <= tie_threshold), 0.5, (gap > 0).astype(float))
     return np.stack([first, 1 - first], axis=1)
@@ -200,7 +199,7 @@ def count(table: pa.Table, scores: np.ndarray, labels: np.ndarray) -> Counter:
 
 
 def as_number(value: Any) -> float:
-    """A label as a number; NaN where it is missing or none."""
+    """A label as a number; NaN where it is missing or not a number."""
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -1,10 +1,10 @@
-"""The paper's tables and the questions that it leaves open, from one plan: tune, train, make images, score, write.
+"""Make the paper's tables and answer its open questions from one plan: tune, train, sample, score, write.
 
     python scripts/reproduce.py --scale tiny                 the embedded world, on a CPU in about two hours
-    python scripts/reproduce.py --scale sd15                 says what would run on GPUs; --go runs it
+    python scripts/reproduce.py --scale sd15                 prints the GPU plan; --go runs it
 
-A scale is a plan in configs/experiments/, or the path of one of your own. The same command goes on where it was stopped
-or killed. Results: OUTPUT/results.md with figures, or --page; OUTPUT/results/report.html has every image.
+A scale is a plan in configs/experiments/, or the path of your own. After a stop or a kill the same command resumes.
+The results are in OUTPUT/results.md with figures, or in --page; OUTPUT/results/report.html shows every image.
 """
 
 import argparse
@@ -30,7 +30,7 @@ class StageError(RuntimeError):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a plan, or say what it would run. Returns the exit status, 130 if it was asked to stop."""
+    """Run a plan, or print what it would run. Returns the exit status, 130 after a request to stop."""
     options = build_parser().parse_args(arguments)
     try:
         path = user_path(options.scale)
@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def reproduce(reproduction: Reproduction, jobs: int) -> Findings:
-    """All stages. A training that fails is left out and reported; images or scores that fail end it with StageError."""
+    """Run all stages. A failed training is left out and reported. Raises StageError if images or scores fail."""
     plan, processes = reproduction.plan, reproduction.num_processes
     candidates = reproduction.tuning_runs()  # checks all configs that are tuned
     reproduction.runs(dict.fromkeys(plan.tuned, plan.tuning.values[0]))  # and all others
@@ -102,13 +102,13 @@ def reproduce(reproduction: Reproduction, jobs: int) -> Findings:
 
 
 def finish(tasks: Sequence[Task], jobs: int, processes: int) -> None:
-    """Run tasks that nothing goes on without. Raises StageError."""
+    """Run tasks that later stages need. Raises StageError if one fails."""
     for name, end in run_all(tasks, jobs, processes).items():
         raise StageError(f"{name} failed:\n{end}")
 
 
 def what_would_run(reproduction: Reproduction) -> str:
-    """Every command, and how much work they are."""
+    """Every command that a run would start, and the amount of work."""
     plan = reproduction.plan
     tuning = list(reproduction.tuning_runs().values())
     runs = reproduction.runs(dict.fromkeys(plan.tuned, plan.tuning.values[0]))

@@ -1,10 +1,11 @@
-"""Checksums of what short runs in the embedded world leave, to see that a change of the code changed no bit.
+"""Checksums of what short runs in the embedded world write, to check that a change of the code changed no bit.
 
     python scripts/same_bits.py before.json                       before the change
     python scripts/same_bits.py after.json --compare before.json  after it: names every file that differs
 
-Every kind of training, resumed and on two processes too, then images and their evaluation. Minutes on two cores. Times,
-memory, dates and commits are left out of what is compared. Checksums depend on the processor and its number of threads.
+It runs every kind of training, also resumed and on two processes, then generates and evaluates images. It takes minutes
+on two cores. Times, memory, dates and commits are not compared. Checksums depend on the processor and on the number of
+threads.
 """
 
 import argparse
@@ -102,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prepare(working: Path) -> None:
-    """What some runs need beside the embedded world: pairs with scores, and a pipeline that predicts v."""
+    """Make what some runs need beside the embedded world: pairs with scores, and a pipeline that predicts v."""
     pairs = pq.read_table(ROOT / "assets/tiny/pairs/train.parquet")
     for side in (0, 1):
         scores = [(7 * number % 11 + 3 * side) / 10 for number in range(len(pairs))]
@@ -135,7 +136,7 @@ def training(working: Path, name: str) -> dict[str, str]:
 
 
 def images(working: Path) -> dict[str, str]:
-    """Checksums of images of the base model and of a trained one, of their manifests, and of what evaluating says."""
+    """Checksums of images of the base model and of a trained one, of their manifests, and of their evaluation."""
     training(working, "full")
     folder, checksums = working / "images", {}
     models = {"base": "assets/tiny/pipeline", "xdpo": str(working / "runs" / "full")}
@@ -155,7 +156,7 @@ def images(working: Path) -> dict[str, str]:
 
 
 def without_what_varies(path: Path) -> bytes:
-    """A file's content; of text without paths, dates, times and commits."""
+    """A file's content; text files without paths, dates, times and commits."""
     if path.suffix not in (".json", ".jsonl", ".md", ".html", ".csv"):
         return path.read_bytes()
     text = path.read_text(encoding="utf-8")
@@ -169,7 +170,7 @@ def checksum(content: bytes) -> str:
 
 
 def call(*arguments: str) -> None:
-    """Run one of the programs; what it said is shown where it fails."""
+    """Run one of the programs; print its output if it fails."""
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     finished = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env=environment)
     if finished.returncode:

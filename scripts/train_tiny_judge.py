@@ -1,8 +1,8 @@
 """Train and measure the embedded judge: `python scripts/train_tiny_judge.py` (about ten minutes on one core).
 
-The judge learns from freshly drawn scenes, flaws included; half of the images pass through the base's autoencoder
-first, so that it reads generated images as well as drawn ones. What it gets right on scenes it has not seen goes
-to assets/tiny/judge.json.
+The judge learns from freshly drawn scenes, flaws included. Half of the images pass through the base's autoencoder
+first, so that the judge reads generated images as well as drawn ones. Its accuracy on unseen scenes goes to
+assets/tiny/judge.json.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def labels_and_appeal(renderings: list[Rendering]) -> tuple[dict[str, torch.Tens
 
 @torch.no_grad()
 def through_autoencoder(vae: AutoencoderKL, pixels: torch.Tensor, spread: float) -> torch.Tensor:
-    """Encoded, moved by Gaussian noise of `spread` standard deviations, decoded, and rounded as a saved image is."""
+    """Encode, add Gaussian noise of `spread` standard deviations, decode, and round as a saved image is rounded."""
     latents = vae.encode(pixels).latent_dist.mode()
     latents = latents + spread / vae.config.scaling_factor * torch.randn(latents.shape)
     decoded = vae.decode(latents).sample.clamp(-1, 1)
