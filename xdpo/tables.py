@@ -1,7 +1,8 @@
-"""Tables and texts that users bring: CSV, TSV, JSONL, JSON, parquet columns. Every message names the file and the line.
+"""Reads users' tables and texts: CSV, TSV, JSONL, JSON, parquet columns. Every error names the file and the line.
 
-Text is UTF-8, with or without a byte order mark, or UTF-16 or UTF-32 with one; lines end as on Linux, Windows or a Mac.
-Nothing is guessed: a row that isn't as wide as the header, or a quotation mark that swallows rows, is an error.
+Text is UTF-8, with or without a byte order mark, or UTF-16 or UTF-32 with one. Lines may end as on Linux, Windows or a
+Mac. Nothing is guessed: a row that isn't as wide as the header is an error, and so is a quotation mark that swallows
+rows.
 """
 
 import codecs
@@ -27,14 +28,14 @@ _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical ba
 
 
 class TableError(ValueError):
-    """A file that isn't the table or text it should be; the message names file and line, and says what to do."""
+    """A file is not a valid table or text. The message names file and line, and says what to do."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a file. `numbers[i]` is where row i begins: its line in a text, from 1, or its row in a parquet file.
+    """Rows of a file. Row i begins at `numbers[i]`: a line of a text, counted from 1, or a row of a parquet file.
 
-    A row lacks the columns that its line of a JSONL file lacks. Names that a header repeats are refused on use.
+    A row of a JSONL file may lack columns. Using a column whose name the header repeats raises TableError.
     """
 
     path: Path
@@ -44,17 +45,17 @@ class Table:
     unit: str = "line"
 
     def texts(self, name: str) -> list[str | None]:
-        """A column of text; None where it is missing. Raises TableError for anything else, as `as_text` does."""
+        """A column of text; None where a cell is missing. Raises TableError as `as_text` does."""
         self._check(name)
         return self._as_texts(name, [row.get(name) for row in self.rows])
 
     def scalars(self, name: str) -> list[str | None]:
-        """A column of texts, numbers and booleans, all as text; None where it is missing. Raises TableError."""
+        """A column of texts, numbers and booleans, all as text; None where a cell is missing. Raises TableError."""
         self._check(name)
         return self._as_texts(name, [scalar(row.get(name)) for row in self.rows])
 
     def floats(self, name: str) -> list[float | None]:
-        """A column of numbers, also those written as text; None where it is missing or empty. Raises TableError."""
+        """A column of numbers, also of numbers in text; None where a cell is missing or empty. Raises TableError."""
         self._check(name)
         numbers: list[float | None] = []
         for row, cells in enumerate(self.rows):
@@ -71,7 +72,7 @@ class Table:
         ]
 
     def where(self, row: int, name: str) -> str:
-        """A cell as messages call it: `pairs.csv line 3: column caption`."""
+        """A cell's name in messages: `pairs.csv line 3: column caption`."""
         return f"{self.path} {self.unit} {self.numbers[row]}: column {name}"
 
     def _check(self, name: str) -> None:
@@ -86,7 +87,7 @@ def as_text(value: Any, where: str) -> str | None: ...
 def as_text(value: Any, where: str) -> str | None:
     """A value as text; None where it is missing, which null and NaN mean.
 
-    Raises TableError for other types, NUL and halves of surrogate pairs, which neither files nor tokenizers take.
+    Raises TableError for other types, for NUL, and for halves of surrogate pairs, which files and tokenizers refuse.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
@@ -106,7 +107,7 @@ def as_text(value: Any, where: str) -> str | None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is text that needs no closer look: most cells of a million."""
+    """Whether a value is text that needs no further check, as most cells are."""
     return isinstance(value, str) and value.isascii() and "\0" not in value
 
 
@@ -120,12 +121,12 @@ def scalar(value: Any) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """The whole of a text, its lines ended by "\\n". Raises TableError where it is no text, StorageError."""
+    """A whole text, its lines ended by "\\n". Raises TableError for what is not text, and StorageError."""
     return re.sub(r"\r\n?", "\n", "".join(_lines(path)))
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises TableError, also for a key that an object has twice."""
+    """The content of a JSON file. Raises TableError, also for a key that an object has twice."""
     return _parsed(read_text(path), path)
 
 
@@ -138,7 +139,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _parsed(text: str, path: Path, line: int | None = None, hint: str = "") -> Any:
-    """What the text of a file says, or that of one line of it."""
+    """The value of a JSON text: a whole file's, or that of its line `line`."""
     where = f"{path}" if line is None else f"{path} line {line}"
     try:
         return json.loads(text, object_pairs_hook=_once)
@@ -161,7 +162,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines with their ends; U+2028 and its like end none."""
+    """The lines with their line ends. U+2028 and similar characters don't end a line."""
     encoding = "utf-8"
     try:
         with path.open("rb") as file:
@@ -203,9 +204,9 @@ def _not_text(path: Path, encoding: str) -> TableError:
 
 
 def read_table(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Table:
-    """A table by its suffix: .csv with quoting, .tsv without, .jsonl of objects, or the wanted columns of .parquet.
+    """Read a table by its suffix: .csv with quoting, .tsv without, .jsonl of objects, or .parquet's wanted columns.
 
-    Raises TableError where it is none.
+    Raises TableError for a file that is not such a table.
     """
     match path.suffix.lower():
         case ".csv":
@@ -228,7 +229,7 @@ def _read_objects(path: Path) -> Table:
 
 
 class _Record(NamedTuple):
-    """A row of cells and the lines of the file that it takes up."""
+    """A row of cells, and its lines in the file where it has several."""
 
     number: int
     cells: list[str]
@@ -294,9 +295,10 @@ def _records(path: Path, delimiter: str, is_quoted: bool) -> Iterator[_Record]:
 
 
 def _refuse_merged(path: Path, records: Sequence[_Record], width: int, delimiter: str) -> None:
-    """Raise TableError for a quotation mark that makes one row of several: each line of such a cell is a row itself.
+    """Raise TableError for a quotation mark that merges several rows into one.
 
-    That is: without regard to quotation marks it has all the columns, and where none stand, cells like other rows'.
+    Such a row is recognised by its lines: read without quoting, each of them has all the columns, and its cells without
+    quotation marks resemble those of other rows.
     """
     several = [record for record in records if record.lines]
     if not several or width == 1:
@@ -321,7 +323,7 @@ def _refuse_merged(path: Path, records: Sequence[_Record], width: int, delimiter
 
 
 def _likeness(cell: str) -> str:
-    """What cells of a column have in common: their suffix where they name files, being numbers, else the text."""
+    """What cells of a column have in common: that they are numbers, the suffix of file names, else the text itself."""
     try:
         float(cell)
         return "a number"
@@ -337,7 +339,7 @@ def _span(first: int, count: int) -> str:
 
 
 def parquet_schema(path: Path) -> Any:
-    """The pyarrow schema in a parquet file's footer. Raises TableError where it is none."""
+    """The pyarrow schema in a parquet file's footer. Raises TableError for another file."""
     import pyarrow.parquet as pq
 
     return _from_parquet(path, lambda: pq.read_schema(path))

@@ -14,7 +14,7 @@ from xdpo.report.grids import number, percent, title_of
 from xdpo.report.published import published_score
 from xdpo.scores.results import Benchmark
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; grey is the baseline's.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; grey is the baseline's.
 BASELINE_COLOUR = "#8a919e"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5cc0", "#444444")
 STYLE = {
@@ -36,9 +36,9 @@ def colours_of(models: Sequence[str], baseline: str) -> dict[str, str]:
 
 
 def metric_bars(benchmark: Benchmark, baseline: str) -> Figure:
-    """One panel per metric: each model's mean as a bar of its change against the baseline, with the interval.
+    """One panel per metric with a bar per model: its mean's change against the baseline, with the interval.
 
-    The paper's change stands beside it as a diamond where the paper has both numbers.
+    A diamond marks the paper's change where the paper has both numbers.
     """
     models, scorers = benchmark.models, benchmark.scorers
     columns = min(3, len(scorers))

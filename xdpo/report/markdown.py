@@ -1,4 +1,4 @@
-"""report.md: the sections as text, tables and links to figures."""
+"""Write the sections of a report as Markdown: text, tables and links to figures."""
 
 import os
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from xdpo.report.sections import Section
 
 
 def markdown(title: str, sections: Sequence[Section], folder: Path) -> str:
-    """The report as Markdown; figures are linked relative to `folder`, where it will stand."""
+    """The report as Markdown. Figures are linked relative to `folder`, where the report will be."""
     lines = [f"# {plain(title)}", ""]
     for section in sections:
         lines += [f"## {plain(section.title)}", ""]

@@ -1,4 +1,4 @@
-"""report.html: one file with everything in it but the images beyond a budget, which stay where they are on disk."""
+"""report.html: a single file. It embeds images up to a budget and links the others where they are on disk."""
 
 import json
 import os
@@ -19,14 +19,14 @@ from xdpo.report.thumbnails import embed
 from xdpo.scores.results import Benchmark
 
 _HERE = Path(__file__).parent
-_FIRST_EMBEDDED = 24  # prompts from either end of every ranking come before all others
+_FIRST_EMBEDDED = 24  # prompts from each end of every ranking that come before all others
 
 
 def page(title: str, evaluation: Evaluation, sections: Sequence[Section], folder: Path, embed_bytes: int) -> str:
-    """The page as HTML that needs neither network nor other files.
+    """The page as HTML that needs no network.
 
-    Images are embedded as data URIs, the best and worst prompts' first, until `embed_bytes` are used up; the others
-    are links relative to `folder`, where the page will stand. Every text is escaped.
+    Images are embedded as data URIs until `embed_bytes` are used up, those of the best and worst prompts first. The
+    others are links relative to `folder`, where the page will be. All text is escaped.
     """
     embedded = embed(_in_order_of_interest(evaluation), embed_bytes)
     number_of = {path: number for number, path in enumerate(embedded)}
@@ -72,7 +72,7 @@ def _subtitle(evaluation: Evaluation) -> str:
 
 
 def _tiles(benchmark: Benchmark, baseline: str) -> str:
-    """A tile per metric: who wins most often against the baseline."""
+    """A tile per metric: the model that wins most often against the baseline."""
     colours = colours_of(benchmark.models, baseline)
     others = [model for model in benchmark.models if model != baseline]
     tiles = []
@@ -113,9 +113,9 @@ def _block(block: Grid | FigureFile) -> str:
 
 
 def _browser_data(evaluation: Evaluation, benchmark: Benchmark, embedded: dict[Path, int], folder: Path) -> dict:
-    """What the image browser shows of one prompt set: scores as [scorer][model], images as [model][repeat].
+    """The image browser's data for one prompt set: scores as [scorer][model], images as [model][repeat].
 
-    An image is its number among those that the page holds, or -1, and its link.
+    An image is (its number among the embedded ones or -1, its link).
     """
     baseline = evaluation.baselines_of(benchmark)[0]
 
@@ -143,7 +143,7 @@ def _browser_data(evaluation: Evaluation, benchmark: Benchmark, embedded: dict[P
 
 
 def _link(path: Path, folder: Path) -> str:
-    """A link from the page in `folder` to a file, relative unless they are on different drives."""
+    """A link from the page in `folder` to a file; relative, unless they are on different drives."""
     try:
         return quote(Path(os.path.relpath(path, folder)).as_posix())
     except ValueError:

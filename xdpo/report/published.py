@@ -1,4 +1,4 @@
-"""The paper's Tables 2 and 3 in the paper's layout: one's own numbers, the published ones, and the difference."""
+"""The paper's Tables 2 and 3 in the paper's layout: measured numbers, published ones, and the difference."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ _DATASETS = {"hpsv2": "HPSV2", "partiprompts": "PartiPrompts"}
 
 @dataclass(frozen=True)
 class _Line:
-    """A method of a table: its title there, one's own model of that name if there is one, and what was printed."""
+    """A method of a table: its title there, the measured model of that name if any, and the printed numbers."""
 
     title: str
     model: str | None
@@ -34,7 +34,7 @@ def _tables() -> dict:
 
 
 def published_score(prompt_set: str, model: str, scorer: str) -> float | None:
-    """The printed mean of a model, recognised by its name, on a prompt set; None where the paper has none."""
+    """The printed mean of a model, recognised by its name, on a prompt set; None if the paper has none."""
     for method, scores in _tables()["table2"].get(prompt_set, {}).items():
         if _is_named(model, _tables()["methods"][method]["aliases"]):
             return scores.get(scorer)
@@ -42,12 +42,12 @@ def published_score(prompt_set: str, model: str, scorer: str) -> float | None:
 
 
 def has_published(benchmark: Benchmark) -> bool:
-    """Whether any of its scores stands in the paper."""
+    """Whether the paper has any of its scores."""
     return any(published_score(benchmark.name, m, s) is not None for m in benchmark.models for s in benchmark.scorers)
 
 
 def table2(benchmarks: Sequence[Benchmark]) -> Grid:
-    """Means by dataset and method. Models that the paper does not have follow its methods."""
+    """Means by dataset and method. Models that the paper does not have come after its methods."""
     by_name = {benchmark.name: benchmark for benchmark in benchmarks}
     rows: list[tuple[Cell, ...]] = []
     for prompt_set, printed in _tables()["table2"].items():
@@ -63,7 +63,7 @@ def table2(benchmarks: Sequence[Benchmark]) -> Grid:
 
 
 def table3(benchmarks: Sequence[Benchmark]) -> Grid:
-    """The ablation on the HPSv2 prompts: medians as its heading says, and means, which some of its numbers are."""
+    """The ablation on the HPSv2 prompts: medians, as its heading says, and means, which some of its numbers are."""
     benchmark = next((b for b in benchmarks if b.name == "hpsv2"), None)
     lines = [
         _Line(row["title"], _model_named(benchmark, row["aliases"]), {s: row[s] for s in _COLUMNS})
@@ -80,7 +80,7 @@ def table3(benchmarks: Sequence[Benchmark]) -> Grid:
 
 
 def user_study() -> str:
-    """What the paper's annotators said, in a sentence."""
+    """The paper's user study in a sentence."""
     methods = _tables()["methods"]
     rates = ", ".join(f"{rate} % against {methods[m]['title']}" for m, rate in _tables()["user_study"].items())
     return f"Published user study (majority of five annotators, 200 HPSv2 prompts): xDPO is preferred in {rates}."
@@ -103,7 +103,7 @@ def _rows(
     benchmark: Benchmark | None,
     statistics: Mapping[str, _Statistic],
 ) -> list[tuple[Cell, ...]]:
-    """For every method one row per statistic, then the published numbers, then the first statistic's difference."""
+    """Rows of every method: one per statistic, the published one, and the first statistic's difference from it."""
 
     def measured_score(line: _Line, scorer: str, statistic: _Statistic) -> float | None:
         if benchmark is None or line.model is None or scorer not in benchmark.scores:

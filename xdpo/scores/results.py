@@ -1,4 +1,4 @@
-"""From rows of the score table to what is compared: per prompt set, one number per (scorer, model, prompt)."""
+"""Turn rows of the score table into comparisons: per prompt set, one number per (scorer, model, prompt)."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ from xdpo.scores.table import PlacedScore
 
 @dataclass(frozen=True)
 class ScoredPrompt:
-    """A prompt as scores know it: its key in its set, such as \"anime/12\"."""
+    """A prompt of scored images. `key` names it within its set, such as "anime/12"."""
 
     key: str
     category: str
@@ -26,8 +26,9 @@ class ScoredPrompt:
 class Benchmark:
     """Models on one prompt set, over the prompts for which all of them have finite scores by all scorers.
 
-    `scores[scorer]` is (models, prompts); several images of one prompt count as their mean. `prompts_seen` is how
-    many prompts any model has; `limited_by` says how many of those each model lacks, for models that lack some.
+    `scores[scorer]` is (models, prompts); several images of one prompt count as their mean. `prompts_seen` is the
+    number of prompts that at least one model has; `limited_by` is how many of them a model lacks, for models that lack
+    some.
     """
 
     name: str
@@ -43,14 +44,14 @@ class Benchmark:
 
     @cached_property
     def categories(self) -> dict[str, np.ndarray]:
-        """Positions of the prompts of each category, in the order of first occurrence."""
+        """Positions of the prompts of each category, categories in the order of first occurrence."""
         positions: dict[str, list[int]] = defaultdict(list)
         for position, prompt in enumerate(self.prompts):
             positions[prompt.category].append(position)
         return {category: np.array(rows) for category, rows in positions.items()}
 
     def of(self, model: str, scorer: str, category: str | None = None) -> np.ndarray:
-        """Scores (prompts,) of a model, of one category if named."""
+        """Scores (prompts,) of a model, only of one category if it is given."""
         row = self.scores[scorer][self.models.index(model)]
         return row if category is None else row[self.categories[category]]
 
@@ -72,14 +73,14 @@ class Benchmark:
 
     @cached_property
     def _comparisons(self) -> dict[tuple, Comparison]:
-        """Each is worth 10,000 resamples, and tables and figures ask for the same ones."""
+        """Kept, because each takes 10,000 resamples and tables and figures need the same ones."""
         return {}
 
 
 def benchmarks_of(rows: Iterable[PlacedScore], models: Sequence[str], scorers: Sequence[str]) -> list[Benchmark]:
     """One Benchmark per prompt set in which at least one prompt is common to all models that have images there.
 
-    Models and scorers keep the order given; a set leaves out models and scorers without any score in it.
+    Models and scorers keep the given order. A set leaves out models and scorers without any score in it.
     """
     by_set: dict[str, dict[tuple[str, str], dict[str, list[float]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))

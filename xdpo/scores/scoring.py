@@ -1,4 +1,4 @@
-"""Pictures → scores in the table: only what is new, one scorer in memory at a time, saved as it goes."""
+"""Score pictures into the table: only new scores, one scorer in memory at a time, saved every few seconds."""
 
 import gc
 import os
@@ -18,11 +18,11 @@ from xdpo.scorers.interface import Scorer
 from xdpo.scorers.loading import load_scorer
 from xdpo.scores.table import Placement, ScoreKey, ScoreTable
 
-SAVE_SECONDS = 20  # between parts of the score table: what a kill can cost
+SAVE_SECONDS = 20  # between parts of the score table: a kill loses at most this much work
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device named, else the accelerator where there is one. Raises ValueError for one that does not work."""
+    """The named device, else the accelerator if there is one, else the CPU. Raises ValueError for one that fails."""
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
@@ -41,7 +41,7 @@ def score_missing(
     workers: int | None = None,
     weights: Path | None = None,
 ) -> set[str]:
-    """Add the scores that the table lacks of pictures with prompts and checksums; closes the table.
+    """Add the scores that the table lacks, then close the table. The pictures have prompts and checksums.
 
     versions: of each scorer, by name. workers: processes that decode; None: none on a CPU, up to 8 beside a GPU.
     Returns the checksums of pictures that cannot be decoded.
@@ -74,7 +74,7 @@ def score_missing(
 def left_out(
     pictures: Sequence[Picture], broken: set[str], versions: Mapping[str, str], table: ScoreTable
 ) -> list[Problem]:
-    """Pictures that could not be decoded, and those that a scorer gave no finite number."""
+    """Problems of pictures that could not be decoded, and of those with a score that is not finite."""
     undecodable, not_finite = defaultdict(list), defaultdict(list)
     for picture in pictures:
         owner = picture.model, picture.prompt_set
@@ -116,7 +116,7 @@ def _score(
 
 
 class _Undecodable:
-    """Stands where a broken image's pixels would."""
+    """Takes the place of a broken image's pixels."""
 
 
 class _Prepared(torch.utils.data.Dataset):
@@ -139,7 +139,7 @@ class _Prepared(torch.utils.data.Dataset):
 def _prepared_batches(
     scorer: Scorer, pictures: Sequence[Picture], batch_size: int, workers: int
 ) -> Iterator[list[tuple[Picture, object]]]:
-    """Batches of (picture, what the scorer takes of it), in order."""
+    """Batches of (picture, its preprocessed image), in order."""
     items = _Prepared(scorer, [picture.path for picture in pictures])
     loader = DataLoader(items, batch_size=batch_size, num_workers=workers, collate_fn=list)
     for number, batch in enumerate(loader):

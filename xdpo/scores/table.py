@@ -1,8 +1,8 @@
-"""The score table: every score ever computed in an output folder, and where its image stands, in one parquet file.
+"""The score table: every score ever computed for an output folder, and the place of its image, in one parquet file.
 
-A score belongs to (image checksum, prompt, scorer, scorer version) and is never computed twice. While scoring goes
-on, new scores are written as small finished files into `scores.parts/`; closing merges them into `scores.parquet`.
-Each file is written aside and renamed, so a kill at any moment loses only the scores since the last part.
+A score belongs to (image checksum, prompt, scorer, scorer version) and is never computed twice. During scoring, new
+scores are written as small finished files into `scores.parts/`; closing merges them into `scores.parquet`. Each file is
+written whole, so a kill at any moment loses only the scores since the last part.
 """
 
 import fcntl
@@ -20,7 +20,7 @@ TABLE, PARTS, LOCK = "scores.parquet", "scores.parts", ".writing"
 
 
 class Placement(NamedTuple):
-    """Where an image stands: in a model's folder of a prompt set. `key` names its prompt there, as in `Picture`."""
+    """The place of an image: in a model's folder of a prompt set. `key` names its prompt there, as in `Picture`."""
 
     prompt_set: str
     model: str
@@ -40,7 +40,7 @@ class ScoreKey(NamedTuple):
 
 
 class PlacedScore(NamedTuple):
-    """A score of an image that stands in a model's folder."""
+    """A score of an image in a model's folder."""
 
     placement: Placement
     key: ScoreKey
@@ -48,16 +48,16 @@ class PlacedScore(NamedTuple):
 
 
 _COLUMNS = (*Placement._fields, *ScoreKey._fields, "score")
-_Row = tuple[Placement | None, ScoreKey, float]  # None: only remembered, as another image took the place
+_Row = tuple[Placement | None, ScoreKey, float]  # None: only remembered, because another image took its place
 
 
 class ScoreTable:
     """The table of one output folder, in memory and on disk."""
 
     def __init__(self, folder: Path, *, for_writing: bool = False):
-        """Read what is there; `for_writing` keeps other writers out until `close` or the end of the process.
+        """Read the table if it exists; `for_writing` keeps other writers out until `close` or the end of the process.
 
-        Raises ValueError for a table that cannot be read, naming the file, or that another process writes to.
+        Raises ValueError for a table that cannot be read, naming the file, and for one that another process writes.
         """
         self.folder = folder
         self._lock = _locked(folder) if for_writing else None
@@ -73,11 +73,11 @@ class ScoreTable:
 
     @property
     def placed(self) -> list[PlacedScore]:
-        """The scores of all images at their latest known state."""
+        """The scores of all images, in their latest state."""
         return [PlacedScore(placement, key, self.scores[key]) for placement, key in self._placed.values()]
 
     def add(self, scores: Mapping[ScoreKey, float]) -> None:
-        """Remember new scores; `save_part` or `close` brings them to disk."""
+        """Remember new scores; `save_part` or `close` writes them."""
         self.scores.update(scores)
         self._unsaved.update(scores)
 
@@ -89,7 +89,7 @@ class ScoreTable:
             self._unsaved = {}
 
     def close(self, images: Iterable[tuple[Placement, ScoreKey]], replaced: Iterable[tuple[str, str, str]]) -> None:
-        """Say where scored images stand, merge all into scores.parquet and remove the parts.
+        """Set the places of scored images, merge everything into scores.parquet and remove the parts.
 
         `replaced` holds (prompt set, model, scorer) triples whose earlier placements no longer count.
         """
@@ -110,7 +110,7 @@ class ScoreTable:
 
 
 def _locked(folder: Path) -> IO[str]:
-    """An open file that holds the folder's lock; the system releases it with the process, however that ends."""
+    """An open file that holds the folder's lock. The system releases it when the process ends, for whatever reason."""
     with writing(folder / LOCK):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("w")
@@ -125,7 +125,7 @@ def _locked(folder: Path) -> IO[str]:
 
 
 def _slot(placement: Placement, key: ScoreKey) -> tuple:
-    """What holds one score at a time: an image of a model, by one scorer."""
+    """What has one score at a time: an image of a model, by one scorer."""
     return placement.prompt_set, placement.model, placement.key, placement.repeat, key.scorer
 
 
