@@ -1,7 +1,7 @@
-"""Scores of many runs as arrays, and what they say: differences, win rates, pairs to reach a score, with intervals.
+"""Statistics of many runs' scores, with intervals: differences, win rates, pairs to reach a score.
 
-An array of scores is (seeds, prompts). Seeds are few and prompts many: intervals are 95 % percentile bootstraps that
-draw seeds and prompts anew, both with replacement, so that they cover other seeds and other prompts.
+An array of scores is (seeds, prompts). Intervals are 95 % percentile bootstraps that draw both seeds and prompts with
+replacement, so that they cover other seeds and other prompts.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,12 +24,12 @@ class Estimate:
 
     @property
     def sign(self) -> int:
-        """Of a difference: 1 or −1 where the interval excludes zero, else 0."""
+        """The sign of a difference: 1 or −1 if the interval excludes zero, else 0."""
         return int(self.low > 0) - int(self.high < 0)
 
 
 def estimate(statistic: Callable[..., float], *arrays: np.ndarray, seed: int = 0) -> Estimate:
-    """A statistic of paired arrays (…, seeds, prompts), with its interval over the resamples where it is finite."""
+    """A statistic of paired arrays (…, seeds, prompts), with its interval over the resamples in which it is finite."""
     rng = np.random.default_rng(seed)
     seeds, prompts = arrays[0].shape[-2:]
     drawn = []
@@ -47,7 +47,7 @@ def mean(scores: np.ndarray) -> Estimate:
 
 
 def difference(scores: np.ndarray, others: np.ndarray) -> Estimate:
-    """Mean of the differences, pair by pair of seed and prompt."""
+    """Mean of the differences, paired by seed and prompt."""
     return estimate(lambda a, b: (a - b).mean(), scores, np.broadcast_to(others, scores.shape))
 
 
@@ -60,8 +60,8 @@ def win_rate(scores: np.ndarray, others: np.ndarray) -> Estimate:
 def speed_up(pairs: Sequence[float], curve: np.ndarray, baseline: np.ndarray) -> Estimate:
     """How many times fewer pairs a method needs to reach the baseline's final score (the paper's 1.5 and 1.6).
 
-    Curves (points, seeds, prompts), the first point before training. 0 where the method never reaches it; resamples in
-    which the baseline ends no higher than it started ask for nothing and are left out.
+    Curves are (points, seeds, prompts), with the first point before training. The result is 0 if the method never
+    reaches the score. Resamples in which the baseline ends no higher than it started are left out.
     """
 
     def ratio(scores: np.ndarray, baseline_scores: np.ndarray) -> float:

@@ -24,7 +24,7 @@ SlopeSettings = tuple[dict[str, float], float, tuple[float, float]]
 
 
 def write(findings: Findings, page: Path, command: str) -> list[Path]:
-    """Write the page, and its figures into a folder of its name beside it. Returns what was written."""
+    """Write the page, and its figures into a folder of the same name beside it. Returns all written paths."""
     figures = page.with_suffix("")
     written = [
         *save(drawing.quality(findings), figures / "quality"),
@@ -76,7 +76,7 @@ def _blocks(findings: Findings, figures: str, command: str, slopes: SlopeSetting
 
 
 def _made_by(findings: Findings, command: str) -> str:
-    """Command, commits, machine and versions; the commits are those that the trainings wrote down."""
+    """The line on command, commits, machine and versions. The commits are those that the trainings recorded."""
     commits, starts = set(), []
     for run in findings.runs.values():
         if (run.folder / "run.json").is_file():
@@ -90,7 +90,7 @@ def _made_by(findings: Findings, command: str) -> str:
 
 
 def questions(findings: Findings) -> Grid:
-    """Each question, its answer, and the difference that it rests on."""
+    """Each question, its answer, and the difference that decides it."""
     rows = []
     for question in findings.plan.questions:
         if not findings.can_answer(question):
@@ -114,7 +114,7 @@ def questions(findings: Findings) -> Grid:
 
 
 def methods(findings: Findings, group: str) -> Grid:
-    """Scores, win rates and errors of a group of methods, the base above them."""
+    """Scores, win rates and errors of a group of methods, with the base in the first row."""
     plan = findings.plan
     names = [BASE, *(n for n in findings.methods if group in (plan.methods[n].group, *plan.methods[n].also_in))]
     best = {scorer: max(names, key=lambda name: findings.of(name, scorer).mean()) for scorer in plan.scorers}
@@ -192,7 +192,7 @@ def _against_base(findings: Findings) -> str:
 
 
 def bend(slopes: SlopeSettings) -> Grid:
-    """By how much the power term has bent the slope at the errors that training reached."""
+    """How much the power term changed the slope at the errors that training reached."""
     settings, _, seen = slopes
     rows = []
     for n in SLOPE_EXPONENTS:
@@ -212,7 +212,7 @@ def bend(slopes: SlopeSettings) -> Grid:
 
 
 def tuning(findings: Findings) -> Grid:
-    """Every run of the tuning: the budget is the same for all."""
+    """The score of every tuning run; all methods have the same budget."""
     plan = findings.plan
     rows = []
     for method in plan.tuned:
@@ -233,7 +233,7 @@ def tuning(findings: Findings) -> Grid:
 
 
 def _slope_settings(findings: Findings) -> SlopeSettings | None:
-    """Those of the xDPO methods; None without any."""
+    """The slope settings of the xDPO methods; None without such methods."""
     first = {n: findings.runs[n, findings.plan.seeds[0]].settings for n in findings.methods}
     names = [n for n, settings in first.items() if "reward" in settings.loss.objective.keys]
     if not names:

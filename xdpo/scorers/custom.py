@@ -1,9 +1,9 @@
-"""A scorer of the user's own: a class in a Python file, named path/to/file.py:ClassName.
+"""Scorers from users: a class in a Python file, named path/to/file.py:ClassName.
 
 The class needs `score(images, prompts)`: RGB PIL images and as many prompts → one number per image, higher being
-better. It is constructed with those of the keywords `device` and `weights` that it takes. If it has the attributes
-`version` and `scale`, they are used; without, the version is the file's checksum. If it has `preprocess` and
-`score_batch` as `interface.Scorer` describes them, DataLoader workers do the former.
+better. It is constructed with those of the keywords `device` and `weights` that it accepts. Its attributes `version`
+and `scale` are used if it has them; without `version`, the file's checksum is the version. If it has `preprocess` and
+`score_batch` as `interface.Scorer` describes them, DataLoader workers preprocess the images.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ def is_custom(name: str) -> bool:
 
 
 def custom_class(name: str) -> tuple[type, Path]:
-    """The class that path/to/file.py:ClassName names, and the file. Raises ValueError where there is none."""
+    """The class that path/to/file.py:ClassName names, and the file. Raises ValueError if there is none."""
     file, _, class_name = name.rpartition(":")
     path = user_path(file)
     if not path.is_file():
@@ -35,7 +35,7 @@ def custom_class(name: str) -> tuple[type, Path]:
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec is not None and spec.loader is not None  # it is a .py file
         module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module  # where pickle looks for what the file defines
+        sys.modules[module_name] = module  # pickle looks here for the file's definitions
         try:
             spec.loader.exec_module(module)
         except BaseException:
@@ -53,7 +53,7 @@ def custom_version(name: str) -> str:
 
 
 def load_custom(name: str, device: str | torch.device, weights: str | Path | None) -> Scorer:
-    """Construct the class behind the common interface."""
+    """Construct the class and wrap it as a Scorer."""
     scorer_class, _ = custom_class(name)
     accepted = inspect.signature(scorer_class).parameters.values()
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted)

@@ -1,4 +1,4 @@
-"""A study's result as Markdown, a bar chart beside the published numbers, and a table of votes."""
+"""Write a study's results: Markdown, a bar chart with the published numbers, and a table of votes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from xdpo.study.analysis import ALL, Checks, Result, attention, judgements, left
 from xdpo.study.folder import Key, Study
 from xdpo.study.votes import Vote
 
-PUBLISHED = "xDPO, published"  # whatever model this study tests
+PUBLISHED = "xDPO, published"  # this label is used whichever model the study tests
 
 
 @dataclass(frozen=True)
 class StudyFindings:
-    """All that the report says. `without_inattentive`: the results when the annotators in `excluded` are left out."""
+    """Everything that the report shows. `without_inattentive`: the results without the annotators in `excluded`."""
 
     study: Study
     key: Key
@@ -34,7 +34,7 @@ class StudyFindings:
 
 
 def find(study: Study, key: Key, votes: Sequence[Vote], allowed_share: float) -> StudyFindings:
-    """Analyse the votes; annotators who failed more than `allowed_share` of their checks are left out once."""
+    """Analyse the votes, with everybody and without those who failed more than `allowed_share` of their checks."""
     given, checks = judgements(study, key, votes), attention(study, key, votes)
     excluded = [each.annotator for each in checks if each.is_inattentive(allowed_share)]
     kept = [judgement for judgement in given if judgement.annotator not in excluded]
@@ -112,7 +112,7 @@ def _grid(study: Study, title: str, results: Sequence[Result], with_category: bo
 
 
 def checks_grid(checks: Sequence[Checks], excluded: Sequence[int]) -> Grid:
-    """A row for each annotator who voted."""
+    """Each voting annotator's checks, a row each."""
     rows = tuple(
         (
             Cell(str(each.annotator), each.annotator),
@@ -149,7 +149,7 @@ def win_rate_bars(findings: StudyFindings) -> Figure:
         panels = figure.subplots(1, len(benchmarks), squeeze=False, sharey=True)[0]
         for axes, benchmark in zip(panels, benchmarks, strict=True):
             _bars(axes, findings, benchmark, questions)
-        # Gathered from all panels: the published numbers, and a question that nobody answered, stand in some only.
+        # Gathered from all panels: some lack the published numbers, or a question that nobody answered there.
         shown_as: dict = {}
         for axes in panels:
             handles, names = axes.get_legend_handles_labels()
