@@ -71,7 +71,7 @@ def one_first(is_first: bool) -> Iterator[None]:
     wait()
 
 
-def agree(value: Any) -> Any:
+def agree(value: Any) -> Any:  # the others pass what they have, often None
     """The first process's value, on every process."""
     if count() == 1:
         return value
@@ -80,7 +80,7 @@ def agree(value: Any) -> Any:
     return box[0]
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Item) -> list[Item]:
     """Every process's value, by rank."""
     if count() == 1:
         return [value]

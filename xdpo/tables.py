@@ -13,9 +13,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 from xdpo.files import StorageError, storage_fault
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Content = TypeVar("Content")
 
 _MARKS = {  # UTF-32's begins with UTF-16's
     codecs.BOM_UTF8: "utf-8-sig",
@@ -338,7 +343,7 @@ def _span(first: int, count: int) -> str:
 # --- parquet -------------------------------------------------------------------------------------------
 
 
-def parquet_schema(path: Path) -> Any:
+def parquet_schema(path: Path) -> "pa.Schema":
     """The pyarrow schema in a parquet file's footer. Raises TableError for another file."""
     import pyarrow.parquet as pq
 
@@ -354,7 +359,7 @@ def _read_parquet(path: Path, wanted: Callable[[str], bool]) -> Table:
     return Table(path, names, range(len(rows)), rows, unit="row")
 
 
-def _from_parquet(path: Path, read: Callable[[], Any]) -> Any:
+def _from_parquet(path: Path, read: Callable[[], Content]) -> Content:
     import pyarrow as pa
 
     try:
