@@ -3,8 +3,8 @@
     python evaluate.py --images images/sd15 images/xdpo --scorers pickscore,hpsv2,clip --baseline sd15 --output results
     python evaluate.py --output results --table2 --table3      the paper's tables, from the scores that are there
 
-Every score is kept in OUTPUT/scores.parquet by image checksum, prompt and scorer version: another model or metric costs
-only what is new, and a run that was killed goes on where it was.
+Every score is kept in OUTPUT/scores.parquet by image checksum, prompt and scorer version. Another model or metric costs
+only the new scores, and a killed run resumes.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
 
+from xdpo.arguments import positive
 from xdpo.files import check_writable, write_text
 from xdpo.images.reading import Problem, by_prompt, name_folders, read_models
 from xdpo.paths import expanded, user_path
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from xdpo.report.sections import Evaluation
     from xdpo.scores.table import ScoreTable
 
-# Everything that needs torch is imported after the arguments are read: --help and a bad argument take no seconds.
+# What needs torch is imported after the arguments are read, so that --help and a bad argument answer at once.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     how = parser.add_argument_group("scoring")
     how.add_argument("--device", help="default: the accelerator where there is one, else the CPU")
-    how.add_argument("--batch-size", type=_positive, default=16, help="images at once (default: 16)")
+    how.add_argument("--batch-size", type=positive, default=16, help="images at once (default: 16)")
     how.add_argument("--workers", type=int, help="processes that decode (default: 0 on a CPU, up to 8 beside a GPU)")
     how.add_argument("--weights", type=user_path, help="folder of the scorers' weights, for machines without a hub")
     where = parser.add_argument_group("output")
@@ -89,14 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
-    return int(text)
-
-
 def evaluate(options: argparse.Namespace) -> int:
-    """Check what is cheap to check, score what is new, write the report."""
+    """Check what is cheap to check, score what is new, write the report. Returns 0."""
     check_writable(options.output, "--output")
     folders = name_folders(options.images)
     scorers = list(dict.fromkeys(expanded(name.strip()) for name in options.scorers.split(",") if name.strip()))
@@ -156,20 +151,21 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def write_report(options: argparse.Namespace, evaluation: "Evaluation") -> None:
-    """report.md, report.html and figures/ in the output folder, each file written aside and renamed."""
+    """Write report.md, report.html and figures/ into the output folder."""
     from xdpo.report.markdown import markdown
     from xdpo.report.page import page
     from xdpo.report.sections import sections
 
     output = options.output
-    parts = sections(evaluation, output / "figures")
-    write_text(output / "report.md", markdown(options.title, parts, output))
-    write_text(output / "report.html", page(options.title, evaluation, parts, output, int(options.embed_mb * 1e6)))
+    report_sections = sections(evaluation, output / "figures")
+    write_text(output / "report.md", markdown(options.title, report_sections, output))
+    embed_bytes = int(options.embed_mb * 1e6)
+    write_text(output / "report.html", page(options.title, evaluation, report_sections, output, embed_bytes))
     print(f"report: {output / 'report.html'}, {output / 'report.md'}; scores: {output / 'scores.parquet'}")
 
 
 def print_tables(options: argparse.Namespace, table: "ScoreTable") -> int:
-    """The paper's tables from the scores of all models in the table, whatever else was evaluated lately."""
+    """Print the paper's tables from all models in the score table, not only those just evaluated. Returns 0."""
     from xdpo.report import grids, published
     from xdpo.scores.results import benchmarks_of
 

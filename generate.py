@@ -4,7 +4,7 @@
     accelerate launch generate.py --model runs/xdpo_sd15 --prompts hpsv2 --output images/xdpo
     python generate.py grid --images images/sd15 images/xdpo --prompts paper_figures --output figures.png
 
-The same command resumes: finished images are skipped. `generate.py grid --help` explains sheets side by side.
+The same command resumes and skips finished images. `generate.py grid --help` explains sheets of models side by side.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
 
+from xdpo.arguments import positive
 from xdpo.paths import expanded, user_path
 from xdpo.prompts import PROMPT_SETS, load_prompts
 from xdpo.sampling.settings import SCHEDULERS, SamplingSettings
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from xdpo.images.manifest import ManifestRow
 
-# Everything that needs torch is imported after the arguments are read: --help and a bad argument take no seconds.
+# What needs torch is imported after the arguments are read, so that --help and a bad argument answer at once.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,18 +63,18 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("prompts and images")
     what.add_argument("--prompts", required=True, nargs="+", help=f"{', '.join(PROMPT_SETS)}, or files of your own")
     what.add_argument("--prompts-path", help="file or folder of the one set in --prompts, in place of the cache")
-    what.add_argument("--limit", type=_positive, help="the first so many prompts")
+    what.add_argument("--limit", type=positive, help="the first so many prompts")
     what.add_argument("--categories", nargs="+", default=(), help="only these categories or styles")
-    what.add_argument("--sample", type=_positive, help="so many prompts at random")
+    what.add_argument("--sample", type=positive, help="so many prompts at random")
     what.add_argument("--sample-seed", type=int, default=0, help="which ones (default: 0)")
-    what.add_argument("--images-per-prompt", type=_positive, default=1, help="default: 1")
+    what.add_argument("--images-per-prompt", type=positive, default=1, help="default: 1")
     what.add_argument("--output", required=True, type=user_path, help="images go to OUTPUT/SET/CATEGORY/00000.png")
     what.add_argument("--format", choices=("png", "jpg"), default="png", help="default: png")
     what.add_argument("--quality", type=int, default=75, help="of JPEGs; 75, Pillow's default, if not given")
     how = parser.add_argument_group("sampling")
     default = SamplingSettings()
     how.add_argument("--seed", type=int, default=default.seed, help="the prompt at position p starts from seed + p")
-    how.add_argument("--steps", type=_positive, default=default.num_inference_steps, help="default: 50")
+    how.add_argument("--steps", type=positive, default=default.num_inference_steps, help="default: 50")
     how.add_argument("--guidance", type=float, default=default.guidance_scale, help="default: 7.5; 1: none")
     how.add_argument(
         "--scheduler",
@@ -81,11 +82,11 @@ def build_parser() -> argparse.ArgumentParser:
         default="pipeline",
         help="default: the pipeline's own",
     )
-    how.add_argument("--image-size", type=_positive, help="in pixels; default: the pipeline's, 512 for SD 1.5")
+    how.add_argument("--image-size", type=positive, help="in pixels; default: the pipeline's, 512 for SD 1.5")
     how.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
     how.add_argument("--compile", action="store_true", help="torch.compile of the whole UNet")
     how.add_argument(
-        "--batch-size", type=_positive, default=default.batch_size, help="images at once; part of what decides pixels"
+        "--batch-size", type=positive, default=default.batch_size, help="images at once; part of what decides pixels"
     )
     how.add_argument(
         "--allow-oom-halving",
@@ -107,23 +108,17 @@ def build_grid_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, type=user_path, help="PNG or JPEG; further sheets get _2, _3, …")
     parser.add_argument("--categories", nargs="+", default=(), help="only these")
     parser.add_argument("--indices", nargs="+", type=int, help="only images of these numbers")
-    parser.add_argument("--limit", type=_positive, help="the first so many prompts")
-    parser.add_argument("--rows", type=_positive, default=6, help="prompts on a sheet (default: 6)")
-    parser.add_argument("--cell", type=_positive, help="side of an image on the sheet, in pixels; default: its own")
+    parser.add_argument("--limit", type=positive, help="the first so many prompts")
+    parser.add_argument("--rows", type=positive, default=6, help="prompts on a sheet (default: 6)")
+    parser.add_argument("--cell", type=positive, help="side of an image on the sheet, in pixels; default: its own")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
-    return int(text)
 
 
 # --- images --------------------------------------------------------------------------------------------
 
 
 def generate(options: argparse.Namespace) -> int:
-    """Check everything that is cheap to check, load the model, make what is missing."""
+    """Check everything that is cheap to check, load the model, make the missing images. Returns 0."""
     settings = build_settings(options)
     if options.prompts_path and len(options.prompts) != 1:
         raise ValueError(f"--prompts-path is for one set, but --prompts names {len(options.prompts)}")
@@ -145,13 +140,13 @@ def generate(options: argparse.Namespace) -> int:
 
 
 def make_missing(options: argparse.Namespace, settings: SamplingSettings, state: "PartialState") -> int:
-    """Make the images that aren't there. Returns 0; every process calls it."""
+    """Make the missing images. Returns 0. Every process calls it."""
     from xdpo import files, models, processes
     from xdpo.images.folder import check_image_folder
     from xdpo.sampling.generation import make_missing_images, plan_job
 
     # Prompts, model, folders: all checked before any weight is loaded.
-    with processes.one_first(state.is_main_process):  # it downloads, the others find it done
+    with processes.one_first(state.is_main_process):  # it downloads, the others find the files
         prompt_sets = [
             load_prompts(
                 name,
@@ -210,7 +205,7 @@ def build_settings(options: argparse.Namespace) -> SamplingSettings:
 
 
 def grid(options: argparse.Namespace) -> int:
-    """Sheets of the prompts that all folders have images of."""
+    """Write sheets of the prompts for which every folder has an image. Returns 0."""
     from xdpo.images.sheets import first_images, write_sheets
 
     if options.output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
@@ -219,24 +214,24 @@ def grid(options: argparse.Namespace) -> int:
     if len(titles) != len(options.images) or len(set(titles)) != len(titles):
         raise ValueError(f"--titles must name each of the {len(options.images)} columns differently, got {titles}")
     folders = dict(zip(titles, options.images, strict=True))
-    found = {title: first_images(folder, options.prompts) for title, folder in folders.items()}
-    shared = sorted(set.intersection(*map(set, found.values())))
-    prompts = [prompt for prompt in shared if _is_wanted(found[titles[0]][prompt], options)][: options.limit]
+    rows_by_title = {title: first_images(folder, options.prompts) for title, folder in folders.items()}
+    shared = sorted(set.intersection(*map(set, rows_by_title.values())))
+    prompts = [prompt for prompt in shared if _is_selected(rows_by_title[titles[0]][prompt], options)][: options.limit]
     if not prompts:
         raise ValueError("no prompt is left that all folders have images of; check --categories and --indices")
     columns = {
-        title: [folder / options.prompts / found[title][prompt].file for prompt in prompts]
+        title: [folder / options.prompts / rows_by_title[title][prompt].file for prompt in prompts]
         for title, folder in folders.items()
     }
     captions = [text for _, text in prompts]
     for path, count in write_sheets(columns, captions, options.output, options.rows, options.cell):
         print(f"{path}: {count} prompts × {len(titles)} models")
-    everywhere = max(map(len, found.values()))
+    everywhere = max(map(len, rows_by_title.values()))
     print(f"{len(prompts)} of {everywhere} prompts shown; {len(shared)} have an image in every folder")
     return 0
 
 
-def _is_wanted(row: "ManifestRow", options: argparse.Namespace) -> bool:
+def _is_selected(row: "ManifestRow", options: argparse.Namespace) -> bool:
     in_category = not options.categories or row.category in options.categories
     return in_category and (options.indices is None or row.index in options.indices)
 

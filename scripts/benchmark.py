@@ -1,10 +1,10 @@
-"""Costs, speed and memory of a step: each subcommand prints a table, and writes it with --json FILE.
+"""Measure what a step costs, its speed and its memory: each subcommand prints a table and writes it with --json FILE.
 
     python scripts/benchmark.py flops
     python scripts/benchmark.py step --rounds 5 --json step.json
     python scripts/benchmark.py step --help
 
-Times are taken in turn within one process. OMP_NUM_THREADS sets the number of threads.
+Variants are timed in turn within one process. OMP_NUM_THREADS sets the number of threads.
 """
 
 import argparse
@@ -46,7 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     for name, module in BENCHMARKS.items():
-        command = commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
+        description = module.__doc__ or ""
+        command = commands.add_parser(name, help=description.partition("\n")[0], description=description)
         module.add_arguments(command)
         command.add_argument(
             "--json", type=user_path, metavar="FILE", help="write table, all rounds, machine and versions"

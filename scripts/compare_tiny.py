@@ -1,4 +1,4 @@
-"""Measure a run on the embedded default: images before and after, and what the judges say of them.
+"""Measure a run on the embedded default: images before and after training, and the judges' scores.
 
     python scripts/compare_tiny.py runs/tiny/xdpo
 
@@ -11,6 +11,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
 
@@ -28,11 +29,16 @@ from xdpo.scorers.loading import load_scorer
 from xdpo.scores.statistics import compare
 from xdpo.tiny.world import tiny_prompts
 
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
 SCORERS = ("tiny_reward", "tiny_alignment", "tiny_appeal")
 SHEET_PROMPTS = 2  # of each category on the sheet
 
 
-def sample(pipeline, prompts: list[str], settings: Config, guidance: float, seed: int) -> list[Image.Image]:
+def sample(
+    pipeline: "StableDiffusionPipeline", prompts: list[str], settings: Config, guidance: float, seed: int
+) -> list[Image.Image]:
     return sample_images(
         pipeline,
         prompts,

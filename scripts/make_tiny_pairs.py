@@ -8,6 +8,7 @@ scenes that neither the base nor preference training has seen.
 import argparse
 import io
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -61,7 +62,9 @@ def held_out_scene(rng: np.random.Generator) -> world.Scene:
     return scene
 
 
-def draw_pairs(count: int, seed: int, draw_scene) -> tuple[list[dict], float]:
+def draw_pairs(
+    count: int, seed: int, draw_scene: Callable[[np.random.Generator], world.Scene]
+) -> tuple[list[dict], float]:
     """`count` rows of the schema, and the share of choices that disagree with the noiseless utility."""
     rng, rows, against, chosen = np.random.default_rng(seed), [], 0, 0
     for index in range(count):

@@ -1,9 +1,9 @@
-"""Fetch and convert a config's pairs ahead of its training: one process without a GPU, where many would wait for it.
+"""Download and convert a config's pairs ahead of its training, in one process without a GPU.
 
     python scripts/prepare_data.py --config configs/xdpo_sd15.yaml
 
-What it leaves in the caches of `datasets` and of the hub is what training looks for, so that training starts at once.
-The same command goes on after a kill: files that were fetched stay; a conversion that was cut short begins anew.
+Training finds the result in the caches of `datasets` and of the hub, and starts at once. After a kill, the same command
+resumes: downloaded files stay, an interrupted conversion starts again.
 """
 
 import os
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prepare(settings: Config, split: Split) -> None:
-    """Say what there is to do, do it, and say which pairs came of it. Raises DataError."""
+    """Print what there is to do, do it, and print how many pairs came of it. Raises DataError."""
     title, source = split.title, precompute.source_of(settings, split)
     if files := data.files_to_convert(settings.data, **source):
         print(f"{title}: {describe(files)}", flush=True)
@@ -42,19 +42,19 @@ def prepare(settings: Config, split: Split) -> None:
 
 
 def describe(files: list[str]) -> str:
-    """How many files and gigabytes, where they go, and how much room there is."""
+    """The number of files and gigabytes, where they go, and the free space there."""
     from datasets.config import HF_DATASETS_CACHE
     from huggingface_hub.constants import HF_HUB_CACHE
 
     size = sum(sizes_of(files))
     lines = [f"{len(files):,} files, {size / 1e9:.3g} GB"]
-    places = {"converted": Path(HF_DATASETS_CACHE)}
+    folders = {"converted": Path(HF_DATASETS_CACHE)}
     if "://" in files[0]:
-        places = {"fetched": Path(HF_HUB_CACHE)} | places
-    for what, place in places.items():
-        existing = next(parent for parent in (place, *place.absolute().parents) if parent.exists())
+        folders = {"fetched": Path(HF_HUB_CACHE)} | folders
+    for what, folder in folders.items():
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         free = shutil.disk_usage(existing).free
-        lines.append(f"{what} in {place}: about {size / 1e9:.3g} GB, less what is there; {free / 1e9:.3g} GB are free")
+        lines.append(f"{what} in {folder}: about {size / 1e9:.3g} GB, less what is there; {free / 1e9:.3g} GB are free")
     return "\n  ".join(lines)
 
 

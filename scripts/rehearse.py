@@ -1,13 +1,14 @@
-"""A dress rehearsal of the real run on the machine at hand: stopped, killed and resumed, with tables as large as life.
+"""Rehearse the real run on this machine: stop, kill and resume a training with tables of full size.
 
     python scripts/rehearse.py                  two processes, some minutes, 2 GB of disk
     python scripts/rehearse.py --processes 8    on a machine with eight GPUs
-    python scripts/rehearse.py --launch 'accelerate launch --config_file mine.yaml' --processes 16     as it will be run
+    python scripts/rehearse.py --launch 'accelerate launch --config_file mine.yaml' --processes 16     your own launcher
 
 The embedded model is trained from an example cache with as many pairs, images, captions and shards as Pick-a-Pic v2's
-at Stable Diffusion 1.5's size, whose records are small and random. Open files are limited to 256 a process. One run
-goes through; another is stopped by SIGTERM to its launcher, resumed, killed without warning with all its processes, and
-ends as one process. What is checked is printed as "holds" or "DOES NOT HOLD"; then the exit status is 1.
+at Stable Diffusion 1.5's size. The cache's records are small and random. Open files are limited to 256 a process. One
+run is not interrupted. Another is stopped by SIGTERM to its launcher, resumed, killed with all its processes, and
+finished as one process. Each check is printed as "holds" or "DOES NOT HOLD"; one that does not hold makes the exit
+status 1.
 """
 
 import argparse
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class Rehearsal:
-    """Two runs on one cache, and what is found out about them."""
+    """Two runs on one cache, and the checks of their results."""
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.output = options, options.output.absolute()
@@ -126,8 +127,8 @@ class Rehearsal:
         common = [step for step in run.checkpoints() if step % self.every == 0 and step > stopped_at]
         equal = [same_bits(self._checkpoint("whole", step), self._checkpoint("interrupted", step)) for step in common]
         claim = "its weights and moments are the uninterrupted run's, to the bit"
-        steps = ", ".join(map(str, common))
-        self._check(claim, bool(equal) and all(equal), f"steps {steps}")
+        compared = ", ".join(map(str, common))
+        self._check(claim, bool(equal) and all(equal), f"steps {compared}")
 
         self._title("resumed as one process")
         run = Training([sys.executable], self._arguments("interrupted"), self.output / "interrupted")
@@ -171,13 +172,13 @@ class Rehearsal:
     def _title(self, text: str) -> None:
         print(f"\n{text}", flush=True)
 
-    def _check(self, claim: str, holds: bool, found: str) -> None:
+    def _check(self, claim: str, holds: bool, evidence: str) -> None:
         self.all_hold = self.all_hold and holds
-        print(f"  {'holds' if holds else 'DOES NOT HOLD'}: {claim} ({found})", flush=True)
+        print(f"  {'holds' if holds else 'DOES NOT HOLD'}: {claim} ({evidence})", flush=True)
 
 
 class Training:
-    """A launched training: its processes, and what it has written so far."""
+    """A launched training: its processes and its output so far."""
 
     def __init__(self, launch: list[str], arguments: list[str], folder: Path):
         self.folder = folder
@@ -195,7 +196,7 @@ class Training:
         self.status: int | None = None
 
     def wait_for_step(self, step: int) -> None:
-        """Wait until so many optimizer steps are logged. Raises ValueError where the training ends or hangs before."""
+        """Wait until this many optimizer steps are logged. Raises ValueError if the training ends or hangs before."""
         before, deadline = self.steps_logged(), time.monotonic() + LAUNCH_SECONDS
         while self.steps_logged() < step:
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -204,7 +205,7 @@ class Training:
             time.sleep(0.05)
 
     def wait_to_the_end(self) -> int:
-        """Wait until the launcher has ended; returns the most files that one process had open at a look."""
+        """Wait until the launcher has ended. Returns the most files that a process was seen to have open."""
         most, deadline = 0, time.monotonic() + LAUNCH_SECONDS
         while self.process.poll() is None:
             if time.monotonic() > deadline:
@@ -216,7 +217,7 @@ class Training:
         return most
 
     def kill(self) -> None:
-        """SIGKILL to the launcher and every process of the run, as when the machine goes."""
+        """Send SIGKILL to the launcher and every process of the run, as if the machine had failed."""
         for number in (self.process.pid, *self.processes()):
             try:
                 os.kill(number, signal.SIGKILL)
@@ -288,7 +289,7 @@ def make_cache(settings: Config, num_pairs: int, split: Split) -> None:
 
 
 def limit_open_files() -> None:
-    """In the launched process: the lowest limit that systems have, and a quarter of the usual one."""
+    """Limit the open files of the launched process: to the lowest limit of any system, a quarter of the usual one."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
 
 

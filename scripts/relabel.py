@@ -3,11 +3,10 @@
     python scripts/relabel.py --data 'pickapic/train-*.parquet' --scorer pickscore --output relabelled
     python train_xdpo.py --config configs/xdpo_sd15.yaml data.source=parquet data.path='relabelled/*.parquet'
 
-Of each pair the image with the higher score becomes the preferred one (Diffusion-DPO's AI feedback, Section 5.3). New
-columns: score_0 and score_1, from which loss.margin_weight weights the pairs where it is asked for, and the labels that
-were there as human_label_0 and human_label_1. Scores that differ by no more than --tie-threshold are a tie, which
-training leaves out; so is a pair whose images cannot both be read. The same command goes on where it was interrupted: a
-file is whole or absent.
+The image with the higher score becomes the preferred one of its pair (Diffusion-DPO's AI feedback, Section 5.3). New
+columns are score_0 and score_1, which loss.margin_weight uses, and human_label_0 and human_label_1, the earlier labels.
+Scores that differ by at most --tie-threshold are a tie, and so is a pair with an unreadable image; training leaves ties
+out. The same command resumes: a file is whole or absent.
 """
 
 import argparse
@@ -17,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
 
@@ -80,11 +80,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def input_files(patterns: list[str], output: Path) -> list[Path]:
-    """The files meant that have rows, checked by their footers. Raises ValueError, before any is read."""
-    found = {pattern: matching(pattern) for pattern in patterns}
-    if empty := [pattern for pattern in patterns if not found[pattern]]:
+    """The files with rows that the patterns match, checked by their footers. Raises ValueError before any is read."""
+    matches = {pattern: matching(pattern) for pattern in patterns}
+    if empty := [pattern for pattern in patterns if not matches[pattern]]:
         raise ValueError(f"--data: no file matches {', '.join(empty)}")
-    files = list(dict.fromkeys(file for pattern in patterns for file in found[pattern]))
+    files = list(dict.fromkeys(file for pattern in patterns for file in matches[pattern]))
     if twice := [name for name, count in Counter(file.name for file in files).items() if count > 1]:
         raise ValueError(
             f"--data: several files are called {twice[0]}; relabel each folder into an --output of its own"
@@ -125,18 +125,18 @@ def footer_sha256(file: Path) -> str:
 
 
 def is_done(path: Path, made_by: dict) -> bool:
-    """Whether a file is there already. Raises ValueError where it was made by or from something else."""
+    """Whether a file exists already. Raises ValueError if it was made by or from something else."""
     if not path.exists():
         return False
-    found = parquet_schema(path).metadata or {}
-    wanted = {name: str(value).encode() for name, value in made_by.items()}
-    if other := [name.replace("_", "-") for name, value in wanted.items() if found.get(name.encode()) != value]:
+    metadata = parquet_schema(path).metadata or {}
+    expected = {name: str(value).encode() for name, value in made_by.items()}
+    if other := [name.replace("_", "-") for name, value in expected.items() if metadata.get(name.encode()) != value]:
         raise ValueError(f"{path} was made with another {' and '.join(other)}; choose another --output, or remove it")
     return True
 
 
 def relabel(source: Path, target: Path, scorer: Scorer, made_by: dict, batch_size: int) -> Counter:
-    """Write one file's pairs with new labels, whole or not at all; returns what became of them."""
+    """Write one file's pairs with new labels, whole or not at all. Returns counts of the outcomes."""
     counts: Counter[str] = Counter()
     with replacing(target, "wb") as file:
         writer = None
@@ -149,19 +149,20 @@ def relabel(source: Path, target: Path, scorer: Scorer, made_by: dict, batch_siz
             table = table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata})
             writer = writer or pq.ParquetWriter(file, table.schema)
             writer.write_table(table)
+        assert writer is not None, "input_files leaves out files without rows"
         writer.close()
     return counts
 
 
 def _tables(source: Path) -> Iterator[pa.Table]:
-    """A file's rows, some at a time. Raises StorageError where they can't be read."""
+    """A file's rows in batches. Raises StorageError where they can't be read."""
     with reading(source):
         for batch in pq.ParquetFile(source).iter_batches(batch_size=ROWS_AT_ONCE):
             yield pa.Table.from_batches([batch])
 
 
 def with_new_labels(table: pa.Table, scores: np.ndarray, labels: np.ndarray) -> pa.Table:
-    """The pairs with these labels and scores in the place of those they have; the first labels stay as human_label."""
+    """The pairs with these labels and scores instead of their own; the first labels are kept as human_label."""
     for side in (0, 1):
         if f"label_{side}" in table.column_names and f"human_label_{side}" not in table.column_names:
             table = table.append_column(f"human_label_{side}", table.column(f"label_{side}"))
@@ -170,21 +171,21 @@ def with_new_labels(table: pa.Table, scores: np.ndarray, labels: np.ndarray) -> 
                 table = table.remove_column(table.column_names.index(name))
             table = table.append_column(name, pa.array(values[:, side]))
     if "has_label" in table.column_names:  # what had none has one now
-        place = table.column_names.index("has_label")
-        table = table.set_column(place, "has_label", pa.array(np.ones(len(table), dtype=bool)))
+        column = table.column_names.index("has_label")
+        table = table.set_column(column, "has_label", pa.array(np.ones(len(table), dtype=bool)))
     return table
 
 
 def score_pairs(table: pa.Table, scorer: Scorer, batch_size: int) -> np.ndarray:
-    """(rows, 2) float64; NaN for a pair without caption or with an image that can't be read."""
+    """Scores (rows, 2) float64; NaN for a pair without caption or with an image that can't be read."""
     scores = np.full((len(table), 2), np.nan)
-    places, images, captions = [], [], []
+    cells, images, captions = [], [], []
     for row, side, image, caption in _readable(table):
-        places.append((row, side))
+        cells.append((row, side))
         images.append(image)
         captions.append(caption)
-    for place, score in zip(places, scorer.score(images, captions, batch_size), strict=True):
-        scores[place] = score
+    for cell, score in zip(cells, scorer.score(images, captions, batch_size), strict=True):
+        scores[cell] = score
     scores[np.isnan(scores).any(axis=1)] = np.nan
     return scores
 
@@ -200,7 +201,7 @@ def _readable(table: pa.Table) -> Iterator[tuple]:
 
 
 def new_labels(scores: np.ndarray, tie_threshold: float) -> np.ndarray:
-    """(rows, 2): 1 and 0 for the image that scores more and the other; ½ each for a tie or missing scores."""
+    """Labels (rows, 2): 1 for the image with the higher score, 0 for the other; ½ each for a tie or missing scores."""
     gap = scores[:, 0] - scores[:, 1]
     first = np.where(np.isnan(gap) | (np.abs(gap) <= tie_threshold), 0.5, (gap > 0).astype(float))
     return np.stack([first, 1 - first], axis=1)
@@ -217,8 +218,8 @@ def count(table: pa.Table, scores: np.ndarray, labels: np.ndarray) -> Counter:
     return Counter({name: int(rows.sum()) for name, rows in counts.items()})
 
 
-def as_number(value: object) -> float:
-    """A label as a number; NaN where it is missing or none."""
+def as_number(value: Any) -> float:
+    """A label as a number; NaN where it is missing or not a number."""
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -1,10 +1,10 @@
-"""The paper's tables and the questions that it leaves open, from one plan: tune, train, make images, score, write.
+"""Make the paper's tables and answer its open questions from one plan: tune, train, sample, score, write.
 
     python scripts/reproduce.py --scale tiny                 the embedded world, on a CPU in about two hours
-    python scripts/reproduce.py --scale sd15                 says what would run on GPUs; --go runs it
+    python scripts/reproduce.py --scale sd15                 prints the GPU plan; --go runs it
 
-A scale is a plan in configs/experiments/, or the path of one of your own. The same command goes on where it was stopped
-or killed. Results: OUTPUT/results.md with figures, or --page; OUTPUT/results/report.html has every image.
+A scale is a plan in configs/experiments/, or the path of your own. After a stop or a kill the same command resumes.
+The results are in OUTPUT/results.md with figures, or in --page; OUTPUT/results/report.html shows every image.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from xdpo.experiments.findings import Findings
 from xdpo.experiments.plan import BASE, load_plan
 from xdpo.experiments.runs import ROOT, Run, train_all
 from xdpo.experiments.stages import Reproduction, choose, model_name
-from xdpo.experiments.tasks import Interrupted, Task, run_all, tell
+from xdpo.experiments.tasks import Interrupted, Task, print_line, run_all
 from xdpo.paths import user_path
 
 PLANS = ROOT / "configs" / "experiments"
@@ -30,7 +30,7 @@ class StageError(RuntimeError):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a plan, or say what it would run. Returns the exit status, 130 if it was asked to stop."""
+    """Run a plan, or print what it would run. Returns the exit status, 130 after a request to stop."""
     options = build_parser().parse_args(arguments)
     try:
         path = user_path(options.scale)
@@ -67,26 +67,26 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def reproduce(reproduction: Reproduction, jobs: int) -> Findings:
-    """All stages. A training that fails is left out and reported; images or scores that fail end it with StageError."""
+    """Run all stages. A failed training is left out and reported. Raises StageError if images or scores fail."""
     plan, processes = reproduction.plan, reproduction.num_processes
     candidates = reproduction.tuning_runs()  # checks all configs that are tuned
     reproduction.runs(dict.fromkeys(plan.tuned, plan.tuning.values[0]))  # and all others
 
     # Tuning: one run for each value, on prompts of its own.
-    tell(f"tuning: {len(candidates)} trainings")
+    print_line(f"tuning: {len(candidates)} trainings")
     failed = train_all(list(candidates.values()), jobs, processes)
-    made = {place: run for place, run in candidates.items() if run.name not in failed}
-    images = [reproduction.images(run, plan.steps, plan.tuning.prompts) for run in made.values()]
+    trained = {candidate: run for candidate, run in candidates.items() if run.name not in failed}
+    images = [reproduction.images(run, plan.steps, plan.tuning.prompts) for run in trained.values()]
     finish(images, jobs, processes)
     finish([reproduction.evaluation("tuning", images)], 1, 1)
-    names = {place: model_name(run, plan.steps) for place, run in made.items()}
+    names = {candidate: model_name(run, plan.steps) for candidate, run in trained.items()}
     scores = reproduction.scores("tuning", list(names.values()))
-    found = {place: float(scores[name, plan.score].mean()) for place, name in names.items()}
-    chosen = choose(found)
+    means = {candidate: float(scores[name, plan.score].mean()) for candidate, name in names.items()}
+    chosen = choose(means)
 
     # The methods, with every seed.
     runs = reproduction.runs(chosen)
-    tell(f"methods: {len(runs)} trainings")
+    print_line(f"methods: {len(runs)} trainings")
     failed |= train_all(list(runs.values()), jobs, processes)
     pipeline = next(iter(candidates.values())).settings.model.pipeline
     images = [reproduction.base_images(pipeline, plan.prompts)]
@@ -97,18 +97,18 @@ def reproduce(reproduction: Reproduction, jobs: int) -> Findings:
             models.append(model_name(run, step))
     finish(images, jobs, processes)
     finish([reproduction.evaluation("results", images)], 1, 1)
-    tuning = {place: found.get(place, float("nan")) for place in candidates}
+    tuning = {candidate: means.get(candidate, float("nan")) for candidate in candidates}
     return Findings(plan, candidates, tuning, chosen, runs, reproduction.scores("results", models), failed)
 
 
 def finish(tasks: Sequence[Task], jobs: int, processes: int) -> None:
-    """Run tasks that nothing goes on without. Raises StageError."""
+    """Run tasks that later stages need. Raises StageError if one fails."""
     for name, end in run_all(tasks, jobs, processes).items():
         raise StageError(f"{name} failed:\n{end}")
 
 
 def what_would_run(reproduction: Reproduction) -> str:
-    """Every command, and how much work they are."""
+    """Every command that a run would start, and the amount of work."""
     plan = reproduction.plan
     tuning = list(reproduction.tuning_runs().values())
     runs = reproduction.runs(dict.fromkeys(plan.tuned, plan.tuning.values[0]))

@@ -1,10 +1,11 @@
-"""Checksums of what short runs in the embedded world leave, to see that a change of the code changed no bit.
+"""Checksums of what short runs in the embedded world write, to check that a change of the code changed no bit.
 
     python scripts/same_bits.py before.json                       before the change
     python scripts/same_bits.py after.json --compare before.json  after it: names every file that differs
 
-Every kind of training, resumed and on two processes too, then images and their evaluation. Minutes on two cores. Times,
-memory, dates and commits are left out of what is compared. Checksums depend on the processor and its number of threads.
+It runs every kind of training, also resumed and on two processes, then generates and evaluates images. It takes minutes
+on two cores. Times, memory, dates and commits are not compared. Checksums depend on the processor and on the number of
+threads.
 """
 
 import argparse
@@ -82,19 +83,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compare", type=user_path, metavar="FILE", help="checksums of before")
     parser.add_argument("--only", nargs="+", choices=[*RUNS, "resumed", "two processes", "images"], metavar="RUN")
     options = parser.parse_args(arguments)
-    found = {}
+    checksums = {}
     with tempfile.TemporaryDirectory() as folder:
         working = Path(folder)
         prepare(working)
         for name in options.only or [*RUNS, "resumed", "two processes", "images"]:
-            found[name] = images(working) if name == "images" else training(working, name)
-            print(f"{name}: {len(found[name])} files", flush=True)
-    options.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            checksums[name] = images(working) if name == "images" else training(working, name)
+            print(f"{name}: {len(checksums[name])} files", flush=True)
+    options.output.write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
     if options.compare is None:
         return 0
     before = json.loads(options.compare.read_text(encoding="utf-8"))
     changed = 0
-    for name, files in found.items():
+    for name, files in checksums.items():
         differing = [file for file in {**before[name], **files} if before[name].get(file) != files.get(file)]
         print(f"{name}: " + (f"DIFFER: {', '.join(differing)}" if differing else f"{len(files)} files are the same"))
         changed += bool(differing)
@@ -102,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prepare(working: Path) -> None:
-    """What some runs need beside the embedded world: pairs with scores, and a pipeline that predicts v."""
+    """Make what some runs need beside the embedded world: pairs with scores, and a pipeline that predicts v."""
     pairs = pq.read_table(ROOT / "assets/tiny/pairs/train.parquet")
     for side in (0, 1):
         scores = [(7 * number % 11 + 3 * side) / 10 for number in range(len(pairs))]
@@ -125,19 +126,19 @@ def training(working: Path, name: str) -> dict[str, str]:
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command]
         command.append("train.micro_batch_pairs=1")
     call(*command)
-    found = {}
+    checksums = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".safetensors", ".png"):
-            found[str(path.relative_to(folder))] = checksum(path.read_bytes())
+            checksums[str(path.relative_to(folder))] = checksum(path.read_bytes())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [{key: value for key, value in sorted(row.items()) if key not in NOT_COMPARED} for row in rows]
-    return found | {"metrics.jsonl": checksum(json.dumps(rows).encode())}
+    return checksums | {"metrics.jsonl": checksum(json.dumps(rows).encode())}
 
 
 def images(working: Path) -> dict[str, str]:
-    """Checksums of images of the base model and of a trained one, of their manifests, and of what evaluating says."""
+    """Checksums of images of the base model and of a trained one, of their manifests, and of their evaluation."""
     training(working, "full")
-    folder, found = working / "images", {}
+    folder, checksums = working / "images", {}
     models = {"base": "assets/tiny/pipeline", "xdpo": str(working / "runs" / "full")}
     for name, model in models.items():
         call(
@@ -150,12 +151,12 @@ def images(working: Path) -> dict[str, str]:
     )
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != "lock":
-            found[str(path.relative_to(folder))] = checksum(without_what_varies(path))
-    return found
+            checksums[str(path.relative_to(folder))] = checksum(without_what_varies(path))
+    return checksums
 
 
 def without_what_varies(path: Path) -> bytes:
-    """A file's content; of text without paths, dates, times and commits."""
+    """A file's content; text files without paths, dates, times and commits."""
     if path.suffix not in (".json", ".jsonl", ".md", ".html", ".csv"):
         return path.read_bytes()
     text = path.read_text(encoding="utf-8")
@@ -169,7 +170,7 @@ def checksum(content: bytes) -> str:
 
 
 def call(*arguments: str) -> None:
-    """Run one of the programs; what it said is shown where it fails."""
+    """Run one of the programs; print its output if it fails."""
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     finished = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env=environment)
     if finished.returncode:

@@ -8,9 +8,9 @@ Assumed: the rates below. The model of a pass (one micro-batch) and of an optimi
     pass = pairs in it · TFLOP per pair / rate(images in it) + bytes that any pass moves / memory bandwidth
     step = passes of a GPU · pass + 2 (N − 1) / N · gradient bytes / link
 
-with nothing hidden behind anything else: one all-reduce a step, as a ring, through the slowest link in it. Few images
-leave a GPU waiting for the next kernel, hence rate(images) = most · images / (images + 2). Whatever is in it, a pass
-casts every float32 weight to bf16 in each forward (6 bytes a weight), and casts and adds every gradient (18 bytes).
+where nothing overlaps. A step has one all-reduce, as a ring, through the slowest link in it. With few images a GPU
+waits for the next kernel, hence rate(images) = most · images / (images + 2). A pass of any size casts every float32
+weight to bf16 in each forward (6 bytes a weight), and casts and adds every gradient (18 bytes).
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ GRADIENT_BYTES = 2 + 4 + 4 + 4 + 4  # of a weight: read as bf16, written as floa
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to train: `cached` is nothing, examples or both; `peak_gb` a GPU's highest, counted with two of them."""
+    """A way to train. `cached`: nothing, examples or both. `peak_gb`: a GPU's peak memory, counted with two GPUs."""
 
     trainable: str
     cached: str
@@ -67,7 +67,7 @@ class Mode:
 
     @property
     def pass_bytes(self) -> float:
-        """What any pass moves: casts of every forward's weights, the gradients."""
+        """Bytes that any pass moves: the casts of each forward's weights, and the gradients."""
         forwards = 1 + self.checkpointing + (self.cached != "both")
         encoders = ENCODER_WEIGHTS if self.cached == "nothing" else 0
         return CAST_BYTES * (forwards * UNET_WEIGHTS + encoders) + GRADIENT_BYTES * self.trained_weights
@@ -107,7 +107,7 @@ LINKS = (
 
 
 def rate(images: float, most: float) -> float:
-    """TFLOP/s that a pass of so many images reaches."""
+    """TFLOP/s that a pass of this many images reaches."""
     return most * images / (images + IMAGES_AT_HALF_RATE)
 
 
@@ -130,18 +130,18 @@ def pairs_per_second(mode: Mode, gpus: int, link: Link, total_batch: int = TOTAL
 
 
 def efficiency(mode: Mode, gpus: int, link: Link, total_batch: int = TOTAL_BATCH_PAIRS) -> float:
-    """Speed over so many times one GPU's: 1 is perfect scaling."""
+    """Speed on N GPUs over N times one GPU's speed; 1 is perfect scaling."""
     alone = pairs_per_second(mode, 1, link, total_batch)
     return pairs_per_second(mode, gpus, link, total_batch) / (gpus * alone)
 
 
 def hours(mode: Mode, gpus: int, link: Link, most: float = MIDDLE) -> float:
-    """Of the paper's run, without evaluation, samples and checkpoints."""
+    """Hours of the paper's run, without evaluation, samples and checkpoints."""
     return STEPS * sum(step_seconds(mode, gpus, link, most=most)) / 3600
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    """A Markdown table under its title; the first `words` columns are no numbers."""
+    """A Markdown table under its title; the first `words` columns hold text, the others numbers."""
     lines = [title, "", "| " + " | ".join(header) + " |", "|---" * words + "|---:" * (len(header) - words) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
@@ -170,7 +170,7 @@ def main() -> None:
     title = f"Hours of the paper's run, {STEPS:,} steps of {TOTAL_BATCH_PAIRS} pairs, at {rates} in large passes:"
     header = ("trained", "", "checkpointing", "micro-batch", "GB a GPU", "bytes of a pass", "a pass", "1 GPU", "2 GPUs")
     print(table(title, header, run_rows(LINKS[1]), words=3))
-    header = ("", *(str(gpus) for gpus in GPUS))
+    gpus_header = ("", *(str(gpus) for gpus in GPUS))
     for mode in MODES:
         rows = [
             (
@@ -179,7 +179,7 @@ def main() -> None:
             )
             for link in LINKS
         ]
-        print(table(f"Pairs per second (share of N times one GPU), {mode}, by GPUs and link:", header, rows))
+        print(table(f"Pairs per second (share of N times one GPU), {mode}, by GPUs and link:", gpus_header, rows))
     rows = [
         (
             str(mode),

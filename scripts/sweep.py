@@ -1,11 +1,11 @@
-"""Train configs × values × seeds, one after another, with shared caches; the same command goes on.
+"""Train configs × values × seeds, one after another, with shared caches; the same command resumes.
 
     python scripts/sweep.py --configs configs/tiny/xdpo.yaml configs/tiny/sft.yaml --seeds 0 1 2 --output runs/sweep
     python scripts/sweep.py --configs configs/tiny/xdpo.yaml --grid loss.eta=0.05,0.5 loss.n=3,6 --output runs/eta_n
 
-Every cell is checked before the first one starts. A cell that is finished is skipped, an interrupted one resumes, a
-failed one is named and the others go on. --dry-run tells at any time how far each of them is. On Slurm, one job a cell
-(cache.examples built before, so that no two of them build it):
+Every cell is checked before the first one starts. A finished cell is skipped, an interrupted one resumes, and a failed
+one is named while the others continue. --dry-run prints how far each cell is. On Slurm, run one job a cell, and fill
+cache.examples before, so that no two jobs fill it:
 
     sbatch --array=0-5 --gpus=1 --wrap 'python scripts/sweep.py … --array $SLURM_ARRAY_TASK_ID'
 """
@@ -23,7 +23,7 @@ from xdpo.report.grids import to_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the sweep. Returns the exit status: 1 if a run failed, 130 if it was asked to stop."""
+    """Run the sweep. Returns the exit status: 1 if a run failed, 130 after a request to stop."""
     options = build_parser().parse_args(arguments)
     try:
         runs = make_runs(

@@ -1,9 +1,9 @@
 """Train the embedded base model from nothing: `python scripts/train_tiny_base.py --work runs/tiny_base`.
 
-Stages, each resumed by the same command: an autoencoder on drawn scenes, a BPE tokenizer and a text encoder on
-their captions, then text encoder and UNet together on (latent, caption) pairs of which a known share is flawed.
-The result is a pipeline folder in Stable Diffusion format, in half precision. All training data comes from
-`xdpo.tiny`; scenes and combinations that are held out never occur in it.
+It trains an autoencoder on drawn scenes, then a BPE tokenizer and a text encoder on their captions, then text encoder
+and UNet together on (latent, caption) pairs of which a known share is flawed. The same command resumes a stage. The
+result is a pipeline folder in Stable Diffusion format, in half precision. All training data come from `xdpo.tiny` and
+contain no held-out scene or combination.
 """
 
 import argparse
@@ -80,7 +80,7 @@ class Stage:
         self.step += 1
 
     def save(self) -> None:
-        """Checkpoint, written aside and renamed."""
+        """Write a checkpoint, whole or not at all."""
         state = {
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -90,9 +90,9 @@ class Stage:
         with replacing(self.path, "wb") as file:
             torch.save(state, file)
 
-    def log(self, **numbers: float) -> None:
-        """One line of numbers, to the log file and the screen."""
-        row = {"step": self.step, **{k: round(float(v), 5) for k, v in numbers.items()}}
+    def log(self, **metrics: float | torch.Tensor) -> None:
+        """Write one line of metrics to the log file and the screen."""
+        row = {"step": self.step, **{k: round(float(v), 5) for k, v in metrics.items()}}
         row["seconds"] = round(time.time() - self.started)
         print(self.name, row, flush=True)
         with self.log_path.open("a") as file:
@@ -140,7 +140,7 @@ def train_autoencoder(work: Path, images: np.ndarray, steps: int, batch: int, se
 def normalise_latents(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
     """Give every latent channel mean 0 and variance 1 by folding the change into the 1×1 convolutions around it.
 
-    A single scaling factor would leave channels of a third of the spread of others, which the noise drowns first.
+    With one scaling factor some channels would have a third of the spread of others, and noise would drown them first.
     """
     latents = torch.cat([vae.encode(batch).latent_dist.mode() for batch in pixels.split(256)])
     mean, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
@@ -178,7 +178,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def caption_labels(text: str) -> dict[str, int]:
-    """What a caption says, as classes; -1 for what it says nothing about."""
+    """What a caption says, as classes; -1 for attributes that it does not mention."""
     scene = world.parse(text)
     relations = (None, "and", *world.RELATIONS)
     labels = {
@@ -195,7 +195,7 @@ def caption_labels(text: str) -> dict[str, int]:
 def train_text_encoder(
     work: Path, captions: list[str], tokenizer: CLIPTokenizer, steps: int, batch: int, seed: int
 ) -> CLIPTextModel:
-    """Teach the text encoder to read: its last state must tell all that the caption says (CLIP has images for that)."""
+    """Train the text encoder until its last state encodes all that the caption says (CLIP learns this from images)."""
     torch.manual_seed(seed + 2)
     encoder = build_text_encoder(tokenizer)
     labels = [caption_labels(text) for text in captions]
@@ -207,9 +207,10 @@ def train_text_encoder(
         rows = torch.randint(0, len(captions), (batch,), generator=torch.Generator().manual_seed(stage.step))
         state = encoder(token_ids[rows]).last_hidden_state[:, -1]
         losses = [cross_entropy(heads[name](state), classes[name][rows], ignore_index=-1) for name in heads]
-        stage.update(sum(losses))
+        total = sum(losses, torch.zeros(()))
+        stage.update(total)
         if stage.step % 100 == 0:
-            stage.log(loss=sum(losses) / len(losses))
+            stage.log(loss=total / len(losses))
     stage.save()
     return encoder
 
@@ -262,7 +263,7 @@ def train_text_to_latent(
 ) -> torch.nn.ModuleDict:
     """Text encoder and UNet trained together on the denoising loss (paper Eq. 1), 10 % of captions dropped.
 
-    λ(t) is min-SNR's, with which a small model learns several times faster than with a constant.
+    λ(t) is min-SNR's: a small model learns several times faster with it than with a constant.
     """
     torch.manual_seed(seed + 1)
     modules = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": build_unet(latents.shape[1])})

@@ -1,8 +1,8 @@
 """Train and measure the embedded judge: `python scripts/train_tiny_judge.py` (about ten minutes on one core).
 
-The judge learns from freshly drawn scenes, flaws included; half of the images pass through the base's autoencoder
-first, so that it reads generated images as well as drawn ones. What it gets right on scenes it has not seen goes
-to assets/tiny/judge.json.
+The judge learns from freshly drawn scenes, flaws included. Half of the images pass through the base's autoencoder
+first, so that the judge reads generated images as well as drawn ones. Its accuracy on unseen scenes goes to
+assets/tiny/judge.json.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def labels_and_appeal(renderings: list[Rendering]) -> tuple[dict[str, torch.Tens
 
 @torch.no_grad()
 def through_autoencoder(vae: AutoencoderKL, pixels: torch.Tensor, spread: float) -> torch.Tensor:
-    """Encoded, moved by Gaussian noise of `spread` standard deviations, decoded, and rounded as a saved image is."""
+    """Encode, add Gaussian noise of `spread` standard deviations, decode, and round as a saved image is rounded."""
     latents = vae.encode(pixels).latent_dist.mode()
     latents = latents + spread / vae.config.scaling_factor * torch.randn(latents.shape)
     decoded = vae.decode(latents).sample.clamp(-1, 1)
@@ -52,21 +52,22 @@ def measure(reader: AttributeReader, vae: AutoencoderKL | None, count: int, seed
     scenes, renderings, pixels = draw_batch(np.random.default_rng(seed), count)
     outputs = reader(pixels if vae is None else through_autoencoder(vae, pixels, spread=0.0))
     classes, appeal = labels_and_appeal(renderings)
-    numbers, right, known_total = {}, 0, 0
+    metrics: dict[str, float] = {}
+    right, labelled_total = 0, 0
     for name in HEADS:
-        known = classes[name] >= 0
-        hits = (outputs[name].argmax(1) == classes[name])[known]
-        numbers[name] = hits.float().mean().item()
-        right, known_total = right + hits.sum().item(), known_total + known.sum().item()
-    numbers["all attributes"] = right / known_total
+        is_labelled = classes[name] >= 0
+        hits = (outputs[name].argmax(1) == classes[name])[is_labelled]
+        metrics[name] = hits.float().mean().item()
+        right, labelled_total = right + int(hits.sum()), labelled_total + int(is_labelled.sum())
+    metrics["all attributes"] = right / labelled_total
     probabilities = {name: outputs[name].softmax(1).numpy() for name in HEADS}
     judged = [alignment(s, {n: rows[i] for n, rows in probabilities.items()}) for i, s in enumerate(scenes)]
     truth = [rendering.alignment for rendering in renderings]
-    numbers["alignment: mean absolute error"] = float(np.abs(np.subtract(judged, truth)).mean())
-    numbers["alignment: correlation"] = float(np.corrcoef(judged, truth)[0, 1])
-    numbers["appeal: mean absolute error"] = (outputs["appeal"] - appeal).abs().mean().item()
-    numbers["appeal: correlation"] = float(np.corrcoef(outputs["appeal"], appeal)[0, 1])
-    return {name: round(value, 4) for name, value in numbers.items()}
+    metrics["alignment: mean absolute error"] = float(np.abs(np.subtract(judged, truth)).mean())
+    metrics["alignment: correlation"] = float(np.corrcoef(judged, truth)[0, 1])
+    metrics["appeal: mean absolute error"] = (outputs["appeal"] - appeal).abs().mean().item()
+    metrics["appeal: correlation"] = float(np.corrcoef(outputs["appeal"], appeal)[0, 1])
+    return {name: round(value, 4) for name, value in metrics.items()}
 
 
 def train(vae: AutoencoderKL, options: argparse.Namespace) -> AttributeReader:
@@ -119,11 +120,11 @@ def main() -> None:
         with replacing(options.out, "wb") as file:
             file.write(save(weights))
         reader = reader.eval().half().float()  # what half precision keeps is what gets measured
-    numbers = {
+    accuracy = {
         "drawn": measure(reader, None, options.test_images, options.seed + 1_000),
         "through the autoencoder": measure(reader, vae, options.test_images, options.seed + 2_000),
     }
-    report = {"images": options.test_images, "seed": options.seed, "steps": options.steps, "accuracy": numbers}
+    report = {"images": options.test_images, "seed": options.seed, "steps": options.steps, "accuracy": accuracy}
     write_text(options.out.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 

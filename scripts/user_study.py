@@ -4,9 +4,9 @@
         --sample partiprompts=100 hpsv2=200 --annotators 5 --output study
     python scripts/user_study.py serve study
     python scripts/user_study.py analyze study
-    python scripts/user_study.py demo          (a study of the demo's images, built and opened)
+    python scripts/user_study.py demo          (builds and opens a study of the demo's images)
 
-docs/user_study.md has the rest.
+docs/user_study.md explains all of it.
 """
 
 import argparse
@@ -99,8 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="how many prompts and annotators detect a given win rate")
     plan.add_argument("--rate", type=_share, nargs="+", default=[0.55, 0.6, 0.65, 0.7], help="of single votes")
     plan.add_argument("--annotators", type=positive, nargs="+", default=[1, 3, 5, 7], help="votes on every pair")
-    plan.add_argument("--prompts", type=positive, default=200, help="whose power is told (default: 200)")
-    plan.add_argument("--power", type=_share, default=0.8, help="wanted (default: 0.8)")
+    plan.add_argument("--prompts", type=positive, default=200, help="prompts whose power is printed (default: 200)")
+    plan.add_argument("--power", type=_share, default=0.8, help="power to reach (default: 0.8)")
     plan.add_argument(
         "--spread",
         type=float,
@@ -181,8 +181,8 @@ def run_import(options: argparse.Namespace) -> None:
 
     study = Study.load(options.study)
     for file in options.files:
-        new, known = import_votes(study, file)
-        print(f"{file}: {new} new votes, {known} known")
+        new, earlier = import_votes(study, file)
+        print(f"{file}: {new} new votes, {earlier} known")
 
 
 def run_analyze(options: argparse.Namespace) -> None:
@@ -244,7 +244,7 @@ def run_demo(options: argparse.Namespace) -> None:
 
 
 def _named(word: str) -> tuple[str, Path]:
-    """[NAME=]FOLDER; the model is called after the folder unless named."""
+    """Model name and folder of [NAME=]FOLDER; without NAME the model is called after the folder."""
     name, equals, folder = word.partition("=")
     if not equals or user_path(word).is_dir():
         return user_path(word).name, user_path(word)

@@ -107,7 +107,7 @@ def test_a_run_that_fails_is_named_with_its_error_and_the_others_go_on(small_con
     runs = make_runs([small_config], tmp_path, grid={"model.pipeline": ["nowhere/at/all", "PIPELINE"]})
     good = make_runs([small_config], tmp_path / "good")
     said = []
-    failed = train_all([runs[0], *good], say=said.append)
+    failed = train_all([runs[0], *good], report=said.append)
     assert list(failed) == [runs[0].name] and "nowhere/at/all" in failed[runs[0].name]
     assert good[0].is_finished
     states = [row[1].text for row in progress([runs[0], *good], failed).rows]
@@ -138,7 +138,7 @@ def test_tasks_run_some_at_a_time_and_what_is_done_is_skipped(tmp_path):
         python("b", tmp_path, code.format(files[::-1]), Path(files[1]).exists),
         python("c", tmp_path, "raise SystemExit(1)", lambda: True),
     ]
-    assert run_all(tasks, jobs=2, say=lambda text: None) == {}
+    assert run_all(tasks, jobs=2, report=lambda text: None) == {}
     assert not tasks[2].log.exists()
 
 
@@ -148,7 +148,7 @@ def test_a_task_that_fails_or_leaves_its_work_undone_is_reported_with_the_end_of
         python("raises", tmp_path, "print('\\n'.join(map(str, range(99)))); print('bar\\rthe cause'); exit(3)"),
         python("idle", tmp_path, "print('nothing to see')"),
     ]
-    failed = run_all(tasks, say=said.append)
+    failed = run_all(tasks, report=said.append)
     assert failed["raises"].splitlines()[-1] == "the cause" and "50" not in failed["raises"].splitlines()
     assert failed["idle"] == "nothing to see"
     assert "exit status 3" in said[0] and "[2/2] idle" in said[1]
@@ -177,7 +177,7 @@ def test_a_stop_reaches_what_is_in_work_and_nothing_new_starts(tmp_path, number)
     before = signal.getsignal(number)
     threading.Thread(target=stop).start()
     with pytest.raises(Interrupted):
-        run_all([first, second], say=lambda text: None)
+        run_all([first, second], report=lambda text: None)
     assert saved.read_text() == "saved" and not second.log.exists()
     assert signal.getsignal(number) == before
 
@@ -196,7 +196,7 @@ def test_what_an_earlier_start_left_at_work_is_waited_for(tmp_path):
         process.kill()
     assert not ended.exists()
     said = []
-    assert run_all([python("a", tmp_path, "raise SystemExit(1)", ended.exists)], say=said.append) == {}
+    assert run_all([python("a", tmp_path, "raise SystemExit(1)", ended.exists)], report=said.append) == {}
     assert len(said) == 1 and "still at work" in said[0] and ended.exists()
 
 
@@ -211,7 +211,7 @@ def test_once_means_until_the_command_or_its_inputs_change(tmp_path):
     command = [sys.executable, "-c", f"open({str(ran)!r}, 'a').write('x')"]
 
     def times(*words):
-        assert run_all([once("a", [*command, *words], tmp_path / "a.log", [source])], say=lambda text: None) == {}
+        assert run_all([once("a", [*command, *words], tmp_path / "a.log", [source])], report=lambda text: None) == {}
         return len(ran.read_text())
 
     assert [times(), times()] == [1, 1]
@@ -228,7 +228,7 @@ def test_jobs_share_the_cores_out(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     code = "import os; print(os.environ['OMP_NUM_THREADS'])"
     tasks = [python(name, tmp_path, code) for name in "ab"]
-    run_all(tasks, jobs=2, num_processes=2, say=lambda text: None)
+    run_all(tasks, jobs=2, num_processes=2, report=lambda text: None)
     assert tasks[0].log.read_text() == "2\n"
 
 

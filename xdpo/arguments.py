@@ -1,4 +1,4 @@
-"""Numbers on a command line, as `type=` of an argument that takes one; paths are `xdpo.paths.user_path`."""
+"""Types for command-line arguments that are numbers. For paths use `xdpo.paths.user_path`."""
 
 import argparse
 

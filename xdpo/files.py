@@ -1,7 +1,7 @@
-"""Files on disks that fill up, go read-only, lie across a network, or lose their process: written whole or not at all.
+"""Write files whole or not at all, on disks that may fill up, become read-only, be remote, or lose the process.
 
-Everything is written aside, flushed to the disk and renamed, so that a reader meets the old file or the new one. What
-is written aside ends in `.part`, has a name of its own on any number of machines, and is swept away by a later writer.
+Everything is written aside, flushed to the disk and renamed, so that a reader sees the old file or the new one. A file
+written aside has a name that ends in `.part` and is unique across machines; a later writer removes stale ones.
 """
 
 import errno
@@ -28,12 +28,12 @@ STALE_SECONDS = 24 * 3600  # a file written aside that is older belongs to a pro
 
 
 class StorageError(ValueError):
-    """Storage failed, not the data: the message names the path, what happened, and what to do."""
+    """The storage failed, not the data. The message names the path, what happened, and what to do."""
 
 
 @contextmanager
 def reading(path: Path | str) -> Iterator[None]:
-    """Turn an OSError of whatever reads `path` into a StorageError; a missing file stays a FileNotFoundError."""
+    """Turn an OSError in a block that reads `path` into a StorageError; FileNotFoundError is left as it is."""
     try:
         yield
     except FileNotFoundError:
@@ -44,7 +44,7 @@ def reading(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError of whatever writes `path` into a StorageError."""
+    """Turn an OSError in a block that writes `path` into a StorageError."""
     try:
         yield
     except OSError as error:
@@ -53,7 +53,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
-    """Open a file to write aside; it takes the place of `path` once all of it is on the disk.
+    """Open a file that is written aside and replaces `path` once all of it is on the disk.
 
     Raises StorageError where it can't be written; what was there before is then intact.
     """
@@ -73,7 +73,7 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Make a folder to write into aside; it takes the place of `path` once all of it is on the disk.
+    """Make a folder that is written aside and replaces `path` once all of it is on the disk.
 
     Raises StorageError where it can't be written; what was there before is then intact.
     """
@@ -109,7 +109,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def only_run(folders: Iterable[Path], work: str, *, is_main: bool) -> Iterator[None]:
-    """Hold the locks of all folders that a run writes into; its first process does, for all of them."""
+    """Hold the locks of all folders that a run writes into. The run's first process holds them for all processes."""
     with ExitStack() as locks:
         for folder in folders if is_main else ():
             locks.enter_context(only_writer(folder, work))
@@ -118,10 +118,10 @@ def only_run(folders: Iterable[Path], work: str, *, is_main: bool) -> Iterator[N
 
 @contextmanager
 def only_writer(folder: Path, work: str) -> Iterator[None]:
-    """Hold a folder's lock while writing into it. The lock goes with its process, however that ends.
+    """Hold a folder's lock while writing into it. The system releases it when the process ends, for whatever reason.
 
-    work: what is done there, for whoever comes second. The lock is the system's own on the file `lock`, which network
-    file systems hand on to other machines if they support locks; where they don't, nothing is refused.
+    work: what is done there, for the message to a second writer. The lock is the system's lock on the file `lock`.
+    Network file systems share it between machines if they support locks; where they don't, nothing is refused.
     Raises StorageError naming the process that has it.
     """
     path = folder / LOCK
@@ -142,7 +142,7 @@ def only_writer(folder: Path, work: str) -> Iterator[None]:
 
 
 def _is_locked_by_another(file: IO) -> bool:
-    """Take a file's lock, unless another process has it."""
+    """Take a file's lock. Returns True if another process has it."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -151,7 +151,7 @@ def _is_locked_by_another(file: IO) -> bool:
 
 
 def appears(path: Path) -> bool:
-    """Whether a file is there, or comes into sight within LISTING_SECONDS: network storage lags behind its writers."""
+    """Whether a file exists, or appears within LISTING_SECONDS: network storage may show it late."""
     deadline = time.monotonic() + LISTING_SECONDS
     while not path.exists():
         if time.monotonic() > deadline:
@@ -162,22 +162,22 @@ def appears(path: Path) -> bool:
 
 
 def is_untouched(folder: Path) -> bool:
-    """Whether a folder is absent, or holds nothing but what a start that failed leaves: its lock and files aside."""
+    """Whether a folder is absent, or holds only what a failed start leaves: its lock and files written aside."""
     return not folder.exists() or all(is_own(path) for path in folder.iterdir())
 
 
 def is_own(path: Path) -> bool:
-    """Whether a file is one that this module leaves beside others' content."""
+    """Whether this module made the file (a lock, or a file written aside), not the folder's user."""
     return path.suffix == PART or path.name == LOCK
 
 
 def aside_of(path: Path) -> Path:
-    """A name beside `path` that no other process has, on this machine or another."""
+    """A name beside `path` that no other process uses, on this machine or another."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{PART}")
 
 
 def sweep(folder: Path, pattern: str, *, older_than: float = 0.0) -> None:
-    """Remove what killed processes left aside: files and folders that match and are older than so many seconds."""
+    """Remove what killed processes left aside: files and folders that match and are at least this many seconds old."""
     for path in folder.glob(pattern):
         with suppress(OSError):  # another process swept it, or it is another user's
             if time.time() - path.stat().st_mtime >= older_than:
@@ -185,7 +185,7 @@ def sweep(folder: Path, pattern: str, *, older_than: float = 0.0) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have the system put a file or folder on the disk."""
+    """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -199,13 +199,13 @@ def _flush_all(folder: Path) -> None:
 
 
 def _give_usual_modes(folder: Path) -> None:
-    """Set files' modes as the umask has them: safetensors writes files that only their owner may read."""
+    """Give files the usual modes of the umask: safetensors writes files that only their owner may read."""
     for path in folder.rglob("*.safetensors"):
         path.chmod(folder.stat().st_mode & 0o666)
 
 
 def check_writable(folder: Path, setting: str) -> None:
-    """Raise StorageError where `folder`, the value of `setting`, can't be made or written to. Writes nothing."""
+    """Raise StorageError if `folder`, the value of `setting`, can't be made or written to. Writes nothing."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise StorageError(f"{setting}: {existing} is a file; choose another folder")
@@ -229,9 +229,9 @@ def file_sha256(path: Path) -> str:
 
 
 def system_error(error: Exception) -> OSError | None:
-    """The storage's error behind an exception; None where a file is missing or its content is at fault.
+    """The storage's error behind an exception; None if a file is missing or its content is at fault.
 
-    safetensors reports a system's error as text alone ("… Os { code: 28, …").
+    safetensors reports a system error only as text ("… Os { code: 28, …").
     """
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
         return error
@@ -268,7 +268,7 @@ def storage_fault(error: OSError, path: Path) -> str:
 
 
 def _discard(path: Path) -> None:
-    """Remove a file or folder where that can be done: what stays is swept later."""
+    """Remove a file or folder if possible; what remains is swept later."""
     with suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

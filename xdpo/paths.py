@@ -1,4 +1,4 @@
-"""From a path as a user writes it to a path: one way for all config keys, command lines and files that name files."""
+"""Paths as users write them, read in one way in config keys, on command lines and in files that name files."""
 
 import glob
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def expanded(text: str) -> str:
-    """`~` and `~name` at the start as that home folder: no shell expands them in YAML, nor after `key=`."""
+    """The text with `~` or `~name` at its start expanded: no shell does it in YAML, nor after `key=`."""
     return os.path.expanduser(text)
 
 
@@ -15,10 +15,10 @@ def user_path(text: str | Path) -> Path:
 
 
 def matching(text: str) -> list[Path]:
-    """The paths that a path or glob stands for, in order; none where nothing matches.
+    """The existing paths that a path or glob matches, in order.
 
-    What exists under exactly this name is meant literally, also the folders that a glob begins with: brackets are
-    common in names.
+    A path that exists under exactly this name is taken literally, and so are the folders at a glob's start: brackets
+    are common in names.
     """
     path = user_path(text)
     if os.path.lexists(path):

@@ -1,8 +1,8 @@
-"""The processes of a run: how they wait for one another, agree, and share out work whose length nobody knows.
+"""The processes of a run: how they wait for one another, agree, and share out work of unknown length.
 
-Collectives on the device have half an hour, which no step and no evaluation takes. Whatever may take hours (downloads,
-conversions, copies, encoding, sampling) is waited for here instead: on the CPU, over gloo, for a day. One process
-alone has nobody to wait for, and every call returns at once.
+Collectives on the device time out after half an hour; no step and no evaluation takes that long. For work that may take
+hours (downloads, conversions, copies, encoding, sampling) processes wait here instead: on the CPU, over gloo, up to a
+day. With one process every call returns at once.
 """
 
 import functools
@@ -32,13 +32,13 @@ def count() -> int:
 
 
 def connect() -> None:
-    """Make the group for long waits; every process calls it, before any of them does something long."""
+    """Make the group for long waits. Every process calls it before any of them starts long work."""
     if count() > 1:
         _patient_group(dist.group.WORLD)
 
 
 def disconnect() -> None:
-    """Leave together; a process that just ends takes the others' connections with it."""
+    """Disconnect together: a process that simply ends would break the others' connections."""
     if dist.is_initialized():
         wait()
         let_go()
@@ -46,7 +46,7 @@ def disconnect() -> None:
 
 
 def let_go() -> None:
-    """Give up the group for long waits: kept until the process ends, its threads would abort it."""
+    """Drop the group for long waits: if it were kept, its threads would abort the process at its end."""
     _patient_group.cache_clear()
 
 
@@ -58,10 +58,10 @@ def wait() -> None:
 
 @contextmanager
 def one_first(is_first: bool) -> Iterator[None]:
-    """Run a block on the processes with `is_first`, then on all others: the first does the work, the others find it.
+    """Run a block on the processes with `is_first`, then on all others: the first do the work, the others find it done.
 
-    Every process calls it, and leaves it when all are through: on a machine of its own a process may find nothing, and
-    do the work too. Of an error on a first process the others learn through `xdpo.ending`.
+    Every process calls it and leaves it when all have finished: on another machine a process may find nothing, and do
+    the work too. If a first process fails, the others learn of it through `xdpo.ending`.
     """
     if not is_first:
         wait()
@@ -71,7 +71,7 @@ def one_first(is_first: bool) -> Iterator[None]:
     wait()
 
 
-def agree(value: Any) -> Any:
+def agree(value: Any) -> Any:  # the others pass what they have, often None
     """The first process's value, on every process."""
     if count() == 1:
         return value
@@ -80,7 +80,7 @@ def agree(value: Any) -> Any:
     return box[0]
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Item) -> list[Item]:
     """Every process's value, by rank."""
     if count() == 1:
         return [value]
@@ -90,13 +90,13 @@ def gather(value: Any) -> list[Any]:
 
 
 def refuse_differences(facts: Mapping[str, Any], remedy: str) -> None:
-    """Raise ValueError on every process where one of them has another value for a fact, naming machines and values."""
-    found = gather((socket.gethostname(), dict(facts)))
+    """Raise ValueError on every process if a fact's value differs between processes, naming machines and values."""
+    everyone = gather((socket.gethostname(), dict(facts)))
     lines = []
-    for name, value in found[0][1].items():
+    for name, value in everyone[0][1].items():
         lines += [
-            f"{name}: {value} in process 0 on {found[0][0]}, {others.get(name)} in process {number} on {host}"
-            for number, (host, others) in enumerate(found)
+            f"{name}: {value} in process 0 on {everyone[0][0]}, {others.get(name)} in process {number} on {host}"
+            for number, (host, others) in enumerate(everyone)
             if others.get(name) != value
         ]
     if lines:
@@ -104,10 +104,10 @@ def refuse_differences(facts: Mapping[str, Any], remedy: str) -> None:
 
 
 def deal(name: str, items: Sequence[Item], is_asked_to_stop: Callable[[], bool] = lambda: False) -> Iterator[Item]:
-    """Share out items one by one to whoever is free: all processes together get each item once.
+    """Share out items one by one to free processes: all processes together get each item once.
 
-    name: of the work, its own in a run. Fast processes get more, so that all end within one item's time. Every
-    process gives the same items. Once one of them is asked to stop, no process gets another item.
+    name: the work's name, unique in a run. Fast processes get more items, so that all end within one item's time. Every
+    process passes the same items. Once one of them is asked to stop, no process gets another item.
     """
     if count() == 1:
         for item in items:
@@ -122,9 +122,9 @@ def deal(name: str, items: Sequence[Item], is_asked_to_stop: Callable[[], bool] 
 
 
 def run_store(own_connection: bool = False) -> dist.Store:
-    """The key-value store that the processes of this run share; only where there are several.
+    """The key-value store that the processes of this run share. It exists only where there are several.
 
-    own_connection: for a thread, since a call of the shared one may block as long as a collective does.
+    own_connection: for a thread, because a call on the shared connection may block as long as a collective does.
     """
     store = dist.distributed_c10d._get_default_store()
     # torch has Store.clone, its type stub has not.
@@ -133,5 +133,5 @@ def run_store(own_connection: bool = False) -> dist.Store:
 
 @functools.lru_cache(maxsize=1)
 def _patient_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The gloo group of all processes with a day's patience, made once for a world."""
+    """The gloo group of all processes, with a timeout of a day; made once for a world."""
     return dist.new_group(backend="gloo", timeout=LONG_WAIT)

@@ -1,7 +1,7 @@
-"""Prompt sets as indexed prompts: published benchmarks, the paper's figures, the embedded set, any file of one's own.
+"""Prompt sets as indexed prompts: published benchmarks, the paper's figures, the embedded set, any file of prompts.
 
-A published set is looked for at an explicit path, then in the cache ($XDPO_CACHE/prompts or ~/.cache/xdpo/prompts),
-then at its source, and is checked against a checksum of its content: categories and texts, in order.
+A published set is taken from an explicit path, else from the cache ($XDPO_CACHE/prompts or ~/.cache/xdpo/prompts), else
+from its source. It is checked against a checksum of its content: categories and texts, in order.
 """
 
 import difflib
@@ -32,7 +32,7 @@ _DOWNLOAD_TIMEOUT_SECONDS = 60
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt of a set. `position` in the whole set names it; `index` numbers its image within its category."""
+    """One prompt of a set. `position` in the whole set identifies it; `index` numbers its image within its category."""
 
     position: int
     category: str
@@ -47,10 +47,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts that were asked for, in the order of their set.
+    """Selected prompts, in the order of their set.
 
-    `sha256` is the checksum of the whole set, `total` its length. `selection` says which part was asked for; a limit
-    isn't mentioned there, since it only leaves away the end.
+    `sha256` is the checksum of the whole set, `total` its length. `selection` says which part was selected, without a
+    limit, which only cuts the end.
     """
 
     name: str
@@ -62,9 +62,9 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class _Source:
-    """A set by name: its files, one per category or one for all, where they are fetched, and their content's checksum.
+    """A named set: its files (one per category or one for all), their URLs, and the checksum of their content.
 
-    `combined` is another accepted file, a JSON object from category to prompts. `shipped` is a set of the repository's.
+    `combined` is another accepted file, a JSON object from category to prompts. `shipped` is a file of this repository.
     """
 
     about: str
@@ -101,7 +101,7 @@ PROMPT_SETS: Mapping[str, _Source] = {
         "held-out scenes of the embedded world, 50 in each of 4 categories", shipped=_ASSETS / "tiny" / "prompts.tsv"
     ),
 }
-"""Every set that is known by name."""
+"""All named sets."""
 
 
 def load_prompts(
@@ -116,11 +116,12 @@ def load_prompts(
     """Load a set by name, or any file of prompts, and select from it.
 
     path: a file or folder that holds the named set. A file is txt (one prompt a line), csv or tsv with a header, json
-    (a list, or an object from category to prompts), jsonl or parquet; its set is called after it. `categories` keeps
-    some, `sample` so many at random (more prompts of one seed include fewer), `limit` the first so many of these.
+    (a list, or an object from category to prompts), jsonl or parquet; its set has the file's name. categories: only
+    these. sample: this many, drawn at random; with one seed a larger sample contains a smaller one. limit: the first
+    ones of the result.
 
-    Raises ValueError: no such set, file or category; a file that can't be read or isn't the set it should be; a set
-    that can't be fetched, with the names of the files to place and where.
+    Raises ValueError for an unknown set, file or category; for a file that can't be read or has another checksum; and
+    for a set that can't be downloaded, with the files to place and their folder.
     """
     if name_or_path in PROMPT_SETS:
         name, source = name_or_path, PROMPT_SETS[name_or_path]
@@ -131,9 +132,9 @@ def load_prompts(
                 f"{_checksum(prompts)[:12]}…, the published one {source.sha256[:12]}…. Remove it from the cache to "
                 "fetch it again, or use it under a name of its own, by its path"
             )
-    elif (own := user_path(name_or_path)).suffix.lower() in SUFFIXES or own.exists():
-        name = own.stem
-        prompts = _numbered(_read([_existing_file(own)]))
+    elif (file := user_path(name_or_path)).suffix.lower() in SUFFIXES or file.exists():
+        name = file.stem
+        prompts = _numbered(_read([_existing_file(file)]))
         if name in PROMPT_SETS:
             raise ValueError(
                 f"{name_or_path}: a set of your own can't be called {name!r}; rename the file, or give the name as the "
@@ -154,7 +155,7 @@ def load_prompts(
 
 
 def cache_folder() -> Path:
-    """Where published sets are kept: $XDPO_CACHE/prompts, or ~/.cache/xdpo/prompts."""
+    """The folder of published sets: $XDPO_CACHE/prompts, or ~/.cache/xdpo/prompts."""
     return Path(os.environ.get("XDPO_CACHE") or "~/.cache/xdpo").expanduser() / "prompts"
 
 
@@ -164,19 +165,19 @@ def cache_folder() -> Path:
 def _select(
     name: str, prompts: list[Prompt], categories: Sequence[str], sample: int | None, sample_seed: int
 ) -> tuple[list[Prompt], dict[str, Any]]:
-    known = list(dict.fromkeys(prompt.category for prompt in prompts))
-    unknown = [category for category in categories if category not in known]
+    available = list(dict.fromkeys(prompt.category for prompt in prompts))
+    unknown = [category for category in categories if category not in available]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
+        near = difflib.get_close_matches(unknown[0], available, n=1)
         raise ValueError(
-            f"prompt set {name!r} has no category {unknown[0]!r}; choose from {', '.join(known)}"
+            f"prompt set {name!r} has no category {unknown[0]!r}; choose from {', '.join(available)}"
             + (f"; did you mean {near[0]!r}?" if near else "")
         )
     selected = [prompt for prompt in prompts if not categories or prompt.category in categories]
     if sample is not None:
         if not 1 <= sample <= len(selected):
             raise ValueError(f"cannot sample {sample} of {len(selected)} prompts of {name!r}")
-        # By hash, not by a generator, so that no library's version has a say in it.
+        # By hash, not by a generator, so that the sample does not depend on a library's version.
         by_chance = sorted(selected, key=lambda p: hashlib.sha256(f"{sample_seed}:{p.position}".encode()).digest())
         selected = sorted(by_chance[:sample], key=lambda p: p.position)
     return selected, {
@@ -188,7 +189,7 @@ def _select(
 
 @dataclass(frozen=True)
 class _Rows:
-    """(category, text) in order; `is_grouped`: categories are lists of their own, each counted from 0."""
+    """(category, text) in order. `is_grouped`: each category is a list of its own, counted from 0."""
 
     rows: list[tuple[str, str]]
     is_grouped: bool
@@ -222,24 +223,24 @@ def _rows_of_set(name: str, source: _Source, path: str | Path | None) -> _Rows:
     if path is not None:
         path = user_path(path)
         if path.is_dir():
-            if found := _files_in(path, source):
-                return _read(found)
-            raise ValueError(f"prompt set {name!r}: {path} lacks {_wanted(source)}")
+            if files := _files_in(path, source):
+                return _read(files)
+            raise ValueError(f"prompt set {name!r}: {path} lacks {_needed(source)}")
         return _read([_existing_file(path)])
     if source.shipped is not None:
         return _read([_existing_file(source.shipped)])
     folder = cache_folder() / name
-    if found := _files_in(folder, source):
-        return _read(found)
+    if files := _files_in(folder, source):
+        return _read(files)
     try:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
             raise OSError("HF_HUB_OFFLINE is set")
         return _read([_download(url, folder / file) for file, url in source.files.items()])
-    except (OSError, HTTPException) as error:  # urllib's errors are OSErrors; what was cut short is the other
+    except (OSError, HTTPException) as error:  # urllib's errors are OSErrors; a truncated answer is an HTTPException
         urls = "\n  ".join(source.files.values())
         raise ValueError(
             f"prompt set {name!r} is not in the cache and could not be fetched: {error}\n"
-            f"Place {_wanted(source)} in {folder} (XDPO_CACHE changes where that is), or give the path of the file or "
+            f"Place {_needed(source)} in {folder} (XDPO_CACHE changes where that is), or give the path of the file or "
             f"of a folder with these files. They come from\n  {urls}"
         ) from error
 
@@ -253,7 +254,7 @@ def _files_in(folder: Path, source: _Source) -> list[Path] | None:
     return None
 
 
-def _wanted(source: _Source) -> str:
+def _needed(source: _Source) -> str:
     names = source.files or ([source.shipped.name] if source.shipped else [])
     return ", ".join(names) + (f" (or {source.combined})" if source.combined else "")
 
@@ -282,7 +283,7 @@ def _existing_file(path: Path) -> Path:
 
 
 def _read(paths: list[Path]) -> _Rows:
-    """Rows of one file, or of several that are called after their categories."""
+    """Rows of one file, or of several files named after their categories."""
     readers = {".txt": _text, ".json": _json, ".jsonl": _json_lines}
     reads = [readers.get(path.suffix.lower(), _table)(path) for path in paths]
     if len(reads) == 1:
@@ -297,7 +298,7 @@ def _text(path: Path) -> _Rows:
 
 
 def _table(path: Path) -> _Rows:
-    """Rows of a csv, tsv or parquet file by the names in its header; a missing cell of a parquet file is empty."""
+    """Rows of a csv, tsv or parquet file, by its header. A missing cell of a parquet file counts as empty."""
     table = read_table(path, wanted=lambda name: name.strip().lower() in TEXT_COLUMNS + CATEGORY_COLUMNS)
     names = [name.strip().lower() for name in table.names]
     text = next((name for name in TEXT_COLUMNS if name in names), None)

@@ -1,4 +1,4 @@
-"""What code a result was made with: versions of the libraries, and the commit."""
+"""Which code made a result: versions of the libraries, and the commit."""
 
 import platform
 import subprocess
@@ -18,7 +18,7 @@ def library_versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit this code is at, with "+changes" where the tree differs from it; None outside a git checkout."""
+    """This code's commit, with "+changes" if the working tree differs from it; None outside a git checkout."""
 
     def git(*words: str) -> str:
         here = Path(__file__).resolve().parent

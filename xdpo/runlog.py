@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl, trackers, a progress bar. Silent on every process but the first."""
+"""A run's metrics.jsonl, trackers and progress bar. Only the first process writes."""
 
 import json
 import resource
@@ -13,11 +13,11 @@ from xdpo.files import reading, write_text, writing
 
 
 class RunLog:
-    """Logs one row of numbers per optimizer step.
+    """Logs one row of metrics per optimizer step.
 
-    Rows go to `folder`/metrics.jsonl (flushed at once, so that a kill loses none), to the trackers that the
-    accelerator was built with, and the most telling of them to a progress bar. A resumed run drops the rows after
-    its checkpoint and writes them anew. Raises StorageError where a row can't be written.
+    Rows go to `folder`/metrics.jsonl (flushed at once, so that a kill loses none) and to the trackers that the
+    accelerator was built with. The progress bar shows the most important metrics. A resumed run drops the rows after
+    its checkpoint and writes them again. Raises StorageError where a row can't be written.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class RunLog:
     ):
         """`config` maps dotted keys to plain values, for the trackers; `project` is their name for the work.
 
-        run_id: the run's name for a tracker that goes on with a run (W&B), the same at every start.
+        run_id: the run's name for a tracker that can resume a run (W&B), the same at every start.
         """
         self.accelerator = accelerator
         self.is_main = accelerator.is_main_process
@@ -56,21 +56,21 @@ class RunLog:
         )
 
     def say(self, text: str) -> None:
-        """One line for people, above the progress bar."""
+        """Print one line above the progress bar."""
         if self.is_main:
             self.bar.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def row(self, step: int, numbers: dict[str, float], advance: bool = False) -> None:
-        """Log `numbers` at `step`; `advance` moves the bar by one optimizer step."""
+    def row(self, step: int, metrics: dict[str, float], advance: bool = False) -> None:
+        """Log `metrics` at `step`; `advance` moves the bar by one optimizer step."""
         if self.is_main:
             with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **numbers}) + "\n")
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
             if advance:
                 shown = {"loss": "loss", "acc": "implicit_accuracy", "lr": "learning_rate"}
-                self.bar.set_postfix({short: f"{numbers[name]:.3g}" for short, name in shown.items()}, refresh=False)
+                self.bar.set_postfix({short: f"{metrics[name]:.3g}" for short, name in shown.items()}, refresh=False)
                 self.bar.update()
-        self.accelerator.log(numbers, step=step)
+        self.accelerator.log(metrics, step=step)
 
     def close(self) -> None:
         self.bar.close()
@@ -79,7 +79,7 @@ class RunLog:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, oldest first; a last line that a kill cut short is left out.
+    """The rows of a metrics.jsonl, oldest first. A last line that a kill cut short is left out.
 
     Raises ValueError naming any other line that is no row: those after it must not be lost.
     """
@@ -105,7 +105,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory used so far, in GB: the accelerator's where there is one, else this process's."""
+    """Peak memory so far, in GB (1e9 bytes): the GPU's on a GPU, else this process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     # Linux hands a parent's ru_maxrss on to the program that it starts; the high-water mark is the program's own.

@@ -1,7 +1,8 @@
-"""Tables and texts that users bring: CSV, TSV, JSONL, JSON, parquet columns. Every message names the file and the line.
+"""Reads users' tables and texts: CSV, TSV, JSONL, JSON, parquet columns. Every error names the file and the line.
 
-Text is UTF-8, with or without a byte order mark, or UTF-16 or UTF-32 with one; lines end as on Linux, Windows or a Mac.
-Nothing is guessed: a row that isn't as wide as the header, or a quotation mark that swallows rows, is an error.
+Text is UTF-8, with or without a byte order mark, or UTF-16 or UTF-32 with one. Lines may end as on Linux, Windows or a
+Mac. Nothing is guessed: a row that isn't as wide as the header is an error, and so is a quotation mark that swallows
+rows.
 """
 
 import codecs
@@ -12,9 +13,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 from xdpo.files import StorageError, lfs_pointer, storage_fault
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Content = TypeVar("Content")
 
 _MARKS = {  # UTF-32's begins with UTF-16's
     codecs.BOM_UTF8: "utf-8-sig",
@@ -27,14 +33,14 @@ _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical ba
 
 
 class TableError(ValueError):
-    """A file that isn't the table or text it should be; the message names file and line, and says what to do."""
+    """A file is not a valid table or text. The message names file and line, and says what to do."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a file. `numbers[i]` is where row i begins: its line in a text, from 1, or its row in a parquet file.
+    """Rows of a file. Row i begins at `numbers[i]`: a line of a text, counted from 1, or a row of a parquet file.
 
-    A row lacks the columns that its line of a JSONL file lacks. Names that a header repeats are refused on use.
+    A row of a JSONL file may lack columns. Using a column whose name the header repeats raises TableError.
     """
 
     path: Path
@@ -44,35 +50,35 @@ class Table:
     unit: str = "line"
 
     def texts(self, name: str) -> list[str | None]:
-        """A column of text; None where it is missing. Raises TableError for anything else, as `as_text` does."""
+        """A column of text; None where a cell is missing. Raises TableError as `as_text` does."""
         self._check(name)
         return self._as_texts(name, [row.get(name) for row in self.rows])
 
     def scalars(self, name: str) -> list[str | None]:
-        """A column of texts, numbers and booleans, all as text; None where it is missing. Raises TableError."""
+        """A column of texts, numbers and booleans, all as text; None where a cell is missing. Raises TableError."""
         self._check(name)
         return self._as_texts(name, [scalar(row.get(name)) for row in self.rows])
 
     def floats(self, name: str) -> list[float | None]:
-        """A column of numbers, also those written as text; None where it is missing or empty. Raises TableError."""
+        """A column of numbers, also of numbers in text; None where a cell is missing or empty. Raises TableError."""
         self._check(name)
         numbers: list[float | None] = []
-        for place, row in enumerate(self.rows):
-            cell = row.get(name)
+        for row, cells in enumerate(self.rows):
+            cell = cells.get(name)
             try:
                 numbers.append(None if cell is None or cell == "" else float(cell))
             except (ValueError, TypeError, OverflowError):
-                raise TableError(f"{self.where(place, name)} must hold numbers, got {_shown(cell)}") from None
+                raise TableError(f"{self.where(row, name)} must hold numbers, got {_shown(cell)}") from None
         return numbers
 
     def _as_texts(self, name: str, values: list[Any]) -> list[str | None]:
         return [
-            value if _is_plain(value) else as_text(value, self.where(place, name)) for place, value in enumerate(values)
+            value if _is_plain(value) else as_text(value, self.where(row, name)) for row, value in enumerate(values)
         ]
 
-    def where(self, place: int, name: str) -> str:
-        """A cell as messages call it: `pairs.csv line 3: column caption`."""
-        return f"{self.path} {self.unit} {self.numbers[place]}: column {name}"
+    def where(self, row: int, name: str) -> str:
+        """A cell's name in messages: `pairs.csv line 3: column caption`."""
+        return f"{self.path} {self.unit} {self.numbers[row]}: column {name}"
 
     def _check(self, name: str) -> None:
         if list(self.names).count(name) > 1:
@@ -86,7 +92,7 @@ def as_text(value: Any, where: str) -> str | None: ...
 def as_text(value: Any, where: str) -> str | None:
     """A value as text; None where it is missing, which null and NaN mean.
 
-    Raises TableError for other types, NUL and halves of surrogate pairs, which neither files nor tokenizers take.
+    Raises TableError for other types, for NUL, and for halves of surrogate pairs, which files and tokenizers refuse.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
@@ -106,7 +112,7 @@ def as_text(value: Any, where: str) -> str | None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is text that needs no closer look: most cells of a million."""
+    """Whether a value is text that needs no further check, as most cells are."""
     return isinstance(value, str) and value.isascii() and "\0" not in value
 
 
@@ -120,12 +126,12 @@ def scalar(value: Any) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """The whole of a text, its lines ended by "\\n". Raises TableError where it is no text, StorageError."""
+    """A whole text, its lines ended by "\\n". Raises TableError for what is not text, and StorageError."""
     return re.sub(r"\r\n?", "\n", "".join(_lines(path)))
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises TableError, also for a key that an object has twice."""
+    """The content of a JSON file. Raises TableError, also for a key that an object has twice."""
     return _parsed(read_text(path), path)
 
 
@@ -138,7 +144,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _parsed(text: str, path: Path, line: int | None = None, hint: str = "") -> Any:
-    """What the text of a file says, or that of one line of it."""
+    """The value of a JSON text: a whole file's, or that of its line `line`."""
     where = f"{path}" if line is None else f"{path} line {line}"
     try:
         return json.loads(text, object_pairs_hook=_once)
@@ -152,16 +158,16 @@ def _parsed(text: str, path: Path, line: int | None = None, hint: str = "") -> A
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise TableError(f"an object has the key {twice!r} more than once; remove all but one")
-    return found
+    return members
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines with their ends; U+2028 and its like end none."""
+    """The lines with their line ends. U+2028 and similar characters don't end a line."""
     encoding = "utf-8"
     try:
         with path.open("rb") as file:
@@ -205,9 +211,9 @@ def _not_text(path: Path, encoding: str) -> TableError:
 
 
 def read_table(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Table:
-    """A table by its suffix: .csv with quoting, .tsv without, .jsonl of objects, or the wanted columns of .parquet.
+    """Read a table by its suffix: .csv with quoting, .tsv without, .jsonl of objects, or .parquet's wanted columns.
 
-    Raises TableError where it is none.
+    Raises TableError for a file that is not such a table.
     """
     match path.suffix.lower():
         case ".csv":
@@ -230,7 +236,7 @@ def _read_objects(path: Path) -> Table:
 
 
 class _Record(NamedTuple):
-    """A row of cells and the lines of the file that it takes up."""
+    """A row of cells, and its lines in the file where it has several."""
 
     number: int
     cells: list[str]
@@ -287,31 +293,34 @@ def _records(path: Path, delimiter: str, is_quoted: bool) -> Iterator[_Record]:
         except StopIteration:
             return
         except csv.Error as error:
-            place = _span(number, reader.line_num - number + 1)
+            span = _span(number, reader.line_num - number + 1)
             raise TableError(
-                f"{path} {place}: a cell begins with a quotation mark that does not close it ({error}); write the "
+                f"{path} {span}: a cell begins with a quotation mark that does not close it ({error}); write the "
                 'marks inside a cell twice: "a ""small"" cat"'
             ) from None
         yield _Record(number, cells, list(lines) if len(lines) > 1 else [])
 
 
 def _refuse_merged(path: Path, records: Sequence[_Record], width: int, delimiter: str) -> None:
-    """Raise TableError for a quotation mark that makes one row of several: each line of such a cell is a row itself.
+    """Raise TableError for a quotation mark that merges several rows into one.
 
-    That is: without regard to quotation marks it has all the columns, and where none stand, cells like other rows'.
+    Such a row is recognised by its lines: read without quoting, each of them has all the columns, and its cells without
+    quotation marks resemble those of other rows.
     """
     several = [record for record in records if record.lines]
     if not several or width == 1:
         return
-    usual = [{_likeness(record.cells[place]) for record in records if not record.lines} for place in range(width)]
+    usual = [{_likeness(record.cells[column]) for record in records if not record.lines} for column in range(width)]
     for record in several:
         split = list(csv.reader((line.rstrip("\r\n") for line in record.lines), delimiter=delimiter, quoting=3))
         if any(len(cells) != width for cells in split):
             continue
-        others = [place for place in range(width) if not any('"' in cells[place] for cells in split)]
+        others = [column for column in range(width) if not any('"' in cells[column] for cells in split)]
         first, *rest = split
         alike = [
-            _likeness(cells[place]) in usual[place] | {_likeness(first[place])} for cells in rest for place in others
+            _likeness(cells[column]) in usual[column] | {_likeness(first[column])}
+            for cells in rest
+            for column in others
         ]
         if alike and all(alike):
             raise TableError(
@@ -321,7 +330,7 @@ def _refuse_merged(path: Path, records: Sequence[_Record], width: int, delimiter
 
 
 def _likeness(cell: str) -> str:
-    """What cells of a column have in common: their suffix where they name files, being numbers, else the text."""
+    """What cells of a column have in common: that they are numbers, the suffix of file names, else the text itself."""
     try:
         float(cell)
         return "a number"
@@ -336,8 +345,8 @@ def _span(first: int, count: int) -> str:
 # --- parquet -------------------------------------------------------------------------------------------
 
 
-def parquet_schema(path: Path) -> Any:
-    """The pyarrow schema in a parquet file's footer. Raises TableError where it is none."""
+def parquet_schema(path: Path) -> "pa.Schema":
+    """The pyarrow schema in a parquet file's footer. Raises TableError for another file."""
     import pyarrow.parquet as pq
 
     return _from_parquet(path, lambda: pq.read_schema(path))
@@ -359,7 +368,7 @@ def _read_parquet(path: Path, wanted: Callable[[str], bool]) -> Table:
     return Table(path, names, range(len(rows)), rows, unit="row")
 
 
-def _from_parquet(path: Path, read: Callable[[], Any]) -> Any:
+def _from_parquet(path: Path, read: Callable[[], Content]) -> Content:
     import pyarrow as pa
 
     try:

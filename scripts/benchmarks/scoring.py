@@ -100,12 +100,12 @@ def make_weights(folder: Path) -> nn.Module:
         single="<start> $A <end>", special_tokens=[("<start>", start), ("<end>", end)]
     )
     for file in (PICKSCORE_V1, CLIP_TOKENIZER):
-        (folder / file.place).parent.mkdir(parents=True)
-    tokenizer.save(str(folder / CLIP_TOKENIZER.place))
+        (folder / file.relative_path).parent.mkdir(parents=True)
+    tokenizer.save(str(folder / CLIP_TOKENIZER.relative_path))
     (folder / "sizes.json").write_text(json.dumps({"clip_vit_h_14": SIZES}))
     halves = {half: VIT_H_14[half] | SIZES[half] for half in ("text_config", "vision_config")}
     model = CLIPModel(CLIPConfig(projection_dim=SIZES["projection_dim"], **halves)).eval()
-    save_file(model.state_dict(), folder / PICKSCORE_V1.place)
+    save_file(model.state_dict(), folder / PICKSCORE_V1.relative_path)
     return model
 
 

@@ -1,1 +1,1 @@
-"""Many runs: configs × values × seeds trained one after another with shared caches, resumable."""
+"""Many runs: resumable sweeps over configs × values × seeds with shared caches, and reproductions of the paper."""

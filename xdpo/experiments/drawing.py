@@ -1,4 +1,4 @@
-"""Figures of a reproduction: quality over pairs, both errors over training, and the slope of each reward form."""
+"""Figures of a reproduction: quality against pairs, both errors during training, and the slope of each reward form."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,9 +18,9 @@ FORMS = KEYS["reward"].choices
 
 
 def quality(findings: Findings) -> Figure:
-    """Score and alignment as changes against the base, over training pairs: a line and its interval for each method.
+    """Changes of score and alignment from the base, against training pairs: a line and its interval for each method.
 
-    A row of panels for each group of methods that has curves, the baseline in all of them.
+    There is a row of panels for each group of methods with curves. The baseline is in all of them.
     """
     plan = findings.plan
     curves = [name for name in findings.methods if plan.methods[name].curves]
@@ -30,15 +30,15 @@ def quality(findings: Findings) -> Figure:
         panels = figure.subplots(len(groups), 2, squeeze=False, sharex=True, sharey="col")
         for row, group in zip(panels, groups, strict=True):
             others = [name for name in curves if name != plan.baseline and plan.methods[name].group == group]
-            looks = {plan.baseline: {"color": "#222222"}}
-            for position, name in enumerate(others):  # dashed where the colours begin again
+            styles = {plan.baseline: {"color": "#222222"}}
+            for position, name in enumerate(others):  # dashed once the colours repeat
                 dashes = "--" if position >= len(COLOURS) else "-"
-                looks[name] = {"color": COLOURS[position % len(COLOURS)], "linestyle": dashes}
+                styles[name] = {"color": COLOURS[position % len(COLOURS)], "linestyle": dashes}
             for axes, scorer in zip(row, (plan.score, plan.alignment), strict=True):
                 axes.axhline(0, color=BASELINE_COLOUR, linewidth=0.8)
-                for method, look in looks.items():
+                for method, style in styles.items():
                     if method in curves:
-                        _quality_line(axes, findings, method, scorer, look)
+                        _quality_line(axes, findings, method, scorer, style)
                 axes.set_title(f"{title_of(scorer)}: change against the base")
                 axes.grid(color="#e6e9ee", linewidth=0.7)
             row[1].legend(title=group, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
@@ -47,16 +47,16 @@ def quality(findings: Findings) -> Figure:
     return figure
 
 
-def _quality_line(axes: Axes, findings: Findings, method: str, scorer: str, look: dict[str, str]) -> None:
+def _quality_line(axes: Axes, findings: Findings, method: str, scorer: str, style: dict[str, str]) -> None:
     pairs, curve = findings.pairs_at(method), findings.curve(method, scorer)
     points = [measures.difference(point, curve[0]) for point in curve]
-    axes.plot(pairs, [point.value for point in points], marker="o", markersize=4, label=method, **look)
+    axes.plot(pairs, [point.value for point in points], marker="o", markersize=4, label=method, **style)
     low, high = [point.low for point in points], [point.high for point in points]
-    axes.fill_between(pairs, low, high, color=look["color"], alpha=0.08, linewidth=0)
+    axes.fill_between(pairs, low, high, color=style["color"], alpha=0.08, linewidth=0)
 
 
 def errors(findings: Findings) -> Figure:
-    """d of chosen and of rejected held-out images over training, means over seeds, a panel for each method."""
+    """d of chosen and of rejected held-out images during training, means over seeds, a panel for each method."""
     with rc_context(STYLE):
         methods = [name for name in findings.methods if findings.logged_curve(name, "eval/d_chosen")[0]]
         columns = min(6, len(methods))
@@ -84,10 +84,10 @@ def errors(findings: Findings) -> Figure:
 def slopes(
     settings: Mapping[str, float], reference_error: float, seen: tuple[float, float], exponents: Sequence[float]
 ) -> Figure:
-    """How hard each reward form pulls at an image whose error is d from the reference's, relative to d = 0.
+    """Slope of each reward form at an image whose error differs by d from the reference's, relative to d = 0.
 
-    settings: beta and eta; γ is 1/n. seen: the range of d at the end of training, which is shaded. Left near that
-    range, right up to where n·d is 2; a panel row for each exponent.
+    settings: beta and eta; γ is 1/n. seen: the range of d at the end of training, which is shaded. The left panel shows
+    d near that range, the right one up to n·d = 2. There is a row of panels for each exponent.
     """
     with rc_context(STYLE):
         figure = Figure(figsize=(9, 2.3 * len(exponents) + 0.5), layout="constrained")

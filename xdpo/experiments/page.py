@@ -24,22 +24,24 @@ SlopeSettings = tuple[dict[str, float], float, tuple[float, float]]
 
 
 def write(findings: Findings, page: Path, command: str) -> list[Path]:
-    """Write the page, and its figures into a folder of its name beside it. Returns what was written."""
+    """Write the page, and its figures into a folder of the same name beside it. Returns all written paths."""
     figures = page.with_suffix("")
-    written = save(drawing.quality(findings), figures / "quality")
-    written += save(drawing.errors(findings), figures / "errors")
+    written = [
+        *save(drawing.quality(findings), figures / "quality"),
+        *save(drawing.errors(findings), figures / "errors"),
+    ]
     slopes = _slope_settings(findings)
     if slopes is not None:
         written += save(drawing.slopes(*slopes, DRAWN_EXPONENTS), figures / "slopes")
-    text = "\n\n".join(_parts(findings, figures.name, command, slopes)) + "\n"
+    text = "\n\n".join(_blocks(findings, figures.name, command, slopes)) + "\n"
     page.parent.mkdir(parents=True, exist_ok=True)
     write_text(page, text)
     return [page, *written]
 
 
-def _parts(findings: Findings, figures: str, command: str, slopes: SlopeSettings | None) -> list[str]:
+def _blocks(findings: Findings, figures: str, command: str, slopes: SlopeSettings | None) -> list[str]:
     plan = findings.plan
-    parts = [
+    blocks = [
         f"# {plan.title}",
         _made_by(findings, command),
         "Intervals are 95 % bootstraps that draw seeds and prompts anew. Every method has the same data, batch, "
@@ -52,8 +54,8 @@ def _parts(findings: Findings, figures: str, command: str, slopes: SlopeSettings
         to_markdown(efficiency(findings)),
     ]
     for group in dict.fromkeys(plan.methods[name].group for name in findings.methods):
-        parts += [f"## {group}", to_markdown(methods(findings, group))]
-    parts += [
+        blocks += [f"## {group}", to_markdown(methods(findings, group))]
+    blocks += [
         "## Does every objective beat the base?",
         _against_base(findings),
         "## Both errors over training",
@@ -62,19 +64,19 @@ def _parts(findings: Findings, figures: str, command: str, slopes: SlopeSettings
         f"![Both errors over training]({figures}/errors.png)",
     ]
     if slopes is not None:
-        parts += [
+        blocks += [
             "## How hard each reward form pulls",
             f"![Slopes]({figures}/slopes.png)",
             to_markdown(bend(slopes)),
         ]
-    parts += ["## Tuning", to_markdown(tuning(findings))]
+    blocks += ["## Tuning", to_markdown(tuning(findings))]
     if findings.failed:
-        parts += ["## Failed runs", *(f"`{name}`:\n\n```\n{end}\n```" for name, end in findings.failed.items())]
-    return parts
+        blocks += ["## Failed runs", *(f"`{name}`:\n\n```\n{end}\n```" for name, end in findings.failed.items())]
+    return blocks
 
 
 def _made_by(findings: Findings, command: str) -> str:
-    """Command, commits, machine and versions; the commits are those that the trainings wrote down."""
+    """The line on command, commits, machine and versions. The commits are those that the trainings recorded."""
     commits, starts = set(), []
     for run in findings.runs.values():
         if (run.folder / "run.json").is_file():
@@ -88,28 +90,31 @@ def _made_by(findings: Findings, command: str) -> str:
 
 
 def questions(findings: Findings) -> Grid:
-    """Each question, its answer, and the difference that it rests on."""
+    """Each question, its answer, and the difference that decides it."""
     rows = []
     for question in findings.plan.questions:
         if not findings.can_answer(question):
             rows.append((Cell(question.ask), Cell("not answered: a method failed"), Cell(""), Cell("")))
             continue
-        answer, found = findings.answer(question)
+        answer, difference = findings.answer(question)
         measured = question.logged or title_of(question.score or findings.plan.score)
         rows.append(
             (
                 Cell(question.ask),
-                Cell(answer, best=found.sign != 0),
+                Cell(answer, best=difference.sign != 0),
                 Cell(f"{measured}: {question.method} − {question.than}"),
-                Cell(_signed(found)),
+                Cell(_signed(difference)),
             )
         )
-    note = "Bold where the interval of the difference excludes zero."
+    note = (
+        "A difference is resolved, and its answer bold, where its interval excludes zero. Otherwise these seeds and "
+        "prompts cannot tell whether there is a difference; it does not mean that there is none."
+    )
     return Grid("Questions", ("question", "answer", "difference in", "difference [95 %]"), tuple(rows), note)
 
 
 def methods(findings: Findings, group: str) -> Grid:
-    """Scores, win rates and errors of a group of methods, the base above them."""
+    """Scores, win rates and errors of a group of methods, with the base in the first row."""
     plan = findings.plan
     names = [BASE, *(n for n in findings.methods if group in (plan.methods[n].group, *plan.methods[n].also_in))]
     best = {scorer: max(names, key=lambda name: findings.of(name, scorer).mean()) for scorer in plan.scorers}
@@ -126,8 +131,8 @@ def _method_row(findings: Findings, name: str, best_by: Sequence[str]) -> list[C
     plan = findings.plan
     row = [Cell(name), Cell("" if name == BASE else findings.chosen[plan.methods[name].tuned_as or name])]
     for scorer in plan.scorers:
-        found = measures.mean(findings.of(name, scorer))
-        row.append(Cell(number(found.value, scorer), found.value, _interval(found), best=scorer in best_by))
+        mean = measures.mean(findings.of(name, scorer))
+        row.append(Cell(number(mean.value, scorer), mean.value, _interval(mean), best=scorer in best_by))
     for other in (BASE, plan.baseline):
         if name in (other, BASE) or other not in (BASE, *findings.methods):
             row.append(Cell(""))
@@ -136,9 +141,9 @@ def _method_row(findings: Findings, name: str, best_by: Sequence[str]) -> list[C
         row.append(Cell(percent(wins.value), wins.value, f"[{100 * wins.low:.1f}, {100 * wins.high:.1f}]"))
     for side in ("chosen", "rejected"):
         values = findings.logged(name, f"eval/d_{side}")
-        known = name != BASE and np.isfinite(values).all()
-        spread = f"[{values.min():.2g}, {values.max():.2g}]" if known else ""
-        row.append(Cell(f"{values.mean():.2g}" if known else "", float(values.mean()) if known else None, spread))
+        finite = name != BASE and np.isfinite(values).all()
+        spread = f"[{values.min():.2g}, {values.max():.2g}]" if finite else ""
+        row.append(Cell(f"{values.mean():.2g}" if finite else "", float(values.mean()) if finite else None, spread))
     return row
 
 
@@ -148,10 +153,10 @@ def efficiency(findings: Findings) -> Grid:
     for name in findings.methods:
         if not plan.methods[name].curves or plan.baseline not in findings.methods:
             continue
-        found = findings.speed_up(name)
+        speed_up = findings.speed_up(name)
         cost = findings.seconds_per_pair(name) / findings.seconds_per_pair(plan.baseline)
-        in_time = Estimate(found.value / cost, found.low / cost, found.high / cost)
-        rows.append((Cell(name), _times(found), Cell(f"{cost:.2f}", cost), _times(in_time)))
+        in_time = Estimate(speed_up.value / cost, speed_up.low / cost, speed_up.high / cost)
+        rows.append((Cell(name), _times(speed_up), Cell(f"{cost:.2f}", cost), _times(in_time)))
     columns = ("method", "pairs: times fewer", "time of a pair", "time: times less")
     note = (
         f"Pairs seen until the final {title_of(plan.score)} of {plan.baseline} is reached, {plan.baseline}'s over the "
@@ -173,13 +178,13 @@ def _against_base(findings: Findings) -> str:
         text = f"{name} {percent(wins.value)} [{100 * wins.low:.1f}, {100 * wins.high:.1f}]"
         (more if wins.low > 0.5 else less if wins.high < 0.5 else open_ones).append(text)
     lines = []
-    for what, found in (
+    for what, results in (
         (f"More than half of the prompts won against the base by {title_of(plan.score)}", more),
         ("**Not resolved**, the interval holds a half", open_ones),
         ("**No**, less than half", less),
     ):
-        if found:
-            lines.append(f"{what}: {'; '.join(found)}.")
+        if results:
+            lines.append(f"{what}: {'; '.join(results)}.")
     failed = [name for name in plan.methods if name not in findings.methods]
     if failed:
         lines.append(f"**Failed**: {', '.join(failed)}.")
@@ -187,15 +192,15 @@ def _against_base(findings: Findings) -> str:
 
 
 def bend(slopes: SlopeSettings) -> Grid:
-    """By how much the power term has bent the slope at the errors that training reached."""
+    """How much the power term changed the slope at the errors that training reached."""
     settings, _, seen = slopes
     rows = []
     for n in SLOPE_EXPONENTS:
-        own = {**settings, "n": n, "gamma": 1 / n}
+        with_exponent = {**settings, "n": n, "gamma": 1 / n}
         cells = [Cell(f"{n:g}", n)]
         for form in ("appendix_c", "eq9"):
             low, high, start = (
-                drawing.reward_slope(np.array([d]), own, 0.1, form)[0] for d in (*seen, 0.0)
+                drawing.reward_slope(np.array([d]), with_exponent, 0.1, form)[0] for d in (*seen, 0.0)
             )  # these two forms don't depend on the reference's error
             cells.append(Cell(f"{percent(low / start - 1, sign=True)} to {percent(high / start - 1, sign=True)}"))
         rows.append(tuple(cells))
@@ -207,7 +212,7 @@ def bend(slopes: SlopeSettings) -> Grid:
 
 
 def tuning(findings: Findings) -> Grid:
-    """Every run of the tuning: the budget is the same for all."""
+    """The score of every tuning run; all methods have the same budget."""
     plan = findings.plan
     rows = []
     for method in plan.tuned:
@@ -228,28 +233,30 @@ def tuning(findings: Findings) -> Grid:
 
 
 def _slope_settings(findings: Findings) -> SlopeSettings | None:
-    """Those of the xDPO methods; None without any."""
+    """The slope settings of the xDPO methods; None without such methods."""
     first = {n: findings.runs[n, findings.plan.seeds[0]].settings for n in findings.methods}
-    own = [n for n, settings in first.items() if "reward" in settings.loss.objective.keys]
-    if not own:
+    names = [n for n, settings in first.items() if "reward" in settings.loss.objective.keys]
+    if not names:
         return None
-    loss = first[own[0]].loss
-    ends = np.concatenate([findings.logged(n, f"eval/d_{side}") for n in own for side in ("chosen", "rejected")])
+    loss = first[names[0]].loss
+    ends = np.concatenate([findings.logged(n, f"eval/d_{side}") for n in names for side in ("chosen", "rejected")])
     if not np.isfinite(ends).all():
         return None
-    reference = float(findings.logged(own[0], "eval/reference_error").mean())
+    reference = float(findings.logged(names[0], "eval/reference_error").mean())
     return loss.model_dump(include={"beta", "eta"}), reference, (min(float(ends.min()), 0.0), float(ends.max()))
 
 
-def _interval(found: Estimate) -> str:
-    return f"[{found.low:.3g}, {found.high:.3g}]"
+def _interval(estimate: Estimate) -> str:
+    return f"[{estimate.low:.3g}, {estimate.high:.3g}]"
 
 
-def _times(found: Estimate) -> Cell:
+def _times(ratio: Estimate) -> Cell:
     return Cell(
-        "never" if found.value == 0 else f"{found.value:.2f}", found.value, f"[{found.low:.2f}, {found.high:.2f}]"
+        "never" if ratio.value == 0 else f"{ratio.value:.2f}",
+        ratio.value,
+        f"[{ratio.low:.2f}, {ratio.high:.2f}]",
     )
 
 
-def _signed(found: Estimate) -> str:
-    return f"{found.value:+.3g} [{found.low:+.3g}, {found.high:+.3g}]".replace("-", "−")
+def _signed(estimate: Estimate) -> str:
+    return f"{estimate.value:+.3g} [{estimate.low:+.3g}, {estimate.high:+.3g}]".replace("-", "−")

@@ -1,4 +1,4 @@
-"""The plan of a reproduction: which methods, what is tuned, what is measured, what is asked. A YAML file, checked."""
+"""The plan of a reproduction, a checked YAML file: methods, tuning, measurements and questions."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -21,14 +21,14 @@ class Method(Section):
 
     config: Path  # relative to the plan's file
     group: str  # heading in the results
-    also_in: tuple[str, ...] = ()  # groups in whose table it stands too
-    tuned_as: str | None = None  # takes that method's tuned value; None: tuned itself
+    also_in: tuple[str, ...] = ()  # other groups whose table shows it too
+    tuned_as: str | None = None  # uses that method's tuned value; None: is tuned
     curves: bool = False  # measured at every checkpoint of the plan, not only at the end
     set: tuple[str, ...] = ()
 
 
 class Tuning(Section):
-    """The budget that every tuned method gets: one run for each value, scored on prompts that nothing else uses."""
+    """The budget of every tuned method: one run for each value, scored on prompts that nothing else uses."""
 
     key: str
     values: Names
@@ -44,7 +44,7 @@ class Question(Section):
     method: str
     than: str
     score: str | None = None  # a scorer; None: the plan's score
-    logged: str | None = None  # instead: a number of the last row of metrics.jsonl that has it, of which less is better
+    logged: str | None = None  # instead of a score: a metric's last value in metrics.jsonl; lower is better
 
 
 class Plan(Section):
@@ -67,7 +67,7 @@ class Plan(Section):
 
     @field_validator("generate", mode="before")
     @classmethod
-    def _as_words(cls, words):
+    def _as_words(cls, words: object) -> object:
         return [str(word) for word in words] if isinstance(words, list | tuple) else words
 
     @model_validator(mode="after")
@@ -96,20 +96,20 @@ class Plan(Section):
 
     @property
     def tuned(self) -> list[str]:
-        """The methods that are tuned themselves."""
+        """The methods that are tuned."""
         return [name for name, method in self.methods.items() if method.tuned_as is None]
 
     def measured_steps(self, method: str) -> tuple[int, ...]:
-        """Where a method's images are made."""
+        """The optimizer steps after which a method's images are made."""
         return self.checkpoints if self.methods[method].curves else (self.steps,)
 
 
 def load_plan(path: Path) -> Plan:
-    """Read a plan, its configs' paths made relative to where one stands. Raises ValueError naming what is wrong."""
+    """Read a plan; resolve its configs' paths from the plan's folder. Raises ValueError naming the faults."""
     text = read_text(path)
     try:
         content = yaml.safe_load(text)
-    except Exception as error:  # PyYAML's constructors raise what they happen to meet
+    except Exception as error:  # PyYAML's constructors raise any error
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     try:
         plan = Plan.model_validate(content)

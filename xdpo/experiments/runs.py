@@ -1,4 +1,4 @@
-"""Configs × values × seeds → runs, checked all together before the first one starts."""
+"""Turn configs × values × seeds into runs, all checked before the first one starts."""
 
 import hashlib
 import itertools
@@ -12,7 +12,7 @@ from statistics import median
 from xdpo.cache.examples import is_finished
 from xdpo.config import KEYS, Config, ConfigError, changed_keys, load_config
 from xdpo.data import Split
-from xdpo.experiments.tasks import Task, launcher, run_all, tell
+from xdpo.experiments.tasks import Task, launcher, print_line, run_all
 from xdpo.precompute.keys import examples_folder
 from xdpo.report.grids import Cell, Grid
 from xdpo.runlog import read_rows
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Run:
-    """One run: `overrides` on `config` give `settings`, whose output_dir is the run's own folder."""
+    """One run: `overrides` on `config` give `settings`, whose output_dir is the run's folder."""
 
     name: str
     config: Path
@@ -36,7 +36,7 @@ class Run:
 
     @property
     def log(self) -> Path:
-        """What the training printed, beside the run's folder."""
+        """The file with the training's output, beside the run's folder."""
         return self.folder.with_name(self.folder.name + ".log")
 
     @property
@@ -47,29 +47,29 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all its steps are done and the model is exported, under this very config."""
+        """Whether all steps are done and the model is exported, with exactly this config."""
         if self.steps_done < self.settings.train.max_steps or not (self.folder / "export").is_dir():
             return False
         return not changed_keys(load_config(self.folder / "config.yaml"), self.settings)
 
     def rows(self) -> list[dict]:
-        """What it has logged so far."""
+        """The rows logged so far."""
         return read_rows(self.folder / "metrics.jsonl")
 
     def task(self, num_processes: int = 1) -> Task:
-        """Its training, which goes on where it was interrupted."""
+        """The task that trains it, or resumes its training."""
         training = (str(ROOT / "train_xdpo.py"), "--config", str(self.config), *self.overrides)
         return Task(self.name, (*launcher(num_processes), *training), self.log, lambda: self.is_finished)
 
 
 def make_run(name: str, config: Path, overrides: Sequence[str], output: Path) -> Run:
-    """A run of `config` in the folder `output`/`name`, with caches below `output` where it can share them.
+    """A run of `config` in the folder `output`/`name`, with shared caches below `output` if possible.
 
     Raises ConfigError.
     """
-    own = (*overrides, f"output_dir={output / name}")
-    own += shared_caches(load_config(config, own), output / "cache")
-    return Run(name, config, own, load_config(config, own))
+    all_overrides = (*overrides, f"output_dir={output / name}")
+    all_overrides += shared_caches(load_config(config, all_overrides), output / "cache")
+    return Run(name, config, all_overrides, load_config(config, all_overrides))
 
 
 def make_runs(
@@ -82,9 +82,9 @@ def make_runs(
 ) -> list[Run]:
     """All runs, config by config, then value by value, then seed by seed, in folders below `output`.
 
-    grid: key → values as on the command line; common: overrides of all runs. Caches are shared below `output`, unless
-    a config names its own or can't have one. Raises ConfigError with every problem of every run, and for two runs
-    of one name.
+    grid: key → values as on the command line. common: overrides of all runs. Caches are shared below `output`, unless a
+    config names its own or can't have one. Raises ConfigError with every problem of every run, and for two runs with
+    the same name.
     """
     grid = dict(grid or {})
     runs, problems = [], []
@@ -113,8 +113,8 @@ def make_runs(
 
 
 def shared_caches(settings: Config, folder: Path) -> tuple[str, ...]:
-    """Overrides that let a run share its caches with others of the same data; none of what it can't or has itself."""
-    data, found = settings.data, []
+    """Overrides by which runs of the same data share caches: those that a config can have and does not name itself."""
+    data, overrides = settings.data, []
     if settings.cache.examples is None and data.crop == "center":
         decides = {**data.model_dump(mode="json"), "dtype": settings.cache.dtype}
         decides["pipeline"] = [settings.model.pipeline, settings.model.revision]
@@ -122,24 +122,24 @@ def shared_caches(settings: Config, folder: Path) -> tuple[str, ...]:
         for key in ("caption_dropout", "num_workers", "max_unreadable_share"):
             decides.pop(key)
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
-        found.append(f"cache.examples={folder / f'examples-{digest}'}")
+        overrides.append(f"cache.examples={folder / f'examples-{digest}'}")
     stays = settings.loss.objective.can_reuse_reference and settings.model.reference_decay is None
     if settings.cache.reference is None and stays:
-        found.append(f"cache.reference={folder / 'reference'}")
-    return tuple(found)
+        overrides.append(f"cache.reference={folder / 'reference'}")
+    return tuple(overrides)
 
 
 def train_all(
-    runs: Sequence[Run], jobs: int = 1, num_processes: int = 1, say: Callable[[str], None] = tell
+    runs: Sequence[Run], jobs: int = 1, num_processes: int = 1, report: Callable[[str], None] = print_line
 ) -> dict[str, str]:
-    """Train all runs that are not finished, `jobs` at a time. Returns those that failed, with the end of their log.
+    """Train all unfinished runs, `jobs` at a time. Returns the failed ones, with the end of their log.
 
-    The first run of each example cache that isn't there yet builds it, before others run beside it.
+    For each example cache that doesn't exist yet, one run fills it before other runs start.
     """
     builders = {run.settings.cache.examples: run for run in reversed(runs) if _builds_examples(run.settings)}
-    failed = run_all([run.task(num_processes) for run in builders.values()], 1, num_processes, say)
+    failed = run_all([run.task(num_processes) for run in builders.values()], 1, num_processes, report)
     rest = [run.task(num_processes) for run in runs if run.name not in failed]
-    return failed | run_all(rest, jobs, num_processes, say)
+    return failed | run_all(rest, jobs, num_processes, report)
 
 
 def _builds_examples(settings: Config) -> bool:
@@ -149,7 +149,7 @@ def _builds_examples(settings: Config) -> bool:
 
 
 def progress(runs: Sequence[Run], failed: Collection[str] = ()) -> Grid:
-    """A row for each run: how far it is, how fast, what its held-out pairs say; and how long the rest may take."""
+    """A row for each run: its progress, speed and held-out accuracy; and an estimate of the remaining time."""
     rows, speeds, left_pairs = [], [], 0
     for run in runs:
         train, logged = run.settings.train, run.rows()

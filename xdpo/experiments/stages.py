@@ -1,4 +1,4 @@
-"""What a plan makes: trainings, their images, their scores; each stage a list of tasks that can be interrupted.
+"""The stages of a plan: trainings, their images, their scores. Each stage is a list of tasks that can be interrupted.
 
 OUTPUT/runs/{run}, OUTPUT/runs/cache         trainings; caches of examples and of the reference's errors
 OUTPUT/images/{run}-step{step}, …/base       generate.py's folders
@@ -22,7 +22,7 @@ from xdpo.scores.table import ScoreTable
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A plan, the folder that it fills, and how many GPUs a training or a sampling has."""
+    """A plan, its output folder, and the number of GPUs for a training or a sampling."""
 
     plan: Plan
     output: Path
@@ -40,27 +40,27 @@ class Reproduction:
     def runs(self, chosen: Mapping[str, str]) -> dict[tuple[str, int], Run]:
         """A training for each method and seed, at the values `chosen` for the tuned ones. Raises ConfigError.
 
-        Methods whose tuning chose nothing are left out.
+        Methods without a chosen value are left out.
         """
-        found = {}
+        runs = {}
         for name, method in self.plan.methods.items():
             value = chosen.get(method.tuned_as or name)
             if value is None:
                 continue
             for seed in self.plan.seeds:
                 steps = self.plan.measured_steps(name)
-                found[name, seed] = self._run(f"{name}-seed{seed}", name, value, seed, steps)
-        return found
+                runs[name, seed] = self._run(f"{name}-seed{seed}", name, value, seed, steps)
+        return runs
 
     def _run(self, name: str, method: str, value: str, seed: int, steps: Sequence[int]) -> Run:
         plan = self.plan
         overrides = [f"train.max_steps={plan.steps}", "checkpoint.keep=1"]
-        if len(steps) > 1:  # those that are measured stay
+        if len(steps) > 1:  # keep the measured checkpoints
             every = math.gcd(*steps)
-            # All of them: a run that is asked to stop saves one more, and none that is measured may go for it.
+            # Keep all: a stopped run saves one more checkpoint, and must not remove a measured one for it.
             overrides = [overrides[0], f"checkpoint.every={every}", f"checkpoint.keep={plan.steps}"]
-        own = (*plan.methods[method].set, f"{plan.tuning.key}={value}", f"seed={seed}")
-        return make_run(name, plan.methods[method].config, (*overrides, *plan.common, *own), self.output / "runs")
+        set_here = (*plan.methods[method].set, f"{plan.tuning.key}={value}", f"seed={seed}")
+        return make_run(name, plan.methods[method].config, (*overrides, *plan.common, *set_here), self.output / "runs")
 
     # --- images and scores -----------------------------------------------------------------------------
 
@@ -81,7 +81,7 @@ class Reproduction:
         return once(f"images of {name}", command, folder.with_name(name + ".log"), inputs)
 
     def evaluation(self, folder: str, images: Sequence[Task]) -> Task:
-        """Scores and report of images, in OUTPUT/`folder`."""
+        """The scores and report of images, in OUTPUT/`folder`."""
         output = self.output / folder
         names = [task.command[task.command.index("--output") + 1] for task in images]
         command = (*launcher(1), str(ROOT / "evaluate.py"), "--images", *names, "--scorers")
@@ -90,16 +90,16 @@ class Reproduction:
         return once(f"scores in {output}", command, output.with_name(folder + ".log"), inputs)
 
     def scores(self, folder: str, models: Sequence[str]) -> dict[tuple[str, str], np.ndarray]:
-        """(model, scorer) → its scores, (prompts,), the prompts of all sets one after another.
+        """(model, scorer) → scores (prompts,), with the prompts of all sets in sequence.
 
-        Raises ValueError where a model has no scores.
+        Raises ValueError if a model has no scores.
         """
         rows = [row for row in ScoreTable(self.output / folder).placed if row.placement.model in set(models)]
         if absent := sorted(set(models) - {row.placement.model for row in rows}):
             raise ValueError(f"no scores of {absent[0]} in {self.output / folder}")
-        found = benchmarks_of(rows, list(models), list(self.plan.scorers))
+        benchmarks = benchmarks_of(rows, list(models), list(self.plan.scorers))
         return {
-            (model, scorer): np.concatenate([benchmark.of(model, scorer) for benchmark in found])
+            (model, scorer): np.concatenate([benchmark.of(model, scorer) for benchmark in benchmarks])
             for model in models
             for scorer in self.plan.scorers
         }
@@ -110,7 +110,7 @@ def model_name(run: Run, step: int) -> str:
 
 
 def choose(scores: Mapping[tuple[str, str], float]) -> dict[str, str]:
-    """The value with the highest mean score for each method, from (method, value) → score; a tie goes to the first."""
+    """The value with the highest mean score for each method, from (method, value) → score. A tie goes to the first."""
     best: dict[str, str] = {}
     for (method, value), score in scores.items():
         if method not in best or score > scores[method, best[method]]:

@@ -1,7 +1,7 @@
-"""Processes to run, some at a time: what is done is skipped, a stop is handed on to them, failures are named.
+"""Run processes, some at a time: skip those that are done, pass a stop on to them, name those that fail.
 
-A process holds a lock on its log for as long as it lives. So where this one is killed and started again, it waits for
-what the earlier start left at work, and no two processes write to one folder.
+A process holds a lock on its log as long as it lives. If this program is killed and started again, it waits for the
+processes that are still running, so that no two processes write to one folder.
 """
 
 import fcntl
@@ -23,12 +23,12 @@ POLL_SECONDS = 0.1
 
 
 class Interrupted(Exception):
-    """A signal asked to stop; what was in work has been asked to save, and has ended."""
+    """Raised after SIGINT or SIGTERM, once the running tasks have saved and exited."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A process: its name, how it starts, where its output goes (appended), and whether it has nothing left to do."""
+    """A process: its name, its command, the log to which its output is appended, and whether it is done."""
 
     name: str
     command: tuple[str, ...]
@@ -38,7 +38,7 @@ class Task:
 
 
 def once(name: str, command: Sequence[str], log: Path, inputs: Sequence[Path]) -> Task:
-    """A task that is done once this very command has succeeded and none of its `inputs` has been written since."""
+    """A task that is done once this exact command has succeeded and none of its `inputs` is newer."""
     marker = log.with_name(log.name + ".done")
     text = shlex.join(command) + "\n"
 
@@ -52,9 +52,9 @@ def once(name: str, command: Sequence[str], log: Path, inputs: Sequence[Path]) -
 
 
 def launcher(num_processes: int) -> tuple[str, ...]:
-    """What a script of ours is started with: plain Python, accelerate on GPUs, torchrun on a CPU.
+    """The command that starts one of our programs: plain Python, accelerate on GPUs, or torchrun on a CPU.
 
-    (accelerate's launcher silently starts one process where several are asked of a CPU.)
+    (On a CPU accelerate's launcher silently starts one process where several are requested.)
     """
     if num_processes == 1:
         return (sys.executable,)
@@ -64,30 +64,30 @@ def launcher(num_processes: int) -> tuple[str, ...]:
     return (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}")
 
 
-def tell(text: str) -> None:
-    """Print at once, also into a file that somebody follows."""
+def print_line(text: str) -> None:
+    """Print a line and flush it, so that somebody can follow a file."""
     print(text, flush=True)
 
 
 def run_all(
-    tasks: Sequence[Task], jobs: int = 1, num_processes: int = 1, say: Callable[[str], None] = tell
+    tasks: Sequence[Task], jobs: int = 1, num_processes: int = 1, report: Callable[[str], None] = print_line
 ) -> dict[str, str]:
-    """Run the tasks that are not done, in order, `jobs` at a time. Returns the failed ones, with the end of their log.
+    """Run the unfinished tasks in order, `jobs` at a time. Returns the failed ones, with the end of their log.
 
-    Each job has `num_processes` GPUs of its own, or its share of the CPU's cores as threads. Raises ValueError where
-    there are too few GPUs, and Interrupted after SIGINT or SIGTERM, which all that is in work gets as SIGTERM.
+    Each job has `num_processes` GPUs of its own, or its share of the CPU's cores as threads. Raises ValueError if there
+    are too few GPUs. After SIGINT or SIGTERM the running tasks get SIGTERM, and Interrupted is raised.
     """
     if jobs < 1 or num_processes < 1:
         raise ValueError(f"jobs and processes must be at least 1, got {jobs} and {num_processes}")
-    _wait_for_earlier_starts(tasks, say)
+    _wait_for_earlier_starts(tasks, report)
     environments = [_environment(job, jobs, num_processes) for job in range(jobs)]
     waiting = [task for task in tasks if not task.is_done()]
     total, ended, failed = len(waiting), 0, {}
     running: dict[int, tuple[Task, subprocess.Popen, float]] = {}
     asked: list[int] = []
     handed_on = 0
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in numbers}
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in signals}
     try:
         while running or (waiting and not asked):
             while waiting and len(running) < jobs and not asked:
@@ -110,7 +110,7 @@ def run_all(
                 elif process.returncode or not task.is_done():
                     failed[task.name] = end_of(task.log)
                     how = f"failed with exit status {process.returncode}; the end of {task.log}:\n{failed[task.name]}"
-                say(f"[{ended}/{total}] {task.name}: {how}")
+                report(f"[{ended}/{total}] {task.name}: {how}")
             time.sleep(POLL_SECONDS)
     finally:
         for number, handler in before.items():
@@ -120,20 +120,20 @@ def run_all(
     return failed
 
 
-def _wait_for_earlier_starts(tasks: Sequence[Task], say: Callable[[str], None]) -> None:
-    """Return when no process of an earlier start is at work on any of the tasks."""
+def _wait_for_earlier_starts(tasks: Sequence[Task], report: Callable[[str], None]) -> None:
+    """Wait until no process of an earlier start is running any of the tasks."""
     for task in tasks:
         if task.log.exists():
             with task.log.open("a") as log:
                 try:
                     fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    say(f"{task.name}: a process of an earlier start is still at work on it; waiting for its end")
+                    report(f"{task.name}: a process of an earlier start is still at work on it; waiting for its end")
                     fcntl.flock(log, fcntl.LOCK_EX)
 
 
 def end_of(log: Path, lines: int = 12) -> str:
-    """The last lines of a log, without the progress bars that they overwrote."""
+    """The last lines of a log, without overwritten progress bars."""
     text = log.read_text(encoding="utf-8", errors="replace")
     return "\n".join([line.rpartition("\r")[2] for line in text.splitlines() if line.strip()][-lines:])
 
@@ -141,15 +141,15 @@ def end_of(log: Path, lines: int = 12) -> str:
 def _start(task: Task, environment: dict[str, str]) -> subprocess.Popen:
     task.log.parent.mkdir(parents=True, exist_ok=True)
     with task.log.open("a", encoding="utf-8") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)  # the process inherits it with its output
-        # A session of its own: Ctrl-C reaches it through us alone.
+        fcntl.flock(log, fcntl.LOCK_EX)  # the process inherits the lock with its output
+        # A session of its own: Ctrl-C reaches it only through this program.
         return subprocess.Popen(
             task.command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
 
 
 def _environment(job: int, jobs: int, num_processes: int) -> dict[str, str]:
-    """The environment of one of `jobs` that run at once, so that they share neither a GPU nor a core."""
+    """The environment of one of `jobs` concurrent processes, so that they share neither GPUs nor cores."""
     environment = dict(os.environ)
     if torch.cuda.is_available():
         visible = environment.get("CUDA_VISIBLE_DEVICES")

@@ -1,1 +1,1 @@
-"""Image folders: writing one that survives a kill, its manifest, reading any, and sheets of several side by side."""
+"""Image folders: writing them so that a kill does no harm, their manifest, reading them, and sheets side by side."""

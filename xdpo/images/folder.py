@@ -1,13 +1,13 @@
-"""A folder of images that explains itself and that a kill at any moment leaves whole.
+"""Write a folder of images that describes itself. A kill at any moment leaves it usable.
 
 ```
-{output}/{set}/settings.json              what decides the pixels; what it was made with
+{output}/{set}/settings.json              what decides the pixels; machine and versions of each start
                manifest.jsonl             one line per image: file, category, index, prompt, seed, model, sha256, …
                {category}/{index:05d}.png
 ```
 
-An image is written aside, flushed, renamed, and then recorded in its process's part of the manifest. The parts are
-collected into manifest.jsonl, which alone says what is finished, at the end and before anything else is made.
+An image is written whole, and then recorded in its process's part of the manifest. The parts are merged into
+manifest.jsonl at every start and at the end. Only manifest.jsonl says which images are finished.
 """
 
 import hashlib
@@ -30,15 +30,14 @@ SETTINGS = "settings.json"
 
 
 class ImageFolderError(ValueError):
-    """A folder that can't be used for these images; the message says why and what to do."""
+    """A folder can't be used for these images. The message says why and what to do."""
 
 
 def check_image_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds something else, images of other settings, or that can't be written to. Writes nothing.
+    """Refuse a folder with other content, with images of other settings, or that can't be written. Writes nothing.
 
-    A folder that a failed start left, without any image, takes new settings.
-    settings: flat, everything that decides a pixel; values as JSON has them. Raises ImageFolderError naming the keys
-    that differ; StorageError where it can't be written to.
+    settings: everything that decides a pixel, flat, with JSON values. A folder that a failed start left without images
+    accepts new settings. Raises ImageFolderError naming the keys that differ; StorageError if it can't be written.
     """
     check_writable(folder, "output")
     names = sorted(path.name for path in folder.iterdir() if not is_own(path)) if folder.exists() else []
@@ -46,8 +45,8 @@ def check_image_folder(folder: Path, settings: Mapping[str, Any]) -> None:
         return
     saved = _read_settings(folder)
     if saved is None:
-        found = ", ".join(names[:5])
-        raise ImageFolderError(f"output: {folder} holds something else than generated images ({found}); choose another")
+        some = ", ".join(names[:5])
+        raise ImageFolderError(f"output: {folder} holds something else than generated images ({some}); choose another")
     if not _holds_images(folder):
         return
     before = saved["settings"]
@@ -65,14 +64,14 @@ def check_image_folder(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def open_image_folder(folder: Path, settings: Mapping[str, Any], made_with: Mapping[str, Any]) -> list[str]:
-    """Create a checked folder or go on with it; one process calls it, before any other looks at the manifest.
+    """Create a checked folder or resume it. One process calls it, before any other reads the manifest.
 
-    made_with: what may differ between starts, and may then differ in the last bit of a pixel; returns a line for each
-    thing that did since the last start.
+    made_with: what may differ between starts and then change the last bits of pixels. Returns a line for each
+    difference from the last start.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder, f"**/*{PART}")  # the folder has one writer: what an earlier one left aside is nobody's
+    sweep(folder, f"**/*{PART}")  # the folder has one writer, so no other process needs these files
     facts = {**made_with, **library_versions()}
     saved = _read_settings(folder)
     if saved is None or (saved["settings"] != settings and not _holds_images(folder)):
@@ -86,7 +85,7 @@ def open_image_folder(folder: Path, settings: Mapping[str, Any], made_with: Mapp
 
 
 def save_image(path: Path, image: Image.Image, quality: int = 75) -> str:
-    """Write a PNG, or by its suffix a JPEG of that quality, and return the file's sha256; never half an image.
+    """Write a PNG, or by its suffix a JPEG of that quality, whole or not at all. Returns the file's sha256.
 
     Raises StorageError.
     """
@@ -112,7 +111,7 @@ def record(folder: Path, rank: int, rows: Iterable[ManifestRow]) -> None:
 
 
 def read_manifest(folder: Path) -> list[ManifestRow]:
-    """The rows of manifest.jsonl; none where there is no such file. Raises ImageFolderError for a damaged one."""
+    """The rows of manifest.jsonl; none without that file. Raises ImageFolderError for a damaged one."""
     if not (folder / MANIFEST).is_file():
         return []
     return list(_rows(folder / MANIFEST, may_be_torn=False))
@@ -121,7 +120,7 @@ def read_manifest(folder: Path) -> list[ManifestRow]:
 def collect_manifest(folder: Path) -> list[ManifestRow]:
     """Merge the processes' parts into manifest.jsonl and return its rows, in order of position and image number.
 
-    Rows whose image is gone are dropped, so that it is made again. One process calls it while none makes images.
+    Rows whose image is gone are dropped, so that it is made again. One process calls it, while no process makes images.
     """
     parts = sorted(folder.glob(PARTS))
     rows = {row.file: row for row in read_manifest(folder)}
@@ -138,7 +137,7 @@ def collect_manifest(folder: Path) -> list[ManifestRow]:
 
 
 def _holds_images(folder: Path) -> bool:
-    """Whether anything was made there: any file below but settings, manifests, the lock and what was written aside."""
+    """Whether the folder holds anything but settings, manifests, the lock and files written aside."""
     ours = (SETTINGS, MANIFEST, PARTS)
     files = (path for path in folder.rglob("*") if path.is_file() and not is_own(path))
     return any(not any(fnmatch(path.name, pattern) for pattern in ours) for path in files)

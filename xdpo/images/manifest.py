@@ -1,4 +1,4 @@
-"""The manifest of an image folder: one JSON object a line for each image. Its keys are said here and nowhere else."""
+"""The manifest of an image folder: one line for each image, a JSON object. Only this module knows its keys."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -7,12 +7,12 @@ from typing import Any, NamedTuple, Self
 from xdpo.tables import as_text
 
 MANIFEST, PARTS = "manifest.jsonl", "manifest.part-*.jsonl"
-_OTHER_NAMES = {"category": "style", "sha256": "checksum"}  # for the same, in manifests of other programs
+_OTHER_NAMES = {"category": "style", "sha256": "checksum"}  # of these keys, in manifests of other programs
 
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """All that a line of our own says about its image. The fields' names and order are the line's keys."""
+    """A line of our own manifests. The fields, in this order, are the keys of its JSON object."""
 
     file: str  # path below the set's folder
     category: str
@@ -31,7 +31,7 @@ class ManifestRow:
 
     @classmethod
     def from_line(cls, line: bytes) -> Self:
-        """Raises ValueError for what is no JSON in UTF-8, TypeError for other keys."""
+        """Raises ValueError for a line that is not JSON in UTF-8, TypeError for other keys."""
         return cls(**json.loads(line))
 
     def to_line(self) -> str:
@@ -39,7 +39,7 @@ class ManifestRow:
 
 
 class ListedImage(NamedTuple):
-    """What a reader takes from a line, which may be another program's: only the file must be there."""
+    """What a reader needs of a line, which another program may have written: only the file is required."""
 
     file: str
     category: str | None = None
@@ -49,7 +49,7 @@ class ListedImage(NamedTuple):
 
     @classmethod
     def from_line(cls, line: bytes) -> Self:
-        """Raises ValueError, TypeError or RecursionError for a line that does not name an image, or not in texts."""
+        """Raises ValueError, TypeError or RecursionError for a line without a file or with a value that isn't text."""
         row = json.loads(line)
         texts = {name: as_text(row[name], name) for name in (*cls._fields, *_OTHER_NAMES.values()) if name in row}
         for name, other in _OTHER_NAMES.items():

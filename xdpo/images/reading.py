@@ -1,10 +1,10 @@
-"""Image folders as `generate.py` leaves them, read with an account of everything that is not as it should be.
+"""Read image folders that `generate.py` wrote, and report everything that is not as it should be.
 
     images/sd15/hpsv2/manifest.jsonl            one row per image: file, prompt, category, seed, model, sha256 …
     images/sd15/hpsv2/anime/00012.png           {prompt set}/{style or category}/{index}.png or .jpg
     images/sd15/hpsv2/anime/00012_1.png         a second image of the same prompt
 
-A folder without a manifest is read by this layout alone; its prompts then come from elsewhere (`with_prompts`).
+A folder without a manifest is read by this layout; its prompts then come from elsewhere (`with_prompts`).
 """
 
 import re
@@ -45,7 +45,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as it should be: what, in which model's images of which set, and the names of each."""
+    """A fault in a model's images of a prompt set: its kind, and the names of the affected images."""
 
     model: str
     prompt_set: str
@@ -53,7 +53,7 @@ class Problem:
     names: tuple[str, ...] = ()
 
     def describe(self, shown: int = 10) -> str:
-        """One line; the first `shown` names stand for the rest."""
+        """One line that lists at most `shown` names."""
         if not self.names:
             return f"{self.model}, {self.prompt_set}: {self.kind}"
         more = f", … {len(self.names) - shown} more" if len(self.names) > shown else ""
@@ -69,8 +69,8 @@ def name_folders(words: Sequence[str]) -> dict[str, Path]:
             name, path = "", word
         folder = user_path(path)
         if not name:
-            own = (folder / MANIFEST).is_file()  # a prompt set's own folder: its parent is the model
-            name = folder.resolve().parent.name if own else folder.resolve().name
+            is_prompt_set = (folder / MANIFEST).is_file()  # then its parent is the model
+            name = folder.resolve().parent.name if is_prompt_set else folder.resolve().name
         if "/" in name or "\\" in name:
             raise ValueError(f"a model cannot be called {name!r}: its name becomes part of file names")
         if name in folders:
@@ -80,20 +80,23 @@ def name_folders(words: Sequence[str]) -> dict[str, Path]:
 
 
 def read_models(folders: Mapping[str, Path], sets: Sequence[str] | None) -> tuple[list[Picture], list[Problem]]:
-    """The pictures that can be scored, with prompts and checksums, and an account of the others.
+    """The pictures that can be scored, with prompts and checksums, and the problems of all others.
 
-    sets: only these prompt sets; None: all. Raises ValueError for a set without images, and as `read_model_folder`.
+    sets: only these prompt sets; None: all. Raises ValueError for a set without images, and as `read_model_folder`
+    does.
     """
     pictures: list[Picture] = []
     problems: list[Problem] = []
     for model, folder in folders.items():
-        found, wrong = read_model_folder(folder, model)
-        pictures += found
-        problems += wrong
+        model_pictures, model_problems = read_model_folder(folder, model)
+        pictures += model_pictures
+        problems += model_problems
     if sets is not None:
-        known = sorted({picture.prompt_set for picture in pictures})
-        if unknown := [name for name in sets if name not in known]:
-            raise ValueError(f"no images of prompt set {unknown[0]!r} in these folders; there are {', '.join(known)}")
+        available = sorted({picture.prompt_set for picture in pictures})
+        if unknown := [name for name in sets if name not in available]:
+            raise ValueError(
+                f"no images of prompt set {unknown[0]!r} in these folders; there are {', '.join(available)}"
+            )
         pictures = [picture for picture in pictures if picture.prompt_set in sets]
         problems = [problem for problem in problems if problem.prompt_set in sets]
     pictures, without_prompt = with_prompts(pictures, known_prompts)
@@ -103,7 +106,7 @@ def read_models(folders: Mapping[str, Path], sets: Sequence[str] | None) -> tupl
 
 
 def known_prompts(prompt_set: str) -> dict[str, tuple[str, str]]:
-    """(category, prompt) of every key of a set known by name; nothing for other sets, and where it cannot be had."""
+    """(category, prompt) by key of a named prompt set; empty for other sets, and if the set cannot be loaded."""
     try:
         prompts = load_prompts(prompt_set).prompts
     except ValueError as error:
@@ -113,28 +116,28 @@ def known_prompts(prompt_set: str) -> dict[str, tuple[str, str]]:
 
 
 def read_model_folder(folder: Path, model: str) -> tuple[list[Picture], list[Problem]]:
-    """All images of one model: those of every prompt set below `folder`, or of `folder` if that is a set's own.
+    """All images of one model: of every prompt set below `folder`, or of `folder` if it is a prompt set's folder.
 
-    Raises ValueError for a path that is no folder, and for one without images.
+    Raises ValueError for a path that is not a folder, and for a folder without images.
     """
     if not folder.is_dir():
         raise ValueError(f"no image folder {folder}: expected {{folder}}/{{prompt set}}/{{category}}/{{index}}.png")
     pictures: list[Picture] = []
     problems: list[Problem] = []
     for set_folder in _set_folders(folder):
-        found, wrong = _read_set(set_folder, model)
-        pictures += found
-        problems += wrong
+        set_pictures, set_problems = _read_set(set_folder, model)
+        pictures += set_pictures
+        problems += set_problems
     if not pictures:
-        found = "".join(f"; {problem.describe()}" for problem in problems if problem.names)
+        reasons = "".join(f"; {problem.describe()}" for problem in problems if problem.names)
         raise ValueError(
-            f"{folder} holds no images: expected {{prompt set}}/{{category}}/{{index}}.png or .jpg there{found}"
+            f"{folder} holds no images: expected {{prompt set}}/{{category}}/{{index}}.png or .jpg there{reasons}"
         )
     return pictures, problems
 
 
 def _set_folders(folder: Path) -> list[Path]:
-    """The folders of prompt sets. Without any manifest the depth decides: {category}/{index}.png is one set."""
+    """The folders of prompt sets. Without a manifest the depth decides: {category}/{index}.png is one set."""
     if (folder / MANIFEST).is_file():
         return [folder]
     children = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
@@ -184,28 +187,28 @@ def _picture(model: str, prompt_set: str, folder: Path, name: str, category: str
     return Picture(model, prompt_set, category or ("" if parent == "." else parent), key, repeat, path, name)
 
 
-def _by_place(pictures: Sequence[Picture]) -> list[list[Picture]]:
-    """Pictures by what they are an image of: one for each prompt and repeat, if nothing clashes."""
-    places = defaultdict(list)
+def _by_slot(pictures: Sequence[Picture]) -> list[list[Picture]]:
+    """Pictures grouped by prompt and repeat: one in each group, if nothing clashes."""
+    slots = defaultdict(list)
     for picture in pictures:
-        places[picture.key, picture.repeat].append(picture)
-    return list(places.values())
+        slots[picture.key, picture.repeat].append(picture)
+    return list(slots.values())
 
 
 def _clashes(pictures: Sequence[Picture]) -> list[Problem]:
-    """Files of a set that would be the same image, such as 00012.png and 00012.jpg, or 12.png: nobody knows which."""
-    names = [" and ".join(picture.name for picture in same) for same in _by_place(pictures) if len(same) > 1]
+    """Files of a set that claim to be the same image, such as 00012.png and 00012.jpg, or 12.png."""
+    names = [" and ".join(picture.name for picture in same) for same in _by_slot(pictures) if len(same) > 1]
     if not names:
         return []
     return [Problem(pictures[0].model, pictures[0].prompt_set, "clashes, left out: files for one image", tuple(names))]
 
 
 def _without_clashes(pictures: Sequence[Picture]) -> list[Picture]:
-    return [same[0] for same in _by_place(pictures) if len(same) == 1]
+    return [same[0] for same in _by_slot(pictures) if len(same) == 1]
 
 
 def _manifest_rows(path: Path) -> tuple[dict[str, ListedImage], list[str]]:
-    """Rows by file name, later ones replacing earlier ones, and the numbers of lines that say nothing."""
+    """Rows by file name (a later row replaces an earlier one), and the numbers of unreadable lines."""
     rows: dict[str, ListedImage] = {}
     unreadable = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):  # str.splitlines would cut within a text
@@ -220,14 +223,14 @@ def _manifest_rows(path: Path) -> tuple[dict[str, ListedImage], list[str]]:
 
 
 def _gaps(pictures: Sequence[Picture]) -> list[str]:
-    numbers: dict[str, set[int]] = defaultdict(set)
+    present_by_folder: dict[str, set[int]] = defaultdict(set)
     for picture in pictures:
         folder, _, number = picture.key.rpartition("/")
         if number.isdigit():
-            numbers[folder].add(int(number))
+            present_by_folder[folder].add(int(number))
     return [
         f"{folder}/{number:05d}" if folder else f"{number:05d}"
-        for folder, present in sorted(numbers.items())
+        for folder, present in sorted(present_by_folder.items())
         for number in range(max(present))
         if number not in present
     ]
@@ -236,29 +239,29 @@ def _gaps(pictures: Sequence[Picture]) -> list[str]:
 def with_prompts(
     pictures: Sequence[Picture], known_prompts: Callable[[str], Mapping[str, tuple[str, str]]]
 ) -> tuple[list[Picture], list[Problem]]:
-    """Give every picture its prompt, and keep those that agree with the other models' manifests.
+    """Give every picture its prompt, and leave out those that contradict another model's manifest.
 
-    A picture without one takes what another model's manifest says for its key, else what `known_prompts(prompt_set)`
-    does: (category, prompt) by key. The first model that has a manifest decides; pictures of others that were made
-    from another text are left out.
+    A picture without a prompt gets the one that another model's manifest has for its key, else the one of
+    `known_prompts(prompt_set)`: (category, prompt) by key. The first model with a manifest decides; pictures of other
+    models that were made from another text are left out.
     """
     agreed: dict[tuple[str, str], tuple[str, str]] = {}  # (prompt set, key) → category, prompt
     for picture in pictures:
         if picture.prompt is not None:
             agreed.setdefault((picture.prompt_set, picture.key), (picture.category, picture.prompt))
     for prompt_set in dict.fromkeys(picture.prompt_set for picture in pictures if picture.prompt is None):
-        for key, told in known_prompts(prompt_set).items():
-            agreed.setdefault((prompt_set, key), told)
+        for key, category_and_prompt in known_prompts(prompt_set).items():
+            agreed.setdefault((prompt_set, key), category_and_prompt)
 
     kept, unknown, different = [], defaultdict(list), defaultdict(list)
     for picture in pictures:
-        place, owner = (picture.prompt_set, picture.key), (picture.model, picture.prompt_set)
-        if place not in agreed:
+        prompt_key, owner = (picture.prompt_set, picture.key), (picture.model, picture.prompt_set)
+        if prompt_key not in agreed:
             unknown[owner].append(picture.name)
-        elif picture.prompt not in (None, agreed[place][1]):
+        elif picture.prompt not in (None, agreed[prompt_key][1]):
             different[owner].append(picture.name)
         else:
-            category, prompt = agreed[place]
+            category, prompt = agreed[prompt_key]
             kept.append(replace(picture, prompt=prompt, category=category))
     problems = [Problem(*owner, "left out: no prompt is known", tuple(names)) for owner, names in unknown.items()]
     problems += [
@@ -269,7 +272,7 @@ def with_prompts(
 
 
 def with_checksums(pictures: Sequence[Picture]) -> tuple[list[Picture], list[Problem]]:
-    """Give every picture the SHA-256 of its file as it is now; those that differ from the manifest are named."""
+    """Give every picture the current SHA-256 of its file, and report those that differ from the manifest."""
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
         actual = list(pool.map(lambda picture: file_sha256(picture.path), pictures))
     changed = defaultdict(list)
@@ -284,18 +287,19 @@ def with_checksums(pictures: Sequence[Picture]) -> tuple[list[Picture], list[Pro
 
 
 def of_one_colour(pictures: Sequence[Picture]) -> list[Problem]:
-    """For each model and set: the images whose pixels are all the same, black ones above all, which show no scene.
+    """For each model and set, the images whose pixels are all the same, which mostly are black.
 
-    They are scored as they are. Only files that are small for their number of pixels are decoded, as nothing of one
-    colour takes more.
+    They are scored as they are. Only files that are small for their number of pixels are decoded, because an image of
+    one colour compresses well.
     """
     with ThreadPoolExecutor() as pool:
-        plain = list(pool.map(lambda picture: _is_of_one_colour(picture.path), pictures))
-    found = defaultdict(list)
-    for picture, is_plain in zip(pictures, plain, strict=True):
+        answers = list(pool.map(lambda picture: _is_of_one_colour(picture.path), pictures))
+    names = defaultdict(list)
+    for picture, is_plain in zip(pictures, answers, strict=True):
         if is_plain:
-            found[picture.model, picture.prompt_set].append(picture.name)
-    return [Problem(*owner, "of one colour throughout; scored as they are", tuple(n)) for owner, n in found.items()]
+            names[picture.model, picture.prompt_set].append(picture.name)
+    kind = "of one colour throughout; scored as they are"
+    return [Problem(*owner, kind, tuple(listed)) for owner, listed in names.items()]
 
 
 def _is_of_one_colour(path: Path) -> bool:
@@ -305,13 +309,14 @@ def _is_of_one_colour(path: Path) -> bool:
         with Image.open(path) as image:  # its header alone
             if path.stat().st_size > 2048 + image.width * image.height / 8:  # bytes: a bit per pixel, and the header
                 return False
-        return all(low == high for low, high in decode_rgb(str(path)).getextrema())
-    except Exception:  # what Pillow raises on a damaged file depends on the damage; told where the image is scored
+        extremes = [band.getextrema() for band in decode_rgb(str(path)).split()]
+        return all(lowest == highest for lowest, highest in extremes)
+    except Exception:  # Pillow's errors depend on the damage, which is reported where the image is scored
         return False
 
 
 def missing_against_others(pictures: Iterable[Picture]) -> list[Problem]:
-    """For each model and set: the prompts that other models have images for and this one lacks."""
+    """For each model and set, the prompts for which other models have images and this one has none."""
     keys: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for picture in pictures:
         keys[picture.prompt_set][picture.model].add(picture.key)
@@ -327,12 +332,12 @@ def missing_against_others(pictures: Iterable[Picture]) -> list[Problem]:
 
 def by_prompt(pictures: Iterable[Picture]) -> dict[tuple[str, str, str], list[Picture]]:
     """(prompt set, model, key) → that prompt's images, in the order of their `repeat`."""
-    found: dict[tuple[str, str, str], list[Picture]] = defaultdict(list)
+    grouped: dict[tuple[str, str, str], list[Picture]] = defaultdict(list)
     for picture in sorted(pictures, key=lambda picture: picture.repeat):
-        found[picture.prompt_set, picture.model, picture.key].append(picture)
-    return found
+        grouped[picture.prompt_set, picture.model, picture.key].append(picture)
+    return grouped
 
 
 def natural_order(key: str) -> tuple:
-    """Sorts "anime/2" before "anime/10"."""
+    """A sort key that puts "anime/2" before "anime/10"."""
     return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", key))

@@ -29,7 +29,7 @@ def first_images(folder: Path, prompt_set: str) -> dict[tuple[int, str], Manifes
 def write_sheets(
     columns: Mapping[str, Sequence[Path]], captions: Sequence[str], output: Path, rows: int, cell: int | None = None
 ) -> Iterator[tuple[Path, int]]:
-    """Write contact sheets of image files, `rows` prompts on each; yields a sheet's file and its number of prompts.
+    """Write contact sheets of image files, `rows` prompts on each. Yields each sheet's file and its number of prompts.
 
     Sheets after the first get _2, _3, … at the end of their name. Raises ValueError for an image that can't be read.
     """
@@ -50,9 +50,9 @@ def _open(path: Path) -> Image.Image:
 
 
 def save_sheet(path: Path, sheet: Image.Image) -> None:
-    """Write a sheet in the format that its file's ending names, never half of it; its folder is made if need be.
+    """Write a sheet in the format of its file's ending, whole or not at all; its folder is made if necessary.
 
-    Raises ValueError for an ending that no image format has, StorageError where it can't be written.
+    Raises ValueError for an ending that no image format has, StorageError if it can't be written.
     """
     image_format = Image.registered_extensions().get(path.suffix.lower())
     if image_format is None:
@@ -64,15 +64,15 @@ def save_sheet(path: Path, sheet: Image.Image) -> None:
 
 
 def contact_sheet(
-    columns: dict[str, Sequence[Image.Image]],
+    columns: Mapping[str, Sequence[Image.Image]],
     captions: Sequence[str],
     cell: int | None = None,
     caption_lines: int = 1,
 ) -> Image.Image:
-    """A sheet with one column per model, titled, and one row per prompt, its caption beneath.
+    """A sheet with one titled column per model and one row per prompt, with its caption beneath.
 
-    Images fill cells of `cell` pixels a side, by default at least 128: enlarged without smoothing, reduced with it.
-    Captions wrap to at most `caption_lines` lines; what doesn't fit is cut with an ellipsis.
+    Images fill cells of `cell` pixels a side, by default at least 128. They are enlarged without smoothing and reduced
+    with it. Captions wrap to at most `caption_lines` lines and are then cut with an ellipsis.
     """
     titles, rows = list(columns), list(zip(*columns.values(), strict=True))
     assert rows and len(rows) == len(captions), "a sheet needs a caption for each of its rows"
@@ -105,8 +105,9 @@ def _square(image: Image.Image, cell: int) -> Image.Image:
 
 
 def _wrap(draw: ImageDraw.ImageDraw, text: str, width: int, most: int) -> list[str]:
-    """The text in lines no wider than `width` pixels, at most so many."""
-    lines, words = [], text.split()
+    """The text in lines no wider than `width` pixels, at most `most` of them."""
+    lines: list[str] = []
+    words = text.split()
     while words and len(lines) < most - 1:
         line = words.pop(0)
         while words and draw.textlength(f"{line} {words[0]}", font_size=_FONT_SIZE) <= width:

@@ -1,4 +1,4 @@
-"""Quality against training: which evaluated model is which checkpoint of which run, and how far training was then."""
+"""Quality against training: find which checkpoint of a run an evaluated model is, and how far training was then."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -40,8 +40,8 @@ def curve(
 ) -> Curve | None:
     """The evaluated models that are this run's checkpoints, with `baseline` as its start; None without any.
 
-    A model is recognised by its name or its source, what generate.py called the model in the manifest: after the run
-    folder (its end), "xdpo_step_00000200" or "xdpo@200". Raises ValueError for a run without a log, and for a step
+    A model is recognised by its name or by its source, which is its name in the manifest: the run folder's name (for
+    the end of training), "xdpo_step_00000200" or "xdpo@200". Raises ValueError for a run without a log, and for a step
     that the log does not have.
     """
     progress = progress_by_step(rows)

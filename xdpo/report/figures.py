@@ -14,7 +14,7 @@ from xdpo.report.grids import number, percent, title_of
 from xdpo.report.published import published_score
 from xdpo.scores.results import Benchmark
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; grey is the baseline's.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; grey is the baseline's.
 BASELINE_COLOUR = "#8a919e"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5cc0", "#444444")
 STYLE = {
@@ -36,9 +36,9 @@ def colours_of(models: Sequence[str], baseline: str) -> dict[str, str]:
 
 
 def metric_bars(benchmark: Benchmark, baseline: str) -> Figure:
-    """One panel per metric: each model's mean as a bar of its change against the baseline, with the interval.
+    """One panel per metric with a bar per model: its mean's change against the baseline, with the interval.
 
-    The paper's change stands beside it as a diamond where the paper has both numbers.
+    A diamond marks the paper's change where the paper has both numbers.
     """
     models, scorers = benchmark.models, benchmark.scorers
     columns = min(3, len(scorers))
@@ -69,9 +69,11 @@ def _change_panel(axes: Axes, benchmark: Benchmark, baseline: str, scorer: str) 
         if model != baseline:
             reach = [[change.mean_shift - low], [high - change.mean_shift]]
             axes.errorbar(change.mean_shift, row, xerr=reach, color="#222222", linewidth=1, capsize=2)
-            printed = [published_score(benchmark.name, name, scorer) for name in (baseline, model)]
-            if None not in printed:
-                axes.plot(printed[1] - printed[0], row, "D", markersize=5, markerfacecolor="none", color="#222222")
+            published_before = published_score(benchmark.name, baseline, scorer)
+            published_after = published_score(benchmark.name, model, scorer)
+            if published_before is not None and published_after is not None:
+                published_change = published_after - published_before
+                axes.plot(published_change, row, "D", markersize=5, markerfacecolor="none", color="#222222")
         text = number(change.mean_after, scorer)
         axes.annotate(
             text, (1, row), xycoords=("axes fraction", "data"), xytext=(3, 0), textcoords="offset points",
@@ -144,9 +146,9 @@ def quality_curves(benchmark: Benchmark, curves: Sequence[Curve]) -> Figure:
                     [s.mean - s.interval[0] for _, s in points],
                     [s.interval[1] - s.mean for _, s in points],
                 ]
-                look = dict(color=COLOURS[position % len(COLOURS)], marker="o", markersize=4, capsize=2, linewidth=1.5)
-                by_pairs.errorbar([p.pairs for p, _ in points], means, yerr=reach, label=curve.run, **look)
-                by_hours.errorbar([p.hours for p, _ in points], means, yerr=reach, **look)
+                style = dict(color=COLOURS[position % len(COLOURS)], marker="o", markersize=4, capsize=2, linewidth=1.5)
+                by_pairs.errorbar([p.pairs for p, _ in points], means, yerr=reach, label=curve.run, **style)
+                by_hours.errorbar([p.hours for p, _ in points], means, yerr=reach, **style)
             by_pairs.set_title(f"{benchmark.name}: {title_of(scorer)}")
         panels[-1][0].set_xlabel("training pairs seen")
         panels[-1][1].set_xlabel("hours in optimizer steps")
@@ -154,12 +156,12 @@ def quality_curves(benchmark: Benchmark, curves: Sequence[Curve]) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path) -> list[Path]:
-    """Write `path`.png and `path`.svg; returns both. Raises StorageError."""
+def save(figure: Figure, path: Path) -> tuple[Path, Path]:
+    """Write `path`.png and `path`.svg; return both paths. Raises StorageError."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     png, svg = (path.with_name(path.name + suffix) for suffix in (".png", ".svg"))  # a model's name may have a dot
     with rc_context(STYLE), replacing(png, "wb") as png_file, replacing(svg, "wb") as svg_file:
         figure.savefig(png_file, format="png", dpi=150, facecolor="white")
         figure.savefig(svg_file, format="svg", metadata={"Date": None})
-    return [png, svg]
+    return png, svg

@@ -1,4 +1,4 @@
-"""Tables, built once as grids of cells and written as Markdown, aligned text or HTML."""
+"""Tables as grids of cells, which can be written as Markdown, aligned text or HTML."""
 
 import re
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ _DECIMALS = {"pickscore": 3, "hpsv2": 3, "image_reward": 3, "clip": 4, "aestheti
 
 @dataclass(frozen=True)
 class Cell:
-    """What a table shows in one place. `value` is what it sorts by, `detail` smaller print after the text, `best`
-    the highest of its kind, `tone` "better" or "worse" than the baseline, "published" or nothing."""
+    """A cell of a table. `value` is its sorting key, `detail` is smaller print after the text, `best` marks the highest
+    of its kind, `tone` is "better" or "worse" than the baseline, "published" or empty."""
 
     text: str
     value: float | str | None = None
@@ -46,12 +46,12 @@ class Grid:
 
 
 def title_of(scorer: str) -> str:
-    """A scorer's name for people; of path/to/file.py:Class the class. A name we do not know stays as it is."""
+    """A scorer's display name: from the table, the class name for path/to/file.py:Class, else unchanged."""
     return TITLES.get(scorer, scorer.rpartition(".py:")[2])
 
 
-def number(value: float, scorer: str, sign: bool = False) -> str:
-    """A score to the decimals usual for the scorer, "–" for none."""
+def number(value: float | None, scorer: str, sign: bool = False) -> str:
+    """A score with the decimals usual for the scorer; "–" for None or a number that is not finite."""
     if value is None or not isfinite(value):
         return "–"
     return f"{value:{'+' if sign else ''}.{_DECIMALS.get(scorer, 4)}f}".replace("-", "−")
@@ -75,7 +75,7 @@ def interval(low: float, high: float, scorer: str, sign: bool = False) -> str:
 
 
 def overview(benchmark: Benchmark) -> Grid:
-    """Mean and its interval: models down, scorers across, the highest of each column marked."""
+    """Means with intervals: a row per model, a column per scorer, the highest of each column marked."""
     cells = {(m, s): benchmark.summary(m, s) for m in benchmark.models for s in benchmark.scorers}
     best = {s: max(cells[m, s].mean for m in benchmark.models) for s in benchmark.scorers}
     rows = tuple(
@@ -99,7 +99,7 @@ def overview(benchmark: Benchmark) -> Grid:
 
 
 def details(benchmark: Benchmark, baseline: str) -> Grid:
-    """Mean, median, standard error, interval and the change against the baseline, one row per model and scorer."""
+    """Mean, median, standard error, interval and change against the baseline, one row per model and scorer."""
     rows = []
     for scorer in benchmark.scorers:
         for model in benchmark.models:
@@ -129,7 +129,7 @@ def details(benchmark: Benchmark, baseline: str) -> Grid:
 
 
 def win_rates(benchmark: Benchmark, baselines: Sequence[str]) -> Grid:
-    """Each model against each baseline, paired by prompt; two baselines against each other once."""
+    """Win rates of each model against each baseline, paired by prompt; two baselines are compared once."""
     rows = []
     for position, baseline in enumerate(baselines):
         for scorer in benchmark.scorers:
@@ -185,13 +185,13 @@ def shift_tone(comparison: Comparison) -> str:
 
 
 def plain(text: str) -> str:
-    """Text on one line of Markdown with nothing in it that Markdown or HTML would read as markup."""
-    markup = r"([\\`*|]|(?<!\w)_|_(?!\w)|(?<=\])\()"  # an underscore within a word is none
+    """The text on one line, with everything escaped that Markdown or HTML would read as markup."""
+    markup = r"([\\`*|]|(?<!\w)_|_(?!\w)|(?<=\])\()"  # an underscore within a word is not markup
     return re.sub(markup, r"\\\1", escape(" ".join(text.split()), quote=False))
 
 
 def to_markdown(grid: Grid) -> str:
-    """A GitHub table: the best in bold, details after the number."""
+    """The table in GitHub's Markdown: the best in bold, details after the number."""
 
     def shown(cell: Cell) -> str:
         text = f"**{plain(cell.text)}**" if cell.best and cell.text else plain(cell.text)
@@ -207,7 +207,7 @@ def to_markdown(grid: Grid) -> str:
 
 
 def to_text(grid: Grid) -> str:
-    """Aligned columns for a terminal, the best marked with an asterisk."""
+    """The table as aligned columns for a terminal, the best marked with an asterisk."""
 
     def shown(cell: Cell) -> str:
         text = cell.text + (f" {cell.detail}" if cell.detail else "")
@@ -218,14 +218,15 @@ def to_text(grid: Grid) -> str:
     numeric = _numeric_columns(grid)
 
     def aligned(line: list[str]) -> str:
-        parts = []
+        cells = []
         for text, width, right in zip(line, widths, numeric, strict=True):
-            parts.append(text.rjust(width) if right and not text.endswith("*") else text.rjust(width + right))
             if not right:
-                parts[-1] = text.ljust(width)
-            elif not text.endswith("*"):
-                parts[-1] += " "
-        return "  ".join(parts).rstrip()
+                cells.append(text.ljust(width))
+            elif text.endswith("*"):
+                cells.append(text.rjust(width + 1))
+            else:
+                cells.append(text.rjust(width) + " ")
+        return "  ".join(cells).rstrip()
 
     body = [aligned(line) for line in lines]
     rule = "-" * max(map(len, body))
@@ -233,7 +234,7 @@ def to_text(grid: Grid) -> str:
 
 
 def to_html(grid: Grid) -> str:
-    """A table that the page's script makes sortable; every text escaped."""
+    """The table as HTML that the page's script makes sortable. All text is escaped."""
     numeric = _numeric_columns(grid)
 
     def shown(cell: Cell, right: bool) -> str:
@@ -258,7 +259,7 @@ def to_html(grid: Grid) -> str:
 
 
 def _numeric_columns(grid: Grid) -> list[bool]:
-    """Which columns hold numbers: all cells that have a value have a number."""
+    """Which columns hold numbers: those in which every value is a number."""
     return [
         any(isinstance(row[i].value, int | float) for row in grid.rows)
         and not any(isinstance(row[i].value, str) for row in grid.rows)

@@ -1,4 +1,4 @@
-"""report.md: the sections as text, tables and links to figures."""
+"""Write the sections of a report as Markdown: text, tables and links to figures."""
 
 import os
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from xdpo.report.grids import Grid, plain, to_markdown
 from xdpo.report.sections import Section
 
 
-def markdown(title: str, parts: Sequence[Section], folder: Path) -> str:
-    """The report as Markdown; figures are linked relative to `folder`, where it will stand."""
+def markdown(title: str, sections: Sequence[Section], folder: Path) -> str:
+    """The report as Markdown. Figures are linked relative to `folder`, where the report will be."""
     lines = [f"# {plain(title)}", ""]
-    for part in parts:
-        lines += [f"## {plain(part.title)}", ""]
-        for text in part.text:
+    for section in sections:
+        lines += [f"## {plain(section.title)}", ""]
+        for text in section.text:
             lines += [plain(text), ""]
-        for block in [*part.blocks, *part.folded]:
+        for block in [*section.blocks, *section.folded]:
             if isinstance(block, Grid):
                 lines += [f"### {plain(block.title)}", "", to_markdown(block), ""]
             else:

@@ -1,4 +1,4 @@
-"""report.html: one file with everything in it but the images beyond a budget, which stay where they are on disk."""
+"""report.html: a single file. It embeds images up to a budget and links the others where they are on disk."""
 
 import json
 import os
@@ -19,23 +19,23 @@ from xdpo.report.thumbnails import embed
 from xdpo.scores.results import Benchmark
 
 _HERE = Path(__file__).parent
-_FIRST_EMBEDDED = 24  # prompts from either end of every ranking come before all others
+_FIRST_EMBEDDED = 24  # prompts from each end of every ranking that come before all others
 
 
-def page(title: str, evaluation: Evaluation, parts: Sequence[Section], folder: Path, embed_bytes: int) -> str:
-    """The page as HTML that needs neither network nor other files.
+def page(title: str, evaluation: Evaluation, sections: Sequence[Section], folder: Path, embed_bytes: int) -> str:
+    """The page as HTML that needs no network.
 
-    Images are embedded as data URIs, the best and worst prompts' first, until `embed_bytes` are used up; the others
-    are links relative to `folder`, where the page will stand. Every text is escaped.
+    Images are embedded as data URIs until `embed_bytes` are used up, those of the best and worst prompts first. The
+    others are links relative to `folder`, where the page will be. All text is escaped.
     """
     embedded = embed(_in_order_of_interest(evaluation), embed_bytes)
-    numbers = {path: number for number, path in enumerate(embedded)}
+    number_of = {path: number for number, path in enumerate(embedded)}
     data = {
         "embedded": list(embedded.values()),
-        "sets": [_browser_data(evaluation, benchmark, numbers, folder) for benchmark in evaluation.benchmarks],
+        "sets": [_browser_data(evaluation, benchmark, number_of, folder) for benchmark in evaluation.benchmarks],
     }
-    names = [("s" + str(position), part) for position, part in enumerate(parts)]
-    links = [(anchor, part.title) for anchor, part in names]
+    names = [("s" + str(position), section) for position, section in enumerate(sections)]
+    links = [(anchor, section.title) for anchor, section in names]
     last_anchor, last_part = names[-1]
     filling = {
         "title": escape(title),
@@ -45,7 +45,7 @@ def page(title: str, evaluation: Evaluation, parts: Sequence[Section], folder: P
         "navigation": "".join(
             f'<a href="#{anchor}">{escape(text)}</a>' for anchor, text in [*links[:-1], ("images", "Images"), links[-1]]
         ),
-        "sections": "".join(_section(anchor, part, evaluation) for anchor, part in names[:-1]),
+        "sections": "".join(_section(anchor, section, evaluation) for anchor, section in names[:-1]),
         "account": _section(last_anchor, last_part, evaluation),
         "images_note": escape(_images_note(len(embedded), len(set(_in_order_of_interest(evaluation))))),
         # No "<" inside a script element: neither "</script" nor "<!--" can end it early.
@@ -72,7 +72,7 @@ def _subtitle(evaluation: Evaluation) -> str:
 
 
 def _tiles(benchmark: Benchmark, baseline: str) -> str:
-    """A tile per metric: who wins most often against the baseline."""
+    """A tile per metric: the model that wins most often against the baseline."""
     colours = colours_of(benchmark.models, baseline)
     others = [model for model in benchmark.models if model != baseline]
     tiles = []
@@ -92,17 +92,17 @@ def _tiles(benchmark: Benchmark, baseline: str) -> str:
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
-def _section(anchor: str, part: Section, evaluation: Evaluation) -> str:
-    text = "".join(f"<p>{escape(line)}</p>" for line in part.text)
-    if part.benchmark is not None:
-        text += _tiles(part.benchmark, evaluation.baselines_of(part.benchmark)[0])
-    if part.title == "Account":
-        text = "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in part.text) + "</ul>"
-    blocks = "".join(_block(block) for block in part.blocks)
+def _section(anchor: str, section: Section, evaluation: Evaluation) -> str:
+    text = "".join(f"<p>{escape(line)}</p>" for line in section.text)
+    if section.benchmark is not None:
+        text += _tiles(section.benchmark, evaluation.baselines_of(section.benchmark)[0])
+    if section.title == "Account":
+        text = "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in section.text) + "</ul>"
+    blocks = "".join(_block(block) for block in section.blocks)
     folded = "".join(
-        f"<details><summary>{escape(grid.title)}</summary>{to_html(grid)}</details>" for grid in part.folded
+        f"<details><summary>{escape(grid.title)}</summary>{to_html(grid)}</details>" for grid in section.folded
     )
-    return f'<section id="{anchor}"><h2>{escape(part.title)}</h2>{text}{blocks}{folded}</section>'
+    return f'<section id="{anchor}"><h2>{escape(section.title)}</h2>{text}{blocks}{folded}</section>'
 
 
 def _block(block: Grid | FigureFile) -> str:
@@ -113,9 +113,9 @@ def _block(block: Grid | FigureFile) -> str:
 
 
 def _browser_data(evaluation: Evaluation, benchmark: Benchmark, embedded: dict[Path, int], folder: Path) -> dict:
-    """What the image browser shows of one prompt set: scores as [scorer][model], images as [model][repeat].
+    """The image browser's data for one prompt set: scores as [scorer][model], images as [model][repeat].
 
-    An image is its number among those that the page holds, or -1, and its link.
+    An image is (its number among the embedded ones or -1, its link).
     """
     baseline = evaluation.baselines_of(benchmark)[0]
 
@@ -143,7 +143,7 @@ def _browser_data(evaluation: Evaluation, benchmark: Benchmark, embedded: dict[P
 
 
 def _link(path: Path, folder: Path) -> str:
-    """A link from the page in `folder` to a file, relative unless they are on different drives."""
+    """A link from the page in `folder` to a file; relative, unless they are on different drives."""
     try:
         return quote(Path(os.path.relpath(path, folder)).as_posix())
     except ValueError:

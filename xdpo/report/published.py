@@ -1,4 +1,4 @@
-"""The paper's Tables 2 and 3 in the paper's layout: one's own numbers, the published ones, and the difference."""
+"""The paper's Tables 2 and 3 in the paper's layout: measured numbers, published ones, and the difference."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +15,13 @@ from xdpo.scores.results import Benchmark
 _FILE = Path(__file__).resolve().parents[2] / "assets" / "published_tables.yaml"
 _COLUMNS = {"hpsv2": "HPSV2 ↑", "pickscore": "PickScore ↑", "image_reward": "Image Reward ↑", "clip": "CLIP ↑"}
 _TABLE2 = {**_COLUMNS, "aesthetic": "Aesthetic ↑"}
+_Statistic = Callable[[np.ndarray], float]  # of a model's scores (prompts,)
 _DATASETS = {"hpsv2": "HPSV2", "partiprompts": "PartiPrompts"}
 
 
 @dataclass(frozen=True)
 class _Line:
-    """A method of a table: its title there, one's own model of that name if there is one, and what was printed."""
+    """A method of a table: its title there, the measured model of that name if any, and the printed numbers."""
 
     title: str
     model: str | None
@@ -33,7 +34,7 @@ def _tables() -> dict:
 
 
 def published_score(prompt_set: str, model: str, scorer: str) -> float | None:
-    """The printed mean of a model, recognised by its name, on a prompt set; None where the paper has none."""
+    """The printed mean of a model, recognised by its name, on a prompt set; None if the paper has none."""
     for method, scores in _tables()["table2"].get(prompt_set, {}).items():
         if _is_named(model, _tables()["methods"][method]["aliases"]):
             return scores.get(scorer)
@@ -41,34 +42,34 @@ def published_score(prompt_set: str, model: str, scorer: str) -> float | None:
 
 
 def has_published(benchmark: Benchmark) -> bool:
-    """Whether any of its scores stands in the paper."""
+    """Whether the paper has any of its scores."""
     return any(published_score(benchmark.name, m, s) is not None for m in benchmark.models for s in benchmark.scorers)
 
 
 def table2(benchmarks: Sequence[Benchmark]) -> Grid:
-    """Means by dataset and method. Models that the paper does not have follow its methods."""
+    """Means by dataset and method. Models that the paper does not have come after its methods."""
     by_name = {benchmark.name: benchmark for benchmark in benchmarks}
     rows: list[tuple[Cell, ...]] = []
     for prompt_set, printed in _tables()["table2"].items():
         benchmark = by_name.get(prompt_set)
         methods = _tables()["methods"]
         lines = [
-            _Line(methods[m]["title"], _model_named(benchmark, methods[m]["aliases"]), numbers)
-            for m, numbers in printed.items()
+            _Line(methods[m]["title"], _model_named(benchmark, methods[m]["aliases"]), scores)
+            for m, scores in printed.items()
         ]
         lines += _others(benchmark, lines)
-        rows += _rows(_DATASETS[prompt_set], lines, list(_TABLE2), benchmark, {"measured": np.mean})
+        rows += _rows(_DATASETS[prompt_set], lines, list(_TABLE2), benchmark, {"measured": _mean})
     return Grid("Table 2: mean scores", ("Dataset", "Method", "", *_TABLE2.values()), tuple(rows), _note(benchmarks))
 
 
 def table3(benchmarks: Sequence[Benchmark]) -> Grid:
-    """The ablation on the HPSv2 prompts: medians as its heading says, and means, which some of its numbers are."""
+    """The ablation on the HPSv2 prompts: medians, as its heading says, and means, which some of its numbers are."""
     benchmark = next((b for b in benchmarks if b.name == "hpsv2"), None)
     lines = [
         _Line(row["title"], _model_named(benchmark, row["aliases"]), {s: row[s] for s in _COLUMNS})
         for row in _tables()["table3"]
     ]
-    statistics = {"median": np.median, "mean": np.mean}
+    statistics = {"median": _median, "mean": _mean}
     rows = _rows("HPSV2", lines, list(_COLUMNS), benchmark, statistics)
     return Grid(
         "Table 3: ablation, medians and means",
@@ -79,7 +80,7 @@ def table3(benchmarks: Sequence[Benchmark]) -> Grid:
 
 
 def user_study() -> str:
-    """What the paper's annotators said, in a sentence."""
+    """The paper's user study in a sentence."""
     methods = _tables()["methods"]
     rates = ", ".join(f"{rate} % against {methods[m]['title']}" for m, rate in _tables()["user_study"].items())
     return f"Published user study (majority of five annotators, 200 HPSv2 prompts): xDPO is preferred in {rates}."
@@ -100,19 +101,21 @@ def _rows(
     lines: Sequence[_Line],
     scorers: Sequence[str],
     benchmark: Benchmark | None,
-    statistics: Mapping[str, Callable[[np.ndarray], float]],
+    statistics: Mapping[str, _Statistic],
 ) -> list[tuple[Cell, ...]]:
-    """For every method one row per statistic, then the published numbers, then the first statistic's difference."""
+    """Rows of every method: one per statistic, the published one, and the first statistic's difference from it."""
 
-    def own(line: _Line, scorer: str, statistic: Callable) -> float | None:
-        if line.model is None or scorer not in benchmark.scores:
+    def measured_score(line: _Line, scorer: str, statistic: _Statistic) -> float | None:
+        if benchmark is None or line.model is None or scorer not in benchmark.scores:
             return None
-        return float(statistic(benchmark.of(line.model, scorer)))
+        return statistic(benchmark.of(line.model, scorer))
 
     def highest(values: Sequence[float | None]) -> float | None:
         return max((value for value in values if value is not None), default=None)
 
-    measured = {name: [[own(line, s, f) for s in scorers] for line in lines] for name, f in statistics.items()}
+    measured = {
+        name: [[measured_score(line, s, f) for s in scorers] for line in lines] for name, f in statistics.items()
+    }
     best = {name: [highest(column) for column in zip(*table, strict=True)] for name, table in measured.items()}
     best_published = [highest([line.published.get(s) for line in lines]) for s in scorers]
     first = next(iter(statistics))
@@ -137,6 +140,14 @@ def _rows(
                 cells = [Cell(number(gap, s, sign=True), gap) for gap, s in zip(gaps, scorers, strict=True)]
                 rows.append((*start, Cell("difference", "difference"), *cells))
     return rows
+
+
+def _mean(scores: np.ndarray) -> float:
+    return float(np.mean(scores))
+
+
+def _median(scores: np.ndarray) -> float:
+    return float(np.median(scores))
 
 
 def _as_printed(value: float, scorer: str) -> str:

@@ -1,4 +1,4 @@
-"""What a report says and in which order: one list of sections, written as Markdown and as a page."""
+"""The content of a report: one list of sections, which is written as Markdown and as a page."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from xdpo.report.grids import Cell, Grid
 from xdpo.scores.results import Benchmark
 
 EXTREMES = 5  # best and worst prompts listed
-SHORT = 12  # rows of a table that stands open on the page beside a figure of the same
+SHORT = 12  # rows up to which a table is open on the page although a figure shows the same
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that a report is about. `pictures` maps (prompt set, model, prompt key) to that prompt's images."""
+    """Everything that a report shows. `pictures` maps (prompt set, model, prompt key) to that prompt's images."""
 
     benchmarks: Sequence[Benchmark]
     baselines: Sequence[str]
@@ -28,13 +28,13 @@ class Evaluation:
     versions: Mapping[str, str]  # scorer → version
 
     def baselines_of(self, benchmark: Benchmark) -> list[str]:
-        """The baselines that have images there; the first model where none has."""
+        """The baselines that have images there; the first model if none has."""
         return [b for b in self.baselines if b in benchmark.models] or [benchmark.models[0]]
 
 
 @dataclass(frozen=True)
 class FigureFile:
-    """A saved figure, and what it shows."""
+    """A saved figure and its description."""
 
     png: Path
     svg: Path
@@ -43,7 +43,7 @@ class FigureFile:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with text, tables and figures. `folded` blocks are closed on the page until asked for."""
+    """A heading with text, tables and figures. `folded` tables are closed on the page until a reader opens them."""
 
     title: str
     text: tuple[str, ...] = ()
@@ -54,15 +54,15 @@ class Section:
 
 def sections(evaluation: Evaluation, figure_folder: Path) -> list[Section]:
     """Draw the figures into `figure_folder` and put the report together."""
-    parts = [_benchmark_section(evaluation, benchmark, figure_folder) for benchmark in evaluation.benchmarks]
+    report = [_benchmark_section(evaluation, benchmark, figure_folder) for benchmark in evaluation.benchmarks]
     if evaluation.curves:
-        parts += [_curve_section(evaluation, benchmark, figure_folder) for benchmark in evaluation.benchmarks]
+        report += [_curve_section(evaluation, benchmark, figure_folder) for benchmark in evaluation.benchmarks]
     if any(published.has_published(benchmark) for benchmark in evaluation.benchmarks):
         tables = [published.table2(evaluation.benchmarks)]
         if any(benchmark.name == "hpsv2" for benchmark in evaluation.benchmarks):
             tables.append(published.table3(evaluation.benchmarks))
-        parts.append(Section("Beside the paper", (published.user_study(),), tuple(tables)))
-    return [*parts, _account_section(evaluation)]
+        report.append(Section("Beside the paper", (published.user_study(),), tuple(tables)))
+    return [*report, _account_section(evaluation)]
 
 
 def _benchmark_section(evaluation: Evaluation, benchmark: Benchmark, figure_folder: Path) -> Section:

@@ -1,4 +1,4 @@
-"""Images as data URIs, small ones as they are and large ones as thumbnails, up to a budget."""
+"""Images as data URIs up to a budget: small ones unchanged, large ones as thumbnails."""
 
 import base64
 import io
@@ -11,7 +11,7 @@ _TYPES = {b"\x89PNG\r\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}  # by how 
 
 
 def embed(paths: Iterable[Path], budget_bytes: int) -> dict[Path, str]:
-    """Data URIs of the images in the order given, until they would take more than the budget together."""
+    """Data URIs of the images in the given order, until they would exceed the budget."""
     embedded: dict[Path, str] = {}
     for path in paths:
         if path in embedded:
@@ -25,7 +25,7 @@ def embed(paths: Iterable[Path], budget_bytes: int) -> dict[Path, str]:
 
 
 def data_uri(path: Path) -> str:
-    """An image of at most SIDE pixels in a web format as it is; any other as a JPEG thumbnail."""
+    """The data URI of an image: unchanged if it is small and in a web format, else as a JPEG thumbnail."""
     from PIL import Image
 
     from xdpo.data.images import decode_rgb

@@ -1,1 +1,1 @@
-"""Image i of a prompt set from seed s is one definite image, on any number of processes."""
+"""Generating images: an image depends on prompt, index, seed and settings, not on the number of processes."""

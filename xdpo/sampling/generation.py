@@ -1,4 +1,4 @@
-"""The images of prompt sets: checked against their folders, shared out among processes, saved and recorded."""
+"""Generate the images of prompt sets: check their folders, share out the work, save and record the images."""
 
 import itertools
 import sys
@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
@@ -21,14 +22,18 @@ from xdpo.sampling import images as sampling
 from xdpo.sampling.images import ImageTask
 from xdpo.sampling.settings import SamplingSettings
 
-SAVING_THREADS = 4  # encoding a 512-pixel PNG takes some 80 ms, one after another they would slow generation down
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTokenizer
+
+SAVING_THREADS = 4  # encoding a 512-pixel PNG takes some 80 ms; sequentially they would slow generation noticeably
 
 
 @dataclass(frozen=True)
 class Job:
-    """The images of one prompt set: where they go, all of them in chunks, and everything that decides their pixels.
+    """The images of one prompt set: their folder, their chunks, and everything that decides their pixels.
 
-    `identity` is all of the latter, flat, as the folder keeps it. `quality` is a JPEG's.
+    `identity` is everything that decides pixels, flat, as the folder keeps it. `quality` is for JPEGs.
     """
 
     prompt_set: PromptSet
@@ -65,17 +70,17 @@ def plan_job(
 
 
 def make_missing_images(jobs: Sequence[Job], state: PartialState, allow_oom_halving: bool) -> None:
-    """Load the model that all jobs share and make what is missing of them; every process calls it.
+    """Load the model that all jobs share and make their missing images. Every process calls it.
 
-    Raises ValueError for images that are not finite and where memory is short, StorageError where a folder fails.
+    Raises ValueError for images that are not finite or if memory is short, StorageError if a folder fails.
     """
-    # What is missing. One process collects the manifests, and says what is in them.
+    # What is missing. One process collects the manifests and sends the others the finished files.
     finished: list[set[str]] = []
     if state.is_main_process:
         for job in jobs:
             facts = {"device": _device_name(state.device), "processes": state.num_processes}
             for difference in image_folder.open_image_folder(job.folder, job.identity, facts):
-                if not difference.startswith("processes"):  # their number changes nothing
+                if not difference.startswith("processes"):  # the number of processes changes nothing
                     print(f"note: {job.folder} was begun with another {difference}; last bits of pixels may differ")
             finished.append({row.file for row in image_folder.read_manifest(job.folder)})
     finished = processes.agree(finished)
@@ -102,8 +107,8 @@ def make_missing_images(jobs: Sequence[Job], state: PartialState, allow_oom_halv
     processes.wait()
 
 
-def _describe(job: Job, missing: list[list[ImageTask]], done: set[str], tokenizer) -> str:
-    """A line on a prompt set: how many prompts, how many of them odd, how many images are there and are not."""
+def _describe(job: Job, missing: list[list[ImageTask]], done: set[str], tokenizer: "CLIPTokenizer") -> str:
+    """A line on a prompt set: counts of prompts, of empty and truncated ones, of finished and of missing images."""
     prompts = job.prompt_set.prompts
     tasks = [task for chunk in job.chunks for task in chunk]
     to_do = sum(task.file not in done for task in tasks)
@@ -120,17 +125,17 @@ def _make_images(
     job: Job,
     missing: list[list[ImageTask]],
     done: set[str],
-    pipeline,
+    pipeline: "StableDiffusionPipeline",
     state: PartialState,
     allow_oom_halving: bool,
 ) -> None:
-    """Make missing chunks until none is left to take, each recorded once its images are on the disk."""
+    """Make missing chunks until none is left; record each one once its images are on the disk."""
     batch_size = job.settings.batch_size
     before = [0, *itertools.accumulate(sum(task.file not in done for task in chunk) for chunk in missing)]
     progress = tqdm(total=before[-1], desc=job.prompt_set.name, unit="image", disable=not state.is_main_process)
     with progress, ThreadPoolExecutor(SAVING_THREADS) as savers:
         for number in processes.deal(f"images/{job.folder}", range(len(missing))):
-            progress.update(before[number] - progress.n)  # those before are done, or in work on another process
+            progress.update(before[number] - progress.n)  # earlier ones are done, or another process is working on them
             chunk = missing[number]
             try:
                 images, batch_size = _sample_fitting(pipeline, chunk, job.settings, batch_size, allow_oom_halving)
@@ -151,7 +156,7 @@ def _make_images(
         progress.update(progress.total - progress.n)
 
 
-def _manifest_row(job: Job, task: ImageTask, tokenizer, batch_size: int, sha256: str) -> ManifestRow:
+def _manifest_row(job: Job, task: ImageTask, tokenizer: "CLIPTokenizer", batch_size: int, sha256: str) -> ManifestRow:
     return ManifestRow(
         file=task.file,
         category=task.prompt.category,
@@ -171,12 +176,16 @@ def _manifest_row(job: Job, task: ImageTask, tokenizer, batch_size: int, sha256:
 
 
 def _sample_fitting(
-    pipeline, chunk: list[ImageTask], settings: SamplingSettings, batch_size: int, allow_halving: bool
+    pipeline: "StableDiffusionPipeline",
+    chunk: list[ImageTask],
+    settings: SamplingSettings,
+    batch_size: int,
+    allow_halving: bool,
 ) -> tuple[list[Image.Image], int]:
-    """The images of a chunk, and the batch size they were made with: halved until it fits, where that is allowed."""
+    """The images of a chunk and their batch size, which is halved until it fits if that is allowed."""
     while True:
         try:
-            images = []
+            images: list[Image.Image] = []
             for start in range(0, len(chunk), batch_size):
                 batch = chunk[start : start + batch_size]
                 texts, seeds = [task.prompt.text for task in batch], [task.seed for task in batch]
@@ -196,7 +205,7 @@ def _sample_fitting(
 
 
 def _quieten_diffusers() -> None:
-    """No line per chunk on prompts that are too long (they are counted), nor on a LoRA for the UNet alone."""
+    """Suppress warnings of diffusers: on too long prompts (they are counted), and on a LoRA for the UNet alone."""
     from diffusers.utils import logging
 
     logging.set_verbosity_error()

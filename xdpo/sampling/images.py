@@ -1,19 +1,24 @@
 """Sampling: one CPU generator per image, and chunks of one fixed size.
 
-Kernels round differently at different batch sizes and at different places of a batch, so the whole prompt list is cut
-into chunks before it is known who makes which; the last one is padded. Chunks are what processes share out, and what
-an interrupted run repeats.
+Kernels round differently at different batch sizes and at different slots of a batch. Therefore the whole prompt list is
+cut into chunks before they are shared out, and the last chunk is padded. Processes take whole chunks, and an
+interrupted run repeats whole chunks.
 """
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 
 from xdpo.prompts import Prompt
 from xdpo.sampling.settings import SCHEDULERS, SamplingSettings
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SEED_STRIDE = 1_000_000  # between the images of one prompt: more than any set has prompts
@@ -22,7 +27,7 @@ SEED_LIMIT = 2**32  # torch's CPU generator uses no more bits of a seed
 
 @dataclass(frozen=True)
 class ImageTask:
-    """One image to make: the `number`-th of its prompt, from 0, with its seed and its file in the set's folder."""
+    """One image to make: number `number` of its prompt, from 0, with its seed and its file in the set's folder."""
 
     prompt: Prompt
     number: int
@@ -35,9 +40,8 @@ def plan_chunks(
 ) -> list[list[ImageTask]]:
     """Every image of a list of prompts, in chunks of batch_size.
 
-    All first images come first: neither more images per prompt nor a longer list moves an image to another place in
-    its chunk. Image k of the prompt at position p has seed + p + k · 1,000,000. Raises ValueError where that leaves
-    32 bits.
+    All first images come first, so that more images per prompt or a longer list move no image to another slot of its
+    chunk. Image k of the prompt at position p has seed + p + k · 1,000,000. Raises ValueError if that exceeds 32 bits.
     """
     last = seed + max(prompt.position for prompt in prompts) + (images_per_prompt - 1) * SEED_STRIDE
     if seed < 0 or last >= SEED_LIMIT:
@@ -58,8 +62,10 @@ def plan_chunks(
     return chunks
 
 
-def prepare_pipeline(pipeline, settings: SamplingSettings, device: torch.device):
-    """Move a pipeline to its device and precision, give it the chosen scheduler, compile its UNet where asked to.
+def prepare_pipeline(
+    pipeline: "StableDiffusionPipeline", settings: SamplingSettings, device: torch.device
+) -> "StableDiffusionPipeline":
+    """Move a pipeline to its device and precision, set its scheduler, and compile its UNet if the settings say so.
 
     Raises ValueError for more steps than the scheduler has timesteps.
     """
@@ -82,19 +88,23 @@ def prepare_pipeline(pipeline, settings: SamplingSettings, device: torch.device)
     return pipeline
 
 
-def is_truncated(tokenizer, text: str) -> bool:
-    """Whether the text encoder won't see the end of a prompt: SD 1.5's reads 77 tokens, two of them its own."""
+def is_truncated(tokenizer: "CLIPTokenizer", text: str) -> bool:
+    """Whether the text encoder won't see a prompt's end: SD 1.5 reads 77 tokens, two of which mark start and end."""
     return len(tokenizer(text, verbose=False).input_ids) > tokenizer.model_max_length
 
 
 class NotFiniteError(ValueError):
-    """Sampled latents or pixels are not finite numbers: there is no image. The message names prompts and precision."""
+    """Sampled latents or pixels are not finite, so there is no image. The message names prompts and precision."""
 
 
 def sample_chunk(
-    pipeline, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings, batch_size: int | None = None
+    pipeline: "StableDiffusionPipeline",
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    batch_size: int | None = None,
 ) -> list[Image.Image]:
-    """Sample one image per prompt in one batch of `batch_size`, padded with the last one where prompts are fewer.
+    """Sample one image per prompt in one batch of `batch_size`, padded with the last prompt if there are fewer.
 
     Raises NotFiniteError where latents or pixels are not finite.
     """
@@ -115,9 +125,13 @@ def sample_chunk(
 
 @torch.no_grad()
 def _sample(
-    pipeline, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings, size: int
+    pipeline: "StableDiffusionPipeline",
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    size: int,
 ) -> tuple[list[Image.Image], list[str]]:
-    """One image per prompt, and what of it is not finite: "latents", "pixels" or "". One wait for the device."""
+    """One image per prompt, and its part that is not finite: "latents", "pixels" or "". Waits for the device once."""
     assert 0 < len(prompts) == len(seeds) <= size, "a chunk has one seed per prompt and no more than fit a batch"
     padding = size - len(prompts)
     latents = pipeline(
@@ -127,7 +141,7 @@ def _sample(
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in [*seeds, *[seeds[-1]] * padding]],
         height=settings.image_size,
         width=settings.image_size,
-        output_type="latent",  # decoded here as the pipeline does it, which clamps what is infinite to white
+        output_type="latent",  # decoded here; the pipeline would hide infinite values by clamping them to white
     ).images
     pixels = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
     finite = torch.stack([tensors.isfinite().flatten(1).all(1) for tensors in (latents, pixels)]).tolist()
@@ -137,7 +151,7 @@ def _sample(
 
 
 def sample_images(
-    pipeline,
+    pipeline: "StableDiffusionPipeline",
     prompts: Sequence[str],
     *,
     seed: int,
@@ -148,7 +162,8 @@ def sample_images(
 ) -> list[Image.Image]:
     """Sample one image per prompt with a StableDiffusionPipeline as it is; image i uses seed `seed + i`.
 
-    For a look while training, which a bad image must not end: those that aren't finite are told on the console.
+    This is for samples during training, which a bad image must not end: images that aren't finite are reported on the
+    console.
     """
     settings = SamplingSettings(
         num_inference_steps=num_inference_steps,
@@ -161,8 +176,9 @@ def sample_images(
     for start in range(0, len(prompts), chunk_size):
         chunk = list(prompts[start : start + chunk_size])
         seeds = range(seed + start, seed + start + len(chunk))
-        for all_of, new in zip((images, faults), _sample(pipeline, chunk, seeds, settings, chunk_size), strict=True):
-            all_of += new
+        new_images, new_faults = _sample(pipeline, chunk, seeds, settings, chunk_size)
+        images += new_images
+        faults += new_faults
     if bad := [f"{fault} of {prompt!r}" for prompt, fault in zip(prompts, faults, strict=True) if fault]:
         print(f"note: {len(bad)} of {len(prompts)} sample images are not finite: {', '.join(bad)}", file=sys.stderr)
     return images

@@ -1,4 +1,4 @@
-"""What can be chosen for sampling. Imports nothing, so that a command line can show it at once."""
+"""The settings of sampling. This module imports no library, so that a command line can show them at once."""
 
 from dataclasses import dataclass
 
@@ -14,12 +14,12 @@ SCHEDULERS: dict[str, tuple[str, dict]] = {
     "dpm++": ("DPMSolverMultistepScheduler", {}),
     "dpm++_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
 }
-"""From a sampler's name to its diffusers class and options; all else is the pipeline's own scheduler's config."""
+"""A sampler's name → its diffusers class and options; the rest of its config is the pipeline's scheduler's."""
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Everything besides model and prompt that decides a pixel.
+    """Everything that decides a pixel, besides model and prompt.
 
     image_size in pixels, None: the pipeline's own. scheduler "pipeline" or a key of SCHEDULERS.
     """

@@ -1,7 +1,7 @@
 """Scorers behind one small interface: `load_scorer(name).score(images, prompts)`, one float per image.
 
-The paper's five metrics, the embedded world's judges, and any class in a file of the user's own. `xdpo.scorers.loading`
-has `load_scorer`; the names alone are here, where a command line finds them without importing torch.
+There are the paper's five metrics, the embedded world's judges, and any class in a user's file. `load_scorer` is in
+`xdpo.scorers.loading`; this module has only the names, so that a command line finds them without importing torch.
 """
 
 PAPER_SCORERS = ("pickscore", "hpsv2", "image_reward", "clip", "aesthetic")

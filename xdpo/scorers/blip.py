@@ -1,6 +1,6 @@
 """ImageReward's network: BLIP's image encoder, a BERT that attends to it in both directions, and a head on [CLS]."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from xdpo.scorers.weights import fill, read_tensors
 PROMPT_LENGTH = 35  # tokens, with [CLS] and [SEP]; always padded to it
 REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072  # of ImageReward-v1.0 over its training set
 
-# transformers' BlipVisionConfig and BlipTextConfig for what ImageReward builds. The LayerNorms' epsilons and the number
+# transformers' BlipVisionConfig and BlipTextConfig of ImageReward's networks. The LayerNorms' epsilons and the number
 # of heads differ from transformers' defaults.
 BLIP_VIT_L_16 = {
     "vision_config": {
@@ -80,7 +80,7 @@ def build_image_reward(sizes: dict, path: Path) -> ImageRewardNetwork:
     text_tensors = part("blip.text_encoder.")
     text_tensors.pop("embeddings.position_ids", None)
     fill(text, text_tensors, path)
-    # blip.vision_proj and blip.text_proj belong to a loss of BLIP's and take no part in the reward.
+    # blip.vision_proj and blip.text_proj belong to a training loss of BLIP and are not used in the reward.
     return ImageRewardNetwork(vision, text, build_head(part("mlp."), path)).eval().requires_grad_(False)
 
 
@@ -97,7 +97,7 @@ _TIMM_NAMES = {
 
 
 def from_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A ViT's tensors under timm's names (blocks.0.attn.qkv.weight, …) → under those of BlipVisionModel."""
+    """Rename a ViT's tensors from timm's names (blocks.0.attn.qkv.weight, …) to those of BlipVisionModel."""
     renamed = {}
     for name, tensor in tensors.items():
         layer = ""
@@ -109,7 +109,7 @@ def from_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def load_bert_tokenizer(path: Path):
+def load_bert_tokenizer(path: Path) -> Callable[[Sequence[str]], tuple[Tensor, Tensor]]:
     """bert-base-uncased's tokenizer from its vocab.txt: texts → ids and mask, both (B, 35) long.
 
     Raises ValueError for a broken file.

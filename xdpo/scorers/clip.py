@@ -1,8 +1,8 @@
-"""CLIP as three metrics use it: sizes, the names open_clip gives its tensors, prompts to tokens, unit embeddings."""
+"""CLIP for the metrics that use it: sizes, open_clip's tensor names, tokens of prompts, unit embeddings."""
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ VIT_H_14 = {
         "max_position_embeddings": CONTEXT_LENGTH,
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-5,
-        "eos_token_id": 2,  # transformers' sign for "pool at the highest id", as open_clip does
+        "eos_token_id": 2,  # makes transformers pool at the highest id, as open_clip does
     },
     "vision_config": {
         "hidden_size": 1280,
@@ -59,7 +59,7 @@ VIT_L_14 = {
 
 
 def build_clip(sizes: dict, path: Path) -> "CLIPModel":
-    """A transformers CLIPModel with the weights at `path`, under transformers' names or open_clip's; float32."""
+    """A transformers CLIPModel with the weights at `path`, in transformers' or open_clip's names; float32."""
     from accelerate import init_empty_weights
     from transformers import CLIPConfig, CLIPModel
 
@@ -73,7 +73,7 @@ def build_clip(sizes: dict, path: Path) -> "CLIPModel":
 
 
 def build_clip_vision(sizes: dict, path: Path) -> nn.Module:
-    """The image half alone of a CLIPModel's weights at `path`, with its projection; float32."""
+    """The image half of a CLIPModel with the weights at `path`, and its projection; float32."""
     from accelerate import init_empty_weights
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -87,7 +87,7 @@ def build_clip_vision(sizes: dict, path: Path) -> nn.Module:
 
 
 def _without_positions(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Older transformers saved the numbers 0, 1, 2, … as position_ids."""
+    """The tensors without position_ids, which older versions of transformers saved (0, 1, 2, …)."""
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
 
 
@@ -117,10 +117,10 @@ _TRANSPOSED = {"text_projection": "text_projection.weight", "visual.proj": "visu
 
 
 def from_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under open_clip's names (visual.conv1.weight, …) → under those of transformers' CLIPModel.
+    """Rename tensors from open_clip's names (visual.conv1.weight, …) to those of transformers' CLIPModel.
 
-    Query, key and value are one tensor in open_clip, three in transformers. A name that is in no table is kept, for
-    `fill` to refuse.
+    Query, key and value are one tensor in open_clip and three in transformers. Unknown names are kept; `fill` refuses
+    them.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -142,7 +142,7 @@ def from_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def load_tokenizer(path: Path):
+def load_tokenizer(path: Path) -> Callable[[Sequence[str]], Tensor]:
     """CLIP's byte-pair tokenizer from a tokenizer.json: texts → (B, L) long, cut at 77 tokens, padded with 0.
 
     Padding comes after the end token, where the causal text model never looks. Raises ValueError for a broken file.
@@ -163,7 +163,7 @@ def load_tokenizer(path: Path):
 
 
 def clean(prompt: str) -> str:
-    """A prompt as open_clip and hpsv2 read it: mended by ftfy, HTML unescaped twice, spaces collapsed, lower case."""
+    """A prompt as open_clip and hpsv2 read it: repaired by ftfy, HTML unescaped twice, spaces collapsed, lower case."""
     import ftfy
 
     mended = html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()

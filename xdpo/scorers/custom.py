@@ -1,9 +1,9 @@
-"""A scorer of the user's own: a class in a Python file, named path/to/file.py:ClassName.
+"""Scorers from users: a class in a Python file, named path/to/file.py:ClassName.
 
 The class needs `score(images, prompts)`: RGB PIL images and as many prompts → one number per image, higher being
-better. It is constructed with those of the keywords `device` and `weights` that it takes. If it has the attributes
-`version` and `scale`, they are used; without, the version is the file's checksum. If it has `preprocess` and
-`score_batch` as `interface.Scorer` describes them, DataLoader workers do the former.
+better. It is constructed with those of the keywords `device` and `weights` that it accepts. Its attributes `version`
+and `scale` are used if it has them; without `version`, the file's checksum is the version. If it has `preprocess` and
+`score_batch` as `interface.Scorer` describes them, DataLoader workers preprocess the images.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ def is_custom(name: str) -> bool:
 
 
 def custom_class(name: str) -> tuple[type, Path]:
-    """The class that path/to/file.py:ClassName names, and the file. Raises ValueError where there is none."""
+    """The class that path/to/file.py:ClassName names, and the file. Raises ValueError if there is none."""
     file, _, class_name = name.rpartition(":")
     path = user_path(file)
     if not path.is_file():
@@ -35,31 +35,31 @@ def custom_class(name: str) -> tuple[type, Path]:
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec is not None and spec.loader is not None  # it is a .py file
         module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module  # where pickle looks for what the file defines
+        sys.modules[module_name] = module  # pickle looks here for the file's definitions
         try:
             spec.loader.exec_module(module)
         except BaseException:
             del sys.modules[module_name]
             raise
-    found = getattr(sys.modules[module_name], class_name, None)
-    if not inspect.isclass(found) or not callable(getattr(found, "score", None)):
+    scorer_class = getattr(sys.modules[module_name], class_name, None)
+    if not inspect.isclass(scorer_class) or not callable(getattr(scorer_class, "score", None)):
         raise ValueError(f"scorer {name!r}: {path} has no class {class_name!r} with a method score(images, prompts)")
-    return found, path
+    return scorer_class, path
 
 
 def custom_version(name: str) -> str:
-    found, path = custom_class(name)
-    return str(getattr(found, "version", None) or f"{path.name}:{found.__name__} sha256 {digest(path)[:16]}")
+    scorer, path = custom_class(name)
+    return str(getattr(scorer, "version", None) or f"{path.name}:{scorer.__name__} sha256 {digest(path)[:16]}")
 
 
 def load_custom(name: str, device: str | torch.device, weights: str | Path | None) -> Scorer:
-    """Construct the class behind the common interface."""
-    found, _ = custom_class(name)
-    accepted = inspect.signature(found).parameters.values()
+    """Construct the class and wrap it as a Scorer."""
+    scorer_class, _ = custom_class(name)
+    accepted = inspect.signature(scorer_class).parameters.values()
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted)
     names = {parameter.name for parameter in accepted}
     offered = {"device": device, "weights": weights}
-    instance = found(**{key: value for key, value in offered.items() if takes_any or key in names})
+    instance = scorer_class(**{key: value for key, value in offered.items() if takes_any or key in names})
     score_batch = getattr(instance, "score_batch", instance.score)
 
     def checked(items: Sequence[Any], prompts: Sequence[str]) -> list[float]:

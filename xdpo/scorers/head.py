@@ -1,4 +1,4 @@
-"""The head that the aesthetic predictor and ImageReward share in shape: linear layers without activations."""
+"""The kind of head that the aesthetic predictor and ImageReward have: linear layers without activations."""
 
 import itertools
 from pathlib import Path
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from xdpo.scorers.weights import fill
 
 HEAD_WIDTHS = (768, 1024, 128, 64, 16, 1)
-HEAD_DROPOUTS = (0.2, 0.2, 0.1)  # after the first three layers; they take part in training only
+HEAD_DROPOUTS = (0.2, 0.2, 0.1)  # after the first three layers, in training only
 
 
 def build_head(tensors: dict[str, Tensor], path: Path) -> nn.Module:
-    """(B, 768) → (B, 1) from tensors named layers.0.weight, …; `path` is where they come from, for errors."""
+    """A head (B, 768) → (B, 1) from tensors named layers.0.weight, …; errors name `path`, the tensors' file."""
     from accelerate import init_empty_weights
 
     modules: list[nn.Module] = []

@@ -1,20 +1,23 @@
-"""What the rest of the project sees of a scorer."""
+"""The interface of a scorer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from PIL import Image
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Scorer:
     """Scores images against their prompts, higher being better.
 
-    name: as given to load_scorer. version: changes whenever the scores may; a key for caches. scale: one line on what
-    the numbers are. preprocess: a PIL image of any mode → what score_batch takes one of, on the CPU and without the
-    model, so that a DataLoader's workers can do it. score_batch: a list of those and as many prompts → their scores.
+    name: as given to load_scorer. version: changes whenever the scores may change; a key for caches. scale: one line on
+    the unit of the scores. preprocess: a PIL image of any mode → one input of score_batch; it runs on the CPU without
+    the model, so that a DataLoader's workers can do it. score_batch: inputs and as many prompts → their scores.
     """
 
     name: str
@@ -24,7 +27,7 @@ class Scorer:
     score_batch: Callable[[Sequence[Any], Sequence[str]], list[float]]
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str], batch_size: int = 16) -> list[float]:
-        """One float per image. Raises ValueError where there are not as many prompts as images."""
+        """One float per image. Raises ValueError unless there are as many prompts as images."""
         if len(images) != len(prompts):
             raise ValueError(f"{self.name}: {len(images)} images but {len(prompts)} prompts; give one prompt per image")
         scores: list[float] = []
@@ -39,17 +42,18 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def full_precision(function: Callable) -> Callable:
-    """Run `function` without gradients, autocast and TF32, whatever the rest of the process has switched on."""
+def full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that runs `function` without gradients, autocast and TF32, whatever the process has switched on."""
 
-    def wrapped(*arguments):
-        switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    def wrapped(*arguments: P.args, **options: P.kwargs) -> R:
+        # torch puts cudnn.conv on its module at run time.
+        switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
         before = [switch.fp32_precision for switch in switches]
         for switch in switches:
             switch.fp32_precision = "ieee"
         try:
             with torch.inference_mode(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-                return function(*arguments)
+                return function(*arguments, **options)
         finally:
             for switch, precision in zip(switches, before, strict=True):
                 switch.fp32_precision = precision

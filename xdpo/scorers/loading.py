@@ -1,7 +1,7 @@
-"""From a scorer's name to a scorer, and to its version.
+"""Find a scorer, or its version, by the scorer's name.
 
-`weights` is a folder for machines without a hub, laid out as {repository}/{file}; what is missing is named with the
-command to get it.
+`weights` is a folder of {repository}/{file} for machines without a network. Errors name missing files with the command
+that downloads them.
 """
 
 import difflib
@@ -20,8 +20,8 @@ from xdpo.scorers.weights import SIZES_FILE, digest, find_files, read_sizes
 def load_scorer(name: str, device: str | torch.device = "cpu", weights: str | Path | None = None) -> Scorer:
     """Load a scorer by its name, or by path/to/file.py:ClassName.
 
-    `weights` is a folder that takes the hub's place; for a tiny judge it may be the file itself. Raises ValueError for
-    an unknown name and for files that are missing, altered or broken.
+    `weights` is a folder that replaces the hub; for a tiny judge it may be the file itself. Raises ValueError for an
+    unknown name and for files that are missing, altered or broken.
     """
     version = scorer_version(name, weights)
     if is_custom(name):
@@ -38,9 +38,9 @@ def load_scorer(name: str, device: str | torch.device = "cpu", weights: str | Pa
 
 
 def scorer_version(name: str, weights: str | Path | None = None) -> str:
-    """The version that load_scorer would give, from the files' checksums, without reading a model into memory.
+    """The version that load_scorer would give, from the files' checksums, without loading a model.
 
-    Fetches and checks every file, so that calling it for all scorers first lets nothing fail halfway. Raises as
+    Downloads and checks every file: called for all scorers first, it finds every fault before the scoring. Raises as
     load_scorer does.
     """
     if is_custom(name):
@@ -70,19 +70,19 @@ def scorer_version(name: str, weights: str | Path | None = None) -> str:
 
 
 def _judge_weights(weights: str | Path | None) -> Path | None:
-    """None for a folder too: it is for the metrics, the judges ship with the project."""
+    """The judge's file, if `weights` is a file. A folder is for the metrics only; the judges ship with the project."""
     return Path(weights) if weights is not None and not Path(weights).is_dir() else None
 
 
 def _sizes_of(architecture: str, weights: str | Path | None) -> dict:
-    """An architecture's sizes, with what a weights folder's sizes.json says of it."""
+    """An architecture's sizes, changed by the sizes.json of a weights folder."""
     changes = read_sizes(weights)
     if weights is None or changes is None:
         return ARCHITECTURES[architecture]
     unknown = sorted(changes.keys() - ARCHITECTURES.keys())
     if unknown:
-        known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"{Path(weights) / SIZES_FILE} speaks of unknown {unknown[0]!r}; choose from {known}")
+        architectures = ", ".join(ARCHITECTURES)
+        raise ValueError(f"{Path(weights) / SIZES_FILE} speaks of unknown {unknown[0]!r}; choose from {architectures}")
     return _merge(ARCHITECTURES[architecture], changes.get(architecture, {}))
 
 

@@ -1,7 +1,7 @@
 """The five metrics of the paper, each as its original computes it: files, preprocessing, formula.
 
-Means over images of these numbers are what the paper's Tables 2 and 3 print; it measures HPS v2.0 and, as CLIP, the
-bare cosine of OpenCLIP's ViT-H-14. All of it is float32.
+The paper's Tables 2 and 3 print means of these scores over images. The paper measures HPS v2.0, and as CLIP the plain
+cosine of OpenCLIP's ViT-H-14. Everything is computed in float32.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +34,7 @@ ScoreBatch = Callable[[Sequence[Tensor], Sequence[str]], list[float]]
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric before its weights are read.
+    """A metric whose weights are not loaded yet.
 
     files: by role. architecture: key in ARCHITECTURES. load: paths by role, sizes and device → the function that
     scores a list of preprocessed images and their prompts.
@@ -118,7 +118,7 @@ def _load_pickscore(paths: Mapping[str, Path], sizes: dict, device: str | torch.
 
 
 def _load_open_clip_cosine(factor: float) -> Callable[[Mapping[str, Path], dict, str | torch.device], ScoreBatch]:
-    """factor · cos(image, text), the prompt cleaned as open_clip does."""
+    """factor · cos(image, text), the prompt cleaned as open_clip cleans it."""
 
     def load(paths: Mapping[str, Path], sizes: dict, device: str | torch.device) -> ScoreBatch:
         tokenize, model = load_tokenizer(paths["tokenizer"]), build_clip(sizes, paths["model"]).to(device)
@@ -134,7 +134,7 @@ def _load_open_clip_cosine(factor: float) -> Callable[[Mapping[str, Path], dict,
 
 
 def _load_aesthetic(paths: Mapping[str, Path], sizes: dict, device: str | torch.device) -> ScoreBatch:
-    """Linear layers on the unit image embedding; the prompt plays no part."""
+    """Linear layers on the unit image embedding; the prompt is not used."""
     head = build_head(read_tensors(paths["head"]), paths["head"]).to(device)
     model = build_clip_vision(sizes, paths["model"]).to(device)
 

@@ -1,9 +1,9 @@
-"""PIL image → the 224×224 tensor that a metric's original reads: two ways to crop, one to pad.
+"""Turn PIL images into the 224×224 tensors of the original metrics: two ways to crop, one to pad.
 
-Pictures are read as the originals read them: alpha and palettes as Pillow's `convert("RGB")` sees them, grey
-repeated, EXIF orientation not applied. Two originals crop differently: PickScore and aesthetic through transformers'
-processor (RGB first, the crop rounded down), ImageReward through torchvision (RGB last, the crop rounded half to
-even). On RGB images whose overhang is no odd number the two agree.
+Images are converted as the originals convert them: alpha and palettes by Pillow's `convert("RGB")`, grey repeated, EXIF
+orientation not applied. The originals crop in two ways. PickScore and the aesthetic predictor use transformers'
+processor (RGB first, the crop's offset rounded down); ImageReward uses torchvision (RGB last, the offset rounded half
+to even). On RGB images with an even overhang both give the same crop.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ MAX_RESIZED_PIXELS = 2**27
 
 
 def crop_floor(image: Image.Image) -> Tensor:
-    """Shorter side to 224, bicubic, and its middle, as transformers' CLIPImageProcessor: (3, 224, 224) float32.
+    """Shorter side to 224, bicubic, then the middle, as transformers' CLIPImageProcessor: (3, 224, 224) float32.
 
     For PickScore (Kirstain et al. 2023) and the aesthetic predictor.
     """
@@ -30,19 +30,19 @@ def crop_floor(image: Image.Image) -> Tensor:
 
 
 def crop_half_even(image: Image.Image) -> Tensor:
-    """Shorter side to 224, bicubic, and its middle, as torchvision's Resize and CenterCrop: (3, 224, 224) float32.
+    """Shorter side to 224, bicubic, then the middle, as torchvision's Resize and CenterCrop: (3, 224, 224) float32.
 
-    For ImageReward (Xu et al. 2023), which converts to RGB after the resize: transparent pixels weigh nothing
-    there, and images of a palette or of 1 bit are not interpolated.
+    For ImageReward (Xu et al. 2023), which converts to RGB after the resize. Transparent pixels therefore have no
+    weight, and palette or 1-bit images are not interpolated.
     """
     return normalise(to_unit(_shrink_and_crop(image, lambda overhang: round(overhang / 2)).convert("RGB")))
 
 
 def pad(image: Image.Image) -> Tensor:
-    """Longer side to 224, bicubic on floats that are not clamped, black to a square: (3, 224, 224) float32.
+    """Longer side to 224, bicubic on unclamped floats, padded with black to a square: (3, 224, 224) float32.
 
-    For HPS v2 (Wu et al. 2023) and for CLIP as Diffusion-DPO and xDPO measure it. Sides that would round to 0 keep one
-    pixel, and images of exactly 224 on their longer side are padded too; the originals fail on both.
+    For HPS v2 (Wu et al. 2023) and for CLIP as Diffusion-DPO and xDPO measure it. A side that would round to 0 keeps
+    one pixel, and an image of exactly 224 pixels on its longer side is padded too; the originals fail in both cases.
     """
     pixels = to_unit(image.convert("RGB"))
     scale = SIDE / max(pixels.shape[1:])
@@ -62,13 +62,13 @@ def to_unit(image: Image.Image) -> Tensor:
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """(3, H, W) in [0, 1] → CLIP's means and deviations, in place."""
+    """Normalise (3, H, W) in [0, 1] with CLIP's means and deviations, in place."""
     means, deviations = (torch.tensor(values).view(3, 1, 1) for values in (CHANNEL_MEANS, CHANNEL_STDS))
     return pixels.sub_(means).div_(deviations)
 
 
 def _shrink_and_crop(image: Image.Image, margin: Callable[[int], int]) -> Image.Image:
-    """The image at 224 pixels on its shorter side, cut square; `margin`: overhang → pixels cut at the left or top."""
+    """The image with its shorter side at 224 pixels, cut square. `margin`: overhang → pixels cut at left or top."""
     short = min(image.size)
     width, height = (SIDE if length == short else int(SIDE * length / short) for length in image.size)
     left, top = margin(width - SIDE), margin(height - SIDE)

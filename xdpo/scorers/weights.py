@@ -1,4 +1,4 @@
-"""The files behind the metrics: which ones at which revision, found in a folder or fetched, and checked."""
+"""The weight files of the metrics: find them in a folder or download them at a fixed revision, and check them."""
 
 import functools
 import json
@@ -22,11 +22,11 @@ SIZES_FILE = "sizes.json"
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file of an original.
+    """A weight file of an original metric.
 
-    `revision` is the full commit of the repository, which fixes the content of what the hub sends. `sha256` is set
-    where the checksum is known to us; a file that has none is held by its revision, by `weights_only=True` and by
-    names and shapes that must all fit. `url` is set for files that are not on the hub.
+    `revision` is the full commit of the repository, which fixes the content that the hub sends. `sha256` is set if we
+    know the checksum. A file without one is checked by its revision, by `weights_only=True`, and by names and shapes
+    that must all fit. `url` is set for files that are not on the hub.
     """
 
     repository: str
@@ -37,20 +37,20 @@ class WeightFile:
     url: str | None = None
 
     @property
-    def place(self) -> str:
-        """Where the file lies under a weights folder."""
+    def relative_path(self) -> str:
+        """The file's path below a weights folder."""
         return f"{self.repository}/{self.name}"
 
     @property
     def source(self) -> str:
-        """The command that fetches it into a weights folder named DIR."""
+        """The command that downloads it into a weights folder named DIR."""
         if self.url:
-            return f"curl -L --create-dirs -o 'DIR/{self.place}' '{self.url}'"
+            return f"curl -L --create-dirs -o 'DIR/{self.relative_path}' '{self.url}'"
         return f"hf download {self.repository} {self.name} --revision {self.revision} --local-dir DIR/{self.repository}"
 
 
 def find_files(scorer: str, files: Mapping[str, WeightFile], folder: str | Path | None) -> dict[str, Path]:
-    """Paths of `files` by their keys: {repository}/{name} in `folder`, or from cache and hub where that is None.
+    """Paths of `files` by their keys: {repository}/{name} in `folder`, or in the hub's cache if that is None.
 
     Raises ValueError that lists every missing or altered file with its size and source.
     """
@@ -72,7 +72,7 @@ def find_files(scorer: str, files: Mapping[str, WeightFile], folder: str | Path 
             paths[key] = path
     if faults:
         lines = [
-            f"  {file.place} ({size_in_words(file.about_bytes)}): {reason}\n    {file.source}"
+            f"  {file.relative_path} ({size_in_words(file.about_bytes)}): {reason}\n    {file.source}"
             for file, reason in faults
         ]
         raise ValueError(
@@ -83,7 +83,7 @@ def find_files(scorer: str, files: Mapping[str, WeightFile], folder: str | Path 
 
 
 def _in_folder(file: WeightFile, folder: Path) -> tuple[Path | None, str]:
-    path = folder / file.place
+    path = folder / file.relative_path
     return (path, "") if path.is_file() else (None, f"no file at {path}")
 
 
@@ -100,7 +100,7 @@ def _from_hub(file: WeightFile) -> tuple[Path | None, str]:
 
 
 def _from_url(file: WeightFile, url: str) -> Path:
-    """The file in a folder of ours beside the hub's cache, downloaded if it isn't there yet."""
+    """The file in our folder beside the hub's cache, downloaded if it isn't there yet."""
     from huggingface_hub import constants
 
     path = Path(constants.HF_HOME) / "xdpo" / file.revision / file.name
@@ -108,7 +108,7 @@ def _from_url(file: WeightFile, url: str) -> Path:
         if constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
         with urllib.request.urlopen(url, timeout=30) as response:
-            content = response.read()  # before anything is written: the network's errors are not the disk's
+            content = response.read()  # read before writing: the network's errors are not the disk's
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, "wb") as output:
             output.write(content)
@@ -116,7 +116,7 @@ def _from_url(file: WeightFile, url: str) -> Path:
 
 
 def is_cut_short(path: Path) -> bool:
-    """Whether a file's own table of contents says that something is missing; reads a few kilobytes."""
+    """Whether a file is truncated according to its own table of contents; reads a few kilobytes."""
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt"):
@@ -129,7 +129,7 @@ def is_cut_short(path: Path) -> bool:
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file in hex; read once for as long as size and modification time stay the same."""
+    """sha256 of a file in hex; kept as long as size and modification time stay the same."""
     status = path.stat()
     return _digest(path, status.st_size, status.st_mtime_ns)
 
@@ -143,7 +143,7 @@ def _digest(path: Path, size: int, modified_ns: int) -> str:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors, .pt or .pth file on the CPU; no other Python object is unpickled.
 
-    A checkpoint that holds them under "state_dict" is unwrapped. Raises ValueError for a broken file.
+    Tensors under the key "state_dict" are unwrapped. Raises ValueError for a broken file.
     """
     try:
         if path.suffix == ".safetensors":
@@ -159,9 +159,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Give `module`, built without memory, these tensors as float32; `path`, where they are from, is for errors.
+    """Give `module`, built without memory, these tensors as float32. Errors name `path`, the tensors' file.
 
-    Raises ValueError unless names and shapes all fit and none is left over.
+    Raises ValueError unless all names and shapes fit and none is left over.
     """
     expected = module.state_dict()
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
@@ -180,10 +180,10 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def read_sizes(folder: str | Path | None) -> dict | None:
-    """The sizes.json of a weights folder whose models are not the originals; None where there is none.
+    """The sizes.json of a weights folder with models of other sizes than the originals; None without one.
 
-    Its keys are names of architectures, its values what differs from theirs. Checksums are not compared then.
-    Raises ValueError for what is no JSON object.
+    Its keys are names of architectures, its values their differences. With it, checksums are not compared. Raises
+    ValueError if it is not a JSON object.
     """
     path = Path(folder) / SIZES_FILE if folder is not None else None
     if path is None or not path.is_file():

@@ -1,1 +1,1 @@
-"""Scores of images: computing them, the table that keeps them, and what they say, in numbers with intervals."""
+"""Scores of images: computing them, keeping them in a table, and comparing them with intervals."""

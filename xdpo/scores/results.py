@@ -1,4 +1,4 @@
-"""From rows of the score table to what is compared: per prompt set, one number per (scorer, model, prompt)."""
+"""Turn rows of the score table into comparisons: per prompt set, one number per (scorer, model, prompt)."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ from xdpo.scores.table import PlacedScore
 
 @dataclass(frozen=True)
 class ScoredPrompt:
-    """A prompt as scores know it: its key in its set, such as \"anime/12\"."""
+    """A prompt of scored images. `key` names it within its set, such as "anime/12"."""
 
     key: str
     category: str
@@ -26,8 +26,9 @@ class ScoredPrompt:
 class Benchmark:
     """Models on one prompt set, over the prompts for which all of them have finite scores by all scorers.
 
-    `scores[scorer]` is (models, prompts); several images of one prompt count as their mean. `prompts_seen` is how
-    many prompts any model has; `limited_by` says how many of those each model lacks, for models that lack some.
+    `scores[scorer]` is (models, prompts); several images of one prompt count as their mean. `prompts_seen` is the
+    number of prompts that at least one model has; `limited_by` is how many of them a model lacks, for models that lack
+    some.
     """
 
     name: str
@@ -43,28 +44,28 @@ class Benchmark:
 
     @cached_property
     def categories(self) -> dict[str, np.ndarray]:
-        """Positions of the prompts of each category, in the order of first occurrence."""
+        """Positions of the prompts of each category, categories in the order of first occurrence."""
         positions: dict[str, list[int]] = defaultdict(list)
         for position, prompt in enumerate(self.prompts):
             positions[prompt.category].append(position)
         return {category: np.array(rows) for category, rows in positions.items()}
 
     def of(self, model: str, scorer: str, category: str | None = None) -> np.ndarray:
-        """Scores (prompts,) of a model, of one category if named."""
+        """Scores (prompts,) of a model, only of one category if it is given."""
         row = self.scores[scorer][self.models.index(model)]
         return row if category is None else row[self.categories[category]]
 
     def summary(self, model: str, scorer: str, category: str | None = None) -> Summary:
-        place = (model, scorer, category)
-        if place not in self._summaries:
-            self._summaries[place] = summarize(self.of(*place))
-        return self._summaries[place]
+        which = (model, scorer, category)
+        if which not in self._summaries:
+            self._summaries[which] = summarize(self.of(*which))
+        return self._summaries[which]
 
     def comparison(self, baseline: str, model: str, scorer: str, category: str | None = None) -> Comparison:
-        place = (baseline, model, scorer, category)
-        if place not in self._comparisons:
-            self._comparisons[place] = compare(self.of(baseline, scorer, category), self.of(model, scorer, category))
-        return self._comparisons[place]
+        which = (baseline, model, scorer, category)
+        if which not in self._comparisons:
+            self._comparisons[which] = compare(self.of(baseline, scorer, category), self.of(model, scorer, category))
+        return self._comparisons[which]
 
     @cached_property
     def _summaries(self) -> dict[tuple, Summary]:
@@ -72,14 +73,14 @@ class Benchmark:
 
     @cached_property
     def _comparisons(self) -> dict[tuple, Comparison]:
-        """Each is worth 10,000 resamples, and tables and figures ask for the same ones."""
+        """Kept, because each takes 10,000 resamples and tables and figures need the same ones."""
         return {}
 
 
 def benchmarks_of(rows: Iterable[PlacedScore], models: Sequence[str], scorers: Sequence[str]) -> list[Benchmark]:
     """One Benchmark per prompt set in which at least one prompt is common to all models that have images there.
 
-    Models and scorers keep the order given; a set leaves out models and scorers without any score in it.
+    Models and scorers keep the given order. A set leaves out models and scorers without any score in it.
     """
     by_set: dict[str, dict[tuple[str, str], dict[str, list[float]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
@@ -90,7 +91,7 @@ def benchmarks_of(rows: Iterable[PlacedScore], models: Sequence[str], scorers: S
             by_set[image.prompt_set][image.model, key.scorer][image.key].append(score)
             prompts.setdefault((image.prompt_set, image.key), ScoredPrompt(image.key, image.category, key.prompt))
 
-    found = []
+    benchmarks = []
     for name, cells in sorted(by_set.items()):
         present_models = tuple(model for model in models if any(m == model for m, _ in cells))
         present_scorers = tuple(scorer for scorer in scorers if any(s == scorer for _, s in cells))
@@ -112,9 +113,9 @@ def benchmarks_of(rows: Iterable[PlacedScore], models: Sequence[str], scorers: S
                 for scorer in present_scorers
             }
             limited = {model: len(seen - keys) for model, keys in usable.items() if seen - keys}
-            chosen = tuple(prompts[name, key] for key in common)
-            found.append(Benchmark(name, present_models, chosen, scores, len(seen), limited))
-    return found
+            shared_prompts = tuple(prompts[name, key] for key in common)
+            benchmarks.append(Benchmark(name, present_models, shared_prompts, scores, len(seen), limited))
+    return benchmarks
 
 
 def _categories(prompts: dict[tuple[str, str], ScoredPrompt], prompt_set: str, keys: set[str]) -> list[str]:

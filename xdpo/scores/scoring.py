@@ -1,4 +1,4 @@
-"""Pictures → scores in the table: only what is new, one scorer in memory at a time, saved as it goes."""
+"""Score pictures into the table: only new scores, one scorer in memory at a time, saved every few seconds."""
 
 import gc
 import os
@@ -18,13 +18,13 @@ from xdpo.scorers.interface import Scorer
 from xdpo.scorers.loading import load_scorer
 from xdpo.scores.table import Placement, ScoreKey, ScoreTable
 
-SAVE_SECONDS = 20  # between parts of the score table: what a kill can cost
+SAVE_SECONDS = 20  # between parts of the score table: a kill loses at most this much work
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device named, else the accelerator where there is one. Raises ValueError for one that does not work."""
+    """The named device, else the accelerator if there is one, else the CPU. Raises ValueError for one that fails."""
     if name is None:
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -41,7 +41,7 @@ def score_missing(
     workers: int | None = None,
     weights: Path | None = None,
 ) -> set[str]:
-    """Add the scores that the table lacks of pictures with prompts and checksums; closes the table.
+    """Add the scores that the table lacks, then close the table. The pictures have prompts and checksums.
 
     versions: of each scorer, by name. workers: processes that decode; None: none on a CPU, up to 8 beside a GPU.
     Returns the checksums of pictures that cannot be decoded.
@@ -74,15 +74,15 @@ def score_missing(
 def left_out(
     pictures: Sequence[Picture], broken: set[str], versions: Mapping[str, str], table: ScoreTable
 ) -> list[Problem]:
-    """Pictures that could not be decoded, and those that a scorer gave no finite number."""
+    """Problems of pictures that could not be decoded, and of those with a score that is not finite."""
     undecodable, not_finite = defaultdict(list), defaultdict(list)
     for picture in pictures:
         owner = picture.model, picture.prompt_set
         if picture.sha256 in broken:
             undecodable[owner].append(picture.name)
         for name, version in versions.items():
-            number = table.scores.get(_key(picture, name, version), 0.0)
-            if not abs(number) < float("inf"):
+            score = table.scores.get(_key(picture, name, version), 0.0)
+            if not abs(score) < float("inf"):
                 not_finite[*owner, name].append(picture.name)
     problems = [Problem(*owner, "left out: cannot be decoded", tuple(names)) for owner, names in undecodable.items()]
     problems += [
@@ -97,15 +97,17 @@ def left_out(
 def _score(
     scorer: Scorer, version: str, pictures: Sequence[Picture], table: ScoreTable, batch_size: int, workers: int
 ) -> set[str]:
-    broken, saved = set(), time.monotonic()
+    broken: set[str] = set()
+    saved = time.monotonic()
     with tqdm(total=len(pictures), desc=scorer.name, unit="image") as progress:
         for batch in _prepared_batches(scorer, pictures, batch_size, workers):
             good = [(picture, item) for picture, item in batch if not isinstance(item, _Undecodable)]
-            broken |= {picture.sha256 for picture, item in batch if isinstance(item, _Undecodable)}
+            bad = [picture for picture, item in batch if isinstance(item, _Undecodable)]
+            broken |= {_key(picture, scorer.name, version).sha256 for picture in bad}
             if good:
-                numbers = scorer.score_batch([item for _, item in good], [picture.prompt for picture, _ in good])
                 keys = [_key(picture, scorer.name, version) for picture, _ in good]
-                table.add(dict(zip(keys, map(float, numbers), strict=True)))
+                scores = scorer.score_batch([item for _, item in good], [key.prompt for key in keys])
+                table.add(dict(zip(keys, map(float, scores), strict=True)))
             progress.update(len(batch))
             if time.monotonic() - saved > SAVE_SECONDS:
                 table.save_part()
@@ -114,7 +116,7 @@ def _score(
 
 
 class _Undecodable:
-    """Stands where a broken image's pixels would."""
+    """Takes the place of a broken image's pixels."""
 
 
 class _Prepared(torch.utils.data.Dataset):
@@ -126,7 +128,7 @@ class _Prepared(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> object:
         try:
             image = decode_rgb(str(self.paths[index]))
         except UnreadableImageError:
@@ -137,7 +139,7 @@ class _Prepared(torch.utils.data.Dataset):
 def _prepared_batches(
     scorer: Scorer, pictures: Sequence[Picture], batch_size: int, workers: int
 ) -> Iterator[list[tuple[Picture, object]]]:
-    """Batches of (picture, what the scorer takes of it), in order."""
+    """Batches of (picture, its preprocessed image), in order."""
     items = _Prepared(scorer, [picture.path for picture in pictures])
     loader = DataLoader(items, batch_size=batch_size, num_workers=workers, collate_fn=list)
     for number, batch in enumerate(loader):
@@ -145,6 +147,7 @@ def _prepared_batches(
 
 
 def _key(picture: Picture, scorer: str, version: str) -> ScoreKey:
+    assert picture.prompt is not None and picture.sha256 is not None, "read_models gives every picture both"
     return ScoreKey(picture.prompt, picture.sha256, scorer, version)
 
 

@@ -1,4 +1,4 @@
-"""Means, medians, win rates and shifts, with 95 % intervals, in numbers and in words."""
+"""Means, medians, win rates and shifts, with 95 % intervals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Scores of one model against another's on the same prompts and seeds.
+    """One model's scores against another's on the same prompts and seeds.
 
     `win_rate` counts ties ½; `win_rate_interval` is Wilson's, `win_rate_bootstrap` a percentile bootstrap over
     prompts. `mean_shift` is the mean of the paired differences, its interval a percentile bootstrap over prompts.
@@ -46,7 +46,7 @@ class Comparison:
 
     @property
     def relative_change(self) -> float:
-        """The shift as a share of the size of the mean before; infinite or NaN where that is zero."""
+        """The shift divided by the absolute mean before; infinite or NaN where that is zero."""
         if self.mean_before == 0:
             return nan if self.mean_shift == 0 else inf * self.mean_shift
         return self.mean_shift / abs(self.mean_before)
@@ -61,8 +61,8 @@ class Comparison:
         )
 
 
-def summarize(scores: Sequence[float]) -> Summary:
-    """Summary of one score per prompt. Raises ValueError for none, and for scores that aren't finite."""
+def summarize(scores: Sequence[float] | np.ndarray) -> Summary:
+    """Summary of one score per prompt. Raises ValueError without scores, and for scores that aren't finite."""
     values = np.asarray(scores, np.float64)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"a summary needs a list of at least one score, got shape {values.shape}")
@@ -71,10 +71,12 @@ def summarize(scores: Sequence[float]) -> Summary:
     return Summary(len(values), float(values.mean()), float(np.median(values)), error, bootstrap_interval(values))
 
 
-def compare(before: Sequence[float], after: Sequence[float], tie_width: float = 0.0) -> Comparison:
+def compare(
+    before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarray, tie_width: float = 0.0
+) -> Comparison:
     """Compare paired scores; a difference of at most `tie_width` is a tie.
 
-    Raises ValueError for lists of different length, for none, and for scores that aren't finite.
+    Raises ValueError for lists that are empty or differ in length, and for scores that aren't finite.
     """
     first, second = np.asarray(before, np.float64), np.asarray(after, np.float64)
     if first.shape != second.shape or first.ndim != 1 or not len(first):
@@ -106,14 +108,14 @@ def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
     share, z2 = successes / trials, Z_95**2
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     reach = Z_95 * sqrt(share * (1 - share) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
-    # At either end the bound is that end itself, which rounding misses by a hair.
+    # At 0 and 1 the bound is exactly 0 or 1, which rounding would miss slightly.
     low = 0.0 if successes == 0 else max(0.0, centre - reach)
     high = 1.0 if successes == trials else min(1.0, centre + reach)
     return low, high
 
 
 def bootstrap_interval(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap 95 % interval of the mean of `values` (N,), always the same for the same values."""
+    """Percentile bootstrap 95 % interval of the mean of `values` (N,); equal values give equal intervals."""
     values = np.asarray(values, np.float64)
     counts = _resample_counts(len(values), resamples, seed)
     pieces = (counts[start : start + 500] for start in range(0, resamples, 500))  # as float64 all would be 256 MB
@@ -127,7 +129,7 @@ def win_rate_bootstrap(
 ) -> tuple[float, float]:
     """Percentile bootstrap 95 % interval of a win rate over prompts, ties counted ½.
 
-    Prompts drawn with replacement give wins, ties and losses by a multinomial law, so that is what is drawn.
+    Drawing prompts with replacement gives multinomial counts of wins, ties and losses; these are drawn directly.
     """
     total = wins + ties + losses
     if total <= 0:
@@ -138,7 +140,7 @@ def win_rate_bootstrap(
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided exact p-value of the sign test: how often fair coins part at least this far; 1 without any."""
+    """Two-sided exact p-value of the sign test; 1 without wins and losses."""
     decided, fewer = wins + losses, min(wins, losses)
     tail = term = 1  # binomial coefficients as exact integers: no underflow at 3,200 prompts
     for k in range(fewer):
@@ -149,7 +151,7 @@ def sign_test(wins: int, losses: int) -> float:
 
 @lru_cache(maxsize=32)
 def _resample_counts(length: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each of `length` prompts occurs in each resample: (resamples, length), the same for every column."""
+    """How often each of `length` prompts occurs in each resample: (resamples, length), the same for all scorers."""
     rng = np.random.default_rng(seed)
     counts = np.empty((resamples, length), np.uint16)
     for start in range(0, resamples, 500):

@@ -1,23 +1,26 @@
-"""The score table: every score ever computed in an output folder, and where its image stands, in one parquet file.
+"""The score table: every score ever computed for an output folder, and the place of its image, in one parquet file.
 
-A score belongs to (image checksum, prompt, scorer, scorer version) and is never computed twice. While scoring goes
-on, new scores are written as small finished files into `scores.parts/`; closing merges them into `scores.parquet`.
-Each file is written aside and renamed, so a kill at any moment loses only the scores since the last part.
+A score belongs to (image checksum, prompt, scorer, scorer version) and is never computed twice. During scoring, new
+scores are written as small finished files into `scores.parts/`; closing merges them into `scores.parquet`. Each file is
+written whole, so a kill at any moment loses only the scores since the last part.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
 from xdpo.files import only_writer, reading, replacing, writing
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 TABLE, PARTS = "scores.parquet", "scores.parts"
 
 
 class Placement(NamedTuple):
-    """Where an image stands: in a model's folder of a prompt set. `key` names its prompt there, as in `Picture`."""
+    """The place of an image: in a model's folder of a prompt set. `key` names its prompt there, as in `Picture`."""
 
     prompt_set: str
     model: str
@@ -37,7 +40,7 @@ class ScoreKey(NamedTuple):
 
 
 class PlacedScore(NamedTuple):
-    """A score of an image that stands in a model's folder."""
+    """A score of an image in a model's folder."""
 
     placement: Placement
     key: ScoreKey
@@ -45,16 +48,16 @@ class PlacedScore(NamedTuple):
 
 
 _COLUMNS = (*Placement._fields, *ScoreKey._fields, "score")
-_Row = tuple[Placement | None, ScoreKey, float]  # None: only remembered, as another image took the place
+_Row = tuple[Placement | None, ScoreKey, float]  # None: only remembered, because another image took its place
 
 
 class ScoreTable:
     """The table of one output folder, in memory and on disk."""
 
     def __init__(self, folder: Path, *, for_writing: bool = False):
-        """Read what is there; `for_writing` keeps other writers out until `close` or the end of the process.
+        """Read the table if it exists; `for_writing` keeps other writers out until `close` or the end of the process.
 
-        Raises ValueError for a table that cannot be read, naming the file, or that another process writes to.
+        Raises ValueError for a table that cannot be read, naming the file, and for one that another process writes.
         """
         self.folder = folder
         self._lock = ExitStack()
@@ -72,11 +75,11 @@ class ScoreTable:
 
     @property
     def placed(self) -> list[PlacedScore]:
-        """The scores of all images at their latest known state."""
+        """The scores of all images, in their latest state."""
         return [PlacedScore(placement, key, self.scores[key]) for placement, key in self._placed.values()]
 
     def add(self, scores: Mapping[ScoreKey, float]) -> None:
-        """Remember new scores; `save_part` or `close` brings them to disk."""
+        """Remember new scores; `save_part` or `close` writes them."""
         self.scores.update(scores)
         self._unsaved.update(scores)
 
@@ -88,7 +91,7 @@ class ScoreTable:
             self._unsaved = {}
 
     def close(self, images: Iterable[tuple[Placement, ScoreKey]], replaced: Iterable[tuple[str, str, str]]) -> None:
-        """Say where scored images stand, merge all into scores.parquet and remove the parts.
+        """Set the places of scored images, merge everything into scores.parquet and remove the parts.
 
         `replaced` holds (prompt set, model, scorer) triples whose earlier placements no longer count.
         """
@@ -107,11 +110,11 @@ class ScoreTable:
 
 
 def _slot(placement: Placement, key: ScoreKey) -> tuple:
-    """What holds one score at a time: an image of a model, by one scorer."""
+    """What has one score at a time: an image of a model, by one scorer."""
     return placement.prompt_set, placement.model, placement.key, placement.repeat, key.scorer
 
 
-def _schema():
+def _schema() -> "pa.Schema":
     import pyarrow as pa
 
     special = {"repeat": pa.int32(), "score": pa.float64()}
@@ -131,7 +134,8 @@ def _read(path: Path) -> list[_Row]:
         raise ValueError(f"{path} is not a score table that can be read ({error}); {remedy}") from None
     if table.schema.names != _schema().names:
         raise ValueError(f"{path} is not a score table of this version: its columns are {table.schema.names}; {remedy}")
-    width, rows = len(Placement._fields), []
+    rows: list[_Row] = []
+    width = len(Placement._fields)
     for *values, score in zip(*table.to_pydict().values(), strict=True):
         placement, key = Placement(*values[:width]), ScoreKey(*values[width:])
         rows.append((None if placement.model is None else placement, key, score))

@@ -1,7 +1,7 @@
-"""What the votes say: majorities and win rates by question, baseline, benchmark and style; agreement; checks.
+"""Analyse the votes: majorities and win rates by question, baseline, benchmark and style; agreement; checks.
 
-A pair goes to the side with more than half of the votes that are wanted of it (the paper: 3 of 5); without such a
-majority, as long as votes are missing, it is undecided. Repeats and obvious pairs are checks and count nowhere.
+A pair goes to the side with more than half of its planned votes (the paper: 3 of 5). Without such a majority it is
+undecided. Repeats and obvious pairs are checks and count in no result.
 """
 
 from collections import defaultdict
@@ -20,7 +20,7 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Judgement:
-    """One annotator's answer to one question on one pair, turned back from sides to models."""
+    """One annotator's answer to one question on one pair, as a model instead of a side."""
 
     item: str
     annotator: int
@@ -37,9 +37,9 @@ class Judgement:
 class Result:
     """A question on the pairs of one baseline, in one benchmark and style or in all ("all").
 
-    wins, losses: pairs that the tested model won or lost by majority. win_rate and its 95 % interval (Wilson) are of
-    wins among decided pairs, None without any; vote_rate is the share of single votes for the tested model.
-    kappa: Fleiss' κ over pairs that have all the votes wanted; None where it isn't defined.
+    wins, losses: pairs that the tested model won or lost by majority. win_rate: the share of wins among decided pairs,
+    with Wilson's 95 % interval; both None without decided pairs. vote_rate: the share of single votes for the tested
+    model. kappa: Fleiss' κ over pairs that have all their planned votes; None where it isn't defined.
     """
 
     question: str
@@ -61,8 +61,8 @@ class Result:
 class Checks:
     """An annotator's attention: failures of the checks that were answered.
 
-    An obvious pair fails where the wrong image is said to match the text; a repeat fails a question where the other
-    image is chosen the second time.
+    An obvious pair fails if the wrong image is said to match the text. A repeat fails a question if the other image is
+    chosen the second time.
     """
 
     annotator: int
@@ -79,8 +79,8 @@ class Checks:
 
 
 def judgements(study: Study, key: Key, votes: Iterable[Vote]) -> list[Judgement]:
-    """The votes on pairs, by model, one for each question; checks are left out."""
-    found = []
+    """The answers on pairs as models, one for each vote and question; checks are left out."""
+    judged = []
     for vote in votes:
         _, task = study.owner_of[vote.task]
         item = key.items[task.item]
@@ -89,39 +89,39 @@ def judgements(study: Study, key: Key, votes: Iterable[Vote]) -> list[Judgement]
         for question, side in vote.answers.items():
             chosen = item.images[getattr(task, side)]
             facts = (item.baseline, item.benchmark, item.category, item.key, item.prompt)
-            found.append(Judgement(task.item, vote.annotator, question, chosen == key.model, *facts))
-    return found
+            judged.append(Judgement(task.item, vote.annotator, question, chosen == key.model, *facts))
+    return judged
 
 
 def results(study: Study, key: Key, given: Sequence[Judgement]) -> list[Result]:
-    """A result for each question and baseline, of all prompts, of each benchmark, and of each of its styles."""
-    found = []
+    """Results for each question and baseline: over all prompts, over each benchmark, and over each of its styles."""
+    all_results = []
     for question in [question["id"] for question in study.questions]:
         for baseline in key.baselines:
-            own = [item for item in key.items.items() if item[1].kind == "pair" and item[1].baseline == baseline]
+            pairs = [item for item in key.items.items() if item[1].kind == "pair" and item[1].baseline == baseline]
             groups: dict[tuple[str, str], list[str]] = defaultdict(list)
-            for name, item in own:
+            for name, item in pairs:
                 for group in ((ALL, ALL), (item.benchmark, ALL), (item.benchmark, item.category)):
                     groups[group].append(name)
-            if len({item.benchmark for _, item in own}) == 1:
-                del groups[ALL, ALL]  # the one benchmark says it
+            if len({item.benchmark for _, item in pairs}) == 1:
+                del groups[ALL, ALL]  # a single benchmark's results are the same
             asked: dict[str, list[bool]] = defaultdict(list)
             for judgement in given:
                 if judgement.question == question and judgement.baseline == baseline:
                     asked[judgement.item].append(judgement.prefers_model)
             for (benchmark, category), names in groups.items():
                 votes = [asked[name] for name in names]
-                found.append(_result(question, baseline, benchmark, category, votes, study.votes_per_pair))
-    return found
+                all_results.append(_result(question, baseline, benchmark, category, votes, study.votes_per_pair))
+    return all_results
 
 
 def _result(
-    question: str, baseline: str, benchmark: str, category: str, votes: Sequence[Sequence[bool]], wanted: int
+    question: str, baseline: str, benchmark: str, category: str, votes: Sequence[Sequence[bool]], votes_per_pair: int
 ) -> Result:
-    wins = sum(2 * sum(each) > wanted for each in votes)
-    losses = sum(2 * (len(each) - sum(each)) > wanted for each in votes)
+    wins = sum(2 * sum(each) > votes_per_pair for each in votes)
+    losses = sum(2 * (len(each) - sum(each)) > votes_per_pair for each in votes)
     single = [vote for each in votes for vote in each]
-    complete = np.array([[sum(each), len(each) - sum(each)] for each in votes if len(each) == wanted])
+    complete = np.array([[sum(each), len(each) - sum(each)] for each in votes if len(each) == votes_per_pair])
     return Result(
         question=question,
         baseline=baseline,
@@ -142,7 +142,7 @@ def _result(
 def fleiss_kappa(counts: np.ndarray) -> float | None:
     """Fleiss' κ (1971) of counts (items, answers), every row with the same sum ≥ 2.
 
-    None where it isn't defined: a single vote an item, or all votes the same, which chance alone would also give.
+    None where it isn't defined: with a single vote an item, or with all votes the same, which chance also gives.
     """
     raters = counts.sum(axis=1)[0]
     if raters < 2:
@@ -153,13 +153,13 @@ def fleiss_kappa(counts: np.ndarray) -> float | None:
 
 
 def attention(study: Study, key: Key, votes: Sequence[Vote]) -> list[Checks]:
-    """Every annotator's checks, in order of their numbers; those without a vote too."""
+    """The checks of every annotator in order of number, also of those without a vote."""
     by_task = {vote.task: vote for vote in votes}
-    found = []
+    checks = []
     for number in range(1, len(study.tasks) + 1):
-        own = [vote for vote in votes if vote.annotator == number]
-        obvious = [vote for vote in own if key.items[study.owner_of[vote.task][1].item].kind == "obvious"]
-        repeats = [vote for vote in own if vote.task in key.repeats and key.repeats[vote.task] in by_task]
+        own_votes = [vote for vote in votes if vote.annotator == number]
+        obvious = [vote for vote in own_votes if key.items[study.owner_of[vote.task][1].item].kind == "obvious"]
+        repeats = [vote for vote in own_votes if vote.task in key.repeats and key.repeats[vote.task] in by_task]
         wrong = [vote for vote in obvious if _chosen(study, key, vote, "alignment") == "wrong"]
         changed = [
             (vote, question)
@@ -168,8 +168,8 @@ def attention(study: Study, key: Key, votes: Sequence[Vote]) -> list[Checks]:
             if _image(study, vote, question) != _image(study, by_task[key.repeats[vote.task]], question)
         ]
         asked = len(study.questions) * len(repeats)
-        found.append(Checks(number, len(own), len(obvious), len(wrong), asked, len(changed)))
-    return found
+        checks.append(Checks(number, len(own_votes), len(obvious), len(wrong), asked, len(changed)))
+    return checks
 
 
 def _image(study: Study, vote: Vote, question: str) -> str:
@@ -181,7 +181,7 @@ def _chosen(study: Study, key: Key, vote: Vote, question: str) -> str:
 
 
 def vote_rows(study: Study, key: Key, votes: Iterable[Vote]) -> list[dict[str, Any]]:
-    """Every vote with what it was on, a row for each question; models by name, checks marked."""
+    """A row for each vote and question: what it was on, with models by name and checks marked."""
     rows = []
     for vote in votes:
         _, task = study.owner_of[vote.task]
@@ -211,7 +211,7 @@ def vote_rows(study: Study, key: Key, votes: Iterable[Vote]) -> list[dict[str, A
 
 
 def left_share(votes: Iterable[Vote]) -> Mapping[str, float]:
-    """By question, the share of votes for the left image: far from ½, somebody presses one key."""
+    """By question, the share of votes for the left image; far from ½, somebody may always press the same key."""
     sides: dict[str, list[bool]] = defaultdict(list)
     for vote in votes:
         for question, side in vote.answers.items():

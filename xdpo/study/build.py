@@ -1,4 +1,4 @@
-"""From folders of images to a blind study: prompts drawn, images stripped of all but pixels, tasks dealt out."""
+"""Build a blind study from folders of images: draw prompts, reduce images to pixels, deal out tasks."""
 
 import io
 import secrets
@@ -21,24 +21,24 @@ PromptKey = tuple[str, str]  # (benchmark, key of the prompt in it)
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """What is asked for. sample: prompts drawn of each benchmark, by name; a benchmark that isn't in it is left out,
-    and None takes all prompts of all."""
+    """The settings of a study. sample: the number of prompts by benchmark; other benchmarks are left out. None: all
+    prompts of all benchmarks."""
 
     sample: Mapping[str, int] | None
     seed: int
     votes_per_pair: int
     annotators: int
-    repeats: int  # pairs that every annotator sees a second time, sides exchanged
+    repeats: int  # pairs that every annotator sees a second time, with the sides exchanged
     obvious: int  # checks with a known answer
     image_side: int | None  # pixels to which all images are scaled; None: as they are
     title: str = DEFAULT_TITLE
 
 
 def build_study(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple[str, Path]], plan: StudyPlan) -> Study:
-    """Write the study of a model's images against each baseline's to `folder`; whole or not at all.
+    """Write a study of a model's images against each baseline's to `folder`, whole or not at all.
 
-    Raises StudyError for folders whose prompts do not match, images that can't be read or differ in size, and numbers
-    that don't go together.
+    Raises StudyError for folders whose prompts do not match, for images that can't be read or differ in size, and for
+    incompatible settings.
     """
     _check(model, baselines, plan)
     _check_absent(folder)
@@ -101,10 +101,10 @@ def _pictures(model: str, folder: Path) -> dict[PromptKey, Picture]:
 
 
 def _common_prompts(model: str, shown: Mapping[str, Mapping[PromptKey, Picture]]) -> dict[str, list[PromptKey]]:
-    """The prompts of each benchmark, in order. Raises StudyError, naming some, where models have different ones."""
-    own = shown[model]
+    """The prompts of each benchmark, in order. Raises StudyError, naming some, if models have different ones."""
+    reference = shown[model]
     for name, pictures in shown.items():
-        for here, there, lacking in ((own, pictures, name), (pictures, own, model)):
+        for here, there, lacking in ((reference, pictures, name), (pictures, reference, model)):
             if only := sorted(here.keys() - there.keys()):
                 listed = ", ".join(f"{benchmark} {key}" for benchmark, key in only[:5])
                 raise StudyError(
@@ -112,13 +112,13 @@ def _common_prompts(model: str, shown: Mapping[str, Mapping[PromptKey, Picture]]
                     f"({listed}); a pair needs both. Make them with generate.py, with the same --prompts"
                 )
         for prompt, picture in pictures.items():
-            if picture.prompt != own[prompt].prompt:
+            if picture.prompt != reference[prompt].prompt:
                 raise StudyError(
-                    f"{' '.join(prompt)} is {own[prompt].prompt!r} in {model} and {picture.prompt!r} in {name}; "
+                    f"{' '.join(prompt)} is {reference[prompt].prompt!r} in {model} and {picture.prompt!r} in {name}; "
                     "a pair needs one prompt"
                 )
     by_benchmark: dict[str, list[PromptKey]] = {}
-    for prompt in sorted(own, key=lambda prompt: (prompt[0], natural_order(prompt[1]))):
+    for prompt in sorted(reference, key=lambda prompt: (prompt[0], natural_order(prompt[1]))):
         by_benchmark.setdefault(prompt[0], []).append(prompt)
     return by_benchmark
 
@@ -127,14 +127,14 @@ def _draw(
     prompts: Mapping[str, Sequence[PromptKey]], sample: Mapping[str, int] | None, rng: np.random.Generator
 ) -> list[PromptKey]:
     """Prompts of each benchmark drawn without replacement, in their order."""
-    sample = {name: len(found) for name, found in prompts.items()} if sample is None else sample
+    sample = {name: len(available) for name, available in prompts.items()} if sample is None else sample
     drawn: list[PromptKey] = []
     for benchmark, count in sample.items():
-        found = prompts.get(benchmark, ())
-        if count > len(found):
-            have = ", ".join(f"{name} {len(found)}" for name, found in prompts.items())
+        available = prompts.get(benchmark, ())
+        if count > len(available):
+            have = ", ".join(f"{name} {len(available)}" for name, available in prompts.items())
             raise StudyError(f"--sample wants {count} prompts of {benchmark!r}; the folders have {have}")
-        drawn += [found[place] for place in sorted(rng.permutation(len(found))[:count])]
+        drawn += [available[index] for index in sorted(rng.permutation(len(available))[:count])]
     if not drawn:
         raise StudyError("no prompt was drawn; raise --sample")
     return drawn
@@ -151,7 +151,7 @@ def _items(
     items, sources = {}, {}
 
     def add(prompt: PromptKey, kind: str, pictures: Mapping[str, Picture], baseline: str | None) -> None:
-        names = {label: secrets.token_hex(8) for label in pictures}  # of every item anew: a name must not recur
+        names = {label: secrets.token_hex(8) for label in pictures}  # new ones for every item: a name must not recur
         picture = shown[model][prompt]
         items[secrets.token_hex(8)] = Item(
             kind=kind,
@@ -171,14 +171,14 @@ def _items(
     for number in range(obvious):
         prompt = prompts[number * len(prompts) // obvious]
         other = _least_alike(prompt, prompts, shown[model])
-        # Of all models in turn: an image that comes back in a check must not be known to be the tested model's.
+        # From all models in turn: an image that comes back in a check must not reveal the tested model.
         pictures = shown[[model, *baselines][number % (1 + len(baselines))]]
         add(prompt, "obvious", {"right": pictures[prompt], "wrong": pictures[other]}, None)
     return items, sources
 
 
 def _text(picture: Picture) -> str:
-    """The prompt of a picture; `_pictures` has refused those without one."""
+    """The prompt of a picture. `_pictures` refuses pictures without one."""
     assert picture.prompt is not None
     return picture.prompt
 
@@ -200,40 +200,43 @@ def _least_alike(prompt: PromptKey, prompts: Sequence[PromptKey], pictures: Mapp
 def _deal(
     items: Mapping[str, Item], plan: StudyPlan, rng: np.random.Generator
 ) -> tuple[list[list[Task]], dict[str, str]]:
-    """Every pair to `votes_per_pair` annotators, shares equal to one; checks to all. Tasks, and which repeats which."""
+    """Deal every pair to `votes_per_pair` annotators, and checks to all. Returns tasks, and repeat → repeated task.
+
+    Shares differ by one pair at most.
+    """
     pairs = _prompt_by_prompt(items, rng)
     checks = [name for name, item in items.items() if item.kind == "obvious"]
     shares: list[list[str]] = [[] for _ in range(plan.annotators)]
-    for place, pair in enumerate(pairs):
+    for index, pair in enumerate(pairs):
         for vote in range(plan.votes_per_pair):
-            shares[(place * plan.votes_per_pair + vote) % plan.annotators].append(pair)
+            shares[(index * plan.votes_per_pair + vote) % plan.annotators].append(pair)
     dealt, repeats = [], {}
     for share in shares:
         tasks = [_task(items, item, bool(rng.integers(2))) for item in rng.permutation([*share, *checks])]
         if plan.repeats > len(share):
             raise StudyError(f"--repeats {plan.repeats} is more than the {len(share)} pairs of an annotator")
         for item in rng.permutation(share)[: plan.repeats]:
-            first = next(place for place, task in enumerate(tasks) if task.item == item)
+            first = next(index for index, task in enumerate(tasks) if task.item == item)
             again = Task(secrets.token_hex(8), str(item), tasks[first].right, tasks[first].left)
             repeats[again.task] = tasks[first].task
-            # As late as it can be for some distance; never before what it repeats.
+            # Late, for some distance, and never before the task that it repeats.
             tasks.insert(int(rng.integers(max(first + 1, len(tasks) * 2 // 3), len(tasks) + 1)), again)
         dealt.append(tasks)
     return dealt, repeats
 
 
 def _prompt_by_prompt(items: Mapping[str, Item], rng: np.random.Generator) -> list[str]:
-    """All pairs in an order by chance, those of one prompt one after another.
+    """All pairs in random order, with the pairs of one prompt in sequence.
 
-    Dealt out in turn, they go to different people where there are enough: who sees the tested model's image of a
-    prompt beside one baseline's and then another's, knows which of the images is the tested model's.
+    Dealt out in turn, they go to different people if there are enough. Somebody who sees the tested model's image of a
+    prompt beside one baseline's and then beside another's knows which image is the tested model's.
     """
     of_prompt: dict[PromptKey, list[str]] = defaultdict(list)
     for name, item in items.items():
         if item.kind == "pair":
             of_prompt[item.benchmark, item.key].append(name)
     groups = list(of_prompt.values())
-    return [str(pair) for place in rng.permutation(len(groups)) for pair in rng.permutation(groups[place])]
+    return [str(pair) for index in rng.permutation(len(groups)) for pair in rng.permutation(groups[index])]
 
 
 def _task(items: Mapping[str, Item], item: str, swapped: bool) -> Task:
@@ -257,7 +260,7 @@ def _write_images(folder: Path, sources: Mapping[str, Picture], side: int | None
 
 
 def _pixels(picture: Picture) -> Image.Image:
-    """An image rebuilt from its pixels: no EXIF, no text chunk, no profile comes along."""
+    """An image rebuilt from its pixels, without EXIF, text chunks or profiles."""
     try:
         rgb = decode_rgb(str(picture.path))
     except UnreadableImageError as error:

@@ -1,11 +1,11 @@
-"""A study's folder, and what of it an annotator may see.
+"""A study's folder, and the part of it that an annotator may see.
 
 ```
 STUDY/
-  study.json    title, questions, items with their prompts, every annotator's tasks: nothing that tells models apart
-  key.json      what the items are: which image is whose, benchmark, style, checks. Read by the analysis, never served
+  study.json    title, questions, items with their prompts, every annotator's tasks: nothing that reveals models
+  key.json      which image is which model's, benchmark, style, checks. Read by the analysis, never served
   links.json    the secret links
-  images/       pixels alone, all in one format, under random names
+  images/       only pixels, all in one format, under random names
   votes.sqlite  the votes
 ```
 
@@ -30,7 +30,7 @@ QUESTIONS = (
 
 
 class StudyError(ValueError):
-    """A study that can't be built, read or voted in; the message says why and what to do."""
+    """A study can't be built, read or voted in. The message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Task:
 class Item:
     """What an item is, for the analysis.
 
-    kind: "pair", one image of the tested model and one of a baseline; or "obvious", a check whose right answer to the
-    question of alignment is known. images: image name → model; of a check, name → "right" or "wrong".
+    kind: "pair", one image of the tested model and one of a baseline; or "obvious", a check with a known answer to the
+    question of alignment. images: image name → model; for a check, image name → "right" or "wrong".
     """
 
     kind: str
@@ -62,7 +62,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Study:
-    """A study as it stands in study.json. Annotators are numbered from 1: tasks[n − 1] are annotator n's, in order."""
+    """The content of study.json. Annotators are numbered from 1: tasks[n − 1] are annotator n's, in order."""
 
     folder: Path
     id: str
@@ -87,7 +87,7 @@ class Study:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Raises StudyError for a folder that holds no study or a damaged one."""
+        """Raises StudyError for a folder without a study, or with a damaged one."""
         content = _read(folder / "study.json")
         try:
             return cls(
@@ -120,7 +120,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Key:
-    """What key.json holds. repeats: a repeated task → the one that it repeats, its sides exchanged."""
+    """The content of key.json. repeats: task → the earlier task that it repeats with the sides exchanged."""
 
     model: str
     baselines: Sequence[str]
@@ -134,7 +134,7 @@ class Key:
 
     @classmethod
     def load(cls, study: Study) -> Self:
-        """Raises StudyError where the key is missing, damaged or another study's."""
+        """Raises StudyError if the key is missing, damaged or another study's."""
         path = study.folder / "key.json"
         content = _read(path)
         if content.get("study") != study.id:
@@ -166,7 +166,7 @@ class Links:
 
 def _write(path: Path, content: Any, secret: bool = False) -> None:
     if secret:
-        path.touch(mode=0o600)  # before there is something to read
+        path.touch(mode=0o600)  # restricted before it has content
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

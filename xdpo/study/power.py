@@ -1,4 +1,4 @@
-"""How many prompts and annotators it takes to see a difference: exact binomial laws, no approximation."""
+"""The prompts and annotators needed to detect a difference, from exact binomial laws."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ MOST_PROMPTS = 10_000
 
 @dataclass(frozen=True)
 class Power:
-    """Whether `prompts` pairs with `annotators` votes each show that single votes prefer a model at `vote_rate`.
+    """The power of `prompts` pairs with `annotators` votes each, if single votes prefer the model at `vote_rate`.
 
     majority_rate: how often a decided pair goes to the model. power: how often the two-sided sign test over the
     majorities then has p < 0.05.
@@ -25,12 +25,11 @@ class Power:
 
 
 def power(prompts: int, annotators: int, vote_rate: float, spread: float = 0.0) -> Power:
-    """Power of a study, exact where pairs do not differ in how they are voted (`spread` 0).
+    """Power of a study; exact if all pairs have the same probability of a vote (`spread` 0).
 
-    spread: standard deviation over pairs of the probability that a vote goes to the model; with it that probability
-    has a Beta law, and the votes of a pair agree more than single votes would. An even number of annotators leaves
-    ties, which count as undecided.
-    Raises ValueError for numbers out of range.
+    spread: standard deviation over pairs of the probability that a vote goes to the model, which then has a Beta law,
+    so that votes on one pair agree more than independent votes would. An even number of annotators leaves ties, which
+    count as undecided. Raises ValueError for numbers out of range.
     """
     if prompts < 1 or annotators < 1 or not 0 < vote_rate < 1 or not spread >= 0:
         raise ValueError(
@@ -46,19 +45,19 @@ def power(prompts: int, annotators: int, vote_rate: float, spread: float = 0.0) 
     return Power(prompts, annotators, vote_rate, rate, float(total))
 
 
-def prompts_needed(annotators: int, vote_rate: float, wanted: float = 0.8, spread: float = 0.0) -> int | None:
-    """The fewest prompts with at least the wanted power, about; None where MOST_PROMPTS are not enough.
+def prompts_needed(annotators: int, vote_rate: float, least_power: float = 0.8, spread: float = 0.0) -> int | None:
+    """About the fewest prompts with at least that power; None if MOST_PROMPTS are not enough.
 
-    Power rises in small saw teeth, so that a few prompts fewer may do as well.
+    Power rises in small saw teeth, so a few prompts fewer may also be enough.
     """
     low, high = 1, 1
-    while power(high, annotators, vote_rate, spread).power < wanted:
+    while power(high, annotators, vote_rate, spread).power < least_power:
         if high == MOST_PROMPTS:
             return None
         low, high = high, min(2 * high, MOST_PROMPTS)
     while low < high:
         middle = (low + high) // 2
-        if power(middle, annotators, vote_rate, spread).power >= wanted:
+        if power(middle, annotators, vote_rate, spread).power >= least_power:
             high = middle
         else:
             low = middle + 1

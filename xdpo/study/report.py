@@ -1,10 +1,11 @@
-"""A study's result as Markdown, a bar chart beside the published numbers, and a table of votes."""
+"""Write a study's results: Markdown, a bar chart with the published numbers, and a table of votes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -16,12 +17,12 @@ from xdpo.study.analysis import ALL, Checks, Result, attention, judgements, left
 from xdpo.study.folder import Key, Study
 from xdpo.study.votes import Vote
 
-PUBLISHED = "xDPO, published"  # whatever model this study tests
+PUBLISHED = "xDPO, published"  # this label is used whichever model the study tests
 
 
 @dataclass(frozen=True)
 class StudyFindings:
-    """All that the report says. `without_inattentive`: the results when the annotators in `excluded` are left out."""
+    """Everything that the report shows. `without_inattentive`: the results without the annotators in `excluded`."""
 
     study: Study
     key: Key
@@ -33,7 +34,7 @@ class StudyFindings:
 
 
 def find(study: Study, key: Key, votes: Sequence[Vote], allowed_share: float) -> StudyFindings:
-    """Analyse the votes; annotators who failed more than `allowed_share` of their checks are left out once."""
+    """Analyse the votes, with everybody and without those who failed more than `allowed_share` of their checks."""
     given, checks = judgements(study, key, votes), attention(study, key, votes)
     excluded = [each.annotator for each in checks if each.is_inattentive(allowed_share)]
     kept = [judgement for judgement in given if judgement.annotator not in excluded]
@@ -58,10 +59,10 @@ def write(findings: StudyFindings, folder: Path) -> Path:
 def markdown(findings: StudyFindings) -> str:
     """The report as text."""
     study, key = findings.study, findings.key
-    wanted = sum(map(len, study.tasks))
-    parts = [
+    planned = sum(map(len, study.tasks))
+    blocks = [
         f"# {study.title}",
-        f"{key.model} against {', '.join(key.baselines)}; {len(findings.votes)} of {wanted} votes, checks among them; "
+        f"{key.model} against {', '.join(key.baselines)}; {len(findings.votes)} of {planned} votes, checks among them; "
         f"{study.votes_per_pair} votes wanted of every pair. Study {study.id}.",
         "Win rates are of pairs decided by majority, with Wilson's 95 % interval; p is the two-sided sign test's. "
         "Fleiss' κ is over pairs that have all their votes.",
@@ -75,25 +76,25 @@ def markdown(findings: StudyFindings) -> str:
         to_markdown(checks_grid(findings.checks, findings.excluded)),
     ]
     if findings.excluded:
-        parts += ["## Without the inattentive", to_markdown(overview(study, findings.without_inattentive))]
-    return "\n\n".join(parts) + "\n"
+        blocks += ["## Without the inattentive", to_markdown(overview(study, findings.without_inattentive))]
+    return "\n\n".join(blocks) + "\n"
 
 
-def overview(study: Study, found: Sequence[Result]) -> Grid:
+def overview(study: Study, results: Sequence[Result]) -> Grid:
     """A row for each question and baseline, over all prompts of a benchmark or of all of them."""
-    return _grid(study, "Results", [result for result in found if result.category == ALL])
+    return _grid(study, "Results", [result for result in results if result.category == ALL])
 
 
-def by_group(study: Study, found: Sequence[Result]) -> Grid:
+def by_group(study: Study, results: Sequence[Result]) -> Grid:
     """A row for each style of each benchmark."""
-    return _grid(study, "By style", [result for result in found if result.category != ALL], with_category=True)
+    return _grid(study, "By style", [result for result in results if result.category != ALL], with_category=True)
 
 
-def _grid(study: Study, title: str, found: Sequence[Result], with_category: bool = False) -> Grid:
+def _grid(study: Study, title: str, results: Sequence[Result], with_category: bool = False) -> Grid:
     columns = ("question", "against", "benchmark", *(["style"] if with_category else []))
     columns += ("wins", "losses", "undecided", "win rate", "p", "votes", "single votes", "κ")
     rows = []
-    for result in found:
+    for result in results:
         rate = Cell("")
         if result.win_rate is not None and result.interval is not None:
             low, high = result.interval
@@ -109,7 +110,7 @@ def _grid(study: Study, title: str, found: Sequence[Result], with_category: bool
 
 
 def checks_grid(checks: Sequence[Checks], excluded: Sequence[int]) -> Grid:
-    """A row for each annotator who voted."""
+    """Each voting annotator's checks, a row each."""
     rows = tuple(
         (
             Cell(str(each.annotator), each.annotator),
@@ -131,8 +132,8 @@ def _attention_text(findings: StudyFindings) -> str:
         return sides + "No checks were answered."
     if not findings.excluded:
         return sides + "Nobody failed so many checks as to be left out."
-    numbers = ", ".join(map(str, findings.excluded))
-    return sides + f"Annotators {numbers} failed too many checks; the last table leaves them out."
+    excluded = ", ".join(map(str, findings.excluded))
+    return sides + f"Annotators {excluded} failed too many checks; the last table leaves them out."
 
 
 def win_rate_bars(findings: StudyFindings) -> Figure:
@@ -146,7 +147,7 @@ def win_rate_bars(findings: StudyFindings) -> Figure:
         panels = figure.subplots(1, len(benchmarks), squeeze=False, sharey=True)[0]
         for axes, benchmark in zip(panels, benchmarks, strict=True):
             _bars(axes, findings, benchmark, questions)
-        # Gathered from all panels: the published numbers, and a question that nobody answered, stand in some only.
+        # Gathered from all panels: some lack the published numbers, or a question that nobody answered there.
         shown_as: dict = {}
         for axes in panels:
             handles, names = axes.get_legend_handles_labels()
@@ -157,16 +158,16 @@ def win_rate_bars(findings: StudyFindings) -> Figure:
     return figure
 
 
-def _bars(axes, findings: StudyFindings, benchmark: str, questions: Sequence[str]) -> None:
+def _bars(axes: Axes, findings: StudyFindings, benchmark: str, questions: Sequence[str]) -> None:
     by_place = {(r.question, r.baseline): r for r in findings.results if r.benchmark == benchmark and r.category == ALL}
     row, ticks = 0.0, []
     for baseline in findings.key.baselines:
         ticks.append((row + (len(questions) - 1) / 2, f"against {baseline}"))
-        for place, question in enumerate(questions):
+        for position, question in enumerate(questions):
             result = by_place.get((question, baseline))
             if result is not None and result.win_rate is not None and result.interval is not None:
                 low, high = result.interval
-                axes.barh(row, result.win_rate, color=COLOURS[place], height=0.8, label=question)
+                axes.barh(row, result.win_rate, color=COLOURS[position], height=0.8, label=question)
                 reach = [[result.win_rate - low], [high - result.win_rate]]
                 axes.errorbar(result.win_rate, row, xerr=reach, color="#222222", linewidth=1, capsize=2)
                 beside = dict(xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points")

@@ -1,7 +1,7 @@
-"""The study as a small web application: a page for each secret link, the votes of those who have one.
+"""The study as a small web application: a page for each secret link, which takes the votes of its annotator.
 
-Every path that isn't listed here, and every wrong token, gets the same 404 with nothing in it. Wrong tokens from one
-address are answered ever more slowly.
+Every unknown path and every wrong token gets the same empty 404. Wrong tokens from one address are answered more and
+more slowly.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import socket
 import sqlite3
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,14 @@ FREE_GUESSES, LONGEST_DELAY_SECONDS, FORGOTTEN_SECONDS, ADDRESSES = 5, 8.0, 600.
 
 
 class Guesses:
-    """How many wrong tokens an address has tried lately, and how long it has to wait for the next answer."""
+    """Counts the wrong tokens that an address tried lately, and delays the next answer accordingly."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self.clock = clock
         self._tried: OrderedDict[str, tuple[int, float]] = OrderedDict()
 
     def delay_seconds(self, address: str) -> float:
-        """Count a wrong token; the seconds to wait before answering: none for a few slips, then doubling."""
+        """Count a wrong token. Returns the seconds to wait before answering: 0 for a few errors, then doubling."""
         count, last = self._tried.pop(address, (0, self.clock()))
         count = 1 if self.clock() - last > FORGOTTEN_SECONDS else count + 1
         self._tried[address] = (count, self.clock())
@@ -63,13 +63,13 @@ class Guesses:
 
 
 class Ballots:
-    """What an annotator is shown and what becomes of the answers; no web in it."""
+    """What an annotator is shown, and how answers are kept; independent of the web framework."""
 
     def __init__(self, study: Study):
         self.study, self.store = study, VoteStore(study)
 
     def state(self, annotator: int, previous: dict[str, str] | None = None) -> dict[str, Any]:
-        """What the page shows; its `left`, `right` and `preload` are (task, side), which the application makes URLs."""
+        """The page's content; `left`, `right` and `preload` are (task, side), which the application turns into URLs."""
         tasks, voted = self.study.tasks[annotator - 1], set(self.store.tasks_of(annotator))
         open_tasks = [task for task in tasks if task.task not in voted]
         shown = None
@@ -92,7 +92,7 @@ class Ballots:
         }
 
     def vote(self, annotator: int, ballot: Any) -> dict[str, Any]:
-        """Keep a vote. Raises ConflictError for a task that isn't the annotator's, StudyError for what is no vote."""
+        """Keep a vote. Raises ConflictError for a task that isn't the annotator's, StudyError for an invalid vote."""
         if not isinstance(ballot, dict):
             raise StudyError("a vote is an object with task and answers")
         task = ballot.get("task")
@@ -106,14 +106,14 @@ class Ballots:
         return self.state(annotator, self.store.withdraw_last(annotator))
 
     def image(self, annotator: int, task: str, side: str) -> bytes:
-        """The pixels at a side of an annotator's task. Raises KeyError where there is none."""
+        """The PNG at a side of an annotator's task. Raises KeyError if there is none."""
         owner, found = self.study.owner_of[task]
         if owner != annotator or side not in SIDES:
             raise KeyError(task)
         return (self.study.folder / "images" / f"{getattr(found, side)}.png").read_bytes()
 
     def progress(self, key: Key, links: Links) -> dict[str, Any]:
-        """What the administrator sees; no answers."""
+        """The administrator's view: progress, no answers."""
         voted = {number: set(self.store.tasks_of(number)) for number in range(1, len(self.study.tasks) + 1)}
         seen, counts = self.store.last_seen(), dict.fromkeys(key.items, 0)
         for number, tasks in enumerate(self.study.tasks, start=1):
@@ -141,10 +141,10 @@ class Ballots:
 
 
 def application(folder: Path) -> FastAPI:
-    """The web application of a study. Raises StudyError for a folder that holds none, or a damaged one."""
+    """The web application of a study. Raises StudyError for a folder without a study, or with a damaged one."""
     study = Study.load(folder)
     key, links, ballots, guesses = Key.load(study), Links.load(folder), Ballots(study), Guesses()
-    numbers = {token: number for number, token in enumerate(links.annotators, start=1)}
+    number_of = {token: number for number, token in enumerate(links.annotators, start=1)}
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     async def not_found(request: Request) -> HTTPException:
@@ -152,8 +152,8 @@ def application(folder: Path) -> FastAPI:
         return HTTPException(404)
 
     async def annotator_of(request: Request, token: str) -> int:
-        # compare_digest: how long a comparison takes tells nothing of the secret.
-        for secret, number in numbers.items():
+        # compare_digest: the time of a comparison reveals nothing about the secret.
+        for secret, number in number_of.items():
             if secrets.compare_digest(secret.encode(), token.encode()):
                 return number
         raise await not_found(request)
@@ -166,12 +166,12 @@ def application(folder: Path) -> FastAPI:
         return Response((PAGES / name).read_bytes(), media_type=media_type, headers={"Cache-Control": "no-cache"})
 
     def answered(state: dict[str, Any], token: str) -> JSONResponse:
-        def url(place: tuple[str, str]) -> str:
-            return f"/a/{token}/image/{place[0]}/{place[1]}"
+        def url(task_and_side: tuple[str, str]) -> str:
+            return f"/a/{token}/image/{'/'.join(task_and_side)}"
 
         if state["task"]:
             state["task"] |= {side: url(state["task"][side]) for side in SIDES}
-        state["preload"] = [url(place) for place in state["preload"]]
+        state["preload"] = [url(task_and_side) for task_and_side in state["preload"]]
         return JSONResponse(state, headers={"Cache-Control": "no-store"})
 
     async def body_of(request: Request) -> Any:
@@ -186,7 +186,7 @@ def application(folder: Path) -> FastAPI:
             raise StudyError("this is no JSON") from None
 
     @app.middleware("http")
-    async def with_headers(request: Request, call_next):
+    async def with_headers(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         response = await call_next(request)
         response.headers.update(HEADERS)
         return response
@@ -198,7 +198,7 @@ def application(folder: Path) -> FastAPI:
 
     @app.exception_handler(sqlite3.Error)
     async def no_database(request: Request, error: sqlite3.Error) -> JSONResponse:
-        # A full disk, or one that fails: nothing was acknowledged, and the page asks again until there is help.
+        # The disk is full or fails: nothing was acknowledged, and the page tries again until that is repaired.
         logging.getLogger("uvicorn.error").error("%s: %s", ballots.store.path, error)
         words = f"the votes can't be read or written: {error}; please tell the person who invited you"
         return JSONResponse({"error": words}, 503, headers={"Cache-Control": "no-store"})
@@ -242,7 +242,7 @@ def application(folder: Path) -> FastAPI:
             content = await run_in_threadpool(ballots.image, number, task, side)
         except KeyError:
             raise HTTPException(404) from None
-        # No Last-Modified: the order in which images were written could tell whose they are.
+        # No Last-Modified: the order in which images were written could reveal their models.
         tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
         headers = {"Cache-Control": "private, max-age=86400", "ETag": tag}
         if request.headers.get("if-none-match") == tag:
@@ -264,9 +264,9 @@ def application(folder: Path) -> FastAPI:
 
 
 def serve(folder: Path, host: str, port: int, started: Callable[[str], None] | None = None) -> None:
-    """Serve a study until stopped. `started` gets the address once it is listened on. Raises StudyError.
+    """Serve a study until stopped. `started` is called with the address once the server listens. Raises StudyError.
 
-    Where it listens on all of the machine's addresses, the one that `started` gets has the machine's name.
+    If the server listens on all of the machine's addresses, `started` gets one with the machine's name.
     """
     import uvicorn
 

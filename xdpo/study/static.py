@@ -1,4 +1,4 @@
-"""A study without a server: one folder per annotator to be opened from the disk, and the votes that come back."""
+"""A study without a server: one folder per annotator, opened from the disk, and the import of their votes."""
 
 import json
 import shutil
@@ -17,14 +17,14 @@ _FIRST_SCRIPT = '<script src="backends.js"'
 
 
 def export(study: Study, folder: Path, annotators: Sequence[int] | None = None) -> list[Path]:
-    """Write annotator_NN/index.html and all that it needs, for each annotator. Returns the pages.
+    """Write annotator_NN/index.html with everything it needs, for each annotator. Returns the pages.
 
-    Raises StudyError for a number that isn't an annotator's and for folders that are there already.
+    Raises StudyError for an unknown annotator's number, and for folders that exist already.
     """
-    numbers = list(annotators or range(1, len(study.tasks) + 1))
-    if unknown := [number for number in numbers if not 1 <= number <= len(study.tasks)]:
+    chosen = list(annotators or range(1, len(study.tasks) + 1))
+    if unknown := [number for number in chosen if not 1 <= number <= len(study.tasks)]:
         raise StudyError(f"the study has annotators 1 to {len(study.tasks)}, got {unknown[0]}")
-    targets = {number: folder / f"annotator_{number:02d}" for number in numbers}
+    targets = {number: folder / f"annotator_{number:02d}" for number in chosen}
     if there := [target for target in targets.values() if target.exists()]:
         raise StudyError(f"{there[0]} is there already; choose another folder")
     return [_export_one(study, number, target) for number, target in targets.items()]
@@ -36,7 +36,7 @@ def _export_one(study: Study, number: int, target: Path) -> Path:
         tasks = []
         for task in study.tasks[number - 1]:
             urls = {}
-            for side in SIDES:  # a name per task and side, as the server's: a repeated image has no name that recurs
+            for side in SIDES:  # a name per task and side, as on the server: a repeated image gets another name
                 urls[side] = f"images/{task.task}_{side}.png"
                 shutil.copyfile(study.folder / "images" / f"{getattr(task, side)}.png", aside / urls[side])
             tasks.append({"task": task.task, "prompt": study.prompts[task.item], **urls})
@@ -52,10 +52,10 @@ def _export_one(study: Study, number: int, target: Path) -> Path:
 
 
 def import_votes(study: Study, file: Path) -> tuple[int, int]:
-    """Take in a file of votes that the page saved, all of it or nothing. Returns how many are new, how many were known.
+    """Import a file of votes that the page saved, completely or not at all. Returns (new votes, votes known before).
 
-    Raises StudyError for a file of another study, of another annotator's tasks, or one that isn't such a file;
-    ConflictError for votes that contradict those that are there.
+    Raises StudyError for a file of another study or of another annotator's tasks, and for one that isn't such a file;
+    ConflictError for votes that contradict earlier ones.
     """
     votes = _read_votes(study, file)
     try:
@@ -68,13 +68,13 @@ def import_votes(study: Study, file: Path) -> tuple[int, int]:
 def _read_votes(study: Study, file: Path) -> list[Vote]:
     try:
         content = read_json(file)
-        found, number, rows = content["study"], content["annotator"], content["votes"]
+        study_id, number, rows = content["study"], content["annotator"], content["votes"]
         rows = [(row["task"], row["answers"], row.get("seconds"), row.get("at")) for row in rows]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = error if isinstance(error, TableError) else repr(error)
         raise StudyError(f"{file} holds no votes: {reason}; it must be what the page's “Save votes” wrote") from None
-    if found != study.id:
-        raise StudyError(f"{file} holds votes of another study ({found}, not {study.id}); nothing was taken in")
+    if study_id != study.id:
+        raise StudyError(f"{file} holds votes of another study ({study_id}, not {study.id}); nothing was taken in")
     votes = []
     for task, answers, seconds, at in rows:
         owner, _ = study.owner_of.get(task, (None, None)) if isinstance(task, str) else (None, None)

@@ -1,4 +1,4 @@
-"""The votes in SQLite: once `add` has come back, a vote is on the disk, once, whatever happens to the process."""
+"""The votes in SQLite: once `add` has returned, a vote is on the disk, once, whatever happens to the process."""
 
 import json
 import sqlite3
@@ -26,12 +26,12 @@ CREATE INDEX IF NOT EXISTS by_annotator ON votes (annotator, number);
 
 
 class ConflictError(StudyError):
-    """A vote that contradicts what is there."""
+    """A vote contradicts an earlier one."""
 
 
 @dataclass(frozen=True)
 class Vote:
-    """One annotator's answers to one task. answers: question → "left" or "right"; seconds the page took, if known."""
+    """One annotator's answers to one task. answers: question → "left" or "right". seconds: its time, if known."""
 
     task: str
     annotator: int
@@ -44,7 +44,7 @@ class VoteStore:
     """The votes of one study; any number of threads and processes may use it at once."""
 
     def __init__(self, study: Study):
-        """Raises StudyError for a database that is damaged or another study's."""
+        """Raises StudyError for a database that is damaged or belongs to another study."""
         self.study, self.path = study, study.folder / "votes.sqlite"
         self._local = threading.local()
         try:
@@ -56,7 +56,7 @@ class VoteStore:
                 cursor.execute(
                     "INSERT OR IGNORE INTO study SELECT ? WHERE NOT EXISTS (SELECT 1 FROM study)", [study.id]
                 )
-            [(found,)] = connection.execute("SELECT id FROM study")
+            [(study_id,)] = connection.execute("SELECT id FROM study")
         except sqlite3.OperationalError as error:
             raise StudyError(f"{self.path}: {error}; check that the folder is writable and has room") from None
         except (sqlite3.DatabaseError, ValueError) as error:
@@ -64,13 +64,13 @@ class VoteStore:
                 f"{self.path} is damaged: {error}. Nothing was changed; copy it away and save what is in it with "
                 f"`sqlite3 {self.path.name} .recover`, or take it from a backup"
             ) from None
-        if found != study.id:
-            raise StudyError(f"{self.path} holds the votes of another study ({found}, not {study.id})")
+        if study_id != study.id:
+            raise StudyError(f"{self.path} holds the votes of another study ({study_id}, not {study.id})")
 
     def add(self, *votes: Vote) -> int:
-        """Keep votes, all or none; the same ones again change nothing. Returns how many are new.
+        """Keep votes, all or none. Adding the same ones again changes nothing. Returns how many are new.
 
-        Raises ConflictError where one was answered otherwise.
+        Raises ConflictError if one contradicts an earlier vote.
         """
         new = 0
         with self._writing() as cursor:
@@ -88,7 +88,7 @@ class VoteStore:
         return new
 
     def withdraw_last(self, annotator: int) -> dict[str, str]:
-        """Take an annotator's last vote back and return its answers. Raises ConflictError where there is none."""
+        """Withdraw an annotator's last vote and return its answers. Raises ConflictError if there is none."""
         with self._writing() as cursor:
             last = "SELECT max(number) FROM votes WHERE annotator = ?"
             row = cursor.execute(f"DELETE FROM votes WHERE number = ({last}) RETURNING answers", [annotator]).fetchone()
@@ -97,7 +97,7 @@ class VoteStore:
         return json.loads(row[0])
 
     def tasks_of(self, annotator: int) -> list[str]:
-        """What an annotator has voted on, in order."""
+        """The tasks on which an annotator has voted, in order."""
         query = "SELECT task FROM votes WHERE annotator = ? ORDER BY number"
         return [task for (task,) in self._connection().execute(query, [annotator])]
 
@@ -113,7 +113,7 @@ class VoteStore:
         ]
 
     def _connection(self) -> sqlite3.Connection:
-        """This thread's own."""
+        """This thread's connection."""
         if not hasattr(self._local, "connection"):
             connection = sqlite3.connect(self.path, timeout=60, isolation_level=None)
             connection.execute("PRAGMA journal_mode = WAL")
@@ -123,7 +123,7 @@ class VoteStore:
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Cursor]:
-        """A transaction that has the write lock from its start, so that what it read stays true."""
+        """A transaction that has the write lock from its start, so that what it reads cannot change."""
         connection = self._connection()
         cursor = connection.cursor()
         cursor.execute("BEGIN IMMEDIATE")
@@ -131,13 +131,13 @@ class VoteStore:
             yield cursor
             cursor.execute("COMMIT")
         except BaseException:
-            if connection.in_transaction:  # SQLite has ended it itself where the disk failed
+            if connection.in_transaction:  # SQLite has ended it already if the disk failed
                 cursor.execute("ROLLBACK")
             raise
 
 
 def as_seconds(value: Any) -> float | None:
-    """The time that a page says a vote took; None for what is no such time."""
+    """The seconds that a page reports for a vote; None if the value is not a valid time."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e7
     return float(value) if is_number else None
 

@@ -1,6 +1,6 @@
 """Flawed renderings, and a simulated annotator who chooses between two of them.
 
-Web images do not always show what their caption says, nor show it well. `render` draws a scene with such flaws
+Web images do not always show what their caption says, or show it badly. `render` draws a scene with such flaws
 and records how much of the caption is still true (alignment) and how clean the picture is (appeal). The
 annotator's utility is a weighted sum of the two; its choices follow Bradley–Terry (paper Eq. 2).
 """
@@ -23,10 +23,10 @@ TIE_WIDTH = 0.1  # utilities closer than this are a tie
 
 @dataclass(frozen=True)
 class Rendering:
-    """A picture and the truth about it.
+    """A picture and its true attributes.
 
-    pixels (32, 32, 3) uint8; `shown` and `placement` say what was drawn, `flaws` what went wrong; `alignment` is
-    the share of the caption's claims that hold, `appeal` 1 for a clean picture and 0 for a spoilt one.
+    pixels: (32, 32, 3) uint8. `shown` and `placement` are what was drawn, `flaws` what went wrong. `alignment` is the
+    share of the caption's claims that hold; `appeal` is 1 for a clean picture and 0 for a spoilt one.
     """
 
     pixels: np.ndarray
@@ -38,7 +38,7 @@ class Rendering:
 
     @property
     def utility(self) -> float:
-        """What the annotator thinks of the picture."""
+        """The annotator's utility of the picture."""
         return utility(self.alignment, self.appeal)
 
 

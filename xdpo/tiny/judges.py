@@ -1,4 +1,4 @@
-"""The embedded judges: what a picture shows, how clean it is, and what the annotator would think of it.
+"""The embedded judges: they estimate what a picture shows, how clean it is, and the annotator's utility of it.
 
 One small network reads the attributes of a scene from pixels; it was trained on drawn scenes (flaws included, half
 of them passed through the base's autoencoder) by `scripts/train_tiny_judge.py` and is never shown to preference
@@ -68,7 +68,7 @@ class AttributeReader(nn.Module):
 
 
 def labels_of(scene: Scene, placement: Placement) -> dict[str, int]:
-    """The right class of every head for a placed scene; -1 for the second thing where there is one only."""
+    """The right class of every head for a placed scene; -1 for the second thing if there is only one."""
     arrangement = layout(placement)
     axis = 0 if arrangement == "horizontal" else 1
     order = sorted(range(len(scene.things)), key=lambda index: placement.centres[index][axis])
@@ -78,8 +78,8 @@ def labels_of(scene: Scene, placement: Placement) -> dict[str, int]:
     }
     for slot in range(2):
         for attribute, values in ATTRIBUTES.items():
-            known = slot < len(order)
-            labels[f"{attribute}{slot}"] = values.index(getattr(scene.things[order[slot]], attribute)) if known else -1
+            drawn = slot < len(order)
+            labels[f"{attribute}{slot}"] = values.index(getattr(scene.things[order[slot]], attribute)) if drawn else -1
     return labels
 
 
@@ -93,7 +93,7 @@ def to_batch(images: Sequence[Image.Image]) -> Tensor:
 def alignment(scene: Scene, probabilities: dict[str, np.ndarray]) -> float:
     """Expected share of the caption's claims that hold, as the annotator counts them.
 
-    `probabilities` holds one vector per head. Which thing is which is decided by the better of the two readings.
+    `probabilities` holds one vector per head. The better of the two readings decides which thing is which.
     """
     single = probabilities["layout"][LAYOUTS.index("single")]
     background = probabilities["background"][HEADS["background"].index(scene.background)]
@@ -121,7 +121,7 @@ class Judge:
     """A scorer of the embedded world: `score(images, prompts)` returns one float per PIL image.
 
     `quantity` is "alignment", "appeal" or "reward". Raises ValueError for prompts outside the grammar and
-    FileNotFoundError where the weights are missing.
+    FileNotFoundError if the weights are missing.
     """
 
     def __init__(self, quantity: str, device: str | torch.device = "cpu", weights: str | Path | None = None):

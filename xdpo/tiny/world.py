@@ -1,4 +1,4 @@
-"""Scenes of one or two coloured shapes, the English that describes them, and how they are drawn.
+"""Scenes of one or two coloured shapes, their English captions, and their drawing.
 
 A `Scene` says everything a caption claims. `caption` puts it into words, `parse` reads the words back, and
 `draw` renders it at 32×32 pixels from signed distances, so edges are anti-aliased and every pixel is a
@@ -8,7 +8,7 @@ function of the scene and the placement alone.
 import itertools
 import re
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -50,7 +50,7 @@ UNSEEN_COMBINATIONS = frozenset(
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: what a caption says of it."""
+    """One object, as a caption describes it."""
 
     shape: str
     colour: str
@@ -59,7 +59,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption claims: one or two things, how the first stands to the second, and the background.
+    """What a caption claims: one or two things, the position of the first relative to the second, and the background.
 
     `relation` is None for one thing, a key of RELATIONS, or "and" where any arrangement will do.
     """
@@ -71,7 +71,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the things of a scene stand: centres in pixels, (x, y) per thing, in the scene's order."""
+    """The positions of a scene's things: centres in pixels, (x, y) per thing, in the scene's order."""
 
     centres: tuple[tuple[float, float], ...]
 
@@ -83,7 +83,7 @@ _THING = (
 )
 _JOINED = _THING.format(i=0) + rf"(?: (?P<relation>{'|'.join((*RELATIONS, 'and'))}) " + _THING.format(i=1) + ")?"
 _BACKGROUND = rf"(?P<background>{'|'.join(BACKGROUNDS)})"
-_PHRASINGS = (  # how a sentence is built, and how it is read back
+_PHRASINGS = (  # how a sentence is built, and how it is parsed
     ("{things} on a {background} background", re.compile(rf"{_JOINED} on a {_BACKGROUND} background")),
     ("a {background} background with {things}", re.compile(rf"a {_BACKGROUND} background with {_JOINED}")),
     ("{things}, {background} background", re.compile(rf"{_JOINED}, {_BACKGROUND} background")),
@@ -131,7 +131,7 @@ def random_thing(rng: np.random.Generator) -> Thing:
 
 
 def random_scene(rng: np.random.Generator, two_things: bool | None = None, relation: str | None = None) -> Scene:
-    """A scene drawn uniformly; two different things in 60 % of draws unless `two_things` says."""
+    """A scene drawn uniformly; it has two different things in 60 % of draws, unless `two_things` decides."""
     background = str(rng.choice(list(BACKGROUNDS)))
     if two_things is None:
         two_things = rng.random() < 0.6
@@ -249,9 +249,3 @@ def tiny_prompts(per_category: int = 50) -> list[tuple[str, str]]:
                 rows.append((category, text))
                 count += 1
     return rows
-
-
-def with_thing(scene: Scene, index: int, **changes) -> Scene:
-    """The scene with one attribute of one thing changed."""
-    things = tuple(replace(thing, **changes) if i == index else thing for i, thing in enumerate(scene.things))
-    return replace(scene, things=things)
