@@ -259,9 +259,9 @@ def test_its_own_output_gives_its_prompts_and_is_no_model(make, tmp_path, capsys
     _, folder = make("images", "--limit", "2")
     manifest = folder / "tinyprompts" / "manifest.jsonl"
     status, again = make("again", prompts=[str(manifest)])
-    prompts = {row["prompt"]: row["category"] for row in sampling.read_manifest(folder / "tinyprompts")}
+    prompts = {row.prompt: row.category for row in read_manifest(folder / "tinyprompts")}
     assert status == 0
-    assert {row["prompt"]: row["category"] for row in sampling.read_manifest(again / "manifest")} == prompts
+    assert {row.prompt: row.category for row in read_manifest(again / "manifest")} == prompts
     refused = {
         "is no pipeline folder (model_index.json)": {"model": folder},
         "every prompt must be a string or an object": {"prompts": [str(folder / "tinyprompts" / "settings.json")]},

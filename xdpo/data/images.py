@@ -51,10 +51,10 @@ def decode_rgb(cell: bytes | str | dict[str, Any] | None) -> Image.Image:
         path = cell
     else:
         content = cell
-    file = path if content is None else io.BytesIO(content)
-    if file is None:
+    if path is None and content is None:
         raise UnreadableImageError("there is no image")
     try:
+        file: Any = path if content is None else io.BytesIO(content)
         with Image.open(file) as image:
             image.load()
             if 0 in image.size:
@@ -65,8 +65,8 @@ def decode_rgb(cell: bytes | str | dict[str, Any] | None) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # decoders are many, and what they raise on damage has nothing in common
-        if not isinstance(file, io.BytesIO) and isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
-            raise StorageError(f"could not read {path}: {storage_fault(error, Path(file))}") from error
+        if content is None and isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
+            raise StorageError(f"could not read {path}: {storage_fault(error, Path(str(path)))}") from error
         reason = str(error) if isinstance(error, UnreadableImageError) else f"{type(error).__name__}: {error}"
         reason = lfs_pointer(_start(path, content)) or reason
         raise UnreadableImageError(reason if path is None else f"{path}: {reason}") from error
