@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -75,7 +76,10 @@ def launch(launcher, arguments, **environment):
 
 
 def start(arguments, log, **environment):
-    """Start a command of its own session; what it says goes to the file `log`."""
+    """Start a command of its own session; what it says goes to the file `log`.
+
+    It meets SIGINT as from a terminal, also where the tests run in the background of a shell, which has it ignored.
+    """
     return subprocess.Popen(
         arguments,
         cwd=ROOT,
@@ -83,6 +87,7 @@ def start(arguments, log, **environment):
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
