@@ -13,6 +13,7 @@ from benchmarks.modes import BASE_CONFIG, MODES, call, set_up
 from benchmarks.pairs import WRITERS, make_pairs
 from benchmarks.pipelines import DOWNSCALING, LATENT_CHANNELS, PIPELINES, TOKENS, build_networks, thin_shapes
 from benchmarks.results import Criterion, Spread, ratios, time_in_turn
+from training_runs import BITSANDBYTES
 
 from xdpo import step
 from xdpo.batch import Batch, Conditioning, LatentMoments, Tokens
@@ -301,7 +302,8 @@ def test_autocast_is_cudas_only_while_counting():
         assert torch.nn.functional.group_norm(values.bfloat16(), 2).dtype == torch.bfloat16
 
 
-def test_eight_bit_moments_are_of_the_size_of_bitsandbytes_own():
+def test_eight_bit_moments_are_of_the_size_of_bitsandbytes_own(monkeypatch):
+    monkeypatch.syspath_prepend(BITSANDBYTES)
     optimizers = pytest.importorskip("bitsandbytes.optim")
     for size in (100, 4096, 10_000):
         parameter = torch.nn.Parameter(torch.ones(size))

@@ -15,7 +15,7 @@ import torch
 from conftest import held_elsewhere
 from safetensors.torch import load_file
 from tolerances import ERROR, assert_same_but_for_rounding, assert_same_figures, drift, drift_tolerance
-from training_runs import ROOT, TWO_PROCESSES, assert_same_run, command, launch, policy_of, rows_of
+from training_runs import BITSANDBYTES, ROOT, TWO_PROCESSES, assert_same_run, command, launch, policy_of, rows_of
 
 import train_xdpo
 from xdpo import families, files, find_batch, learner, models, precompute, reference, runs, step
@@ -302,9 +302,6 @@ def test_every_layout_of_weights_and_moments_resumes_bit_for_bit(run, options):
     run("parts", *options, "train.max_steps=3")
     assert run("parts", *options)[0] == 0
     assert_same_run(whole, run("parts", *options)[1])
-
-
-BITSANDBYTES = ROOT / ".venv" / "optional"
 
 
 @pytest.mark.skipif(not (BITSANDBYTES / "bitsandbytes").is_dir(), reason="scripts/test.sh installs bitsandbytes")

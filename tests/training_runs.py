@@ -35,6 +35,7 @@ SMALL_RUN = [
 ]
 
 
+BITSANDBYTES = ROOT / ".venv" / "optional"  # where scripts/test.sh puts it
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_xdpo.py"]
 
 
