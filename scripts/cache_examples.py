@@ -10,15 +10,14 @@ neither encoders nor the data.
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
 
-from accelerate import Accelerator
-
-from xdpo import ending, families, precompute
-from xdpo.compute import build_accelerator
 from xdpo.config import Config, config_parser, load_config
-from xdpo.data import Split
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,6 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
         settings = load_config(options.config, options.overrides)
         if not settings.cache.examples:
             raise ValueError("cache.examples is null; name the cache's folder: cache.examples=FOLDER")
+        from xdpo import ending, families, precompute  # not before: with PyTorch and diffusers it takes seconds
+        from xdpo.compute import build_accelerator
+
         families.check_pipeline_folder(settings.model.pipeline, settings.model.revision)
         accelerator = build_accelerator(settings)
         with ending.together():
@@ -43,8 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def verify(settings: Config, accelerator: Accelerator) -> None:
+def verify(settings: Config, accelerator: "Accelerator") -> None:
     """Check every checksum and encode a sample again. Raises CacheError for damage."""
+    from xdpo import families, precompute
+    from xdpo.data import Split
+
     parts = families.load_parts(settings.model)
     for split in Split.of(settings):
         cache = precompute.open_examples(settings, accelerator, split)

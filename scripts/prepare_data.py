@@ -10,10 +10,12 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from xdpo import data, precompute
 from xdpo.config import Config, config_parser, load_config
-from xdpo.data import Split
+
+if TYPE_CHECKING:
+    from xdpo.data import Split
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,6 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = config_parser(__doc__).parse_intermixed_args(arguments)
     try:
         settings = load_config(options.config, options.overrides)
+        from xdpo.data import Split  # not before: with PyTorch it takes seconds
+
         for split in Split.of(settings):
             prepare(settings, split)
     except ValueError as error:
@@ -30,8 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def prepare(settings: Config, split: Split) -> None:
+def prepare(settings: Config, split: "Split") -> None:
     """Print what there is to do, do it, and print how many pairs came of it. Raises DataError."""
+    from xdpo import data, precompute
+
     title, source = split.title, precompute.source_of(settings, split)
     if files := data.files_to_convert(settings.data, **source):
         print(f"{title}: {describe(files)}", flush=True)

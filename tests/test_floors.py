@@ -17,7 +17,7 @@ FLOORS = {
     2: {"cache", "compute", "data", "families", "non_finite", "runs", "scorers", "tiny"},
     3: {"images", "models", "noisy", "precompute"},
     4: {"reference", "sampling", "scores"},
-    5: {"report", "step"},
+    5: {"recording", "report", "step"},
     6: {"learner", "study", "tally"},
     7: {"feeds", "find_batch", "watch"},
     8: {"experiments", "training"},
@@ -32,7 +32,19 @@ SIDEWAYS = {
 }
 TENSORS_ONLY = {"noise", "loss"}
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "matplotlib"}
+ON_A_CONFIG = {
+    f"{program} {words}": [program, *words.split()]
+    for program in (
+        "train_xdpo.py",
+        "scripts/cache_examples.py",
+        "scripts/cache_reference.py",
+        "scripts/prepare_data.py",
+    )
+    for words in ("--help", "--config configs/tiny/xdpo.yaml loss.bta=1")
+}
 WITHOUT_HEAVY = {
+    **ON_A_CONFIG,
+    "train_xdpo.py --dry-run": ["train_xdpo.py", "--config", "configs/tiny/xdpo.yaml", "--dry-run"],
     "evaluate.py --help": ["evaluate.py", "--help"],
     "evaluate.py and a bad argument": ["evaluate.py", "--output", "x", "--batch-size", "0"],
     "evaluate.py and a model that isn't there": ["evaluate.py", "--images", "a", "--baseline", "b", "--output", "x"],

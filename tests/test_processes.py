@@ -51,13 +51,12 @@ def busy_at_first(owner, name, state):
 
 
 def go_through_scenes(folder, overrides):
-    import runpy
 
     import torch.distributed as dist
     from accelerate import PartialState
 
     import generate
-    from xdpo import families, models, precompute, processes
+    from xdpo import families, models, precompute, processes, recording
     from xdpo.compute import build_accelerator
     from xdpo.config import load_config
     from xdpo.data import Split
@@ -91,7 +90,7 @@ def go_through_scenes(folder, overrides):
     through("copying a cache")
 
     busy_at_first(Reference, "measure", accelerator)
-    runpy.run_path("scripts/cache_reference.py")["fill"](recorded, accelerator)
+    recording.fill(recorded, accelerator)
     through("recording the reference")
 
     parts = families.load_parts(settings.model)
