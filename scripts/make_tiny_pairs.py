@@ -2,7 +2,8 @@
 
 Two flawed renderings per caption and a simulated annotator's choice between them, written as parquet in the exact
 schema of Pick-a-Pic v2. The train split holds no scene that `tinyprompts` asks for; the test split holds only
-scenes that neither the base nor preference training has seen.
+scenes that neither the base nor preference training has seen. A smaller train split is labelled by an annotator of
+another taste (`--annotator warm`), for questions about over-optimisation.
 """
 
 import argparse
@@ -20,9 +21,9 @@ from PIL import Image
 from xdpo.files import replacing
 from xdpo.paths import user_path
 from xdpo.tiny import world
-from xdpo.tiny.annotator import choose, random_flaws, render
+from xdpo.tiny.annotator import ANNOTATORS, Annotator, random_flaws, render
 
-FLAWLESS_SHARE = 0.3
+MISALIGNED_SHARE, SPOILT_SHARE = 0.35, 0.6  # of the images
 SCHEMA = pa.schema(
     [
         ("are_different", pa.bool_()),
@@ -49,9 +50,9 @@ SCHEMA = pa.schema(
 
 
 def jpeg(pixels: np.ndarray) -> bytes:
-    """JPEG bytes at quality 90 without chroma subsampling, which would smear colours over half a small shape."""
+    """JPEG bytes at quality 85 without chroma subsampling, which would smear colours over the edges of shapes."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=90, subsampling=0, optimize=True)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=85, subsampling=0, optimize=True)
     return buffer.getvalue()
 
 
@@ -63,17 +64,19 @@ def held_out_scene(rng: np.random.Generator) -> world.Scene:
 
 
 def draw_pairs(
-    count: int, seed: int, draw_scene: Callable[[np.random.Generator], world.Scene]
-) -> tuple[list[dict], float]:
-    """`count` rows of the schema, and the share of choices that disagree with the noiseless utility."""
-    rng, rows, against, chosen = np.random.default_rng(seed), [], 0, 0
+    count: int, seed: int, draw_scene: Callable[[np.random.Generator], world.Scene], annotator: Annotator
+) -> tuple[list[dict], float, float]:
+    """`count` rows of the schema; the shares of choices against the noiseless utility, and against a second choice."""
+    rng, again = np.random.default_rng(seed), np.random.default_rng((seed, 1))
+    rows, against, changed, chosen = [], 0, 0, 0
     for index in range(count):
         scene = draw_scene(rng)
-        first, second = (render(scene, rng, random_flaws(rng, FLAWLESS_SHARE)) for _ in range(2))
-        label = choose(first, second, rng)
+        first, second = (render(scene, rng, random_flaws(rng, MISALIGNED_SHARE, SPOILT_SHARE)) for _ in range(2))
+        label = annotator.choose(first, second, rng)
         if label != 0.5:
             chosen += 1
-            against += (label == 1.0) != (first.utility > second.utility)
+            against += (label == 1.0) != (annotator.utility_of(first) > annotator.utility_of(second))
+            changed += label != annotator.choose(first, second, again)
         uids = [str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(2)]
         rows.append(
             {
@@ -98,27 +101,28 @@ def draw_pairs(
                 "__index_level_0__": index,
             }
         )
-    return rows, against / max(chosen, 1)
+    return rows, against / max(chosen, 1), changed / max(chosen, 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=user_path, default=Path("assets/tiny/pairs"))
-    parser.add_argument("--train", type=int, default=4_000, help="rows of the train split")
+    parser.add_argument("--train", type=int, default=3_000, help="rows of the train split")
     parser.add_argument("--test", type=int, default=300, help="rows of the test split")
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--annotator", choices=ANNOTATORS, default="reader", help="who chooses")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     splits = {"train": (options.train, world.training_scene), "test": (options.test, held_out_scene)}
     for number, (name, (count, draw_scene)) in enumerate(splits.items()):
-        rows, against = draw_pairs(count, options.seed + number, draw_scene)
+        rows, against, changed = draw_pairs(count, options.seed + number, draw_scene, ANNOTATORS[options.annotator])
         path = options.out / f"{name}.parquet"
         with replacing(path, "wb") as file:
             pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file, compression="zstd")
         ties = sum(row["label_0"] == 0.5 for row in rows)
         print(
             f"{path}: {count} pairs, {ties} ties, {against:.1%} of choices against the noiseless utility, "
-            f"{path.stat().st_size / 1e6:.1f} MB"
+            f"{changed:.1%} against a second choice of the same annotator, {path.stat().st_size / 1e6:.1f} MB"
         )
 
 

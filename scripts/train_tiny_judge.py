@@ -2,7 +2,9 @@
 
 The judge learns from freshly drawn scenes, flaws included. Half of the images pass through the base's autoencoder
 first, so that the judge reads generated images as well as drawn ones. Its accuracy on unseen scenes goes to
-assets/tiny/judge.json.
+assets/tiny/judge.json. The held-out judge is the same from another seed:
+
+    python scripts/train_tiny_judge.py --seed 2 --out assets/tiny/heldout_judge.safetensors
 """
 
 import argparse
@@ -17,16 +19,16 @@ from torch.nn.functional import cross_entropy
 from xdpo.files import replacing, write_text
 from xdpo.paths import expanded, user_path
 from xdpo.tiny.annotator import Rendering, random_flaws, render
-from xdpo.tiny.judges import HEADS, JUDGE_WEIGHTS, AttributeReader, Judge, alignment, labels_of
+from xdpo.tiny.judges import HEADS, AttributeReader, Judge, alignment, judge_weights, labels_of
 from xdpo.tiny.world import Scene, random_scene
 
-FLAWLESS_SHARE = 0.4
+MISALIGNED_SHARE, SPOILT_SHARE = 0.35, 0.5  # of the images
 
 
 def draw_batch(rng: np.random.Generator, count: int) -> tuple[list[Scene], list[Rendering], torch.Tensor]:
-    """`count` scenes of any kind, held-out ones among them, with their renderings and pixels (B, 3, 32, 32)."""
+    """`count` scenes of any kind, held-out ones among them, with their renderings and pixels (B, 3, 64, 64)."""
     scenes = [random_scene(rng) for _ in range(count)]
-    renderings = [render(scene, rng, random_flaws(rng, FLAWLESS_SHARE)) for scene in scenes]
+    renderings = [render(scene, rng, random_flaws(rng, MISALIGNED_SHARE, SPOILT_SHARE)) for scene in scenes]
     pixels = torch.from_numpy(np.stack([rendering.pixels for rendering in renderings]))
     return scenes, renderings, pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -99,7 +101,7 @@ def main() -> None:
         "--pipeline", type=expanded, default="assets/tiny/pipeline", help="whose autoencoder images pass through"
     )
     parser.add_argument(
-        "--out", type=user_path, default=JUDGE_WEIGHTS, help="where the weights go; the measures beside them"
+        "--out", type=user_path, default=judge_weights("reward"), help="where the weights go; the measures beside them"
     )
     parser.add_argument("--steps", type=int, default=2_500)
     parser.add_argument("--batch", type=int, default=96)

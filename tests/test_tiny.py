@@ -13,7 +13,7 @@ from tolerances import ELEMENT
 
 from xdpo.scorers.loading import load_scorer
 from xdpo.tiny import world
-from xdpo.tiny.annotator import TIE_WIDTH, Rendering, choose, random_flaws, render, utility
+from xdpo.tiny.annotator import Rendering, random_flaws, render
 from xdpo.tiny.judges import HEADS, LAYOUTS, AttributeReader, Judge, alignment, labels_of
 from xdpo.tiny.world import Placement, Scene, Thing
 

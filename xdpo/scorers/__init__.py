@@ -6,9 +6,14 @@ There are the paper's five metrics, the embedded world's judges, and any class i
 
 PAPER_SCORERS = ("pickscore", "hpsv2", "image_reward", "clip", "aesthetic")
 METRIC_NAMES = (*PAPER_SCORERS, "hpsv2.1")
-TINY_SCALES = {  # quantity → what its numbers are
+_TINY_SCALES = {
     "alignment": "expected share of the caption's claims that hold, 0 to 1",
     "appeal": "estimated cleanness, 0 to 1",
+    "warmth": "expected share of things in a warm colour, 0 to 1",
     "reward": "the embedded annotator's utility, 0 to 7",
+    "warm_reward": "the utility of an annotator with a taste for warm colours, 0 to 6",
+}
+TINY_SCALES = _TINY_SCALES | {  # quantity → what its numbers are
+    f"heldout_{quantity}": f"{scale}; by a second network" for quantity, scale in _TINY_SCALES.items()
 }
 SCORER_NAMES = tuple(sorted([*METRIC_NAMES, *(f"tiny_{quantity}" for quantity in TINY_SCALES)]))

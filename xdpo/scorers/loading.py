@@ -51,9 +51,9 @@ def scorer_version(name: str, weights: str | Path | None = None) -> str:
         choices = ", ".join(SCORER_NAMES)
         raise ValueError(f"unknown scorer {name!r}; choose from {choices}, or path/to/file.py:ClassName{hint}")
     if name.startswith("tiny_"):
-        from xdpo.tiny.judges import JUDGE_WEIGHTS
+        from xdpo.tiny.judges import judge_weights
 
-        path = _judge_weights(weights) or JUDGE_WEIGHTS
+        path = _judge_weights(weights) or judge_weights(name.removeprefix("tiny_"))
         if not path.is_file():
             raise ValueError(
                 f"{name}: no judge at {path}; it ships in assets/tiny, or make it: scripts/train_tiny_judge.py"

@@ -1,8 +1,9 @@
-"""Flawed renderings, and a simulated annotator who chooses between two of them.
+"""Flawed renderings, and simulated annotators who choose between two of them.
 
 Web images do not always show what their caption says, or show it badly. `render` draws a scene with such flaws
-and records how much of the caption is still true (alignment) and how clean the picture is (appeal). The
-annotator's utility is a weighted sum of the two; its choices follow Bradley–Terry (paper Eq. 2).
+and records how much of the caption is still true (alignment) and how clean the picture is (appeal). An
+annotator's utility is a weighted sum of these and of a taste for warm colours, whatever the caption says; its
+choices follow Bradley–Terry (paper Eq. 2).
 """
 
 from dataclasses import dataclass, replace
@@ -10,22 +11,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageFilter
 
-from xdpo.tiny.world import COLOURS, RELATIONS, Placement, Scene, draw, place
+from xdpo.tiny.world import COLOURS, IMAGE_SIZE, RELATIONS, Placement, Scene, draw, place
 
 ALIGNMENT_FLAWS = ("swapped colour", "missing object", "wrong relation")
-APPEAL_FLAWS = ("washed out", "blur", "speckle")
+APPEAL_FLAWS = ("washed out", "blur", "pixelation", "watermark")
 
-ALIGNMENT_WEIGHT = 5.0  # utility of a caption wholly true over one wholly false
-APPEAL_WEIGHT = 2.0  # utility of a clean picture over a spoilt one
-CHOICE_TEMPERATURE = 0.42  # of the Bradley–Terry choice, in units of utility
-TIE_WIDTH = 0.1  # utilities closer than this are a tie
+WARM_COLOURS = ("red", "orange", "yellow", "pink")
+
+_DIAGONALS = np.add.outer(np.arange(IMAGE_SIZE), np.arange(IMAGE_SIZE))  # row + column of each pixel
 
 
 @dataclass(frozen=True)
 class Rendering:
     """A picture and its true attributes.
 
-    pixels: (32, 32, 3) uint8. `shown` and `placement` are what was drawn, `flaws` what went wrong. `alignment` is the
+    pixels: (64, 64, 3) uint8. `shown` and `placement` are what was drawn, `flaws` what went wrong. `alignment` is the
     share of the caption's claims that hold; `appeal` is 1 for a clean picture and 0 for a spoilt one.
     """
 
@@ -37,14 +37,41 @@ class Rendering:
     appeal: float
 
     @property
-    def utility(self) -> float:
-        """The annotator's utility of the picture."""
-        return utility(self.alignment, self.appeal)
+    def warmth(self) -> float:
+        """The share of things in a warm colour."""
+        return sum(thing.colour in WARM_COLOURS for thing in self.shown.things) / len(self.shown.things)
 
 
-def utility(alignment: float, appeal: float) -> float:
-    """The annotator's utility of a picture with this alignment and appeal, both in [0, 1]."""
-    return ALIGNMENT_WEIGHT * alignment + APPEAL_WEIGHT * appeal
+@dataclass(frozen=True)
+class Annotator:
+    """A simulated person: what counts how much, and how noisily it is weighed."""
+
+    alignment_weight: float  # utility of a caption wholly true over one wholly false
+    appeal_weight: float  # utility of a clean picture over a spoilt one
+    warmth_weight: float  # utility of warm colours alone over cold ones alone
+    temperature: float  # of the Bradley–Terry choice, in units of utility
+    tie_width: float = 0.1  # utilities closer than this are a tie
+
+    def utility(self, alignment: float, appeal: float, warmth: float) -> float:
+        """The utility of a picture with these measures, each in [0, 1]."""
+        return self.alignment_weight * alignment + self.appeal_weight * appeal + self.warmth_weight * warmth
+
+    def utility_of(self, picture: Rendering) -> float:
+        """The utility of a picture whose true measures are known."""
+        return self.utility(picture.alignment, picture.appeal, picture.warmth)
+
+    def choose(self, first: Rendering, second: Rendering, rng: np.random.Generator) -> float:
+        """The label of `first`: 1.0 chosen, 0.0 rejected, 0.5 a tie."""
+        gap = self.utility_of(first) - self.utility_of(second)
+        if abs(gap) < self.tie_width:
+            return 0.5
+        return float(rng.random() < 1 / (1 + np.exp(-gap / self.temperature)))
+
+
+ANNOTATORS = {
+    "reader": Annotator(alignment_weight=5.0, appeal_weight=2.0, warmth_weight=0.0, temperature=0.42),
+    "warm": Annotator(alignment_weight=1.0, appeal_weight=2.0, warmth_weight=3.0, temperature=0.42),
+}
 
 
 def render(scene: Scene, rng: np.random.Generator, flaws: tuple[str, ...] = ()) -> Rendering:
@@ -95,26 +122,20 @@ def render(scene: Scene, rng: np.random.Generator, flaws: tuple[str, ...] = ()) 
 def _spoil(image: np.ndarray, flaw: str, severity: float, rng: np.random.Generator) -> np.ndarray:
     """One appeal flaw, at a severity in [0, 1]."""
     if flaw == "washed out":
-        share = 0.75 * severity
+        share = 0.3 + 0.5 * severity
         return image * (1 - share) + 0.72 * share
     if flaw == "blur":
         picture = Image.fromarray((image * 255).round().astype(np.uint8))
-        return np.asarray(picture.filter(ImageFilter.GaussianBlur(0.5 + 1.3 * severity))) / 255
-    hit = rng.random(image.shape[:2]) < 0.02 + 0.1 * severity
-    return np.where(hit[..., None], rng.random(image.shape), image)
+        return np.asarray(picture.filter(ImageFilter.GaussianBlur(1.2 + 1.6 * severity))) / 255
+    if flaw == "pixelation":
+        side, share = IMAGE_SIZE // 4, 0.4 + 0.6 * severity
+        blocks = image.reshape(side, 4, side, 4, 3).mean((1, 3)).repeat(4, axis=0).repeat(4, axis=1)
+        return image * (1 - share) + blocks * share
+    stripes = ((_DIAGONALS + int(rng.integers(16))) % 16) < 4  # as stock-photo sellers stamp their previews
+    return np.where(stripes[..., None], image * (0.75 - 0.5 * severity) + 0.75 * (0.25 + 0.5 * severity), image)
 
 
-def random_flaws(rng: np.random.Generator, flawless_share: float) -> tuple[str, ...]:
-    """No flaw with probability `flawless_share`, else one, and in a quarter of those a second one."""
-    if rng.random() < flawless_share:
-        return ()
-    count = 1 + int(rng.random() < 0.25)
-    return tuple(str(flaw) for flaw in rng.permutation(ALIGNMENT_FLAWS + APPEAL_FLAWS)[:count])
-
-
-def choose(first: Rendering, second: Rendering, rng: np.random.Generator) -> float:
-    """The annotator's label of `first`: 1.0 chosen, 0.0 rejected, 0.5 a tie."""
-    gap = first.utility - second.utility
-    if abs(gap) < TIE_WIDTH:
-        return 0.5
-    return float(rng.random() < 1 / (1 + np.exp(-gap / CHOICE_TEMPERATURE)))
+def random_flaws(rng: np.random.Generator, misaligned_share: float, spoilt_share: float) -> tuple[str, ...]:
+    """One alignment flaw with probability `misaligned_share`; independently one appeal flaw with `spoilt_share`."""
+    shares = ((ALIGNMENT_FLAWS, misaligned_share), (APPEAL_FLAWS, spoilt_share))
+    return tuple(str(rng.choice(kinds)) for kinds, share in shares if rng.random() < share)

@@ -1,7 +1,7 @@
 """Scenes of one or two coloured shapes, their English captions, and their drawing.
 
 A `Scene` says everything a caption claims. `caption` puts it into words, `parse` reads the words back, and
-`draw` renders it at 32×32 pixels from signed distances, so edges are anti-aliased and every pixel is a
+`draw` renders it at 64×64 pixels from signed distances, so edges are anti-aliased and every pixel is a
 function of the scene and the placement alone.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-IMAGE_SIZE = 32  # pixels a side
+IMAGE_SIZE = 64  # pixels a side
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLOURS = {
@@ -25,7 +25,7 @@ COLOURS = {
     "purple": (140, 56, 190),
     "pink": (248, 134, 186),
 }
-SIZES = {"small": 4.6, "large": 7.0}  # circumscribed radius in pixels
+SIZES = {"small": 9.2, "large": 14.0}  # circumscribed radius in pixels
 BACKGROUNDS = {"white": (244, 244, 244), "grey": (136, 136, 136), "black": (24, 24, 24)}
 RELATIONS = {
     "to the left of": "horizontal",
@@ -154,11 +154,11 @@ def place(scene: Scene, rng: np.random.Generator) -> Placement:
     """Random centres that fulfil the scene's relation and keep things apart and inside the image."""
     middle, jitter = IMAGE_SIZE / 2, rng.uniform(-1, 1, size=(2, 2))
     if scene.relation is None:
-        x, y = middle + 5.0 * jitter[0]
+        x, y = middle + 10.0 * jitter[0]
         return Placement(((float(x), float(y)),))
     axis = RELATIONS.get(scene.relation) or str(rng.choice(["horizontal", "vertical"]))
-    along = np.array([8.5, 23.5]) + 0.8 * jitter[0]
-    across = middle + 5.0 * jitter[1]
+    along = np.array([17.0, 47.0]) + 1.6 * jitter[0]
+    across = middle + 10.0 * jitter[1]
     if not first_comes_first(scene.relation) or (scene.relation == "and" and rng.random() < 0.5):
         along = along[::-1]
     pairs = zip(along, across, strict=True)
@@ -209,7 +209,7 @@ def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) ->
 
 
 def draw(scene: Scene, placement: Placement) -> np.ndarray:
-    """The scene as pixels: (32, 32, 3) float64 in [0, 1]."""
+    """The scene as pixels: (64, 64, 3) float64 in [0, 1]."""
     image = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3))
     image[:] = np.array(BACKGROUNDS[scene.background]) / 255
     for thing, (x, y) in zip(scene.things, placement.centres, strict=True):
