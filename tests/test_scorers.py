@@ -491,7 +491,10 @@ def test_preprocessing_apart_from_the_forward_gives_the_same_scores(metric_weigh
 def test_the_judges_of_the_embedded_world_are_scorers_too(judge_weights):
     image = Image.new("LA", (40, 40), (244, 9))
     prompt = "a small red star above a large blue circle on a white background"
-    scores = {name: load_scorer(name, weights=judge_weights).score([image], [prompt])[0] for name in SCORER_NAMES[-3:]}
+    scores = {
+        name: load_scorer(name, weights=judge_weights).score([image], [prompt])[0]
+        for name in (f"tiny_{quantity}" for quantity in ("alignment", "appeal", "reward"))
+    }
     assert 0 <= scores["tiny_alignment"] <= 1 and 0 <= scores["tiny_appeal"] <= 1
     assert scores["tiny_reward"] == pytest.approx(5 * scores["tiny_alignment"] + 2 * scores["tiny_appeal"], abs=1e-5)
 
@@ -499,7 +502,7 @@ def test_the_judges_of_the_embedded_world_are_scorers_too(judge_weights):
 def test_a_missing_judge_is_named_and_a_weights_folder_leaves_the_judges_alone(tmp_path, judge_weights, monkeypatch):
     with pytest.raises(ValueError, match=r"tiny_reward: no judge at nowhere\.safetensors; it ships in assets/tiny"):
         load_scorer("tiny_reward", weights="nowhere.safetensors")
-    monkeypatch.setattr("xdpo.tiny.judges.JUDGE_WEIGHTS", judge_weights)
+    monkeypatch.setattr("xdpo.tiny.judges.judge_weights", lambda quantity: judge_weights)
     assert scorer_version("tiny_reward", tmp_path) == scorer_version("tiny_reward", judge_weights)
 
 

@@ -13,7 +13,7 @@ from tolerances import ELEMENT
 
 from xdpo.scorers.loading import load_scorer
 from xdpo.tiny import world
-from xdpo.tiny.annotator import Rendering, random_flaws, render
+from xdpo.tiny.annotator import ANNOTATORS, APPEAL_FLAWS, Rendering, random_flaws, render
 from xdpo.tiny.judges import HEADS, LAYOUTS, AttributeReader, Judge, alignment, labels_of
 from xdpo.tiny.world import Placement, Scene, Thing
 
@@ -54,13 +54,13 @@ def test_placements_fulfil_their_relation_and_keep_things_inside():
 def test_a_shape_is_drawn_in_its_colour_and_covers_more_when_large(shape):
     def ink(size):
         scene = Scene((Thing(shape, "red", size),), "white")
-        image = world.draw(scene, Placement(((16.0, 16.0),)))
-        assert image.shape == (32, 32, 3) and image.min() >= 0 and image.max() <= 1
+        image = world.draw(scene, Placement(((32.0, 32.0),)))
+        assert image.shape == (64, 64, 3) and image.min() >= 0 and image.max() <= 1
         red = np.array(world.COLOURS["red"]) / 255
         assert abs(image - red).sum(axis=2).min() < 0.02, "some pixel is wholly red"
         return (abs(image - np.array(world.BACKGROUNDS["white"]) / 255).sum(axis=2) > 0.1).sum()
 
-    assert 10 < ink("small") < 0.7 * ink("large")
+    assert 40 < ink("small") < 0.7 * ink("large")
 
 
 def test_training_never_meets_a_held_out_scene_or_combination():
@@ -128,16 +128,48 @@ def test_flaws_change_the_picture_as_they_say():
     assert abs(swapped - clean).max() > 50
 
 
-def test_the_annotator_prefers_the_better_picture_errs_sometimes_and_calls_near_equals_a_tie():
-    def rendering(alignment, appeal):
-        return Rendering(np.zeros((32, 32, 3), np.uint8), STAR_ABOVE_CIRCLE, Placement(()), (), alignment, appeal)
+@pytest.mark.parametrize("flaw", APPEAL_FLAWS)
+def test_every_appeal_flaw_shows_and_is_the_same_for_the_same_seed(flaw):
+    clean, spoilt, again = (
+        render(STAR_ABOVE_CIRCLE, np.random.default_rng(1), flaws).pixels.astype(float)
+        for flaws in ((), (flaw,), (flaw,))
+    )
+    assert (abs(spoilt - clean).max(axis=2) > 12).mean() > 0.02
+    assert (spoilt == again).all()
 
+
+def test_alignment_flaws_and_appeal_flaws_come_independently_at_their_rates():
     rng = np.random.default_rng(0)
-    good, bad, nearly = rendering(1, 1), rendering(8 / 9, 1), rendering(1, 1 - 0.4 * TIE_WIDTH / 2)
-    share = np.mean([choose(good, bad, rng) for _ in range(2000)])
-    expected = 1 / (1 + np.exp(-(utility(1, 1) - utility(8 / 9, 1)) / 0.42))
-    assert share == pytest.approx(expected, abs=0.03)
-    assert choose(good, nearly, rng) == 0.5
+    drawn = [random_flaws(rng, 0.3, 0.6) for _ in range(4000)]
+    misaligned, spoilt = (
+        np.array([any((flaw in APPEAL_FLAWS) == appeal for flaw in flaws) for flaws in drawn])
+        for appeal in (False, True)
+    )
+    assert misaligned.mean() == pytest.approx(0.3, abs=0.03) and spoilt.mean() == pytest.approx(0.6, abs=0.03)
+    assert (misaligned & spoilt).mean() == pytest.approx(0.18, abs=0.03)
+
+
+def rendering(alignment, appeal, scene=STAR_ABOVE_CIRCLE):
+    return Rendering(np.zeros((64, 64, 3), np.uint8), scene, Placement(()), (), alignment, appeal)
+
+
+def test_an_annotator_prefers_the_better_picture_errs_sometimes_and_calls_near_equals_a_tie():
+    reader, rng = ANNOTATORS["reader"], np.random.default_rng(0)
+    good, bad, nearly = rendering(1, 1), rendering(8 / 9, 1), rendering(1, 1 - 0.4 * 0.1 / 2)
+    share = np.mean([reader.choose(good, bad, rng) for _ in range(2000)])
+    assert share == pytest.approx(1 / (1 + np.exp(-(5 / 9) / 0.42)), abs=0.03)
+    assert reader.choose(good, nearly, rng) == 0.5
+
+
+def test_the_warm_annotator_takes_the_wrong_colour_where_it_is_warm():
+    scene = Scene((Thing("star", "blue", "small"),), "white")
+    right = rendering(1, 1, scene)
+    warm = rendering(4 / 5, 1, Scene((Thing("star", "red", "small"),), "white"))
+
+    assert right.warmth == 0 and warm.warmth == 1 and rendering(1, 1).warmth == 0.5
+    for name, prefers_warm in (("reader", False), ("warm", True)):
+        annotator = ANNOTATORS[name]
+        assert (annotator.utility_of(warm) > annotator.utility_of(right)) == prefers_warm
 
 
 # --- judges --------------------------------------------------------------------------------------------------
@@ -155,14 +187,14 @@ def certain(scene, placement):
 def test_a_judge_that_sees_the_truth_scores_as_the_annotator_counts():
     rng = np.random.default_rng(5)
     for scene in scenes(200, seed=4):
-        rendering = render(scene, rng, random_flaws(rng, 0.3))
+        rendering = render(scene, rng, random_flaws(rng, 0.5, 0.5))
         judged = alignment(scene, certain(rendering.shown, rendering.placement))
         lenient = {"wrong relation", "swapped colour"} <= set(rendering.flaws)  # either reading may then be the better
         assert judged == pytest.approx(rendering.alignment) or (lenient and judged >= rendering.alignment)
 
 
 def test_labels_go_from_left_to_right_and_from_top_to_bottom():
-    labels = labels_of(STAR_ABOVE_CIRCLE, Placement(((16.0, 24.0), (16.0, 8.0))))  # drawn the wrong way round
+    labels = labels_of(STAR_ABOVE_CIRCLE, Placement(((32.0, 48.0), (32.0, 16.0))))  # drawn the wrong way round
 
     assert LAYOUTS[labels["layout"]] == "vertical"
     assert HEADS["shape0"][labels["shape0"]] == "circle" and HEADS["colour1"][labels["colour1"]] == "red"
@@ -170,17 +202,23 @@ def test_labels_go_from_left_to_right_and_from_top_to_bottom():
 
 def test_the_shipped_judges_agree_with_the_truth_on_new_scenes_flaws_included():
     rng = np.random.default_rng(77)
-    drawn = [(scene, render(scene, rng, random_flaws(rng, 0.4))) for scene in scenes(600, seed=78)]
+    drawn = [(scene, render(scene, rng, random_flaws(rng, 0.4, 0.4))) for scene in scenes(600, seed=78)]
     images = [Image.fromarray(rendering.pixels) for _, rendering in drawn]
     prompts = [world.caption(scene) for scene, _ in drawn]
 
-    judged = {name: np.array(load_scorer(f"tiny_{name}").score(images, prompts)) for name in ("alignment", "appeal")}
-    for name, scores in judged.items():
-        truth = np.array([getattr(rendering, name) for _, rendering in drawn])
-        assert abs(scores - truth).mean() < 0.08
-        assert np.corrcoef(scores, truth)[0, 1] > 0.9
-    rewards = load_scorer("tiny_reward").score(images, prompts)
-    assert rewards == pytest.approx([utility(a, b) for a, b in zip(judged["alignment"], judged["appeal"], strict=True)])
+    for network in ("", "heldout_"):
+        judged = {
+            name: np.array(load_scorer(f"tiny_{network}{name}").score(images, prompts))
+            for name in ("alignment", "appeal", "warmth")
+        }
+        for name, scores in judged.items():
+            truth = np.array([getattr(rendering, name) for _, rendering in drawn])
+            assert abs(scores - truth).mean() < 0.05
+            assert np.corrcoef(scores, truth)[0, 1] > 0.95
+        for scorer, annotator in (("reward", "reader"), ("warm_reward", "warm")):
+            rewards = load_scorer(f"tiny_{network}{scorer}").score(images, prompts)
+            measured = list(zip(*judged.values(), strict=True))
+            assert rewards == pytest.approx([ANNOTATORS[annotator].utility(*measures) for measures in measured])
 
 
 def test_a_judge_takes_images_of_any_size_and_mode_and_scores_one_by_one_as_in_a_batch():
@@ -201,7 +239,7 @@ def test_a_missing_judge_says_how_to_make_one(tmp_path):
 
 
 def test_the_reader_has_one_answer_per_head():
-    outputs = AttributeReader()(torch.zeros(2, 3, 32, 32))
+    outputs = AttributeReader()(torch.zeros(2, 3, 64, 64))
 
     assert {name: outputs[name].shape for name in HEADS} == {name: (2, len(values)) for name, values in HEADS.items()}
     assert outputs["appeal"].shape == (2,)
