@@ -219,7 +219,7 @@ def train_text_encoder(
     labels = [caption_labels(text) for text in captions]
     classes = {name: torch.tensor([label[name] for label in labels]) for name in labels[0]}
     heads = torch.nn.ModuleDict({name: torch.nn.Linear(96, int(values.max()) + 1) for name, values in classes.items()})
-    stage = Stage("text", torch.nn.ModuleDict({"encoder": encoder, "heads": heads}), work, steps, learning_rate=2e-3)
+    stage = Stage("text", torch.nn.ModuleDict({"encoder": encoder, "heads": heads}), work, steps, learning_rate=5e-3)
     token_ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     while stage.step < steps:
         rows = torch.randint(0, len(captions), (batch,), generator=torch.Generator().manual_seed(stage.step))
@@ -285,7 +285,7 @@ def train_text_to_latent(
     """
     torch.manual_seed(seed + 1)
     modules = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": build_unet(latents.shape[1])})
-    stage = Stage("unet", modules, work, steps, learning_rate=1.5e-3)
+    stage = Stage("unet", modules, work, steps, learning_rate=1e-2)
     scheduler = new_scheduler()
     schedule = DiffusionProcess.from_scheduler(scheduler)
     token_ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
