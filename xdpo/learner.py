@@ -267,7 +267,7 @@ def build_learner(
 
     No reference is made where all of its errors are recorded. Networks are moved to the training's device.
     """
-    process = parts.process().to(accelerator.device)
+    process = parts.process(settings.noise).to(accelerator.device)
     network = None
     if settings.loss.needs_reference and not recorded.is_complete:
         network = models.make_reference(parts, settings.model, settings.compute)

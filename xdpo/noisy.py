@@ -54,7 +54,7 @@ class NoisyBatchMaker:
 
         posterior_noise = draw("posterior", shared=False) if self.settings.data.sample_latents else None
         drawn = draw("noise", shared=noise.shared_by_pair)
-        timesteps = self._to_device(self.process.draw_times(seed, drawn_at))
+        timesteps = self._to_device(self.process.draw_times(seed, drawn_at, shape))
         timesteps = timesteps if batch.single is not None else timesteps.repeat(2)
 
         latents = family.to_latents(moments, posterior_noise)
@@ -67,7 +67,7 @@ class NoisyBatchMaker:
             timesteps=timesteps,
             conditioning=conditioning,
             targets=self.process.target(latents, drawn, timesteps),
-            weights=self.process.weights(timesteps, noise.weighting, noise.min_snr_gamma, noise.discount),
+            weights=self.process.weights(timesteps),
         )
 
     def encoded(self, batch: Batch) -> Batch:

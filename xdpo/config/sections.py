@@ -149,13 +149,18 @@ class CacheConfig(Section):
 
 
 class NoiseConfig(Section):
-    """What is random in the diffusion objective, and the weight of a timestep."""
+    """Which times and which noise are drawn, and the weight of a time."""
 
     shared_by_pair: StrictBool = Field(
         True, description="one noise for chosen and rejected image (Appendix C); false: one each"
     )
+    shift: PositiveNumber | None = Field(
+        None,
+        description="flows (Stable Diffusion 3, FLUX): above 1 more of the times are noisy ones, 1 is plain "
+        "logit-normal; null: as the pipeline samples, 3 for Stable Diffusion 3, by resolution for FLUX",
+    )
     weighting: Literal["constant", "min_snr", "temporal_discount"] = Field(
-        "constant", description="weight of a pair by its timestep"
+        "constant", description="weight of a pair by its time; temporal_discount in diffusions alone"
     )
     min_snr_gamma: PositiveNumber = Field(5.0, description="signal-to-noise ratio at which min_snr cuts the weight off")
     discount: Annotated[Number, Field(gt=0, le=1)] = Field(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from xdpo.batch import Conditioning, LatentMoments, Tokens
+from xdpo.config import NoiseConfig
 from xdpo.noise import Process
 
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ class PipelineParts:
         """The autoencoder. Raises KeyError where the encoders were left out."""
         return self.modules["vae"]
 
-    def process(self) -> Process:
-        """The process that the scheduler describes, on the CPU. Raises ValueError for one that can't be trained."""
-        return self.family.process(self.scheduler)
+    def process(self, noise: NoiseConfig) -> Process:
+        """The process of the scheduler and the config, on the CPU. Raises ValueError for one that can't be trained."""
+        return self.family.process(self.scheduler, noise)
 
     @property
     def tokenize(self) -> Callable[[str], tuple[Tokens, bool]]:
@@ -78,7 +79,7 @@ class Family(NamedTuple):
     problems: Callable[[Path], list[str]]
     """A sentence for each problem of a folder's configs and vocabularies; no weight is read."""
 
-    process: "Callable[[SchedulerMixin], Process]"
+    process: "Callable[[SchedulerMixin, NoiseConfig], Process]"
     tokenize: "Callable[[Mapping[str, PreTrainedTokenizerBase], str], tuple[Tokens, bool]]"
     encode_captions: Callable[[PipelineParts, Tokens], Conditioning]
     encode_images: Callable[[PipelineParts, Tensor], LatentMoments]

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from xdpo.batch import Conditioning, LatentMoments, Tokens
 from xdpo.families.interface import Family, PipelineParts
+from xdpo.families.processes import diffusion
 from xdpo.families.stable_diffusion_check import problems
-from xdpo.noise import DiffusionProcess
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,7 +79,7 @@ STABLE_DIFFUSION = Family(
         "requires_safety_checker": False,
     },
     problems=problems,
-    process=DiffusionProcess.from_scheduler,
+    process=diffusion,
     tokenize=tokenize,
     encode_captions=encode_captions,
     conditioning_shapes=conditioning_shapes,

@@ -73,7 +73,7 @@ def reference_key(settings: Config, pairs: PairTable | ExampleCache, split: Spli
         "examples": f"cached, manifest {file_sha256(pairs.folder / 'manifest.json')}"
         if isinstance(pairs, ExampleCache)
         else "encoded while training",
-        "noise": settings.noise.model_dump(),
+        "noise": settings.noise.model_dump(exclude_none=True),
         "pipeline": part_checksum(settings.model, "unet", "vae", "text_encoder", "tokenizer", "scheduler"),
         "precision": precision,
         "device": device_kind(),
