@@ -1,7 +1,7 @@
 """A family of base models: a record of everything that differs between families."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +13,7 @@ from xdpo.config import NoiseConfig
 from xdpo.noise import Process
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin
+    from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -25,6 +25,7 @@ class PipelineParts:
     modules: Mapping[str, "ModelMixin | PreTrainedModel"]  # the denoiser, and unless left out the encoders
     tokenizers: Mapping[str, "PreTrainedTokenizerBase"]
     scheduler: "SchedulerMixin"
+    options: Mapping[str, Any] = field(default_factory=dict)  # arguments of the pipeline's class that are no parts
 
     @property
     def denoiser(self) -> "ModelMixin":
@@ -71,13 +72,17 @@ class Family(NamedTuple):
     name: str  # for people
     pipeline_class: str  # in diffusers; also the `_class_name` in model_index.json
     denoiser: str  # folder of the trained network, in a pipeline and in an export
-    encoders: tuple[str, ...]  # folders of the autoencoder and the text encoders
+    encoders: tuple[str, ...]  # folders of the autoencoder, "vae", and the text encoders
     tokenizers: tuple[str, ...]  # folders
+    classes: Mapping[str, tuple[str, ...]]  # folder with weights → its class in diffusers or transformers, or several
     lora_targets: tuple[str, ...]  # layers that a LoRA adapter changes, by the end of their names
     without_extras: Mapping[str, Any]  # arguments of the pipeline class that leave out unused parts
 
     problems: Callable[[Path], list[str]]
     """A sentence for each problem of a folder's configs and vocabularies; no weight is read."""
+
+    denoiser_problems: Callable[[Path, Path], list[str]]
+    """The same of a denoiser's folder that is to replace that of a checked pipeline, the second folder."""
 
     process: "Callable[[SchedulerMixin, NoiseConfig], Process]"
     tokenize: "Callable[[Mapping[str, PreTrainedTokenizerBase], str], tuple[Tokens, bool]]"
@@ -97,3 +102,27 @@ class Family(NamedTuple):
 
     prompt_arguments: Callable[[Conditioning, Conditioning], dict[str, Tensor]]
     """The pipeline's arguments for N captions and for N empty ones, which guidance starts from."""
+
+    decode: "Callable[[DiffusionPipeline, Tensor], Tensor]"
+    """Latents as the pipeline returns them → pixel values (N, 3, H, W) around [−1, 1]."""
+
+    use_plain_attention: Callable[[nn.Module], None]
+    """Make a denoiser's attention matrix products and a softmax, without fused kernels (compute.attention=eager)."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Every folder of a pipeline that is read."""
+        return (*self.tokenizers, *self.with_weights, "scheduler")
+
+    @property
+    def with_weights(self) -> tuple[str, ...]:
+        return (*self.encoders, self.denoiser)
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        return tuple(name for name in self.encoders if name != "vae")
+
+    @property
+    def lora_parts(self) -> tuple[str, ...]:
+        """The parts that a LoRA file may adapt."""
+        return (self.denoiser, *self.text_encoders)

@@ -1,4 +1,4 @@
-"""A pipeline's parts from a folder or the hub, checked before a weight is read."""
+"""Which family a pipeline is of; its parts from a folder or the hub, checked before a weight is read."""
 
 import copy
 import hashlib
@@ -11,24 +11,73 @@ from torch import nn
 
 from xdpo import processes
 from xdpo.config import ModelConfig
+from xdpo.families.checks import lacking_files, lacks, part_class, weight_problems
 from xdpo.families.interface import Family, PipelineParts
 from xdpo.families.pipeline_files import Unreachable, describe_file, fetch, read_json, weight_paths
 from xdpo.families.stable_diffusion import STABLE_DIFFUSION
-from xdpo.families.stable_diffusion_check import PARTS, part_class, weight_problems
 from xdpo.files import file_sha256
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-FAMILIES = {family.pipeline_class: family for family in (STABLE_DIFFUSION,)}
+FAMILIES = {
+    family.pipeline_class: family
+    for family in (
+        STABLE_DIFFUSION,  #
+    )
+}
 """Every family, by the `_class_name` of its model_index.json."""
+
+OTHER_FAMILIES = {
+    "StableDiffusionXL": "Stable Diffusion XL",
+    "StableDiffusion3": "Stable Diffusion 3",
+    "Flux": "FLUX",
+    "Kandinsky": "Kandinsky",
+    "PixArt": "PixArt",
+    "HunyuanDiT": "Hunyuan-DiT",
+    "Sana": "Sana",
+    "IF": "DeepFloyd IF",
+}
+"""How the `_class_name` of a family's model_index.json begins that can't be used here → that family's name."""
+
+EXTRAS = ("safety_checker", "feature_extractor", "image_encoder", "scheduler")
 
 
 def family_of(folder: Path) -> Family:
-    """The family of a pipeline's folder; Stable Diffusion for an unknown class, which that family's check refuses."""
-    index = folder / "model_index.json"
-    name = read_json(index).get("_class_name") if index.is_file() else None
-    return FAMILIES.get(str(name), STABLE_DIFFUSION)
+    """The family of a pipeline's folder: by its class, else by the beginning of that name, else by its parts.
+
+    Pipelines for other uses have the parts of their family's own, such as StableDiffusionImg2ImgPipeline. Raises
+    ValueError for a folder of no family here.
+    """
+    if not (folder / "model_index.json").is_file():
+        lacking = [part for part in STABLE_DIFFUSION.parts if not (folder / part).is_dir()]
+        raise ValueError(lacks(["model_index.json", *lacking], STABLE_DIFFUSION))
+    index = read_json(folder / "model_index.json")
+    name = str(index.get("_class_name"))
+    beginnings = {class_name.removesuffix("Pipeline"): family for class_name, family in FAMILIES.items()}
+    beginning = max(filter(name.startswith, [*beginnings, *OTHER_FAMILIES]), key=len, default=None)
+    if beginning in beginnings:
+        return beginnings[beginning]
+    use = f"only {' and '.join(family.name for family in FAMILIES.values())} can be used here"
+    if beginning is not None:
+        raise ValueError(f"model_index.json says {name}: it is {OTHER_FAMILIES[beginning]}; {use}")
+    present = {part for part, kind in index.items() if isinstance(kind, list) and kind[1] is not None} - {*EXTRAS}
+    nearest = max(FAMILIES.values(), key=lambda family: len(present & {*family.parts}))
+    further, missing = sorted(present - {*nearest.parts}), sorted({*nearest.parts} - present - {*EXTRAS})
+    if further or missing:
+        has = f"has {', '.join(further)}" if further else f"has no {' and no '.join(missing)}"
+        raise ValueError(f"model_index.json says {name}, which {has}: another family of models; {use}")
+    return nearest
+
+
+def family_of_pipeline(model: ModelConfig) -> Family:
+    """The family of the pipeline that a config names; of a hub model only the index is fetched. Raises ValueError."""
+    return family_of(fetch(model.pipeline, model.revision, ()))
+
+
+def family_of_loaded(pipeline: "DiffusionPipeline") -> Family:
+    """The family of a pipeline that `pipeline_with` made."""
+    return FAMILIES[type(pipeline).__name__]
 
 
 def check_pipeline_folder(pipeline: str, revision: str | None = None) -> None:
@@ -46,14 +95,27 @@ def check_pipeline_folder(pipeline: str, revision: str | None = None) -> None:
             "give a folder in Stable Diffusion format (paths are relative to where the command is run) or a hub id"
         )
     try:
-        folder = fetch(pipeline, revision, PARTS, weights=False)
+        folder = fetch(pipeline, revision, ())
+        problems = _problems(pipeline, revision, folder)
     except Unreachable:
         return
-    problems = family_of(folder).problems(folder)
-    if not problems and path.is_dir():
-        problems = weight_problems(folder)
     if problems:
         raise ValueError(f"model.pipeline: {pipeline!r} can't be used:\n  " + "\n  ".join(problems))
+
+
+def _problems(pipeline: str, revision: str | None, folder: Path) -> list[str]:
+    """What is wrong with a pipeline; of a folder the headers of its weights are read too. Raises Unreachable."""
+    try:
+        family = family_of(folder)
+    except ValueError as error:
+        return [str(error)]
+    folder = fetch(pipeline, revision, family.parts)
+    if files := lacking_files(folder, family):
+        return [lacks(files, family)]
+    problems = family.problems(folder)
+    if not problems and Path(pipeline).is_dir():
+        problems = weight_problems(family, folder, family.with_weights)
+    return problems
 
 
 def load_parts(config: ModelConfig, *, encoders: bool = True) -> PipelineParts:
@@ -70,17 +132,18 @@ def load_parts(config: ModelConfig, *, encoders: bool = True) -> PipelineParts:
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     is_local = Path(config.pipeline).is_dir()  # then check_pipeline_folder has checked its weights
-    family = family_of(fetch(config.pipeline, config.revision, (), weights=False))
+    family = family_of_pipeline(config)
     loaded = (family.denoiser, *family.encoders * encoders)
-    folder = fetch(config.pipeline, config.revision, (*loaded, *family.tokenizers, "scheduler"), weights=True)
-    if problems := [] if is_local else weight_problems(folder, loaded):
+    folder = fetch(config.pipeline, config.revision, (*family.tokenizers, "scheduler"), weights=loaded)
+    if problems := [] if is_local else weight_problems(family, folder, loaded):
         raise ValueError(f"model.pipeline: could not load {config.pipeline!r}:\n  " + "\n  ".join(problems))
     options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
     variants = {part: variant for part in loaded if (variant := weight_paths(folder / part)[0]) is not None}
     try:
         given: dict[str, Any] = {part: None for part in family.encoders if not encoders}
         for part, variant in variants.items():
-            given[part] = part_class(folder, part).from_pretrained(folder, subfolder=part, variant=variant, **options)
+            kind = part_class(family, folder, part)
+            given[part] = kind.from_pretrained(folder, subfolder=part, variant=variant, **options)
         pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(
             folder, **family.without_extras, **options, **given
         )
@@ -93,7 +156,12 @@ def load_parts(config: ModelConfig, *, encoders: bool = True) -> PipelineParts:
     for module in modules.values():
         module.eval().requires_grad_(False)
     tokenizers = {name: getattr(pipeline, name) for name in family.tokenizers}
-    return PipelineParts(family, modules, tokenizers, pipeline.scheduler)
+    arguments = {
+        name: value
+        for name, value in pipeline.config.items()
+        if not name.startswith("_") and not isinstance(value, list | tuple)
+    }
+    return PipelineParts(family, modules, tokenizers, pipeline.scheduler, arguments)
 
 
 def part_checksum(config: ModelConfig, *names: str) -> str:
@@ -102,7 +170,9 @@ def part_checksum(config: ModelConfig, *names: str) -> str:
     They are configs, vocabularies and the weights that `load_parts` reads, not other variants. Files of a hub model are
     fetched where they aren't in its cache; nothing is loaded. Raises ValueError where there are none.
     """
-    folder = fetch(config.pipeline, config.revision, names, weights=True)
+    family = family_of_pipeline(config)
+    with_weights = [name for name in names if name in family.with_weights]
+    folder = fetch(config.pipeline, config.revision, names, with_weights)
     digest = hashlib.sha256()
     for name in names:
         files = [path for path in sorted((folder / name).iterdir()) if path.suffix in (".json", ".txt")]
@@ -125,7 +195,7 @@ def pipeline_with(parts: PipelineParts, denoiser: nn.Module, *, encoders: bool =
         **parts.tokenizers,
         **{family.denoiser: denoiser},
         scheduler=copy.deepcopy(parts.scheduler),
-        **family.without_extras,
+        **{**parts.options, **family.without_extras},
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

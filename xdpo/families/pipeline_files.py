@@ -10,14 +10,6 @@ from safetensors import SafetensorError, safe_open
 
 from xdpo.files import lfs_pointer
 
-PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
-WITH_WEIGHTS = ("text_encoder", "vae", "unet")
-CONFIGS = {
-    "unet": "unet/config.json",
-    "vae": "vae/config.json",
-    "text_encoder": "text_encoder/config.json",
-    "scheduler": "scheduler/scheduler_config.json",
-}
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>[^.-]+))?(?:-\d+-of-\d+)?(?:\.(?P<after>[^.-]+))?\.safetensors"
 )
@@ -63,35 +55,37 @@ def weight_paths(part: Path) -> tuple[str | None, list[Path]]:
     return variant, [part / name for name in names]
 
 
-def fetch(pipeline: str, revision: str | None, parts: Collection[str], *, weights: bool) -> Path:
+def fetch(pipeline: str, revision: str | None, parts: Collection[str], weights: Collection[str] = ()) -> Path:
     """A folder with these parts of a pipeline: the folder itself, or the cache's copy of a hub model.
 
-    weights: with the weights; otherwise configs and vocabularies only, which are small. Raises Unreachable where the
-    hub can't be reached and the cache lacks them, other ValueErrors for a model that doesn't exist.
+    weights: the parts whose weights are fetched too; the rest is configs and vocabularies, which are small. Raises
+    Unreachable where the hub can't be reached and the cache lacks them, other ValueErrors for a model that doesn't
+    exist.
     """
     if Path(pipeline).is_dir():
         return Path(pipeline)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import DryRunError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["model_index.json", *(f"{part}/*{ending}" for part in parts for ending in (".json", ".txt"))]
+    every = dict.fromkeys([*parts, *weights])
+    patterns = ["model_index.json", *(f"{part}/*{ending}" for part in every for ending in (".json", ".txt"))]
     is_online = True
     try:
         if weights:
             try:
-                weight_patterns = [f"{part}/*.safetensors" for part in parts]
+                weight_patterns = [f"{part}/*.safetensors" for part in weights]
                 files = snapshot_download(pipeline, revision=revision, allow_patterns=weight_patterns, dry_run=True)
-                patterns += _chosen([Path(file.filename) for file in files], parts)
+                patterns += _chosen([Path(file.filename) for file in files], weights)
             except DryRunError:  # offline: use what the cache has
                 is_online = False
         folder = Path(snapshot_download(pipeline, revision=revision, allow_patterns=patterns))
-        lacking = [part for part in parts if part in WITH_WEIGHTS and not weight_paths(folder / part)[1]]
-        if weights and lacking and is_online:
+        lacking = [part for part in weights if not weight_paths(folder / part)[1]]
+        if lacking and is_online:
             raise ValueError(
                 f"model.pipeline: {pipeline!r} has no safetensors weights of {', '.join(lacking)} by the names that "
                 "diffusers gives, and pickled ones are not opened; take a revision or a copy that has them"
             )
-        if weights and lacking:
+        if lacking:
             raise LocalEntryNotFoundError(f"no weights of {', '.join(lacking)}")
         return folder
     except LocalEntryNotFoundError as error:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from xdpo.batch import Conditioning, LatentMoments, Tokens
 from xdpo.families.interface import Family, PipelineParts
 from xdpo.families.processes import diffusion
-from xdpo.families.stable_diffusion_check import problems
+from xdpo.families.stable_diffusion_check import TEXT_ENCODERS, denoiser_problems, problems
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
     from transformers import PreTrainedTokenizerBase
 
 TEXT = "text"  # the text encoder's last states, (N, L, D)
@@ -65,12 +66,23 @@ def prompt_arguments(captions: Conditioning, empty: Conditioning) -> dict[str, T
     return {"prompt_embeds": captions[TEXT], "negative_prompt_embeds": empty[TEXT]}
 
 
+def decode(pipeline: "DiffusionPipeline", latents: Tensor) -> Tensor:
+    return pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
+
+
+def use_plain_attention(denoiser: nn.Module) -> None:
+    from diffusers.models.attention_processor import AttnProcessor
+
+    denoiser.set_attn_processor(AttnProcessor())
+
+
 STABLE_DIFFUSION = Family(
     name="Stable Diffusion 1.x and 2.x",
     pipeline_class="StableDiffusionPipeline",
     denoiser="unet",
     encoders=("vae", "text_encoder"),
     tokenizers=("tokenizer",),
+    classes={"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",), "text_encoder": TEXT_ENCODERS},
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),  # all attention projections
     without_extras={
         "safety_checker": None,
@@ -79,6 +91,7 @@ STABLE_DIFFUSION = Family(
         "requires_safety_checker": False,
     },
     problems=problems,
+    denoiser_problems=denoiser_problems,
     process=diffusion,
     tokenize=tokenize,
     encode_captions=encode_captions,
@@ -88,4 +101,6 @@ STABLE_DIFFUSION = Family(
     to_latents=to_latents,
     predict=predict,
     prompt_arguments=prompt_arguments,
+    decode=decode,
+    use_plain_attention=use_plain_attention,
 )
