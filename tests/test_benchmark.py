@@ -219,11 +219,7 @@ def test_pairs_that_the_micro_batch_does_not_divide_are_refused_before_any_work(
 # --- memory, counted -----------------------------------------------------------------------------------
 
 CONFIGS = BASE_CONFIG.parent
-SMALL = {
-    "unet": thin_shapes()["unet"] | {"cross_attention_dim": 16},
-    "vae": thin_shapes()["vae"],
-    "text_encoder": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
-}
+SMALL = PIPELINES["tiny"]
 
 
 def count_small(*overrides, config="xdpo_sd15.yaml", processes=1, fake=False):
@@ -347,7 +343,7 @@ def test_a_single_config_is_shown_phase_by_phase(monkeypatch, capsys):
 def test_only_known_shapes_are_counted(capsys):
     arguments = ["memory", "--pipeline", "owner/name", "--count", str(CONFIGS / "base.yaml")]
     assert benchmark.main(arguments) == 1
-    assert "--count knows the shapes of sd15, quarter, thin and not of 'owner/name'" in capsys.readouterr().err
+    assert "--count knows the shapes of sd15, quarter, thin, tiny and not of 'owner/name'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

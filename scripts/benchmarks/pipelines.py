@@ -66,10 +66,33 @@ def thin_shapes() -> dict[str, dict[str, Any]]:
     }
 
 
+def tiny_shapes() -> dict[str, dict[str, Any]]:
+    """Networks with a block of each kind and next to no weights."""
+    return {
+        "unet": {
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "block_out_channels": (16, 16),
+            "layers_per_block": 1,
+            "cross_attention_dim": 16,
+            "attention_head_dim": 2,
+            "norm_num_groups": 4,
+        },
+        "vae": thin_shapes()["vae"],
+        "text_encoder": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
+    }
+
+
 PIPELINES = {
     "sd15": stable_diffusion_shapes(),
     "quarter": stable_diffusion_shapes(divisor=4),
     "thin": thin_shapes(),
+    "tiny": tiny_shapes(),
 }
 """The pipelines that can be asked for by name."""
 
@@ -111,11 +134,12 @@ def pipeline_folder(name: str, working: Path) -> str:
     if not folder.is_dir():
         # In a process of its own: the system adds what this one ever held to the peak of the processes it starts.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            pool.submit(_save_pipeline, name, folder).result()
+            pool.submit(save_pipeline, name, folder).result()
     return str(folder)
 
 
-def _save_pipeline(name: str, folder: Path) -> None:
+def save_pipeline(name: str, folder: Path) -> None:
+    """Build one of PIPELINES with random weights and write it as a pipeline's folder."""
     from diffusers import PNDMScheduler, StableDiffusionPipeline
 
     torch.manual_seed(0)

@@ -1,0 +1,114 @@
+"""Pairs per second of every mode against recomputing everything and against the bare networks, and of the switches."""
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from functools import partial
+
+from benchmarks import modes, steps
+from benchmarks.modes import BASE_CONFIG, MODES
+from benchmarks.results import ratios, time_in_turn
+
+from gpu_checks import children
+from gpu_checks.bench import Bench, forget_accelerator
+from gpu_checks.rows import Finding, Row, at_least, at_most
+from xdpo import recording
+from xdpo.compute import build_accelerator
+from xdpo.config import Config, load_config
+
+Times = dict[tuple[str, int], list[float]]  # seconds of every round by mode or bare network, and micro-batch
+MICRO_BATCHES = (1, 2)
+PAIRS = 4  # of a round
+GAIN = 1.8  # of both caches, over recomputing everything: what the FLOPs promise
+OVERHEAD = 1.05
+TRAINED = "full-examples"  # nothing but policy and reference: what compute's switches act on
+
+
+def fill_caches(settings: Config) -> None:
+    with redirect_stdout(io.StringIO()):  # what it says is none of the table's
+        recording.fill(settings, build_accelerator(settings))
+
+
+def bench_of(bench: Bench, *extra: str) -> modes.Bench:
+    workers = f"data.num_workers={bench.size.workers}"
+    return modes.Bench(bench.working, bench.pipeline(), bench.pairs(), bench.size.resolution, (workers, *extra))
+
+
+def times(bench: Bench) -> Times:
+    """All modes and bare networks in turn, on filled caches."""
+
+    def measure() -> Times:
+        forget_accelerator()
+        rounds = bench.size.rounds + 1  # and one to warm up
+        training = bench_of(bench)
+        caches = training.overrides(MODES["full-cached"], micro_batch=1, total_batch=PAIRS, max_steps=rounds)
+        children.run(fill_caches, load_config(BASE_CONFIG, caches))
+        return time_in_turn(steps.build_jobs(training, list(MODES), MICRO_BATCHES, PAIRS, rounds), rounds - 1)
+
+    return bench.share("times", measure)
+
+
+def times_with(bench: Bench, switch: str) -> list[float]:
+    """Seconds of the rounds of TRAINED, at one pair, with an override."""
+    forget_accelerator()
+    rounds = bench.size.rounds + 1
+    overrides = bench_of(bench, switch).overrides(MODES[TRAINED], micro_batch=1, total_batch=PAIRS, max_steps=rounds)
+    settings = load_config(BASE_CONFIG, overrides)
+    accelerator = build_accelerator(settings)
+    job = steps.training_job(settings, accelerator, steps.build_networks(settings, accelerator, {"full"}))
+    return time_in_turn({switch: job}, rounds - 1)[switch]
+
+
+def check_gain(bench: Bench, mode: str, micro_batch: int, least: float) -> Finding:
+    """Speed of a mode over that of the full fine-tune that recomputes everything."""
+    measured = times(bench)
+    gain = ratios(measured["full", micro_batch], measured[mode, micro_batch]).median
+    remedy = "scripts/benchmark.py step shows which network takes the time; data.num_workers if none does"
+    return at_least(gain, least, remedy, judged=bench.is_judged)
+
+
+def check_overhead(bench: Bench, mode: str, parts: tuple[str, ...], micro_batch: int) -> Finding:
+    """Time of a mode over that of the networks that it runs."""
+    measured = times(bench)
+    bare = [sum(seconds) for seconds in zip(*(measured[part, micro_batch] for part in parts), strict=True)]
+    remedy = "profile Learner.micro_step: something in it waits for the device, or for data"
+    return at_most(ratios(measured[mode, micro_batch], bare).median, OVERHEAD, remedy, judged=bench.is_judged)
+
+
+def check_micro_batch(bench: Bench, mode: str) -> Finding:
+    """Speed with two pairs in a pass over that with one."""
+    measured = times(bench)
+    gain = ratios(*(measured[mode, micro_batch] for micro_batch in MICRO_BATCHES)).median
+    return at_least(gain, 1.0, "train.micro_batch_pairs=1", judged=bench.is_judged)
+
+
+def check_switch(bench: Bench, switch: str, within: Callable[[Bench], AbstractContextManager]) -> Finding:
+    """Speed with a switch of `compute` over that without."""
+    with within(bench):
+        switched = times_with(bench, f"{switch}=true")
+    gain = ratios(times(bench)[TRAINED, 1], switched).median
+    return at_least(gain, 1.0, f"{switch}=false", judged=bench.is_judged)
+
+
+def _rows() -> Iterator[Row]:
+    over = f"speed over {MODES['full']}"
+    for mode, size in [*((mode, 1) for mode in MODES if mode != "full"), ("full-cached", 2)]:
+        least = GAIN if mode == "full-cached" else 1.0
+        claim = f"{over} (micro-batch {size}): {MODES[mode]}"
+        yield Row(claim, partial(check_gain, mode=mode, micro_batch=size, least=least))
+    for size in MICRO_BATCHES:
+        for mode, parts in (("full", steps.BARE_PARTS), ("full-cached", steps.BARE_PARTS[:1])):
+            claim = f"time over the bare networks' (micro-batch {size}): {MODES[mode]}"
+            yield Row(claim, partial(check_overhead, mode=mode, parts=parts, micro_batch=size))
+    for mode in ("full", "lora"):
+        claim = f"speed of micro-batch 2 over 1: {MODES[mode]}"
+        yield Row(claim, partial(check_micro_batch, mode=mode))
+    for switch, within in SWITCHES.items():
+        yield Row(f"speed with {switch} over without", partial(check_switch, switch=switch, within=within))
+
+
+SWITCHES: dict[str, Callable[[Bench], AbstractContextManager]] = {
+    "compute.compile": Bench.compiling,
+    "compute.channels_last": nullcontext,
+}
+ROWS = tuple(_rows())
