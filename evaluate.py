@@ -17,9 +17,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes con
 
 from xdpo.arguments import positive
 from xdpo.files import check_writable, write_text
+from xdpo.images.making import differences, makings_of
 from xdpo.images.reading import Problem, by_prompt, name_folders, read_models
 from xdpo.paths import expanded, user_path
-from xdpo.scorers import PAPER_SCORERS, SCORER_NAMES
+from xdpo.scorers import PAPER_SCORERS, SCORER_NAMES, check_name
 
 if TYPE_CHECKING:
     from xdpo.report.sections import Evaluation
@@ -101,6 +102,15 @@ def evaluate(options: argparse.Namespace) -> int:
             raise ValueError(f"unknown model {baseline!r} in --baseline; choose from {', '.join(folders)}")
     if not scorers:
         raise ValueError(f"--scorers names none; choose from {', '.join(SCORER_NAMES)}")
+    for name in scorers:
+        check_name(name)
+
+    # The images come first: a mistyped folder costs no download of weights.
+    pictures, problems = read_models(folders, options.sets)
+    makings = makings_of(pictures)
+    problems += differences(makings)
+    for problem in problems:
+        print(f"note: {problem.describe()}", file=sys.stderr)
 
     from xdpo.report import curves, grids
     from xdpo.report.sections import Evaluation
@@ -113,11 +123,6 @@ def evaluate(options: argparse.Namespace) -> int:
     device = choose_device(options.device)
     versions = {name: scorer_version(name, options.weights) for name in scorers}
     table = ScoreTable(options.output, for_writing=True)
-
-    # Images and their scores.
-    pictures, problems = read_models(folders, options.sets)
-    for problem in problems:
-        print(f"note: {problem.describe()}", file=sys.stderr)
     broken = score_missing(
         pictures,
         versions,
@@ -138,11 +143,12 @@ def evaluate(options: argparse.Namespace) -> int:
     if not benchmarks:
         raise ValueError("nothing to compare:\n  " + "\n  ".join(problem.describe() for problem in problems))
     sources = {picture.model: picture.source for picture in reversed(pictures)}
-    drawn = [curves.curve(run, read_rows(run / "metrics.jsonl"), sources, baselines[0]) for run in options.runs]
+    by_run = [curves.curve(run, read_rows(run / "metrics.jsonl"), sources, baselines[0]) for run in options.runs]
+    drawn = [curve for curve in by_run if curve]
     shown = by_prompt(picture for picture in pictures if picture.sha256 not in broken)
 
     # The report.
-    write_report(options, Evaluation(benchmarks, baselines, problems, [c for c in drawn if c], shown, versions))
+    write_report(options, Evaluation(benchmarks, baselines, problems, drawn, shown, versions, makings))
     if options.table2 or options.table3:
         return print_tables(options, table)
     for benchmark in benchmarks:

@@ -42,8 +42,11 @@ class Nan:
 MODELS = {"sd15": 100, "xdpo": 150}
 
 
-def make_model(folder, red, count=6, prompt_set="mine", suffix="png"):
-    """Images in two categories, redder with their number and blue in one corner, and their manifest."""
+def make_model(folder, red, count=6, prompt_set="mine", suffix="png", **more):
+    """Images in two categories, redder with their number and blue in one corner, and their manifest.
+
+    more: further keys of every line.
+    """
     rows = []
     for number in range(count):
         category = "cats" if number < count // 2 else "dogs"
@@ -60,6 +63,7 @@ def make_model(folder, red, count=6, prompt_set="mine", suffix="png"):
                 "prompt": f"<i>prompt</i> {number}",
                 "model": folder.name,
                 "sha256": file_sha256(path),
+                **more,
             }
         )
     (folder / prompt_set / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -109,9 +113,42 @@ def test_two_folders_become_scores_tables_figures_and_a_page(world, capsys):
         ("sd15", "cats/1", 101.0),
     ]
     report = (world.output / "report.md").read_text()
-    assert "| Red | xdpo | sd15 | 100.0 % | [100.0, 100.0] | 6 | 0 | 0 | 0.031 |" in report
+    assert "| Red | xdpo | sd15 | 100.0 % ▲ | [100.0, 100.0] | 6 | 0 | 0 | 0.031 |" in report
     assert "Nothing is missing, broken or left out." in report
     assert "102.5000 [101.1667, 103.8333]" in capsys.readouterr().out
+
+
+MADE = {"seed": 0, "num_inference_steps": 50, "guidance_scale": 7.5, "scheduler": "pndm", "precision": "fp16"}
+
+
+def test_models_whose_images_were_made_with_other_settings_are_told_apart(world, capsys):
+    images = world.folder / "images"
+    make_model(images / "sd15", MODELS["sd15"], settings=MADE, revision="abc")
+    make_model(images / "xdpo", MODELS["xdpo"], settings=MADE | {"num_inference_steps": 20}, revision="def")
+    assert world.run() == 0
+    told = "mine: images made with different steps (sd15 50, xdpo 20)"
+    assert told in (said := capsys.readouterr().err) and "seed" not in said and "revision" not in said
+    report = (world.output / "report.md").read_text()
+    assert report.count("images made with different steps (sd15 50, xdpo 20)") == 2  # with the results, in the account
+    table = report[report.index("## How the images were made") :]
+    assert "| mine | sd15 | sd15 | abc | 0 | 50 | 7.5 | pndm | fp16 | 8 × 8 | png | 1 | unknown |" in table
+    assert "| mine | xdpo | xdpo | def | 0 | 20 ≠ | 7.5 |" in table
+    page = (world.output / "report.html").read_text()
+    assert page.count('<td class="differs"') == 1
+    settings = {
+        "settings": {},
+        "starts": [{"time": "2026-01-02T03:04:05+00:00"}, {"time": "2026-01-04T00:00:00+00:00"}],
+    }
+    (images / "sd15" / "mine" / "settings.json").write_text(json.dumps(settings))
+    make_model(images / "xdpo", MODELS["xdpo"], settings=MADE, suffix="jpg")
+    assert world.run() == 0
+    assert "mine: images made with different file (sd15 png, xdpo jpg)" in capsys.readouterr().err
+    assert "| 2026-01-02 to 2026-01-04 |" in (world.output / "report.md").read_text()
+
+
+def test_a_mistyped_folder_costs_no_search_for_weights(world, capsys):
+    assert world.run("--images", "nowhere", "--weights", "not here either", scorers="pickscore") == 1
+    assert "no image folder nowhere" in capsys.readouterr().err
 
 
 def test_images_of_one_colour_are_named_in_the_report_and_on_the_console(world, capsys):
@@ -410,7 +447,7 @@ def test_models_can_be_named(world):
     images = world.images()
     arguments = ["--images", f"before={images[0]}", f"after={images[1]}", "--scorers", world.scorer]
     assert evaluate.main([*arguments, "--output", str(world.output), "--baseline", "after"]) == 0
-    assert "| Red | before | after | 0.0 %" in (world.output / "report.md").read_text()
+    assert "| Red | before | after | 0.0 % ▼" in (world.output / "report.md").read_text()
 
 
 def test_a_models_name_may_have_dots_and_brackets(world):
@@ -550,4 +587,6 @@ def test_what_generate_makes_evaluate_reads(small_pipeline, tmp_path):
     assert {row.placement.repeat for row in rows} == {0, 1}
     report = (tmp_path / "results" / "report.md").read_text()
     assert "3 prompts, each with images of all 2 models." in report
-    assert "Nothing is missing, broken or left out." in report
+    assert "all models, tinyprompts: images made with different seed (one 0, two 7)\n" in report
+    (made,) = re.findall(r"^\| tinyprompts \| two \| .*", report, re.MULTILINE)
+    assert re.search(r"\| 7 ≠ \| 1 \| 7.5 \| pipeline \| fp32 \| \d+ × \d+ \| png \| 2 \| \d{4}-\d\d-\d\d \|$", made)

@@ -1,11 +1,12 @@
 """Tables as grids of cells, which can be written as Markdown, aligned text or HTML."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from math import isfinite
 
+from xdpo.images.making import MAY_DIFFER, Making
 from xdpo.scores.results import Benchmark
 from xdpo.scores.statistics import Comparison
 
@@ -25,13 +26,18 @@ _DECIMALS = {"pickscore": 3, "hpsv2": 3, "image_reward": 3, "clip": 4, "aestheti
 @dataclass(frozen=True)
 class Cell:
     """A cell of a table. `value` is its sorting key, `detail` is smaller print after the text, `best` marks the highest
-    of its kind, `tone` is "better" or "worse" than the baseline, "published" or empty."""
+    of its kind, `tone` is "better" or "worse" than the baseline, "differs" from the baseline, "published" or empty."""
 
     text: str
     value: float | str | None = None
     detail: str = ""
     best: bool = False
     tone: str = ""
+
+    @property
+    def sign(self) -> str:
+        """The tone as a character, for readers who don't see its colour."""
+        return {"better": "▲", "worse": "▼", "differs": "≠"}.get(self.tone, "")
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ def details(benchmark: Benchmark, baseline: str) -> Grid:
                 )
             )
     columns = ("Metric", "Model", "Prompts", "Mean", "Median", "Std. error", "95 % interval", "Change", "Relative")
-    note = f"Change of the mean against {baseline}; coloured where its 95 % interval excludes zero."
+    note = f"Change of the mean against {baseline}; ▲ or ▼ where its 95 % interval excludes zero."
     return Grid(f"{benchmark.name}: mean, median and change", columns, tuple(rows), note)
 
 
@@ -153,7 +159,7 @@ def win_rates(benchmark: Benchmark, baselines: Sequence[str]) -> Grid:
                     )
                 )
     columns = ("Metric", "Model", "Against", "Win rate", "95 % interval", "Wins", "Ties", "Losses", "Sign test p")
-    note = "Paired by prompt, ties ½; bootstrap over prompts; coloured where the interval excludes 50 %."
+    note = "Paired by prompt, ties ½; bootstrap over prompts; ▲ or ▼ where the interval excludes 50 %."
     return Grid(f"{benchmark.name}: win rates", columns, tuple(rows), note)
 
 
@@ -176,6 +182,22 @@ def by_category(benchmark: Benchmark, baseline: str, scorer: str) -> Grid:
     return Grid(f"{benchmark.name}: {title_of(scorer)} by style or category", columns, tuple(rows), note)
 
 
+def made(makings: Sequence[Making], baselines: Mapping[str, str]) -> Grid:
+    """How each model's images of each prompt set were made; marked where they differ from the set's baseline."""
+    by_set = {making.prompt_set: making.facts for making in reversed(makings)}  # of the first model, or the baseline
+    by_set |= {making.prompt_set: making.facts for making in makings if making.model == baselines[making.prompt_set]}
+    rows = []
+    for making in makings:
+        expected = by_set[making.prompt_set]
+        cells = [
+            Cell(text, text, tone="differs" if fact not in MAY_DIFFER and text != expected[fact] else "")
+            for fact, text in making.facts.items()
+        ]
+        rows.append((Cell(making.prompt_set, making.prompt_set), Cell(making.model, making.model), *cells))
+    note = "≠ marks what differs from the baseline of the prompt set; such scores compare settings as well as models."
+    return Grid("How the images were made", ("Prompt set", "Model", *makings[0].facts), tuple(rows), note)
+
+
 def shift_tone(comparison: Comparison) -> str:
     low, high = comparison.mean_shift_interval
     return "better" if low > 0 else "worse" if high < 0 else ""
@@ -195,7 +217,7 @@ def to_markdown(grid: Grid) -> str:
 
     def shown(cell: Cell) -> str:
         text = f"**{plain(cell.text)}**" if cell.best and cell.text else plain(cell.text)
-        return f"{text} {plain(cell.detail)}" if cell.detail else text
+        return " ".join(filter(None, [text, cell.sign, plain(cell.detail)]))
 
     numeric = _numeric_columns(grid)
     lines = [
@@ -210,7 +232,7 @@ def to_text(grid: Grid) -> str:
     """The table as aligned columns for a terminal, the best marked with an asterisk."""
 
     def shown(cell: Cell) -> str:
-        text = cell.text + (f" {cell.detail}" if cell.detail else "")
+        text = " ".join(filter(None, [cell.text, cell.sign, cell.detail]))
         return text + "*" if cell.best else text
 
     lines = [list(grid.columns), *([shown(cell) for cell in row] for row in grid.rows)]
@@ -241,7 +263,8 @@ def to_html(grid: Grid) -> str:
         names = " ".join(filter(None, ["number" if right else "", "best" if cell.best else "", cell.tone]))
         value = "" if cell.value is None else cell.value
         detail = f" <small>{escape(cell.detail)}</small>" if cell.detail else ""
-        return f'<td class="{names}" data-value="{escape(str(value))}">{escape(cell.text)}{detail}</td>'
+        sign = f" <i>{cell.sign}</i>" if cell.sign else ""
+        return f'<td class="{names}" data-value="{escape(str(value))}">{escape(cell.text)}{sign}{detail}</td>'
 
     head = "".join(
         f'<th scope="col" class="{"number" if right else ""}"><button type="button">{escape(column)}</button></th>'

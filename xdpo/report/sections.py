@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from xdpo.images.making import Making, differences
 from xdpo.images.reading import Picture, Problem
 from xdpo.report import figures, grids, published
 from xdpo.report.curves import Curve, pairs_to_reach
@@ -26,6 +27,7 @@ class Evaluation:
     curves: Sequence[Curve]
     pictures: Mapping[tuple[str, str, str], Sequence[Picture]]
     versions: Mapping[str, str]  # scorer → version
+    makings: Sequence[Making]
 
     def baselines_of(self, benchmark: Benchmark) -> list[str]:
         """The baselines that have images there; the first model if none has."""
@@ -62,7 +64,7 @@ def sections(evaluation: Evaluation, figure_folder: Path) -> list[Section]:
         if any(benchmark.name == "hpsv2" for benchmark in evaluation.benchmarks):
             tables.append(published.table3(evaluation.benchmarks))
         report.append(Section("Beside the paper", (published.user_study(),), tuple(tables)))
-    return [*report, _account_section(evaluation)]
+    return [*report, _making_section(evaluation), _account_section(evaluation)]
 
 
 def _benchmark_section(evaluation: Evaluation, benchmark: Benchmark, figure_folder: Path) -> Section:
@@ -84,7 +86,9 @@ def _benchmark_section(evaluation: Evaluation, benchmark: Benchmark, figure_fold
         folded.append(extremes(benchmark, baseline))
     if len(benchmark.categories) > 1:
         folded += [grids.by_category(benchmark, baseline, scorer) for scorer in benchmark.scorers]
-    return Section(benchmark.name, (_how_many(benchmark),), tuple(blocks), tuple(folded), benchmark)
+    unlike = [problem for problem in differences(evaluation.makings) if problem.prompt_set == benchmark.name]
+    text = (_how_many(benchmark), *(f"Not made alike: {problem.kind}." for problem in unlike))
+    return Section(benchmark.name, text, tuple(blocks), tuple(folded), benchmark)
 
 
 def _how_many(benchmark: Benchmark) -> str:
@@ -154,6 +158,12 @@ def _curve_section(evaluation: Evaluation, benchmark: Benchmark, figure_folder: 
     if rows:
         blocks.append(Grid(f"{benchmark.name}: pairs needed", columns, tuple(rows), note))
     return Section(f"Training: {benchmark.name}", (), tuple(blocks))
+
+
+def _making_section(evaluation: Evaluation) -> Section:
+    baselines = {benchmark.name: evaluation.baselines_of(benchmark)[0] for benchmark in evaluation.benchmarks}
+    makings = [making for making in evaluation.makings if making.prompt_set in baselines]
+    return Section("How the images were made", (), (grids.made(makings, baselines),))
 
 
 def _account_section(evaluation: Evaluation) -> Section:

@@ -4,6 +4,8 @@ There are the paper's five metrics, the embedded world's judges, and any class i
 `xdpo.scorers.loading`; this module has only the names, so that a command line finds them without importing torch.
 """
 
+import difflib
+
 PAPER_SCORERS = ("pickscore", "hpsv2", "image_reward", "clip", "aesthetic")
 METRIC_NAMES = (*PAPER_SCORERS, "hpsv2.1")
 TINY_SCALES = {  # quantity → what its numbers are
@@ -12,3 +14,17 @@ TINY_SCALES = {  # quantity → what its numbers are
     "reward": "the embedded annotator's utility, 0 to 7",
 }
 SCORER_NAMES = tuple(sorted([*METRIC_NAMES, *(f"tiny_{quantity}" for quantity in TINY_SCALES)]))
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError, naming the nearest, for a scorer that is neither known nor path/to/file.py:ClassName."""
+    if is_custom(name) or name in SCORER_NAMES:
+        return
+    near = difflib.get_close_matches(name, SCORER_NAMES, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    choices = ", ".join(SCORER_NAMES)
+    raise ValueError(f"unknown scorer {name!r}; choose from {choices}, or path/to/file.py:ClassName{hint}")
+
+
+def is_custom(name: str) -> bool:
+    return ".py:" in name

@@ -4,14 +4,13 @@
 that downloads them.
 """
 
-import difflib
 import hashlib
 from pathlib import Path
 
 import torch
 
-from xdpo.scorers import SCORER_NAMES, TINY_SCALES
-from xdpo.scorers.custom import custom_version, is_custom, load_custom
+from xdpo.scorers import TINY_SCALES, check_name, is_custom
+from xdpo.scorers.custom import custom_version, load_custom
 from xdpo.scorers.interface import Scorer, as_rgb, full_precision
 from xdpo.scorers.metrics import ARCHITECTURES, COMPUTATION, METRICS
 from xdpo.scorers.weights import SIZES_FILE, digest, find_files, read_sizes
@@ -43,13 +42,9 @@ def scorer_version(name: str, weights: str | Path | None = None) -> str:
     Downloads and checks every file: called for all scorers first, it finds every fault before the scoring. Raises as
     load_scorer does.
     """
+    check_name(name)
     if is_custom(name):
         return custom_version(name)
-    if name not in SCORER_NAMES:
-        near = difflib.get_close_matches(name, SCORER_NAMES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        choices = ", ".join(SCORER_NAMES)
-        raise ValueError(f"unknown scorer {name!r}; choose from {choices}, or path/to/file.py:ClassName{hint}")
     if name.startswith("tiny_"):
         from xdpo.tiny.judges import JUDGE_WEIGHTS
 
