@@ -157,13 +157,15 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def write_report(options: argparse.Namespace, evaluation: "Evaluation") -> None:
-    """Write report.md, report.html and figures/ into the output folder."""
+    """Write report.md, report.html, figures/ and tables/ into the output folder."""
+    from xdpo.report.exports import write_tables
     from xdpo.report.markdown import markdown
     from xdpo.report.page import page
     from xdpo.report.sections import sections
 
     output = options.output
     report_sections = sections(evaluation, output / "figures")
+    write_tables([table for section in report_sections for table in section.tables], output)
     write_text(output / "report.md", markdown(options.title, report_sections, output))
     embed_bytes = int(options.embed_mb * 1e6)
     write_text(output / "report.html", page(options.title, evaluation, report_sections, output, embed_bytes))

@@ -105,7 +105,7 @@ def scores(world):
 def test_two_folders_become_scores_tables_figures_and_a_page(world, capsys):
     assert world.run() == 0
     made = {path.name for path in world.output.iterdir() if not is_own(path)}
-    assert made == {"scores.parquet", "report.md", "report.html", "figures"}
+    assert made == {"scores.parquet", "report.md", "report.html", "figures", "tables"}
     assert {path.suffix for path in (world.output / "figures").iterdir()} == {".png", ".svg"}
     table = ScoreTable(world.output)
     assert sorted((row.placement.model, row.placement.key, row.score) for row in table.placed)[:2] == [
@@ -113,7 +113,7 @@ def test_two_folders_become_scores_tables_figures_and_a_page(world, capsys):
         ("sd15", "cats/1", 101.0),
     ]
     report = (world.output / "report.md").read_text()
-    assert "| Red | xdpo | sd15 | 100.0 % ▲ | [100.0, 100.0] | 6 | 0 | 0 | 0.031 |" in report
+    assert "| Red | xdpo | sd15 | 100.0 % ▲ | [61.0, 100.0] | 6 | 0 | 0 | 0.031 | 0.031 |" in report
     assert "Nothing is missing, broken or left out." in report
     assert "102.5000 [101.1667, 103.8333]" in capsys.readouterr().out
 
@@ -126,10 +126,12 @@ def test_models_whose_images_were_made_with_other_settings_are_told_apart(world,
     make_model(images / "sd15", MODELS["sd15"], settings=MADE, revision="abc")
     make_model(images / "xdpo", MODELS["xdpo"], settings=MADE | {"num_inference_steps": 20}, revision="def")
     assert world.run() == 0
-    told = "mine: images made with different steps (sd15 50, xdpo 20)"
+    told = "mine: images made with different steps (50: sd15; 20: xdpo)"
     assert told in (said := capsys.readouterr().err) and "seed" not in said and "revision" not in said
     report = (world.output / "report.md").read_text()
-    assert report.count("images made with different steps (sd15 50, xdpo 20)") == 2  # with the results, in the account
+    assert (
+        report.count("images made with different steps (50: sd15; 20: xdpo)") == 2
+    )  # with the results, in the account
     table = report[report.index("## How the images were made") :]
     assert "| mine | sd15 | sd15 | abc | 0 | 50 | 7.5 | pndm | fp16 | 8 × 8 | png | 1 | unknown |" in table
     assert "| mine | xdpo | xdpo | def | 0 | 20 ≠ | 7.5 |" in table
@@ -142,7 +144,7 @@ def test_models_whose_images_were_made_with_other_settings_are_told_apart(world,
     (images / "sd15" / "mine" / "settings.json").write_text(json.dumps(settings))
     make_model(images / "xdpo", MODELS["xdpo"], settings=MADE, suffix="jpg")
     assert world.run() == 0
-    assert "mine: images made with different file (sd15 png, xdpo jpg)" in capsys.readouterr().err
+    assert "mine: images made with different file (png: sd15; jpg: xdpo)" in capsys.readouterr().err
     assert "| 2026-01-02 to 2026-01-04 |" in (world.output / "report.md").read_text()
 
 
@@ -293,7 +295,7 @@ def test_its_own_output_is_no_model(world, capsys):
         evaluate.main(["--images", str(world.output), "--scorers", world.scorer, "--output", str(world.folder / "r")])
         == 1
     )
-    assert "nothing to compare" in (said := capsys.readouterr().err) and "2 left out: no prompt is known" in said
+    assert "nothing to compare" in (said := capsys.readouterr().err) and "4 left out: no prompt is known" in said
     inside = world.folder / "images" / "sd15"
     for _ in range(2):
         arguments = ["--images", *world.images(), "--scorers", world.scorer, "--output", str(inside)]
@@ -455,7 +457,7 @@ def test_a_models_name_may_have_dots_and_brackets(world):
     arguments = ["--images", f"sd1.4={before}", f"sd1.5 (mine)={after}", "--scorers", world.scorer]
     assert evaluate.main([*arguments, "--output", str(world.output), "--baseline", "sd1.4", "sd1.5 (mine)"]) == 0
     links = re.findall(r"!\[.*?\]\((.*?)\)", (world.output / "report.md").read_text())
-    assert len(set(links)) == 3
+    assert len(set(links)) == 5
     assert all((world.output / unquote(link)).is_file() for link in links)
 
 
@@ -587,6 +589,6 @@ def test_what_generate_makes_evaluate_reads(small_pipeline, tmp_path):
     assert {row.placement.repeat for row in rows} == {0, 1}
     report = (tmp_path / "results" / "report.md").read_text()
     assert "3 prompts, each with images of all 2 models." in report
-    assert "all models, tinyprompts: images made with different seed (one 0, two 7)\n" in report
+    assert "all models, tinyprompts: images made with different seed (0: one; 7: two)\n" in report
     (made,) = re.findall(r"^\| tinyprompts \| two \| .*", report, re.MULTILINE)
     assert re.search(r"\| 7 ≠ \| 1 \| 7.5 \| pipeline \| fp32 \| \d+ × \d+ \| png \| 2 \| \d{4}-\d\d-\d\d \|$", made)

@@ -515,7 +515,7 @@ def test_a_grid_shows_the_prompts_that_all_models_have(make, tmp_path, capsys):
     assert generate.main([*arguments, "--cell", "32"]) == 0
     said = capsys.readouterr()
     assert "4 of 5 prompts shown" in said.out
-    assert "note: all models, tinyprompts: images made with different seed (one 0, two 9)\n" in said.err
+    assert "note: all models, tinyprompts: images made with different seed (0: one; 9: two)\n" in said.err
     first, second = Image.open(tmp_path / "g" / "sheet.png"), Image.open(tmp_path / "g" / "sheet_2.png")
     assert first.width == second.width == 8 + 2 * 40 and first.height > second.height
     shown = np.asarray(first)[26 : 26 + 32, 8 : 8 + 32]

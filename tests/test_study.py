@@ -146,7 +146,7 @@ def test_images_that_were_not_made_alike_need_leave(tmp_path, capsys):
     command = ["build", "--a", str(tmp_path / "ours"), "--b", str(tmp_path / "theirs"), "--output"]
     assert user_study.main([*command, str(tmp_path / "study")]) == 1
     said = capsys.readouterr().err
-    assert "set_b: images made with different steps (ours 50, theirs 20)" in said
+    assert "set_b: images made with different steps (50: ours; 20: theirs)" in said
     assert "--allow-different-settings" in said and not (tmp_path / "study").exists()
     assert user_study.main([*command, str(tmp_path / "study"), "--allow-different-settings"]) == 0
 

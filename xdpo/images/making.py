@@ -51,14 +51,17 @@ def differences(makings: Sequence[Making], besides: Sequence[str] = ()) -> list[
     """A line for each prompt set whose images were not made alike by all models, in facts that are not in `besides`."""
     problems = []
     for prompt_set in dict.fromkeys(making.prompt_set for making in makings):
-        alike = [making for making in makings if making.prompt_set == prompt_set]
-        named = [
-            f"{fact.lower()} ({', '.join(f'{making.model} {making.facts[fact]}' for making in alike)})"
-            for fact in alike[0].facts
-            if fact not in (*MAY_DIFFER, *besides) and len({making.facts[fact] for making in alike}) > 1
-        ]
+        named = []
+        for fact in makings[0].facts:
+            models: dict[str, list[str]] = defaultdict(list)
+            for making in makings:
+                if making.prompt_set == prompt_set:
+                    models[making.facts[fact]].append(making.model)
+            if fact not in (*MAY_DIFFER, *besides) and len(models) > 1:
+                shown = "; ".join(f"{value}: {', '.join(names)}" for value, names in models.items())
+                named.append(f"{fact.lower()} ({shown})")
         if named:
-            problems.append(Problem("all models", prompt_set, f"images made with different {'; '.join(named)}"))
+            problems.append(Problem("all models", prompt_set, f"images made with different {', '.join(named)}"))
     return problems
 
 

@@ -5,10 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from math import isfinite
+from typing import NamedTuple
+
+import numpy as np
 
 from xdpo.images.making import MAY_DIFFER, Making
 from xdpo.scores.results import Benchmark
-from xdpo.scores.statistics import Comparison
+from xdpo.scores.statistics import Comparison, average_ranks
 
 TITLES = {
     "pickscore": "PickScore",
@@ -20,6 +23,7 @@ TITLES = {
     "tiny_alignment": "Alignment (tiny)",
     "tiny_appeal": "Appeal (tiny)",
 }
+BEST = "Marked is a model whose paired difference from every other has a 95 % interval above zero."
 _DECIMALS = {"pickscore": 3, "hpsv2": 3, "image_reward": 3, "clip": 4, "aesthetic": 3}
 
 
@@ -38,6 +42,15 @@ class Cell:
     def sign(self) -> str:
         """The tone as a character, for readers who don't see its colour."""
         return {"better": "▲", "worse": "▼", "differs": "≠"}.get(self.tone, "")
+
+
+class Paired(NamedTuple):
+    """A model and the baseline with which it is compared, by a scorer on a prompt set."""
+
+    prompt_set: str
+    baseline: str
+    model: str
+    scorer: str
 
 
 @dataclass(frozen=True)
@@ -81,9 +94,9 @@ def interval(low: float, high: float, scorer: str, sign: bool = False) -> str:
 
 
 def overview(benchmark: Benchmark) -> Grid:
-    """Means with intervals: a row per model, a column per scorer, the highest of each column marked."""
+    """Means with intervals: a row per model, a column per scorer, marked where a model is better than every other."""
     cells = {(m, s): benchmark.summary(m, s) for m in benchmark.models for s in benchmark.scorers}
-    best = {s: max(cells[m, s].mean for m in benchmark.models) for s in benchmark.scorers}
+    best = {s: benchmark.best(s) for s in benchmark.scorers}
     rows = tuple(
         (
             Cell(model, model),
@@ -92,7 +105,7 @@ def overview(benchmark: Benchmark) -> Grid:
                     number(cells[model, s].mean, s),
                     cells[model, s].mean,
                     interval(*cells[model, s].interval, s),
-                    best=cells[model, s].mean == best[s],
+                    best=model == best[s],
                 )
                 for s in benchmark.scorers
             ),
@@ -100,7 +113,7 @@ def overview(benchmark: Benchmark) -> Grid:
         for model in benchmark.models
     )
     columns = ("Model", *(title_of(s) for s in benchmark.scorers))
-    note = f"Means over {len(benchmark.prompts):,} prompts with 95 % bootstrap intervals; the highest is marked."
+    note = f"Means over {len(benchmark.prompts):,} prompts with 95 % bootstrap intervals. {BEST}"
     return Grid(f"{benchmark.name}: mean scores", columns, rows, note)
 
 
@@ -134,52 +147,112 @@ def details(benchmark: Benchmark, baseline: str) -> Grid:
     return Grid(f"{benchmark.name}: mean, median and change", columns, tuple(rows), note)
 
 
-def win_rates(benchmark: Benchmark, baselines: Sequence[str]) -> Grid:
-    """Win rates of each model against each baseline, paired by prompt; two baselines are compared once."""
+def win_rates(benchmark: Benchmark, baselines: Sequence[str], corrected: Mapping[Paired, float]) -> Grid:
+    """Win rates of each model against each baseline, paired by prompt; `corrected` are their corrected p-values."""
     rows = []
-    for position, baseline in enumerate(baselines):
-        for scorer in benchmark.scorers:
-            for model in benchmark.models:
-                if model == baseline or model in baselines[:position]:
-                    continue
-                c = benchmark.comparison(baseline, model, scorer)
-                low, high = c.win_rate_bootstrap
-                tone = "better" if low > 0.5 else "worse" if high < 0.5 else ""
+    for paired in compared(benchmark, baselines):
+        c = benchmark.comparison(paired.baseline, paired.model, paired.scorer)
+        low, high = c.win_rate_interval
+        p = corrected[paired]
+        tone = "" if p >= 0.05 else "better" if c.wins > c.losses else "worse"
+        rows.append(
+            (
+                Cell(title_of(paired.scorer), title_of(paired.scorer)),
+                Cell(paired.model, paired.model),
+                Cell(paired.baseline, paired.baseline),
+                Cell(percent(c.win_rate), c.win_rate, tone=tone),
+                Cell(f"[{100 * low:.1f}, {100 * high:.1f}]", low),
+                Cell(f"{c.wins:,}", c.wins),
+                Cell(f"{c.ties:,}", c.ties),
+                Cell(f"{c.losses:,}", c.losses),
+                Cell(p_value(c.sign_test), c.sign_test),
+                Cell(p_value(p), p),
+            )
+        )
+    columns = ("Metric", "Model", "Against", "Win rate", "95 % interval", "Wins", "Ties", "Losses", "p", "p, corrected")
+    note = (
+        "Paired by prompt, ties ½, Wilson's intervals; p is the sign test's, corrected by Holm's method for the "
+        f"{len(corrected):,} comparisons of this report; ▲ or ▼ where the corrected p is below 0.05."
+    )
+    return Grid(f"{benchmark.name}: win rates", columns, tuple(rows), note)
+
+
+def compared(benchmark: Benchmark, baselines: Sequence[str]) -> list[Paired]:
+    """What is compared with the baselines; two baselines are compared with one another once."""
+    return [
+        Paired(benchmark.name, baseline, model, scorer)
+        for position, baseline in enumerate(baselines)
+        for scorer in benchmark.scorers
+        for model in benchmark.models
+        if model != baseline and model not in baselines[:position]
+    ]
+
+
+def every_pair(benchmark: Benchmark) -> Grid:
+    """Win rates of all models against one another by each scorer."""
+    rows = []
+    for scorer in benchmark.scorers:
+        for model in benchmark.models:
+            for other in (other for other in benchmark.models if other != model):
+                c = benchmark.comparison(other, model, scorer)
+                low, high = c.win_rate_interval
                 rows.append(
                     (
                         Cell(title_of(scorer), title_of(scorer)),
                         Cell(model, model),
-                        Cell(baseline, baseline),
-                        Cell(percent(c.win_rate), c.win_rate, tone=tone),
+                        Cell(other, other),
+                        Cell(percent(c.win_rate), c.win_rate),
                         Cell(f"[{100 * low:.1f}, {100 * high:.1f}]", low),
-                        Cell(f"{c.wins:,}", c.wins),
-                        Cell(f"{c.ties:,}", c.ties),
-                        Cell(f"{c.losses:,}", c.losses),
-                        Cell(p_value(c.sign_test), c.sign_test),
                     )
                 )
-    columns = ("Metric", "Model", "Against", "Win rate", "95 % interval", "Wins", "Ties", "Losses", "Sign test p")
-    note = "Paired by prompt, ties ½; bootstrap over prompts; ▲ or ▼ where the interval excludes 50 %."
-    return Grid(f"{benchmark.name}: win rates", columns, tuple(rows), note)
+    columns = ("Metric", "Model", "Against", "Win rate", "95 % interval")
+    return Grid(f"{benchmark.name}: win rates of every pair", columns, tuple(rows))
 
 
-def by_category(benchmark: Benchmark, baseline: str, scorer: str) -> Grid:
-    """Means of one scorer by style or category, with win rates against the baseline."""
-    categories = benchmark.categories
-    best = {c: max(benchmark.of(m, scorer, c).mean() for m in benchmark.models) for c in categories}
+def ranks(benchmark: Benchmark) -> Grid:
+    """Ranks averaged over prompts: a row per model, a column per scorer and their mean, the best model first."""
+    of_scorer = np.array([average_ranks(benchmark.scores[scorer]) for scorer in benchmark.scorers])
+    means = of_scorer.mean(axis=0)
+    rows = tuple(
+        (
+            Cell(benchmark.models[i], benchmark.models[i]),
+            *(Cell(f"{rank:.2f}", float(rank)) for rank in of_scorer[:, i]),
+            Cell(f"{means[i]:.2f}", float(means[i])),
+        )
+        for i in np.argsort(means, kind="stable")
+    )
+    columns = ("Model", *(title_of(scorer) for scorer in benchmark.scorers), "Mean")
+    note = "The rank among the models, averaged over prompts: 1 is the highest score, and ties share their ranks."
+    return Grid(f"{benchmark.name}: average ranks", columns, rows, note)
+
+
+def by_category(benchmark: Benchmark, baseline: str) -> Grid:
+    """Means by style or category, their change against the baseline and the win rate, one row for each."""
     rows = []
-    for model in benchmark.models:
-        cells = [Cell(model, model)]
-        for category in categories:
-            mean = float(benchmark.of(model, scorer, category).mean())
-            c = benchmark.comparison(baseline, model, scorer, category)
-            detail = "" if model == baseline else f"wins {percent(c.win_rate, decimals=0)}"
-            tone = "" if model == baseline else shift_tone(c)
-            cells.append(Cell(number(mean, scorer), mean, detail, best=mean == best[category], tone=tone))
-        rows.append(tuple(cells))
-    columns = ("Model", *(f"{category or 'all'} ({len(rows_):,})" for category, rows_ in categories.items()))
-    note = f"Mean and win rate against {baseline}; the number of prompts in brackets."
-    return Grid(f"{benchmark.name}: {title_of(scorer)} by style or category", columns, tuple(rows), note)
+    for scorer in benchmark.scorers:
+        for category, positions in benchmark.categories.items():
+            for model in benchmark.models:
+                c = benchmark.comparison(baseline, model, scorer, category)
+                rate, shift, between = Cell("–"), Cell("–"), Cell("–")
+                if model != baseline:
+                    rate = Cell(percent(c.win_rate), c.win_rate)
+                    shift = Cell(number(c.mean_shift, scorer, sign=True), c.mean_shift, tone=shift_tone(c))
+                    between = Cell(interval(*c.mean_shift_interval, scorer, sign=True), c.mean_shift_interval[0])
+                rows.append(
+                    (
+                        Cell(title_of(scorer), title_of(scorer)),
+                        Cell(category or "none", category or "none"),
+                        Cell(f"{len(positions):,}", len(positions)),
+                        Cell(model, model),
+                        Cell(number(c.mean_after, scorer), c.mean_after),
+                        shift,
+                        between,
+                        rate,
+                    )
+                )
+    columns = ("Metric", "Category", "Prompts", "Model", "Mean", "Change", "95 % interval", "Win rate")
+    note = f"Change and win rate against {baseline}; ▲ or ▼ where the change's interval excludes zero, not corrected."
+    return Grid(f"{benchmark.name}: by style or category", columns, tuple(rows), note)
 
 
 def made(makings: Sequence[Making], baselines: Mapping[str, str]) -> Grid:
@@ -219,7 +292,7 @@ def to_markdown(grid: Grid) -> str:
         text = f"**{plain(cell.text)}**" if cell.best and cell.text else plain(cell.text)
         return " ".join(filter(None, [text, cell.sign, plain(cell.detail)]))
 
-    numeric = _numeric_columns(grid)
+    numeric = numeric_columns(grid)
     lines = [
         "| " + " | ".join(map(plain, grid.columns)) + " |",
         "|" + "|".join(" ---: " if right else " --- " for right in numeric) + "|",
@@ -237,7 +310,7 @@ def to_text(grid: Grid) -> str:
 
     lines = [list(grid.columns), *([shown(cell) for cell in row] for row in grid.rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(grid.columns))]
-    numeric = _numeric_columns(grid)
+    numeric = numeric_columns(grid)
 
     def aligned(line: list[str]) -> str:
         cells = []
@@ -257,7 +330,7 @@ def to_text(grid: Grid) -> str:
 
 def to_html(grid: Grid) -> str:
     """The table as HTML that the page's script makes sortable. All text is escaped."""
-    numeric = _numeric_columns(grid)
+    numeric = numeric_columns(grid)
 
     def shown(cell: Cell, right: bool) -> str:
         names = " ".join(filter(None, ["number" if right else "", "best" if cell.best else "", cell.tone]))
@@ -281,7 +354,7 @@ def to_html(grid: Grid) -> str:
     )
 
 
-def _numeric_columns(grid: Grid) -> list[bool]:
+def numeric_columns(grid: Grid) -> list[bool]:
     """Which columns hold numbers: those in which every value is a number."""
     return [
         any(isinstance(row[i].value, int | float) for row in grid.rows)
