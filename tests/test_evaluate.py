@@ -148,6 +148,34 @@ def test_models_whose_images_were_made_with_other_settings_are_told_apart(world,
     assert "| 2026-01-02 to 2026-01-04 |" in (world.output / "report.md").read_text()
 
 
+def test_diversity_and_drift_are_reported_and_features_computed_once(world, metric_weights, capsys):
+    """xdpo's two images of a prompt are one and the same; sd15's differ; the reference is sd15's."""
+    for model in MODELS:
+        folder = world.folder / "images" / model / "mine"
+        rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+        for row in rows[:]:
+            again = row["file"].replace(".png", "_1.png")
+            Image.open(folder / row["file"]).save(folder / again)
+            if model == "sd15":
+                Image.radial_gradient("L").convert("RGB").save(folder / again)
+            rows.append({key: value for key, value in row.items() if key != "sha256"} | {"file": again})
+        (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["--weights", str(metric_weights), "--diversity", "--reference", str(world.folder / "images" / "sd15")]
+    assert world.run(*more) == 0
+    assert "features: 36 images, 13 of them to embed" in capsys.readouterr().out  # 2 × 6 and the gradient
+    report = (world.output / "report.md").read_text()
+    assert re.search(r"\| xdpo \| 0\.0000 \[.*?\] \| 1\.0000 ", report)
+    assert re.search(r"\| sd15 \| \*\*0\.\d+\*\* \[.*?\] \| \*\*1\.\d+\*\* ", report)
+    drift = {
+        row[1]: float(row[3]) for row in re.findall(r"^\| (mine) \| (\w+) \| (12) \| ([\d.]+) \|", report, re.MULTILINE)
+    }
+    assert drift["sd15"] == 0 < drift["xdpo"]
+    assert world.run(*more) == 0
+    assert "features: 36 images, 0 of them to embed" in capsys.readouterr().out
+    assert world.run("--reference", "nowhere") == 1
+    assert "--reference: no folder nowhere" in capsys.readouterr().err
+
+
 def test_a_mistyped_folder_costs_no_search_for_weights(world, capsys):
     assert world.run("--images", "nowhere", "--weights", "not here either", scorers="pickscore") == 1
     assert "no image folder nowhere" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from math import isfinite
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -13,9 +13,13 @@ from xdpo.images.making import MAY_DIFFER, Making
 from xdpo.scores.results import Benchmark
 from xdpo.scores.statistics import Comparison, average_ranks
 
+if TYPE_CHECKING:
+    from xdpo.scores.features import Drift
+
 TITLES = {
     "pickscore": "PickScore",
     "hpsv2": "HPSv2",
+    "hpsv2.1": "HPSv2.1",
     "image_reward": "ImageReward",
     "clip": "CLIP",
     "aesthetic": "Aesthetic",
@@ -24,7 +28,7 @@ TITLES = {
     "tiny_appeal": "Appeal (tiny)",
 }
 BEST = "Marked is a model whose paired difference from every other has a 95 % interval above zero."
-_DECIMALS = {"pickscore": 3, "hpsv2": 3, "image_reward": 3, "clip": 4, "aesthetic": 3}
+_DECIMALS = {"pickscore": 3, "hpsv2": 3, "hpsv2.1": 3, "image_reward": 3, "clip": 4, "aesthetic": 3}
 
 
 @dataclass(frozen=True)
@@ -253,6 +257,26 @@ def by_category(benchmark: Benchmark, baseline: str) -> Grid:
     columns = ("Metric", "Category", "Prompts", "Model", "Mean", "Change", "95 % interval", "Win rate")
     note = f"Change and win rate against {baseline}; ▲ or ▼ where the change's interval excludes zero, not corrected."
     return Grid(f"{benchmark.name}: by style or category", columns, tuple(rows), note)
+
+
+def drifts(found: Sequence["Drift"]) -> Grid:
+    """The drift of each model from the reference images."""
+    rows = tuple(
+        (
+            Cell(drift.prompt_set, drift.prompt_set),
+            Cell(drift.model, drift.model),
+            Cell(f"{drift.images:,}", drift.images),
+            Cell(f"{drift.gaussian:.3f}".replace("-", "−"), drift.gaussian),
+            Cell(f"{drift.polynomial:.3f}".replace("-", "−"), drift.polynomial),
+        )
+        for drift in found
+    )
+    note = (
+        f"1000 × squared maximum mean discrepancy from {found[0].references:,} reference images on CLIP features "
+        "(ViT-L/14, 224 pixels), with CMMD's Gaussian and KID's polynomial kernel. Models are comparable where they have "
+        "equally many images; published CMMD and KID are on features of other networks."
+    )
+    return Grid("Drift from the reference images", ("Prompt set", "Model", "Images", "CMMD's", "KID's"), rows, note)
 
 
 def made(makings: Sequence[Making], baselines: Mapping[str, str]) -> Grid:

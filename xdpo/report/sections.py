@@ -13,6 +13,7 @@ from xdpo.images.reading import Picture, Problem
 from xdpo.report import figures, grids, published
 from xdpo.report.curves import Curve, pairs_to_reach
 from xdpo.report.grids import Cell, Grid, Paired
+from xdpo.scores.features import Drift
 from xdpo.scores.results import Benchmark
 from xdpo.scores.statistics import holm
 
@@ -31,6 +32,8 @@ class Evaluation:
     pictures: Mapping[tuple[str, str, str], Sequence[Picture]]
     versions: Mapping[str, str]  # scorer → version
     makings: Sequence[Making]
+    diversity: Sequence[Benchmark] = ()  # a prompt's images among one another, as scores
+    drifts: Sequence[Drift] = ()
 
     @cached_property
     def corrected_p_values(self) -> dict[Paired, float]:
@@ -78,6 +81,15 @@ def sections(evaluation: Evaluation, figure_folder: Path) -> list[Section]:
     report = [_benchmark_section(evaluation, benchmark, figure_folder) for benchmark in evaluation.benchmarks]
     if evaluation.curves:
         report += [_curve_section(evaluation, benchmark, figure_folder) for benchmark in evaluation.benchmarks]
+    for benchmark in evaluation.diversity:
+        text = (
+            "Of several images of one prompt, on CLIP features (ViT-L/14): the mean cosine distance of two, and the "
+            f"Vendi score, the effective number of different ones. {_how_many(benchmark)}"
+        )
+        details = grids.details(benchmark, evaluation.baselines_of(benchmark)[0])
+        report.append(Section(benchmark.name, (text,), (grids.overview(benchmark),), (details,)))
+    if evaluation.drifts:
+        report.append(Section("Drift", (), (grids.drifts(evaluation.drifts),)))
     if any(published.has_published(benchmark) for benchmark in evaluation.benchmarks):
         tables = [published.table2(evaluation.benchmarks)]
         if any(benchmark.name == "hpsv2" for benchmark in evaluation.benchmarks):
