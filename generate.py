@@ -206,6 +206,8 @@ def build_settings(options: argparse.Namespace) -> SamplingSettings:
 
 def grid(options: argparse.Namespace) -> int:
     """Write sheets of the prompts for which every folder has an image. Returns 0."""
+    from xdpo.images.making import differences, makings_of
+    from xdpo.images.reading import picture_of
     from xdpo.images.sheets import first_images, write_sheets
 
     if options.output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
@@ -223,6 +225,13 @@ def grid(options: argparse.Namespace) -> int:
         title: [folder / options.prompts / rows_by_title[title][prompt].file for prompt in prompts]
         for title, folder in folders.items()
     }
+    shown = [
+        picture_of(row, title, folders[title] / options.prompts)
+        for title, rows in rows_by_title.items()
+        for row in (rows[prompt] for prompt in prompts)
+    ]
+    for problem in differences(makings_of(shown)):
+        print(f"note: {problem.describe()}", file=sys.stderr)
     captions = [text for _, text in prompts]
     for path, count in write_sheets(columns, captions, options.output, options.rows, options.cell):
         print(f"{path}: {count} prompts × {len(titles)} models")

@@ -277,3 +277,11 @@ def full_disk(monkeypatch):
         return aside
 
     monkeypatch.setattr(files, "aside_of", on_a_full_disk)
+
+
+@pytest.fixture(scope="session")
+def metric_weights(tmp_path_factory):
+    """A weights folder of small metrics, as --weights wants it."""
+    import metric_fixtures
+
+    return metric_fixtures.write_weights(tmp_path_factory.mktemp("metrics") / "weights")

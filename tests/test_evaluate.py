@@ -42,8 +42,11 @@ class Nan:
 MODELS = {"sd15": 100, "xdpo": 150}
 
 
-def make_model(folder, red, count=6, prompt_set="mine", suffix="png"):
-    """Images in two categories, redder with their number and blue in one corner, and their manifest."""
+def make_model(folder, red, count=6, prompt_set="mine", suffix="png", **more):
+    """Images in two categories, redder with their number and blue in one corner, and their manifest.
+
+    more: further keys of every line.
+    """
     rows = []
     for number in range(count):
         category = "cats" if number < count // 2 else "dogs"
@@ -60,6 +63,7 @@ def make_model(folder, red, count=6, prompt_set="mine", suffix="png"):
                 "prompt": f"<i>prompt</i> {number}",
                 "model": folder.name,
                 "sha256": file_sha256(path),
+                **more,
             }
         )
     (folder / prompt_set / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -101,7 +105,7 @@ def scores(world):
 def test_two_folders_become_scores_tables_figures_and_a_page(world, capsys):
     assert world.run() == 0
     made = {path.name for path in world.output.iterdir() if not is_own(path)}
-    assert made == {"scores.parquet", "report.md", "report.html", "figures"}
+    assert made == {"scores.parquet", "report.md", "report.html", "figures", "tables"}
     assert {path.suffix for path in (world.output / "figures").iterdir()} == {".png", ".svg"}
     table = ScoreTable(world.output)
     assert sorted((row.placement.model, row.placement.key, row.score) for row in table.placed)[:2] == [
@@ -109,9 +113,72 @@ def test_two_folders_become_scores_tables_figures_and_a_page(world, capsys):
         ("sd15", "cats/1", 101.0),
     ]
     report = (world.output / "report.md").read_text()
-    assert "| Red | xdpo | sd15 | 100.0 % | [100.0, 100.0] | 6 | 0 | 0 | 0.031 |" in report
+    assert "| Red | xdpo | sd15 | 100.0 % ▲ | [61.0, 100.0] | 6 | 0 | 0 | 0.031 | 0.031 |" in report
     assert "Nothing is missing, broken or left out." in report
     assert "102.5000 [101.1667, 103.8333]" in capsys.readouterr().out
+
+
+MADE = {"seed": 0, "num_inference_steps": 50, "guidance_scale": 7.5, "scheduler": "pndm", "precision": "fp16"}
+
+
+def test_models_whose_images_were_made_with_other_settings_are_told_apart(world, capsys):
+    images = world.folder / "images"
+    make_model(images / "sd15", MODELS["sd15"], settings=MADE, revision="abc")
+    make_model(images / "xdpo", MODELS["xdpo"], settings=MADE | {"num_inference_steps": 20}, revision="def")
+    assert world.run() == 0
+    told = "mine: images made with different steps (50: sd15; 20: xdpo)"
+    assert told in (said := capsys.readouterr().err) and "seed" not in said and "revision" not in said
+    report = (world.output / "report.md").read_text()
+    assert (
+        report.count("images made with different steps (50: sd15; 20: xdpo)") == 2
+    )  # with the results, in the account
+    table = report[report.index("## How the images were made") :]
+    assert "| mine | sd15 | sd15 | abc | 0 | 50 | 7.5 | pndm | fp16 | 8 × 8 | png | 1 | unknown |" in table
+    assert "| mine | xdpo | xdpo | def | 0 | 20 ≠ | 7.5 |" in table
+    page = (world.output / "report.html").read_text()
+    assert page.count('<td class="differs"') == 1
+    settings = {
+        "settings": {},
+        "starts": [{"time": "2026-01-02T03:04:05+00:00"}, {"time": "2026-01-04T00:00:00+00:00"}],
+    }
+    (images / "sd15" / "mine" / "settings.json").write_text(json.dumps(settings))
+    make_model(images / "xdpo", MODELS["xdpo"], settings=MADE, suffix="jpg")
+    assert world.run() == 0
+    assert "mine: images made with different file (png: sd15; jpg: xdpo)" in capsys.readouterr().err
+    assert "| 2026-01-02 to 2026-01-04 |" in (world.output / "report.md").read_text()
+
+
+def test_diversity_and_drift_are_reported_and_features_computed_once(world, metric_weights, capsys):
+    """xdpo's two images of a prompt are one and the same; sd15's differ; the reference is sd15's."""
+    for model in MODELS:
+        folder = world.folder / "images" / model / "mine"
+        rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+        for row in rows[:]:
+            again = row["file"].replace(".png", "_1.png")
+            Image.open(folder / row["file"]).save(folder / again)
+            if model == "sd15":
+                Image.radial_gradient("L").convert("RGB").save(folder / again)
+            rows.append({key: value for key, value in row.items() if key != "sha256"} | {"file": again})
+        (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["--weights", str(metric_weights), "--diversity", "--reference", str(world.folder / "images" / "sd15")]
+    assert world.run(*more) == 0
+    assert "features: 36 images, 13 of them to embed" in capsys.readouterr().out  # 2 × 6 and the gradient
+    report = (world.output / "report.md").read_text()
+    assert re.search(r"\| xdpo \| 0\.0000 \[.*?\] \| 1\.0000 ", report)
+    assert re.search(r"\| sd15 \| \*\*0\.\d+\*\* \[.*?\] \| \*\*1\.\d+\*\* ", report)
+    drift = {
+        row[1]: float(row[3]) for row in re.findall(r"^\| (mine) \| (\w+) \| (12) \| ([\d.]+) \|", report, re.MULTILINE)
+    }
+    assert drift["sd15"] == 0 < drift["xdpo"]
+    assert world.run(*more) == 0
+    assert "features: 36 images, 0 of them to embed" in capsys.readouterr().out
+    assert world.run("--reference", "nowhere") == 1
+    assert "--reference: no folder nowhere" in capsys.readouterr().err
+
+
+def test_a_mistyped_folder_costs_no_search_for_weights(world, capsys):
+    assert world.run("--images", "nowhere", "--weights", "not here either", scorers="pickscore") == 1
+    assert "no image folder nowhere" in capsys.readouterr().err
 
 
 def test_images_of_one_colour_are_named_in_the_report_and_on_the_console(world, capsys):
@@ -256,7 +323,7 @@ def test_its_own_output_is_no_model(world, capsys):
         evaluate.main(["--images", str(world.output), "--scorers", world.scorer, "--output", str(world.folder / "r")])
         == 1
     )
-    assert "nothing to compare" in (said := capsys.readouterr().err) and "2 left out: no prompt is known" in said
+    assert "nothing to compare" in (said := capsys.readouterr().err) and "4 left out: no prompt is known" in said
     inside = world.folder / "images" / "sd15"
     for _ in range(2):
         arguments = ["--images", *world.images(), "--scorers", world.scorer, "--output", str(inside)]
@@ -410,7 +477,7 @@ def test_models_can_be_named(world):
     images = world.images()
     arguments = ["--images", f"before={images[0]}", f"after={images[1]}", "--scorers", world.scorer]
     assert evaluate.main([*arguments, "--output", str(world.output), "--baseline", "after"]) == 0
-    assert "| Red | before | after | 0.0 %" in (world.output / "report.md").read_text()
+    assert "| Red | before | after | 0.0 % ▼" in (world.output / "report.md").read_text()
 
 
 def test_a_models_name_may_have_dots_and_brackets(world):
@@ -418,7 +485,7 @@ def test_a_models_name_may_have_dots_and_brackets(world):
     arguments = ["--images", f"sd1.4={before}", f"sd1.5 (mine)={after}", "--scorers", world.scorer]
     assert evaluate.main([*arguments, "--output", str(world.output), "--baseline", "sd1.4", "sd1.5 (mine)"]) == 0
     links = re.findall(r"!\[.*?\]\((.*?)\)", (world.output / "report.md").read_text())
-    assert len(set(links)) == 3
+    assert len(set(links)) == 5
     assert all((world.output / unquote(link)).is_file() for link in links)
 
 
@@ -550,4 +617,6 @@ def test_what_generate_makes_evaluate_reads(small_pipeline, tmp_path):
     assert {row.placement.repeat for row in rows} == {0, 1}
     report = (tmp_path / "results" / "report.md").read_text()
     assert "3 prompts, each with images of all 2 models." in report
-    assert "Nothing is missing, broken or left out." in report
+    assert "all models, tinyprompts: images made with different seed (0: one; 7: two)\n" in report
+    (made,) = re.findall(r"^\| tinyprompts \| two \| .*", report, re.MULTILINE)
+    assert re.search(r"\| 7 ≠ \| 1 \| 7.5 \| pipeline \| fp32 \| \d+ × \d+ \| png \| 2 \| \d{4}-\d\d-\d\d \|$", made)

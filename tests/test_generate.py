@@ -513,7 +513,9 @@ def test_a_grid_shows_the_prompts_that_all_models_have(make, tmp_path, capsys):
     arguments = ["grid", "--images", "one", "two", "--prompts", "tinyprompts", "--rows", "3", "--output", "g/sheet.png"]
 
     assert generate.main([*arguments, "--cell", "32"]) == 0
-    assert "4 of 5 prompts shown" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "4 of 5 prompts shown" in said.out
+    assert "note: all models, tinyprompts: images made with different seed (0: one; 9: two)\n" in said.err
     first, second = Image.open(tmp_path / "g" / "sheet.png"), Image.open(tmp_path / "g" / "sheet_2.png")
     assert first.width == second.width == 8 + 2 * 40 and first.height > second.height
     shown = np.asarray(first)[26 : 26 + 32, 8 : 8 + 32]

@@ -67,6 +67,15 @@ class Benchmark:
             self._comparisons[which] = compare(self.of(baseline, scorer, category), self.of(model, scorer, category))
         return self._comparisons[which]
 
+    def best(self, scorer: str) -> str | None:
+        """The model that is better than every other: the interval of its paired mean shift is above zero. None if the
+        data does not tell."""
+        means = {model: float(self.of(model, scorer).mean()) for model in self.models}
+        top = max(means, key=lambda model: means[model])
+        rivals = [model for model in self.models if model != top]
+        clear = all(self.comparison(rival, top, scorer).mean_shift_interval[0] > 0 for rival in rivals)
+        return top if clear and rivals else None
+
     @cached_property
     def _summaries(self) -> dict[tuple, Summary]:
         return {}

@@ -27,9 +27,9 @@ class Summary:
 class Comparison:
     """One model's scores against another's on the same prompts and seeds.
 
-    `win_rate` counts ties ½; `win_rate_interval` is Wilson's, `win_rate_bootstrap` a percentile bootstrap over
-    prompts. `mean_shift` is the mean of the paired differences, its interval a percentile bootstrap over prompts.
-    All intervals are at 95 %. `sign_test` is the two-sided exact p-value of wins against losses, ties dropped.
+    `win_rate` counts ties ½, and its interval is Wilson's. `mean_shift` is the mean of the paired differences, its
+    interval a percentile bootstrap over prompts. All intervals are at 95 %. `sign_test` is the two-sided exact p-value
+    of wins against losses, ties dropped.
     """
 
     wins: int
@@ -41,7 +41,6 @@ class Comparison:
     mean_after: float
     mean_shift: float
     mean_shift_interval: tuple[float, float]
-    win_rate_bootstrap: tuple[float, float]
     sign_test: float
 
     @property
@@ -96,13 +95,15 @@ def compare(
         mean_after=float(second.mean()),
         mean_shift=float(difference.mean()),
         mean_shift_interval=bootstrap_interval(difference),
-        win_rate_bootstrap=win_rate_bootstrap(wins, ties, losses),
         sign_test=sign_test(wins, losses),
     )
 
 
 def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion; successes may be a half-integer (ties)."""
+    """Wilson's 95 % interval of a proportion; successes may be a half-integer.
+
+    Ties, counted ½, vary less than wins and losses do, so with them the interval covers more than 95 %.
+    """
     if trials <= 0:
         raise ValueError(f"a win rate needs at least one comparison, got {trials}")
     share, z2 = successes / trials, Z_95**2
@@ -124,21 +125,6 @@ def bootstrap_interval(values: np.ndarray, resamples: int = RESAMPLES, seed: int
     return float(low), float(high)
 
 
-def win_rate_bootstrap(
-    wins: int, ties: int, losses: int, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap 95 % interval of a win rate over prompts, ties counted ½.
-
-    Drawing prompts with replacement gives multinomial counts of wins, ties and losses; these are drawn directly.
-    """
-    total = wins + ties + losses
-    if total <= 0:
-        raise ValueError(f"a win rate needs at least one comparison, got {total}")
-    drawn = np.random.default_rng(seed).multinomial(total, np.array([wins, ties, losses]) / total, resamples)
-    low, high = np.quantile(drawn @ np.array([1.0, 0.5, 0.0]) / total, [0.025, 0.975])
-    return float(low), float(high)
-
-
 def sign_test(wins: int, losses: int) -> float:
     """Two-sided exact p-value of the sign test; 1 without wins and losses."""
     decided, fewer = wins + losses, min(wins, losses)
@@ -147,6 +133,23 @@ def sign_test(wins: int, losses: int) -> float:
         term = term * (decided - k) // (k + 1)
         tail += term
     return min(1.0, 2 * tail / 2**decided)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected by Holm's method: below 0.05 for one of them or more by chance in at most 5 % of all cases."""
+    corrected, highest = [1.0] * len(p_values), 0.0
+    order = sorted(range(len(p_values)), key=lambda position: p_values[position])
+    for rank, position in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * p_values[position]))
+        corrected[position] = highest
+    return corrected
+
+
+def average_ranks(scores: np.ndarray) -> np.ndarray:
+    """Scores (models, prompts) → each model's rank, averaged over prompts: (models,). 1 is the highest; ties share."""
+    from scipy.stats import rankdata
+
+    return rankdata(-scores, axis=0).mean(axis=1)
 
 
 @lru_cache(maxsize=32)
