@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_runs import SMALL_RUN, assert_same_run, rows_of
+from tolerances import assert_same_but_for_rounding
+from training_runs import SMALL_RUN, TWO_PROCESSES, assert_same_run, command, launch, rows_of
 
 import generate
 from xdpo import families, watch
@@ -101,6 +102,16 @@ def test_caches_give_the_same_run(run, pipeline, tmp_path, capsys):
     _, cached = run("cached", *options, *caches)
     assert "so the reference is not loaded" in capsys.readouterr().out
     assert_same_run(plain, cached)
+
+
+@pytest.mark.slow
+@each_flow
+def test_one_process_and_two_log_the_same_figures(run, pipeline, small_pairs, tmp_path):
+    options = (f"model.pipeline={pipeline}", *SIZE, "train.micro_batch_pairs=1", "train.max_steps=4")
+    _, one = run("one", *options)
+    ended = launch(TWO_PROCESSES, command(pipeline, small_pairs, tmp_path / "two", *options))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert_same_but_for_rounding(one, tmp_path / "two")
 
 
 # --- the micro-step ----------------------------------------------------------------------------------------
