@@ -141,7 +141,7 @@ def generate(options: argparse.Namespace) -> int:
 
 def make_missing(options: argparse.Namespace, settings: SamplingSettings, state: "PartialState") -> int:
     """Make the missing images. Returns 0. Every process calls it."""
-    from xdpo import files, models, processes
+    from xdpo import families, files, models, processes
     from xdpo.images.folder import check_image_folder
     from xdpo.sampling.generation import make_missing_images, plan_job
 
@@ -159,6 +159,11 @@ def make_missing(options: argparse.Namespace, settings: SamplingSettings, state:
             for name in options.prompts
         ]
         model = models.resolve_model(*models.read_model_spec(options.model, unet=options.unet, lora=options.lora))
+        family = families.family_of_pipeline(model.base)
+    if settings.image_size is not None and settings.image_size % family.size_multiple:
+        raise ValueError(
+            f"--image-size must be a multiple of {family.size_multiple} for {family.name}, got {settings.image_size}"
+        )
     jobs = [
         plan_job(
             prompt_set,

@@ -169,6 +169,22 @@ def v_prediction_pipeline(tmp_path_factory, tiny_tokenizer):
 
 
 @pytest.fixture(scope="session")
+def sd3(tmp_path_factory, tiny_tokenizer):
+    """Folder of a small Stable Diffusion 3 pipeline with T5."""
+    from flow_pipelines import sd3_pipeline
+
+    return sd3_pipeline(tmp_path_factory.mktemp("sd3") / "sd3", tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def flux(tmp_path_factory, tiny_tokenizer):
+    """Folder of a small FLUX.1-dev pipeline."""
+    from flow_pipelines import flux_pipeline
+
+    return flux_pipeline(tmp_path_factory.mktemp("flux") / "flux", tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
 def small_pairs(tmp_path_factory):
     """Twelve pairs in Pick-a-Pic's schema, every image of another colour; path of the parquet file."""
     colours = ["red", "lime", "blue", "white", "black", "yellow", "cyan", "magenta", "gray", "orange", "pink", "brown"]

@@ -47,9 +47,10 @@ CONFIGS = {
         "model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "it is Stable Diffusion XL",
     ),
     "Stable Diffusion 3": (
-        "model_index.json", {"_class_name": "StableDiffusion3Pipeline"}, "it is Stable Diffusion 3",
+        "model_index.json", {"_class_name": "StableDiffusion3Pipeline"}, "it lacks tokenizer_2, .* transformer",
     ),
-    "FLUX": ("model_index.json", {"_class_name": "FluxPipeline"}, "it is FLUX"),
+    "FLUX.1": ("model_index.json", {"_class_name": "FluxPipeline"}, "it lacks tokenizer_2, .* transformer"),
+    "FLUX.2": ("model_index.json", {"_class_name": "Flux2Pipeline"}, r"it is FLUX\.2"),
     "a family without a name here": (
         "model_index.json", {"_class_name": "NewPipeline", "transformer": ["diffusers", "NewTransformer"]},
         "says NewPipeline, which has transformer: another family",

@@ -80,7 +80,7 @@ class NoisyBatchMaker:
         images, captions = batch.images, batch.captions
         if isinstance(images, LatentMoments):
             stds = None if images.stds is None else self._to_device(images.stds).float()
-            images = LatentMoments(self._to_device(images.means).float(), stds, images.scaling_factor)
+            images = images._replace(means=self._to_device(images.means).float(), stds=stds)
         else:
             images = self.parts.encode_images(self._to_device(images))
         if isinstance(captions, Conditioning):

@@ -58,6 +58,7 @@ class ExamplePlan:
     conditioning_shapes: Mapping[str, Sequence[int]]  # of one caption, by the entries' names
     scaling_factor: float  # of the autoencoder
     dtype: str
+    shift_factor: float = 0.0  # of the autoencoder; the default is for caches older than this field
     has_scores: bool = False  # in pairs.parquet; the default is for caches older than this field
     shard_bytes: int = SHARD_BYTES
     sources: Mapping[str, Sequence[int]] | None = None  # local file → size and time of change; None: unknown
@@ -271,7 +272,7 @@ class CachedPairDataset(Dataset):
             positions=torch.tensor(positions),
             rows=torch.tensor(rows),
             pair_ids=[cache.pair_id(row) for row in rows],
-            images=LatentMoments(latents[:, 0], stds, plan.scaling_factor),
+            images=LatentMoments(latents[:, 0], stds, plan.scaling_factor, plan.shift_factor),
             captions=captions,
             truncated=truncated,
             unreadable=unreadable,
@@ -288,7 +289,7 @@ class CachedPairDataset(Dataset):
         moments = torch.from_numpy(cache.latents.read(image, int(flip)))
         stds = moments[1] if len(moments) == 2 else None
         return SingleItem(
-            LatentMoments(moments[0], stds, cache.plan.scaling_factor),
+            LatentMoments(moments[0], stds, cache.plan.scaling_factor, cache.plan.shift_factor),
             self._conditioning(prompt),
             cache.is_truncated(prompt),
         )

@@ -44,6 +44,11 @@ class ModelConfig(Section):
         description="full: the whole UNet, with a frozen copy beside it as the reference; lora: adapters on its "
         "attention, the reference being the same UNet with them off",
     )
+    guidance: NonNegativeNumber | None = Field(
+        None,
+        description="what a guidance-distilled model (FLUX.1-dev) is told while it trains; 1: no guidance; null: 3.5, "
+        "as it samples",
+    )
     lora_rank: Count = Field(64, description="rank of the adapters: more to learn with, more memory")
     lora_alpha: PositiveNumber = Field(64.0, description="adapters are scaled by lora_alpha / lora_rank")
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(

@@ -3,6 +3,7 @@
 from xdpo.families.interface import Family, PipelineParts
 from xdpo.families.loading import (
     FAMILIES,
+    check_config,
     check_pipeline_folder,
     family_of,
     family_of_loaded,
@@ -16,6 +17,7 @@ __all__ = [
     "FAMILIES",
     "Family",
     "PipelineParts",
+    "check_config",
     "check_pipeline_folder",
     "family_of",
     "family_of_loaded",

@@ -14,7 +14,7 @@ from torch import nn
 
 from xdpo.families.interface import Family
 from xdpo.families.pipeline_files import read_header, read_json, weight_paths
-from xdpo.noise import DiffusionProcess
+from xdpo.noise import DiffusionProcess, FlowProcess, Process
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -96,15 +96,24 @@ def tokenizer_problems(tokenizer: Path, text: Mapping[str, Any]) -> list[str]:
             f"positions (max_position_embeddings); write {positions} into {name}/tokenizer_config.json, or take "
             "both from one pipeline"
         )
+    return [*problems, *_vocabulary_problems(tokenizer, words)]
+
+
+def t5_tokenizer_problems(tokenizer: Path, t5: Mapping[str, Any]) -> list[str]:
+    """Problems of a tokenizer's folder with T5's config. T5 has no limit of positions."""
+    return _vocabulary_problems(tokenizer, t5.get("vocab_size", 32128))
+
+
+def _vocabulary_problems(tokenizer: Path, words: int) -> list[str]:
     last = _last_token(tokenizer)
     if last is None:
-        problems.append(f"{name} has neither vocab.json nor tokenizer.json; take that folder from the pipeline again")
-    elif last >= words:
-        problems.append(
-            f"the tokenizer's last token is number {last} and the text encoder knows {words} (vocab_size); take both "
-            "from one pipeline, or resize the text encoder's embeddings where tokens were added"
-        )
-    return problems
+        return [f"{tokenizer.name} has neither vocab.json nor tokenizer.json; take that folder from the pipeline again"]
+    if last >= words:
+        return [
+            f"the {tokenizer.name}'s last token is number {last} and the text encoder knows {words} (vocab_size); take "
+            "both from one pipeline, or resize the text encoder's embeddings where tokens were added"
+        ]
+    return []
 
 
 def _last_token(tokenizer: Path) -> int | None:
@@ -114,20 +123,30 @@ def _last_token(tokenizer: Path) -> int | None:
             numbers += read_json(tokenizer / name).values()
     if (tokenizer / "tokenizer.json").is_file():
         whole = read_json(tokenizer / "tokenizer.json")
-        numbers += whole.get("model", {}).get("vocab", {}).values()
+        vocabulary = whole.get("model", {}).get("vocab", {})
+        numbers += vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         numbers += [token["id"] for token in whole.get("added_tokens") or ()]
     return max(numbers, default=None)
 
 
 def diffusion_scheduler_problems(config: Mapping[str, Any]) -> list[str]:
     """Problems of a scheduler's config where a diffusion process is meant."""
+    return _scheduler_problems(config, DiffusionProcess.from_scheduler, "DDIMScheduler or PNDMScheduler")
+
+
+def flow_scheduler_problems(config: Mapping[str, Any]) -> list[str]:
+    """Problems of a scheduler's config where a flow is meant."""
+    return _scheduler_problems(config, FlowProcess.from_scheduler, "FlowMatchEulerDiscreteScheduler")
+
+
+def _scheduler_problems(config: Mapping[str, Any], process: Callable[[Any], Process], usual: str) -> list[str]:
     import diffusers
 
     kind = getattr(diffusers, name := str(config.get("_class_name")), None)
     if kind is None:
-        return [f"scheduler is of the kind {name}, which diffusers doesn't know; take DDIMScheduler or PNDMScheduler"]
+        return [f"scheduler is of the kind {name}, which diffusers doesn't know; take {usual}"]
     try:
-        DiffusionProcess.from_scheduler(kind.from_config(dict(config)))
+        process(kind.from_config(dict(config)))
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         return [f"scheduler: {error}"]
     return []
@@ -173,7 +192,9 @@ def _compare(family: Family, part: Path, name: str, build: Callable[[], nn.Modul
         return [f"it lacks {', '.join(f'{name}/{shard}' for shard in missing)}, shards of its weights; copy them too"]
     try:
         actual = {_modern(weight): shape for path in files for weight, shape in read_header(path).items()}
-        expected = {_modern(weight): tuple(value.shape) for weight, value in build().state_dict().items()}
+        module = build()
+        expected = {_modern(weight): tuple(value.shape) for weight, value in module.state_dict().items()}
+        expected = {weight: shape for weight, shape in expected.items() if weight not in _twins(module, actual)}
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:
         return [f"{name}: {error}"]
     if lacking := sorted(expected.keys() - actual.keys()):
@@ -189,6 +210,14 @@ def _compare(family: Family, part: Path, name: str, build: Callable[[], nn.Modul
             f"{actual[odd[0]]} for {expected[odd[0]]}. Config and weights are of two models; take both from one"
         ]
     return []
+
+
+def _twins(module: nn.Module, actual: Collection[str]) -> set[str]:
+    """Weights that are other weights of the module too, one of which is in its file: T5's embeddings have two names."""
+    names: dict[int, set[str]] = {}
+    for name, weight in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), set()).add(_modern(name))
+    return set().union(*(same - {*actual} for same in names.values() if same & {*actual}))
 
 
 def _missing_shards(part: Path, files: list[Path]) -> list[str]:

@@ -1,6 +1,6 @@
 """A family of base models: a record of everything that differs between families."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from xdpo.batch import Conditioning, LatentMoments, Tokens
-from xdpo.config import NoiseConfig
+from xdpo.config import ModelConfig, NoiseConfig
 from xdpo.noise import Process
 
 if TYPE_CHECKING:
@@ -66,6 +66,27 @@ class PipelineParts:
         return self.family.latent_shape(self, resolution)
 
 
+def told_nothing(folder: Path, model: ModelConfig) -> dict[str, Any]:
+    """Of a denoiser that is told no number of the config's."""
+    if model.guidance is not None:
+        raise ValueError(
+            f"model.guidance (got {model.guidance:g}) is told to a guidance-distilled model, such as FLUX.1-dev, and "
+            "this is none; remove it"
+        )
+    return {}
+
+
+def unchanged(value: Any, *_: Any) -> Any:
+    return value
+
+
+def older_lora_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names that every version of diffusers loads into a UNet. It doesn't know those of all layers of a transformer."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+
+    return convert_state_dict_to_diffusers(weights)
+
+
 class Family(NamedTuple):
     """One family: names, and functions without state that work on the parts that they are given."""
 
@@ -106,8 +127,34 @@ class Family(NamedTuple):
     decode: "Callable[[DiffusionPipeline, Tensor], Tensor]"
     """Latents as the pipeline returns them → pixel values (N, 3, H, W) around [−1, 1]."""
 
-    use_plain_attention: Callable[[nn.Module], None]
+    use_plain_attention: Callable[[nn.Module], None] | None
     """Make a denoiser's attention matrix products and a softmax, without fused kernels (compute.attention=eager)."""
+
+    optional: tuple[str, ...] = ()
+    """The encoders and tokenizers that a pipeline may lack; `without` leaves them out."""
+
+    size_multiple: int = 8
+    """An image's side in pixels is a multiple of this."""
+
+    told: Callable[[Path, ModelConfig], dict[str, Any]] = told_nothing
+    """Further arguments of `predict`, from a pipeline's configs and a config. Raises ValueError for an idle key."""
+
+    pack: Callable[[Tensor], Tensor] = unchanged
+    """Latents (N, C, h, w) → as the pipeline takes and returns them."""
+
+    unpack: Callable[[Tensor, int], Tensor] = unchanged
+    """The way back, to latents of height h."""
+
+    lora_names: Callable[[dict[str, Tensor]], dict[str, Tensor]] = older_lora_names
+    """An adapter's weights by PEFT's names → by those that are exported."""
+
+    def without(self, lacking: Collection[str]) -> "Family":
+        """The record of a pipeline that lacks these of its optional parts."""
+        return self._replace(
+            encoders=tuple(name for name in self.encoders if name not in lacking),
+            tokenizers=tuple(name for name in self.tokenizers if name not in lacking),
+            without_extras={**self.without_extras, **dict.fromkeys(lacking)},
+        )
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,13 @@ import torch
 from torch import nn
 
 from xdpo import processes
-from xdpo.config import ModelConfig
+from xdpo.config import Config, ModelConfig
 from xdpo.families.checks import lacking_files, lacks, part_class, weight_problems
+from xdpo.families.flux import FLUX
 from xdpo.families.interface import Family, PipelineParts
 from xdpo.families.pipeline_files import Unreachable, describe_file, fetch, read_json, weight_paths
 from xdpo.families.stable_diffusion import STABLE_DIFFUSION
+from xdpo.families.stable_diffusion_3 import STABLE_DIFFUSION_3
 from xdpo.files import file_sha256
 
 if TYPE_CHECKING:
@@ -23,15 +26,16 @@ if TYPE_CHECKING:
 FAMILIES = {
     family.pipeline_class: family
     for family in (
-        STABLE_DIFFUSION,  #
+        STABLE_DIFFUSION,
+        STABLE_DIFFUSION_3,
+        FLUX,
     )
 }
 """Every family, by the `_class_name` of its model_index.json."""
 
 OTHER_FAMILIES = {
     "StableDiffusionXL": "Stable Diffusion XL",
-    "StableDiffusion3": "Stable Diffusion 3",
-    "Flux": "FLUX",
+    "Flux2": "FLUX.2",
     "Kandinsky": "Kandinsky",
     "PixArt": "PixArt",
     "HunyuanDiT": "Hunyuan-DiT",
@@ -57,7 +61,8 @@ def family_of(folder: Path) -> Family:
     beginnings = {class_name.removesuffix("Pipeline"): family for class_name, family in FAMILIES.items()}
     beginning = max(filter(name.startswith, [*beginnings, *OTHER_FAMILIES]), key=len, default=None)
     if beginning in beginnings:
-        return beginnings[beginning]
+        family = beginnings[beginning]
+        return family.without([part for part in family.optional if (index.get(part) or [None, None])[1] is None])
     use = f"only {' and '.join(family.name for family in FAMILIES.values())} can be used here"
     if beginning is not None:
         raise ValueError(f"model_index.json says {name}: it is {OTHER_FAMILIES[beginning]}; {use}")
@@ -118,6 +123,30 @@ def _problems(pipeline: str, revision: str | None, folder: Path) -> list[str]:
     return problems
 
 
+def check_config(settings: Config) -> None:
+    """Refuse a config that asks for what its pipeline's family doesn't have, before any weight is read.
+
+    The pipeline has passed `check_pipeline_folder`. A hub model that can't be reached passes here too.
+    """
+    import diffusers
+
+    try:
+        family = family_of_pipeline(settings.model)
+        folder = fetch(settings.model.pipeline, settings.model.revision, (family.denoiser, "scheduler"))
+    except Unreachable:
+        return
+    family.told(folder, settings.model)
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    family.process(getattr(diffusers, scheduler["_class_name"]).from_config(scheduler), settings.noise)
+    if settings.data.resolution % family.size_multiple:
+        raise ValueError(
+            f"data.resolution (got {settings.data.resolution}) must be a multiple of {family.size_multiple} for "
+            f"{family.name}"
+        )
+    if settings.compute.attention == "eager" and family.use_plain_attention is None:
+        raise ValueError(f"compute.attention: eager isn't available for {family.name}; set compute.attention=sdpa")
+
+
 def load_parts(config: ModelConfig, *, encoders: bool = True) -> PipelineParts:
     """Load a pipeline from a hub id or a folder; safetensors only, float32.
 
@@ -133,6 +162,8 @@ def load_parts(config: ModelConfig, *, encoders: bool = True) -> PipelineParts:
         library.utils.logging.disable_progress_bar()
     is_local = Path(config.pipeline).is_dir()  # then check_pipeline_folder has checked its weights
     family = family_of_pipeline(config)
+    told = family.told(fetch(config.pipeline, config.revision, (family.denoiser,)), config)
+    family = family._replace(predict=partial(family.predict, **told))
     loaded = (family.denoiser, *family.encoders * encoders)
     folder = fetch(config.pipeline, config.revision, (*family.tokenizers, "scheduler"), weights=loaded)
     if problems := [] if is_local else weight_problems(family, folder, loaded):

@@ -141,7 +141,7 @@ def describe_file(path: Path) -> str:
         return "is a single file of LoRA weights; give it with --lora, and its pipeline with --model"
     for prefix, family in _FAMILY_NAMES.items():
         if any(name.startswith(prefix) for name in names):
-            return f"is a single file of {family}; only Stable Diffusion 1.x and 2.x can be used here"
+            return f"is a single file of {family}, and a pipeline's folder in diffusers' layout is meant; take that"
     if any(name.startswith("model.diffusion_model.") for name in names):
         return f"is a single file, and a folder in diffusers' layout is meant. {CONVERT.format(path=path)}"
     if any(name.startswith("down_blocks.") for name in names):

@@ -41,7 +41,8 @@ def encode_images(parts: PipelineParts, pixel_values: Tensor) -> LatentMoments:
     # Contiguous, whatever layout the convolutions gave: the UNet rounds differently in another one.
     posterior = parts.vae.encode(pixel_values).latent_dist
     means, stds = posterior.mean.float().contiguous(), posterior.std.float().contiguous()
-    return LatentMoments(means, stds, parts.vae.config.scaling_factor)
+    config = parts.vae.config
+    return LatentMoments(means, stds, config.scaling_factor, config.shift_factor or 0.0)
 
 
 def latent_shape(parts: PipelineParts, resolution: int) -> tuple[int, int, int]:
@@ -55,7 +56,7 @@ def to_latents(moments: LatentMoments, noise: Tensor | None) -> Tensor:
         if moments.stds is None:
             raise ValueError("latents can't be sampled where only the posterior's means were kept")
         latents = latents + moments.stds * noise
-    return latents * moments.scaling_factor
+    return (latents - moments.shift_factor) * moments.scaling_factor
 
 
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

@@ -271,14 +271,14 @@ class SelfPlay:
         pipeline = pipeline_with(self.parts, self.reference, encoders=False)
         output = pipeline(
             **self.parts.family.prompt_arguments(captions, empty),
-            latents=start,
+            latents=self.parts.family.pack(start),
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
             height=settings.data.resolution,
             width=settings.data.resolution,
             output_type="latent",
         )
-        return output.images.float()
+        return self.parts.family.unpack(output.images, start.shape[2]).float()
 
     def _conditioning(self, positions: Sequence[int | None]) -> Conditioning:
         """The conditioning of the captions at positions of `order`, on the device; None is the empty caption."""

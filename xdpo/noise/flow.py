@@ -57,7 +57,7 @@ class FlowProcess:
         Raises ValueError for a scheduler of a diffusion, one whose time runs backwards, or an impossible shift.
         """
         config, name = scheduler.config, type(scheduler).__name__
-        if config.get("shift") is None:
+        if config.get("shift") is None or hasattr(scheduler, "alphas_cumprod"):
             raise ValueError(f"{name} doesn't sample a flow; use a model with FlowMatchEulerDiscreteScheduler")
         if config.get("invert_sigmas"):
             raise ValueError(f"{name} has invert_sigmas: its time runs from noise to image; such models aren't trained")

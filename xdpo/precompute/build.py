@@ -269,6 +269,7 @@ def _plan(
         ),
         conditioning_shapes=parts.family.conditioning_shapes(parts),
         scaling_factor=parts.vae.config.scaling_factor,
+        shift_factor=parts.vae.config.shift_factor or 0.0,
         dtype={"fp16": "float16", "fp32": "float32"}[settings.cache.dtype],
         has_scores="chosen_score" in pairs.column_names,
         sources=file_states(local_files(settings.data, **source_of(settings, split))),

@@ -76,6 +76,7 @@ def reference_key(settings: Config, pairs: PairTable | ExampleCache, split: Spli
         else "encoded while training",
         "noise": settings.noise.model_dump(exclude_none=True),
         "pipeline": part_checksum(model, family.denoiser, *family.encoders, *family.tokenizers, "scheduler"),
+        **({} if model.guidance is None else {"guidance": model.guidance}),
         "precision": precision,
         "device": device_kind(),
         "kernels": compute.model_dump(include={"tf32", "attention", "channels_last", "deterministic"}),

@@ -44,10 +44,9 @@ def export_model(
     with replacing_folder(final) as aside:
         if settings.model.trainable == "lora":
             import diffusers
-            from diffusers.utils import convert_state_dict_to_diffusers
             from peft import get_peft_model_state_dict
 
-            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser, state_dict=weights))
+            layers = family.lora_names(get_peft_model_state_dict(denoiser, state_dict=weights))
             adapter = denoiser.peft_config["default"].to_dict()  # without it a loader uses the rank as alpha
             adapter["target_modules"] = sorted(adapter["target_modules"])  # it is a set
             named = {f"{family.denoiser}_lora_layers": layers, f"{family.denoiser}_lora_adapter_metadata": adapter}
@@ -55,7 +54,9 @@ def export_model(
         else:
             with torch.device("meta"):
                 exported = type(denoiser).from_config(denoiser.config)
-            exported.load_state_dict(weights, assign=True)
+            # A checkpoint holds parameters alone, a model in diffusers' format its buffers too (positions, in SD 3).
+            buffers = {name: value.cpu() for name, value in denoiser.state_dict().items() if name not in weights}
+            exported.load_state_dict({**buffers, **weights}, assign=True)
             exported.save_pretrained(aside / family.denoiser)
         for path in aside.rglob("*.safetensors"):
             sort_metadata(path)
