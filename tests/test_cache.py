@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import encoded_image, failing, held_elsewhere, pick_a_pic_row, write_pick_a_pic
+from forks import fork
 from tolerances import ELEMENT, assert_same_output
 
 from xdpo import families, precompute
@@ -379,11 +379,7 @@ def rows_with_shared_images():
 @pytest.fixture
 def world(small_pipeline, tmp_path, monkeypatch):
     """Settings, table, parts and accelerator of a run over rows_with_shared_images."""
-    from accelerate.state import AcceleratorState, PartialState
-
     monkeypatch.chdir(ROOT)
-    PartialState._reset_state()
-    AcceleratorState._reset_state(reset_partial_state=True)
     path = write_pick_a_pic(tmp_path / "train.parquet", rows_with_shared_images())
     return World(small_pipeline, path, tmp_path / "cache")
 
@@ -694,13 +690,12 @@ def test_the_builder_killed_at_any_moment_goes_on_to_a_cache_that_verifies(world
     kills = 0
     while kills < 3:
         before = len(list(world.folder.glob("latents_*.json")))
-        process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
-        while process.poll() is None and len(list(world.folder.glob("latents_*.json"))) == before:
+        process = fork(program, [], os.devnull)
+        while process.is_alive() and len(list(world.folder.glob("latents_*.json"))) == before:
             time.sleep(0.005)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+        process.kill()
         kills += 1
-        process.wait()
+        process.join()
     world.build()
     cache = world.open()
     assert len(cache.latents) == 6
