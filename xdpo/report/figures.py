@@ -30,7 +30,7 @@ STYLE = {
 }
 
 
-_CAPTION = {"fontsize": 8, "color": "#555555"}
+CAPTION = {"fontsize": 8, "color": "#555555"}
 _DIVERGING = "PuOr"  # orange for worse, purple for better: colour-blind readers tell them apart
 
 
@@ -52,7 +52,7 @@ def metric_bars(benchmark: Benchmark, baseline: str) -> Figure:
         figure.supxlabel(
             f"mean score, as change against {baseline}; 95 % intervals over {len(benchmark.prompts):,} prompts"
             + ("; ◇ published change" if _any_published(benchmark, baseline) else ""),
-            **_CAPTION,
+            **CAPTION,
         )
     return figure
 
@@ -153,7 +153,7 @@ def score_differences(benchmark: Benchmark, baseline: str, colours: Mapping[str,
             axes.tick_params(axis="y", length=0)
             axes.locator_params(axis="x", nbins=5)
             axes.set_title(title_of(scorer))
-        figure.supxlabel(f"score minus {baseline}'s on the same prompt; lines at the quartiles", **_CAPTION)
+        figure.supxlabel(f"score minus {baseline}'s on the same prompt; lines at the quartiles", **CAPTION)
     return figure
 
 
@@ -183,7 +183,7 @@ def category_heat_map(benchmark: Benchmark, baseline: str) -> Figure:
         figure.supxlabel(
             f"change of the mean against {baseline}, bold where its 95 % interval excludes zero;\n"
             "darkest at one standard deviation of the paired differences; prompts in brackets",
-            **_CAPTION,
+            **CAPTION,
         )
     return figure
 
@@ -210,7 +210,7 @@ def win_matrix(benchmark: Benchmark) -> Figure:
             axes.set_xticks(range(len(models)), models, rotation=35, ha="right", rotation_mode="anchor")
             axes.set_yticks(range(len(models)), models)
             axes.set_title(title_of(scorer))
-        figure.supxlabel("% of prompts on which the row's model wins against the column's, ties ½", **_CAPTION)
+        figure.supxlabel("% of prompts on which the row's model wins against the column's, ties ½", **CAPTION)
     return figure
 
 
@@ -268,7 +268,7 @@ def quality_curves(benchmark: Benchmark, curves: Sequence[Curve], baseline: str)
             by_pairs.set_title(f"{benchmark.name}: {title_of(scorer)}")
         panels[-1][0].set_xlabel("training pairs seen")
         panels[-1][1].set_xlabel("hours in optimizer steps")
-        figure.supxlabel(f"bars: 95 % intervals of the paired difference from {baseline}", **_CAPTION)
+        figure.supxlabel(f"bars: 95 % intervals of the paired difference from {baseline}", **CAPTION)
         figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return figure
 
