@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import nan
+from textwrap import wrap
 
 import numpy as np
 from matplotlib import rc_context
@@ -10,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from xdpo.report.curves import Curve
-from xdpo.report.figures import CAPTION, COLOURS, STYLE, colours_of
+from xdpo.report.figures import COLOURS, STYLE, colours_of, short
 from xdpo.report.grids import Cell, Grid, interval, number, percent, shift_tone, title_of
 from xdpo.scores.image_statistics import DISTANCE, STATISTICS
 from xdpo.scores.results import Benchmark
@@ -132,7 +133,7 @@ def draw(panel: Panel, curves: Sequence[Curve]) -> Figure:
         for axes, (title, quantities) in zip(panels, groups.items(), strict=True):
             _group(axes, panel, title, quantities, colours)
         unit = f"change against {panel.baseline}, in standard deviations over its prompts; 95 % intervals"
-        above.suptitle(unit, **CAPTION)
+        above.suptitle("\n".join(wrap(unit, round(15 * size[0]))), fontsize=8, color="#555555")
         above.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         for part, curve in zip(below, runs, strict=True):
             _over_training(part.subplots(), panel, curve)
@@ -145,7 +146,7 @@ def _group(axes: Axes, panel: Panel, title: str, quantities: Sequence[str], colo
         changes = [panel.change(model, quantity) for quantity in quantities]
         reach = [[c.mean - c.low for c in changes], [c.high - c.mean for c in changes]]
         rows = [row + offset for row in range(len(quantities))]
-        marks = dict(fmt="o", markersize=4, capsize=2, color=colours[model], label=model)
+        marks = dict(fmt="o", markersize=4, capsize=2, color=colours[model], label=short(model, 40))
         axes.errorbar([c.mean for c in changes], rows, xerr=reach, **marks)
     axes.axvline(0, color="#222222", linestyle=(0, (3, 2)), linewidth=1)
     axes.grid(axis="x", color="#e6e9ee", linewidth=0.7)
