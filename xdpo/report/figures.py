@@ -217,12 +217,12 @@ def win_matrix(benchmark: Benchmark) -> Figure:
             for row, model in enumerate(models):
                 for column, other in enumerate(models):
                     if model != other:
-                        c = benchmark.comparison(other, model, scorer)
-                        rates[row, column] = c.win_rate - 0.5
-                        low, high = c.win_rate_interval
+                        wins = benchmark.wins(other, model, scorer)
+                        rates[row, column] = wins.rate - 0.5
+                        low, high = wins.interval
                         clear = low > 0.5 or high < 0.5
-                        text = f"{100 * c.win_rate:.0f}"
-                        _cell_text(axes, column, row, text, c.win_rate - 0.5, limit=0.5, bold=clear)
+                        text = f"{100 * wins.rate:.0f}"
+                        _cell_text(axes, column, row, text, wins.rate - 0.5, limit=0.5, bold=clear)
             _heat(axes, rates, limit=0.5)
             axes.set_xticks(range(len(models)), map(short, models), rotation=35, ha="right", rotation_mode="anchor")
             axes.set_yticks(range(len(models)), map(short, models))

@@ -204,14 +204,14 @@ def every_pair(benchmark: Benchmark) -> Grid:
     for scorer in benchmark.scorers:
         for model in benchmark.models:
             for other in (other for other in benchmark.models if other != model):
-                c = benchmark.comparison(other, model, scorer)
-                low, high = c.win_rate_interval
+                wins = benchmark.wins(other, model, scorer)
+                low, high = wins.interval
                 rows.append(
                     (
                         Cell(title_of(scorer), title_of(scorer)),
                         Cell(model, model),
                         Cell(other, other),
-                        Cell(percent(c.win_rate), c.win_rate),
+                        Cell(percent(wins.rate), wins.rate),
                         Cell(f"[{100 * low:.1f}, {100 * high:.1f}]", low),
                     )
                 )
