@@ -77,6 +77,13 @@ def build_parser() -> argparse.ArgumentParser:
         "(xdpo, xdpo_step_00000200 or xdpo@200 for a run folder called xdpo)",
     )
     what.add_argument(
+        "--trained-on",
+        nargs="+",
+        default=(),
+        metavar="SCORER",
+        help="those of --scorers that the training used as its reward; the report tells them from the others",
+    )
+    what.add_argument(
         "--diversity", action="store_true", help="also how much several images of one prompt differ (CLIP features)"
     )
     what.add_argument(
@@ -114,6 +121,10 @@ def evaluate(options: argparse.Namespace) -> int:
         raise ValueError(f"--scorers names none; choose from {', '.join(SCORER_NAMES)}")
     for name in scorers:
         check_name(name)
+    trained_on = [expanded(name) for name in options.trained_on]
+    for name in trained_on:
+        if name not in scorers:
+            raise ValueError(f"--trained-on {name} is none of --scorers; choose from {', '.join(scorers)}")
     if options.reference and not options.reference.is_dir():
         raise ValueError(f"--reference: no folder {options.reference}")
 
@@ -128,18 +139,17 @@ def evaluate(options: argparse.Namespace) -> int:
     from xdpo.report.sections import Evaluation
     from xdpo.runlog import read_rows
     from xdpo.scorers.loading import scorer_version
-    from xdpo.scores import features
+    from xdpo.scores import features, image_statistics, scoring
     from xdpo.scores.results import benchmarks_of
-    from xdpo.scores.scoring import choose_device, left_out, score_missing
     from xdpo.scores.table import ScoreTable
 
-    device = choose_device(options.device)
+    device = scoring.choose_device(options.device)
     versions = {name: scorer_version(name, options.weights) for name in scorers}
     references = features.reference_pictures(options.reference) if options.reference else []
     if options.diversity or references:
         features.embedder_version(options.weights)  # finds what is missing before the scoring
     table = ScoreTable(options.output, for_writing=True)
-    broken = score_missing(
+    broken = scoring.score_missing(
         pictures,
         versions,
         table,
@@ -148,7 +158,11 @@ def evaluate(options: argparse.Namespace) -> int:
         workers=options.workers,
         weights=options.weights,
     )
-    problems += left_out(pictures, broken, versions, table)
+    whole = [picture for picture in pictures if picture.sha256 not in broken]
+    statistic_keys = image_statistics.measure_missing(whole, baselines[0], table)
+    statistic_names = (*image_statistics.STATISTICS, image_statistics.DISTANCE)
+    scoring.close(table, [*scoring.keys_of(pictures, versions), *statistic_keys], (*versions, *statistic_names))
+    problems += scoring.left_out(pictures, broken, versions, table)
 
     # What is compared.
     sets = list(dict.fromkeys(picture.prompt_set for picture in pictures))
@@ -161,13 +175,14 @@ def evaluate(options: argparse.Namespace) -> int:
     sources = {picture.model: picture.source for picture in reversed(pictures)}
     by_run = [curves.curve(run, read_rows(run / "metrics.jsonl"), sources, baselines[0]) for run in options.runs]
     drawn = [curve for curve in by_run if curve]
-    shown = by_prompt(picture for picture in pictures if picture.sha256 not in broken)
+    shown = by_prompt(whole)
+    statistics = {each.name: each for each in benchmarks_of(table.placed, list(folders), statistic_names)}
 
     # Diversity and drift.
     diversity, drifts = [], []
     if options.diversity or references:
         vectors = features.image_features(
-            [*(picture for picture in pictures if picture.sha256 not in broken), *references],
+            [*whole, *references],
             options.output,
             device=device,
             batch_size=options.batch_size,
@@ -188,6 +203,8 @@ def evaluate(options: argparse.Namespace) -> int:
         makings,
         diversity=[each for each in diversity if each],
         drifts=drifts,
+        statistics=statistics,
+        trained_on=trained_on,
     )
     write_report(options, evaluation)
     if options.table2 or options.table3:

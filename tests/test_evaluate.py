@@ -17,7 +17,7 @@ from xdpo import files
 from xdpo.files import file_sha256, is_own
 from xdpo.images.reading import Picture, of_one_colour
 from xdpo.report import thumbnails
-from xdpo.scores import scoring
+from xdpo.scores import image_statistics, scoring
 from xdpo.scores.table import ScoreTable
 
 # A scorer of one's own: the mean of the red channel. It writes down how many images each call had.
@@ -97,9 +97,15 @@ def world(tmp_path):
     return World()
 
 
+def placed(folder):
+    """The rows of a score table that are not image statistics."""
+    statistics = (*image_statistics.STATISTICS, image_statistics.DISTANCE)
+    return [row for row in ScoreTable(folder).placed if row.key.scorer not in statistics]
+
+
 def scores(world):
     """(model, key of the prompt) → score."""
-    return {(row.placement.model, row.placement.key): row.score for row in ScoreTable(world.output).placed}
+    return {(row.placement.model, row.placement.key): row.score for row in placed(world.output)}
 
 
 def test_two_folders_become_scores_tables_figures_and_a_page(world, capsys):
@@ -107,8 +113,7 @@ def test_two_folders_become_scores_tables_figures_and_a_page(world, capsys):
     made = {path.name for path in world.output.iterdir() if not is_own(path)}
     assert made == {"scores.parquet", "report.md", "report.html", "figures", "tables"}
     assert {path.suffix for path in (world.output / "figures").iterdir()} == {".png", ".svg"}
-    table = ScoreTable(world.output)
-    assert sorted((row.placement.model, row.placement.key, row.score) for row in table.placed)[:2] == [
+    assert sorted((row.placement.model, row.placement.key, row.score) for row in placed(world.output))[:2] == [
         ("sd15", "cats/0", 100.0),
         ("sd15", "cats/1", 101.0),
     ]
@@ -146,6 +151,22 @@ def test_models_whose_images_were_made_with_other_settings_are_told_apart(world,
     assert world.run() == 0
     assert "mine: images made with different file (png: sd15; jpg: xdpo)" in capsys.readouterr().err
     assert "| 2026-01-02 to 2026-01-04 |" in (world.output / "report.md").read_text()
+
+
+def test_signs_of_reward_hacking_are_measured_once_and_reported(world, capsys):
+    assert world.run("--trained-on", world.scorer) == 0
+    assert "image statistics: 12 images, 12 of them to measure" in capsys.readouterr().out
+    report = (world.output / "report.md").read_text()
+    section = report[report.index("## Signs of reward hacking: mine") :]
+    assert "rewards trained on +29.28, saturation " in section  # 50 levels of red over a deviation of 1.7
+    assert re.search(r"; images of the same seed are 1\d\.\d % of the pixels' range apart\.", section)
+    assert (world.output / "figures" / "hacking_mine.svg").is_file()
+    make_model(world.folder / "images" / "xdpo", MODELS["xdpo"], settings={"seed": 1})
+    assert world.run() == 0
+    assert "12 images, 0 of them to measure" in capsys.readouterr().out
+    assert "of the same seed are" not in (world.output / "report.md").read_text()  # sd15's seed is unknown
+    assert world.run("--trained-on", "clip") == 1
+    assert f"--trained-on clip is none of --scorers; choose from {world.scorer}" in capsys.readouterr().err
 
 
 def test_diversity_and_drift_are_reported_and_features_computed_once(world, metric_weights, capsys):
@@ -250,7 +271,7 @@ def test_images_of_every_mode_are_scored_by_the_pixels_that_they_show(world, kin
         case "32-bit floats":
             Image.fromarray(np.full((8, 8), 128 / 255, np.float32)).save(path, "TIFF")
     assert world.run() == 0
-    places = {(row.placement.model, row.placement.file): row.score for row in ScoreTable(world.output).placed}
+    places = {(row.placement.model, row.placement.file): row.score for row in placed(world.output)}
     assert places["xdpo", "cats/00000.png"] == pytest.approx(255 if "palette" in kind else 128, abs=1)
 
 
@@ -329,7 +350,7 @@ def test_its_own_output_is_no_model(world, capsys):
         arguments = ["--images", *world.images(), "--scorers", world.scorer, "--output", str(inside)]
         assert evaluate.main(arguments) == 0
         assert capsys.readouterr().err.count("note:") == 0
-    assert {row.placement.prompt_set for row in ScoreTable(inside).placed} == {"mine"}
+    assert {row.placement.prompt_set for row in placed(inside)} == {"mine"}
 
 
 def test_a_full_disk_is_said_of_figures_and_pages_and_scores_stay(world, capsys, request, monkeypatch):
@@ -361,7 +382,7 @@ def test_a_start_that_failed_binds_the_output_to_nothing(world):
     )
     assert world.run(scorers=f"{world.folder / 'wrong.py'}:Wrong") == 1
     assert world.run() == 0
-    assert {row.key.scorer for row in ScoreTable(world.output).placed} == {world.scorer}
+    assert {row.key.scorer for row in placed(world.output)} == {world.scorer}
 
 
 def test_a_scorer_that_gives_no_numbers_is_named(world, capsys):
@@ -380,7 +401,7 @@ def test_nothing_is_scored_twice_and_a_new_model_costs_only_its_own(world):
     make_model(world.folder / "images" / "kto", 170)
     world.run(models=("sd15", "kto"))
     assert world.calls() == 6
-    assert {row.placement.model for row in ScoreTable(world.output).placed} == {"sd15", "xdpo", "kto"}
+    assert {row.placement.model for row in placed(world.output)} == {"sd15", "xdpo", "kto"}
 
 
 def test_a_changed_scorer_scores_anew(world):
@@ -401,7 +422,7 @@ def test_killed_and_restarted_it_goes_on_where_it_was(world, monkeypatch, capsys
     world.calls()
     assert world.run() == 0
     assert world.calls() == 12 - 4  # two batches of two were done
-    assert len(ScoreTable(world.output).placed) == 12
+    assert len(placed(world.output)) == 12
 
 
 def test_images_are_scored_as_training_sees_them(world):
@@ -427,7 +448,7 @@ def test_identical_images_are_scored_once(world):
     make_model(world.folder / "images" / "copy", MODELS["sd15"])
     world.run(models=("sd15", "copy"))
     assert world.calls() == 6
-    assert len(ScoreTable(world.output).placed) == 12
+    assert len(placed(world.output)) == 12
 
 
 def test_worker_processes_give_the_same_numbers_as_none(world):
@@ -612,7 +633,7 @@ def test_what_generate_makes_evaluate_reads(small_pipeline, tmp_path):
         assert generate.main([*arguments, "--output", str(tmp_path / name)]) == 0
     arguments = ["--images", str(tmp_path / "one"), str(tmp_path / "two"), "--scorers", "tiny_alignment,tiny_appeal"]
     assert evaluate.main([*arguments, "--output", str(tmp_path / "results")]) == 0
-    rows = ScoreTable(tmp_path / "results").placed
+    rows = placed(tmp_path / "results")
     assert len(rows) == 2 * 3 * 2 * 2  # models, prompts, images of each, scorers
     assert {row.placement.repeat for row in rows} == {0, 1}
     report = (tmp_path / "results" / "report.md").read_text()

@@ -1,12 +1,15 @@
 """Figures, each saved as PNG and SVG: change per metric and category, win rates, distributions, quality in training."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.ticker import PercentFormatter
 
 from xdpo.files import replacing, writing
@@ -18,7 +21,23 @@ from xdpo.scores.results import Benchmark
 # Okabe and Ito's colours, which colour-blind readers can distinguish; grey is the baseline's.
 BASELINE_COLOUR = "#8a919e"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5cc0", "#444444")
+_FURTHER_FONTS = (  # by the scripts that DejaVu lacks, where they are installed
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "WenQuanYi Zen Hei",
+    "Droid Sans Fallback",
+    "Hiragino Sans",
+    "Microsoft YaHei",
+    "Noto Sans Devanagari",
+    "Noto Sans Bengali",
+    "Noto Sans Tamil",
+    "Noto Sans Thai",
+    "Arial Unicode MS",
+    "Unifont",
+)
+_INSTALLED = {font.name for font in fontManager.ttflist}
 STYLE = {
+    "font.family": ["DejaVu Sans", *(name for name in _FURTHER_FONTS if name in _INSTALLED)],
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -30,7 +49,6 @@ STYLE = {
 }
 
 
-_CAPTION = {"fontsize": 8, "color": "#555555"}
 _DIVERGING = "PuOr"  # orange for worse, purple for better: colour-blind readers tell them apart
 
 
@@ -49,11 +67,9 @@ def metric_bars(benchmark: Benchmark, baseline: str) -> Figure:
         figure, panels = _panels(benchmark.scorers, 3.3, 0.9 + 0.34 * len(benchmark.models), sharey=True)
         for axes, scorer in zip(panels, benchmark.scorers, strict=True):
             _change_panel(axes, benchmark, baseline, scorer)
-        figure.supxlabel(
-            f"mean score, as change against {baseline}; 95 % intervals over {len(benchmark.prompts):,} prompts"
-            + ("; ◇ published change" if _any_published(benchmark, baseline) else ""),
-            **_CAPTION,
-        )
+        published_too = "; ◇ published change" if _any_published(benchmark, baseline) else ""
+        prompts = f"95 % intervals over {len(benchmark.prompts):,} prompts"
+        caption(figure, f"mean score, as change against {baseline}; {prompts}{published_too}")
     return figure
 
 
@@ -80,7 +96,7 @@ def _change_panel(axes: Axes, benchmark: Benchmark, baseline: str, scorer: str) 
     axes.set_axisbelow(True)
     axes.axvline(0, color=BASELINE_COLOUR, linewidth=1)
     axes.margins(x=0.08)
-    axes.set_yticks(range(len(models)), models)
+    axes.set_yticks(range(len(models)), map(short, models))
     axes.set_ylim(len(models) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.locator_params(axis="x", nbins=5)
@@ -109,7 +125,7 @@ def win_rate_bars(benchmark: Benchmark, baseline: str, colours: Mapping[str, str
             for model in others:
                 c = benchmark.comparison(baseline, model, scorer)
                 low, high = c.win_rate_interval
-                label = model if scorer == benchmark.scorers[0] else None
+                label = short(model, 40) if scorer == benchmark.scorers[0] else None
                 axes.barh(row, c.win_rate, color=colours[model], height=0.78, label=label)
                 reach = [[c.win_rate - low], [high - c.win_rate]]
                 axes.errorbar(c.win_rate, row, xerr=reach, color="#222222", linewidth=1, capsize=2)
@@ -125,7 +141,8 @@ def win_rate_bars(benchmark: Benchmark, baseline: str, colours: Mapping[str, str
         axes.set_yticks([at for at, _ in ticks], [text for _, text in ticks])
         axes.tick_params(axis="y", length=0)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_title(f"{benchmark.name}: win rate against {baseline}, {len(benchmark.prompts):,} prompts")
+        title = f"{benchmark.name}: win rate against {baseline}, {len(benchmark.prompts):,} prompts"
+        axes.set_title("\n".join(wrap(title, 70)))
         widest = max(map(len, others))
         figure.legend(loc="outside lower center", ncols=max(1, min(5, len(others), 90 // (widest + 6))), frameon=False)
     return figure
@@ -148,12 +165,12 @@ def score_differences(benchmark: Benchmark, baseline: str, colours: Mapping[str,
                     body.set(facecolor=colours[model], alpha=0.75)
                 drawn["cquantiles"].set(color="#222222", linewidth=1)
             axes.axvline(0, color="#222222", linestyle=(0, (3, 2)), linewidth=1)
-            axes.set_yticks(range(len(others)), others)
+            axes.set_yticks(range(len(others)), map(short, others))
             axes.set_ylim(len(others) - 0.4, -0.6)
             axes.tick_params(axis="y", length=0)
             axes.locator_params(axis="x", nbins=5)
             axes.set_title(title_of(scorer))
-        figure.supxlabel(f"score minus {baseline}'s on the same prompt; lines at the quartiles", **_CAPTION)
+        caption(figure, f"score minus {baseline}'s on the same prompt; lines at the quartiles")
     return figure
 
 
@@ -176,14 +193,14 @@ def category_heat_map(benchmark: Benchmark, baseline: str) -> Figure:
             for row, line in enumerate(texts):
                 for column, (text, tone) in enumerate(line):
                     _cell_text(axes, column, row, text, sizes[row][column], limit=1.0, bold=bool(tone))
-            axes.set_yticks(range(len(others)), others)
+            axes.set_yticks(range(len(others)), map(short, others))
             axes.set_title(title_of(scorer))
-        counts = [f"{name or 'none'} ({len(rows):,})" for name, rows in benchmark.categories.items()]
+        counts = [short(f"{name or 'none'} ({len(rows):,})") for name, rows in benchmark.categories.items()]
         panels[-1].set_xticks(range(len(counts)), counts, rotation=35, ha="right", rotation_mode="anchor")
-        figure.supxlabel(
-            f"change of the mean against {baseline}, bold where its 95 % interval excludes zero;\n"
+        caption(
+            figure,
+            f"change of the mean against {baseline}, bold where its 95 % interval excludes zero; "
             "darkest at one standard deviation of the paired differences; prompts in brackets",
-            **_CAPTION,
         )
     return figure
 
@@ -200,18 +217,33 @@ def win_matrix(benchmark: Benchmark) -> Figure:
             for row, model in enumerate(models):
                 for column, other in enumerate(models):
                     if model != other:
-                        c = benchmark.comparison(other, model, scorer)
-                        rates[row, column] = c.win_rate - 0.5
-                        low, high = c.win_rate_interval
+                        wins = benchmark.wins(other, model, scorer)
+                        rates[row, column] = wins.rate - 0.5
+                        low, high = wins.interval
                         clear = low > 0.5 or high < 0.5
-                        text = f"{100 * c.win_rate:.0f}"
-                        _cell_text(axes, column, row, text, c.win_rate - 0.5, limit=0.5, bold=clear)
+                        text = f"{100 * wins.rate:.0f}"
+                        _cell_text(axes, column, row, text, wins.rate - 0.5, limit=0.5, bold=clear)
             _heat(axes, rates, limit=0.5)
-            axes.set_xticks(range(len(models)), models, rotation=35, ha="right", rotation_mode="anchor")
-            axes.set_yticks(range(len(models)), models)
+            axes.set_xticks(range(len(models)), map(short, models), rotation=35, ha="right", rotation_mode="anchor")
+            axes.set_yticks(range(len(models)), map(short, models))
             axes.set_title(title_of(scorer))
-        figure.supxlabel("% of prompts on which the row's model wins against the column's, ties ½", **_CAPTION)
+        caption(figure, "% of prompts on which the row's model wins against the column's, ties ½")
     return figure
+
+
+def caption(figure: Figure, text: str) -> None:
+    """Write a line under a figure, wrapped to its width."""
+    figure.supxlabel("\n".join(wrap(text, round(15 * figure.get_figwidth()))), fontsize=8, color="#555555")
+
+
+def short(name: str, width: int = 22) -> str:
+    """A model's or category's name for a figure: in lines of about `width` characters, broken where a word ends."""
+    lines = [""]
+    for part in re.findall(r"[^\s_./-]*[\s_./-]*", name):
+        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip(" ") for line in lines)
 
 
 def _panels(scorers: Sequence[str], width: float, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
@@ -263,12 +295,12 @@ def quality_curves(benchmark: Benchmark, curves: Sequence[Curve], baseline: str)
                     [change.mean_shift_interval[1] - change.mean_shift for _, change in points],
                 ]
                 style = dict(color=COLOURS[position % len(COLOURS)], marker="o", markersize=4, capsize=2, linewidth=1.5)
-                by_pairs.errorbar([p.pairs for p, _ in points], means, yerr=reach, label=curve.run, **style)
+                by_pairs.errorbar([p.pairs for p, _ in points], means, yerr=reach, label=short(curve.run, 40), **style)
                 by_hours.errorbar([p.hours for p, _ in points], means, yerr=reach, **style)
             by_pairs.set_title(f"{benchmark.name}: {title_of(scorer)}")
         panels[-1][0].set_xlabel("training pairs seen")
         panels[-1][1].set_xlabel("hours in optimizer steps")
-        figure.supxlabel(f"bars: 95 % intervals of the paired difference from {baseline}", **_CAPTION)
+        caption(figure, f"bars: 95 % intervals of the paired difference from {baseline}")
         figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return figure
 

@@ -23,6 +23,11 @@ TITLES = {
     "image_reward": "ImageReward",
     "clip": "CLIP",
     "aesthetic": "Aesthetic",
+    "saturation": "Saturation",
+    "contrast": "Contrast",
+    "sharpness": "Sharpness",
+    "high frequencies": "High frequencies",
+    "distance": "Distance",
     "tiny_reward": "Reward (tiny)",
     "tiny_alignment": "Alignment (tiny)",
     "tiny_appeal": "Appeal (tiny)",
@@ -34,7 +39,8 @@ _DECIMALS = {"pickscore": 3, "hpsv2": 3, "hpsv2.1": 3, "image_reward": 3, "clip"
 @dataclass(frozen=True)
 class Cell:
     """A cell of a table. `value` is its sorting key, `detail` is smaller print after the text, `best` marks the highest
-    of its kind, `tone` is "better" or "worse" than the baseline, "differs" from the baseline, "published" or empty."""
+    of its kind. `tone` is "better" or "worse" than the baseline, "higher" or "lower" without a judgement, "differs"
+    from it, "published" or empty."""
 
     text: str
     value: float | str | None = None
@@ -45,7 +51,7 @@ class Cell:
     @property
     def sign(self) -> str:
         """The tone as a character, for readers who don't see its colour."""
-        return {"better": "▲", "worse": "▼", "differs": "≠"}.get(self.tone, "")
+        return {"better": "▲", "worse": "▼", "higher": "▲", "lower": "▼", "differs": "≠"}.get(self.tone, "")
 
 
 class Paired(NamedTuple):
@@ -198,14 +204,14 @@ def every_pair(benchmark: Benchmark) -> Grid:
     for scorer in benchmark.scorers:
         for model in benchmark.models:
             for other in (other for other in benchmark.models if other != model):
-                c = benchmark.comparison(other, model, scorer)
-                low, high = c.win_rate_interval
+                wins = benchmark.wins(other, model, scorer)
+                low, high = wins.interval
                 rows.append(
                     (
                         Cell(title_of(scorer), title_of(scorer)),
                         Cell(model, model),
                         Cell(other, other),
-                        Cell(percent(c.win_rate), c.win_rate),
+                        Cell(percent(wins.rate), wins.rate),
                         Cell(f"[{100 * low:.1f}, {100 * high:.1f}]", low),
                     )
                 )
@@ -273,8 +279,8 @@ def drifts(found: Sequence["Drift"]) -> Grid:
     )
     note = (
         f"1000 × squared maximum mean discrepancy from {found[0].references:,} reference images on CLIP features "
-        "(ViT-L/14, 224 pixels), with CMMD's Gaussian and KID's polynomial kernel. Models are comparable where they have "
-        "equally many images; published CMMD and KID are on features of other networks."
+        "(ViT-L/14, 224 pixels), with CMMD's Gaussian and KID's polynomial kernel. Models are comparable where they "
+        "have equally many images; published CMMD and KID are on features of other networks."
     )
     return Grid("Drift from the reference images", ("Prompt set", "Model", "Images", "CMMD's", "KID's"), rows, note)
 
@@ -295,9 +301,10 @@ def made(makings: Sequence[Making], baselines: Mapping[str, str]) -> Grid:
     return Grid("How the images were made", ("Prompt set", "Model", *makings[0].facts), tuple(rows), note)
 
 
-def shift_tone(comparison: Comparison) -> str:
+def shift_tone(comparison: Comparison, above: str = "better", below: str = "worse") -> str:
+    """The tone of a paired change: `above` or `below` where its interval excludes zero, else empty."""
     low, high = comparison.mean_shift_interval
-    return "better" if low > 0 else "worse" if high < 0 else ""
+    return above if low > 0 else below if high < 0 else ""
 
 
 # --- how they are written ----------------------------------------------------------------------------------

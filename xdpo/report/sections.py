@@ -1,7 +1,7 @@
 """The content of a report: one list of sections, which is written as Markdown and as a page."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from xdpo.images.making import Making, differences
 from xdpo.images.reading import Picture, Problem
-from xdpo.report import figures, grids, published
+from xdpo.report import figures, grids, hacking, published
 from xdpo.report.curves import Curve, pairs_to_reach
 from xdpo.report.grids import Cell, Grid, Paired
 from xdpo.scores.features import Drift
@@ -34,6 +34,8 @@ class Evaluation:
     makings: Sequence[Making]
     diversity: Sequence[Benchmark] = ()  # a prompt's images among one another, as scores
     drifts: Sequence[Drift] = ()
+    statistics: Mapping[str, Benchmark] = field(default_factory=dict)  # of images, by prompt set
+    trained_on: Sequence[str] = ()  # the scorers that the training used as its reward
 
     @cached_property
     def corrected_p_values(self) -> dict[Paired, float]:
@@ -81,6 +83,11 @@ def sections(evaluation: Evaluation, figure_folder: Path) -> list[Section]:
     report = [_benchmark_section(evaluation, benchmark, figure_folder) for benchmark in evaluation.benchmarks]
     if evaluation.curves:
         report += [_curve_section(evaluation, benchmark, figure_folder) for benchmark in evaluation.benchmarks]
+    report += [
+        _hacking_section(evaluation, benchmark, figure_folder)
+        for benchmark in evaluation.benchmarks
+        if len(benchmark.models) > 1 and benchmark.name in evaluation.statistics
+    ]
     for benchmark in evaluation.diversity:
         text = (
             "Of several images of one prompt, on CLIP features (ViT-L/14): the mean cosine distance of two, and the "
@@ -206,6 +213,20 @@ def _curve_section(evaluation: Evaluation, benchmark: Benchmark, figure_folder: 
     if rows:
         blocks.append(Grid(f"{benchmark.name}: pairs needed", columns, tuple(rows), note))
     return Section(f"Training: {benchmark.name}", (), tuple(blocks))
+
+
+def _hacking_section(evaluation: Evaluation, benchmark: Benchmark, figure_folder: Path) -> Section:
+    baseline = evaluation.baselines_of(benchmark)[0]
+    panel = hacking.Panel(benchmark, evaluation.statistics[benchmark.name], baseline, evaluation.trained_on)
+    stem = figure_folder / f"hacking_{benchmark.name}"
+    files = figures.save(hacking.draw(panel, evaluation.curves), stem)
+    alt = f"Rewards and image statistics on {benchmark.name}, as change against {baseline}"
+    return Section(
+        f"Signs of reward hacking: {benchmark.name}",
+        hacking.in_words(panel),
+        (FigureFile(*files, alt),),
+        (hacking.table(panel),),
+    )
 
 
 def _making_section(evaluation: Evaluation) -> Section:

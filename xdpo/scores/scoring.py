@@ -48,7 +48,7 @@ def score_missing(
     workers: int | None = None,
     weights: Path | None = None,
 ) -> set[str]:
-    """Add the scores that the table lacks, then close the table. The pictures have prompts and checksums.
+    """Add the scores that the table lacks. The pictures have prompts and checksums.
 
     versions: of each scorer, by name. workers: processes that decode; None: `default_workers`.
     Returns the checksums of pictures that cannot be decoded.
@@ -69,12 +69,20 @@ def score_missing(
             gc.collect()
             if device.type != "cpu":
                 torch.accelerator.empty_cache()
-    keys = [(picture, _key(picture, name, version)) for name, version in versions.items() for picture in pictures]
+    return broken
+
+
+def keys_of(pictures: Sequence[Picture], versions: Mapping[str, str]) -> list[tuple[Picture, ScoreKey]]:
+    """Every picture with the keys of its scores."""
+    return [(picture, _key(picture, name, version)) for name, version in versions.items() for picture in pictures]
+
+
+def close(table: ScoreTable, keys: Sequence[tuple[Picture, ScoreKey]], scorers: Sequence[str]) -> None:
+    """Put the pictures' scores in the places of all that these scorers gave earlier, and write the table."""
     table.close(
         [(_placement(picture), key) for picture, key in keys if key in table.scores],
-        replaced={(picture.prompt_set, picture.model, key.scorer) for picture, key in keys},
+        replaced={(picture.prompt_set, picture.model, scorer) for picture, _ in keys for scorer in scorers},
     )
-    return broken
 
 
 def left_out(

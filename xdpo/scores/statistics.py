@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import inf, nan, sqrt
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,24 @@ class Summary:
     median: float
     standard_error: float
     interval: tuple[float, float]
+
+
+class Wins(NamedTuple):
+    """How often paired scores rise, stay and fall."""
+
+    wins: int
+    ties: int
+    losses: int
+
+    @property
+    def rate(self) -> float:
+        """The share of wins, ties counted ½."""
+        return (self.wins + self.ties / 2) / sum(self)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the rate."""
+        return wilson_interval(self.wins + self.ties / 2, sum(self))
 
 
 @dataclass(frozen=True)
@@ -82,21 +101,25 @@ def compare(
         raise ValueError(f"paired scores must be two lists of one length, got shapes {first.shape} and {second.shape}")
     _refuse_non_finite(first, second)
     difference = second - first
-    wins, losses = int((difference > tie_width).sum()), int((difference < -tie_width).sum())
-    ties = len(difference) - wins - losses
-    successes = wins + ties / 2
+    counts = count_wins(difference, tie_width)
     return Comparison(
-        wins=wins,
-        ties=ties,
-        losses=losses,
-        win_rate=successes / len(difference),
-        win_rate_interval=wilson_interval(successes, len(difference)),
+        wins=counts.wins,
+        ties=counts.ties,
+        losses=counts.losses,
+        win_rate=counts.rate,
+        win_rate_interval=counts.interval,
         mean_before=float(first.mean()),
         mean_after=float(second.mean()),
         mean_shift=float(difference.mean()),
         mean_shift_interval=bootstrap_interval(difference),
-        sign_test=sign_test(wins, losses),
+        sign_test=sign_test(counts.wins, counts.losses),
     )
+
+
+def count_wins(difference: np.ndarray, tie_width: float = 0.0) -> Wins:
+    """Differences of paired scores → counts; one of at most `tie_width` is a tie."""
+    wins, losses = int((difference > tie_width).sum()), int((difference < -tie_width).sum())
+    return Wins(wins, len(difference) - wins - losses, losses)
 
 
 def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
