@@ -29,6 +29,7 @@ def refusing(error):
 HOLDING = Row("one is at most two", lambda bench: rows.at_most(1, 2, "less"))
 FAILING = Row("three is at most two", lambda bench: rows.at_most(3, 2, "two or fewer"))
 BROKEN = Row("a check that breaks", refusing(RuntimeError("no\nkernel")))
+TOO_LARGE = Row("a check that needs a larger card", refusing(torch.OutOfMemoryError("CUDA out of memory.\nSee …")))
 IMPOSSIBLE = Row("a check that needs more", refusing(NotPossible("there is one card")))
 
 
@@ -58,16 +59,20 @@ def test_a_failing_row_shows_both_numbers_and_what_to_try(check, capsys):
 
 
 def test_an_error_in_a_row_is_a_finding_and_the_others_go_on(check):
-    status, record, _ = check((BROKEN, IMPOSSIBLE, HOLDING), "--device", "cpu", "--tiny")
-    broken, impossible, holding = record["rows"]
+    status, record, _ = check((BROKEN, IMPOSSIBLE, TOO_LARGE, HOLDING), "--device", "cpu", "--tiny")
+    broken, impossible, too_large, holding = record["rows"]
     assert status == 1 and broken["verdict"] == "DOES NOT HOLD" and broken["measured"] == "RuntimeError: no kernel"
     assert "test_check_gpu.py, line" in broken["remedy"]
     assert (impossible["verdict"], impossible["remedy"]) == ("not possible here", "there is one card")
+    assert (too_large["verdict"], too_large["remedy"]) == (
+        "not possible here",
+        "the card is too small: CUDA out of memory.",
+    )
     assert holding["verdict"] == "holds"
 
 
 def test_what_is_not_possible_here_fails_nothing(check):
-    assert check((IMPOSSIBLE, HOLDING), "--device", "cpu", "--tiny")[0] == 0
+    assert check((IMPOSSIBLE, TOO_LARGE, HOLDING), "--device", "cpu", "--tiny")[0] == 0
 
 
 def test_without_a_gpu_one_line_says_so_and_no_row_is_checked(check, monkeypatch, capsys):

@@ -18,6 +18,16 @@ from unittest.mock import patch
 import torch
 from benchmarks.modes import ROOT
 
+IMPORTED_ONCE = [
+    "gpu_checks.children",
+    "benchmarks.counting",
+    "diffusers.optimization",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "datasets",
+    "peft",
+    "xdpo.recording",
+    "xdpo.training",
+]
 TIMEOUT = 900  # seconds of one training, which none needs unless it hangs
 
 
@@ -29,7 +39,7 @@ def context() -> Any:
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     forking = multiprocessing.get_context("forkserver")
-    forking.set_forkserver_preload(["gpu_checks.children", "benchmarks.counting", "xdpo.training", "xdpo.recording"])
+    forking.set_forkserver_preload(IMPORTED_ONCE)
     return forking
 
 

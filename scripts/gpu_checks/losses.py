@@ -12,9 +12,12 @@ import torch
 from gpu_checks.bench import Bench, make_trainee
 from gpu_checks.rows import Finding, Row, equal, near
 from xdpo import runs
+from xdpo.compute import precision_of
+from xdpo.config import ComputeConfig
 from xdpo.non_finite import MAX_SKIPPED
 
 PRECISIONS = ("bf16", "fp16", "fp32")
+EXACT = "fp32 without TF32"
 ERROR_TOLERANCE = 0.02  # relative, of a denoising error in another precision; learner.RECORDED_ERROR_TOLERANCE
 GRADIENT_TOLERANCE = 0.1  # relative, of the gradient's norm: a difference of two gradients, whose roundings add up
 
@@ -23,11 +26,13 @@ GRADIENT_TOLERANCE = 0.1  # relative, of the gradient's norm: a difference of tw
 
 
 def first_step(bench: Bench, precision: str, trainable: str, *, pipeline: str | None, compiled: bool) -> dict:
-    """Loss, error and gradient norm of the first step, before its update; made once. precision: tf32 is none.
+    """Loss, error and gradient norm of the first step, before its update; made once.
 
-    Raises NotPossible for a precision that the machine has not, and for compiling without a compiler.
+    precision: one of PRECISIONS, "auto", or EXACT. pipeline: None for the size's. Raises NotPossible for a precision
+    that the machine has not, and for compiling without a compiler.
     """
-    name, tf32 = ("fp32", "false") if precision == "true fp32" else (precision, "true")
+    name, tf32 = ("fp32", "false") if precision == EXACT else (precision, "true")
+    name, pipeline = precision_of(ComputeConfig(precision=name)), pipeline or bench.size.pipeline
     bench.refuse_precision(name)
     keys = [f"compute.precision={name}", f"compute.tf32={tf32}", f"model.trainable={trainable}"]
     keys.append(f"compute.compile={str(compiled).lower()}")
@@ -51,7 +56,7 @@ def check_first_loss(bench: Bench, precision: str, trainable: str, pipeline: str
 
 def check_against_float32(bench: Bench, precision: str, name: str, tolerance: float) -> Finding:
     found = first_step(bench, precision, "full", pipeline=None, compiled=False)
-    true = first_step(bench, "true fp32", "full", pipeline=None, compiled=False)
+    true = first_step(bench, EXACT, "full", pipeline=None, compiled=False)
     remedy = "compute.precision=fp32 with compute.tf32=false, and say which card does this"
     return near(found[name], true[name], tolerance, remedy)
 

@@ -7,6 +7,8 @@ from enum import StrEnum
 from math import isfinite
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from gpu_checks.bench import Bench
 
@@ -64,6 +66,8 @@ def judge(row: Row, bench: "Bench") -> Finding:
         return row.check(bench)
     except NotPossible as error:
         return Finding(Verdict.IMPOSSIBLE, remedy=str(error))
+    except torch.OutOfMemoryError as error:  # of a card that is too small; what shall fit has rows of its own
+        return Finding(Verdict.IMPOSSIBLE, remedy=f"the card is too small: {str(error).splitlines()[0]}")
     except Exception as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
         frame = traceback.extract_tb(error.__traceback__)[-1]

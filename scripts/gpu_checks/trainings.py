@@ -1,6 +1,5 @@
 """A training killed and resumed, two processes on one card, and one process on each of two cards."""
 
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -82,7 +81,6 @@ def check_two_processes(bench: Bench, backend: str | None, one_card: bool) -> Fi
         raise NotPossible("there is one card" if bench.on_gpu else "there is no card")
     name = f"two on {'one card' if one_card else 'two cards'}".replace(" ", "_")
     alone = read_rows(whole(bench) / "metrics.jsonl")
-    shutil.rmtree(bench.working / name, ignore_errors=True)
     children.train(*launches(bench, name, children.two_ranks(one_card=one_card), backend=backend))
     together = read_rows(bench.working / name / "metrics.jsonl")
     first, last = together[0]["gradient_norm"], together[-1]["step"]
