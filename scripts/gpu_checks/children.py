@@ -31,7 +31,7 @@ IMPORTED_ONCE = [
 TIMEOUT = 900  # seconds of one training, which none needs unless it hangs
 
 
-def context() -> Any:
+def start_method() -> Any:
     """How processes are started: new ones on a GPU, as CUDA does not survive a fork.
 
     On a CPU they are forked from one that has imported the libraries, which takes longer than what they do.
@@ -45,7 +45,7 @@ def context() -> Any:
 
 def run(work: Callable[..., Any], *arguments: Any) -> Any:
     """What a function returns in a process of its own. Its exception is raised here."""
-    with ProcessPoolExecutor(1, context()) as pool:
+    with ProcessPoolExecutor(1, start_method()) as pool:
         return pool.submit(work, *arguments).result()
 
 
@@ -65,7 +65,7 @@ class Launch:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def start(self) -> Any:
-        process = context().Process(target=_train, args=(self,))
+        process = start_method().Process(target=_train, args=(self,))
         process.start()
         return process
 

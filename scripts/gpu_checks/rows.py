@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from gpu_checks.bench import Bench
+    from gpu_checks.context import Context
 
 
 class Verdict(StrEnum):
@@ -39,7 +39,7 @@ class Finding:
 @dataclass(frozen=True)
 class Row:
     claim: str
-    check: Callable[["Bench"], Finding]
+    check: Callable[["Context"], Finding]
 
 
 def at_most(measured: float, bound: float, remedy: str, *, judged: bool = True) -> Finding:
@@ -60,10 +60,10 @@ def equal(measured: object, expected: object, remedy: str) -> Finding:
     return Finding(_verdict(measured == expected), str(measured), str(expected), remedy)
 
 
-def judge(row: Row, bench: "Bench") -> Finding:
+def judge(row: Row, context: "Context") -> Finding:
     """Run a row's check. An exception in it is a finding too, so that the other rows go on."""
     try:
-        return row.check(bench)
+        return row.check(context)
     except NotPossible as error:
         return Finding(Verdict.IMPOSSIBLE, remedy=str(error))
     except torch.OutOfMemoryError as error:  # of a card that is too small; what shall fit has rows of its own
