@@ -6,7 +6,7 @@
 
 Each claim "holds", "DOES NOT HOLD", with the two numbers that were compared and what to try, or is "not possible here".
 One that does not hold makes the exit status 1. It needs no network, and other versions than those of requirements.txt
-will do: it prints which it met. On a CPU, graphs are compiled without making kernels, fp16's loss scaling runs in
+will do: it prints which it met. On a CPU, graphs are traced without making kernels, fp16's loss scaling runs in
 float32, and no memory is limited.
 """
 
@@ -53,7 +53,7 @@ def check(options: argparse.Namespace) -> int:
     import torch  # not before the device is chosen
     from benchmarks.folders import working_folder
     from gpu_checks import report, rows
-    from gpu_checks.bench import SIZES, Bench
+    from gpu_checks.context import SIZES, Context
 
     every = every_row()
     is_possible = options.device == "cpu" or torch.cuda.is_available()
@@ -67,9 +67,9 @@ def check(options: argparse.Namespace) -> int:
         findings = [rows.Finding(rows.Verdict.IMPOSSIBLE, remedy="there is no GPU")] * len(every)
     else:
         with working_folder() as working:
-            bench = Bench(SIZES[options.size], working, on_gpu=options.device == "cuda")
+            context = Context(SIZES[options.size], working, on_gpu=options.device == "cuda")
             for row in every:
-                findings.append(rows.judge(row, bench))
+                findings.append(rows.judge(row, context))
                 print(report.line(row, findings[-1]), flush=True)
     written = report.write(options.output, facts, every, findings)
     print(f"{report.tally(findings)}; see {' and '.join(map(str, written))}")

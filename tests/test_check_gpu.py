@@ -12,23 +12,24 @@ import pytest
 import torch
 from benchmarks import steps
 from gpu_checks import children, memory, rows, speed
-from gpu_checks.bench import SIZES, Bench
 from gpu_checks.children import Launch
+from gpu_checks.context import SIZES, Context
 from gpu_checks.rows import Finding, NotPossible, Row, Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def refusing(error):
-    def check(bench):
+    def check(context):
         raise error
 
     return check
 
 
-HOLDING = Row("one is at most two", lambda bench: rows.at_most(1, 2, "less"))
-FAILING = Row("three is at most two", lambda bench: rows.at_most(3, 2, "two or fewer"))
+HOLDING = Row("one is at most two", lambda context: rows.at_most(1, 2, "less"))
+FAILING = Row("three is at most two", lambda context: rows.at_most(3, 2, "two or fewer"))
 BROKEN = Row("a check that breaks", refusing(RuntimeError("no\nkernel")))
+TOO_LARGE = Row("a check that needs a larger card", refusing(torch.OutOfMemoryError("CUDA out of memory.\nSee …")))
 IMPOSSIBLE = Row("a check that needs more", refusing(NotPossible("there is one card")))
 
 
@@ -58,16 +59,20 @@ def test_a_failing_row_shows_both_numbers_and_what_to_try(check, capsys):
 
 
 def test_an_error_in_a_row_is_a_finding_and_the_others_go_on(check):
-    status, record, _ = check((BROKEN, IMPOSSIBLE, HOLDING), "--device", "cpu", "--tiny")
-    broken, impossible, holding = record["rows"]
+    status, record, _ = check((BROKEN, IMPOSSIBLE, TOO_LARGE, HOLDING), "--device", "cpu", "--tiny")
+    broken, impossible, too_large, holding = record["rows"]
     assert status == 1 and broken["verdict"] == "DOES NOT HOLD" and broken["measured"] == "RuntimeError: no kernel"
     assert "test_check_gpu.py, line" in broken["remedy"]
     assert (impossible["verdict"], impossible["remedy"]) == ("not possible here", "there is one card")
+    assert (too_large["verdict"], too_large["remedy"]) == (
+        "not possible here",
+        "the card is too small: CUDA out of memory.",
+    )
     assert holding["verdict"] == "holds"
 
 
 def test_what_is_not_possible_here_fails_nothing(check):
-    assert check((IMPOSSIBLE, HOLDING), "--device", "cpu", "--tiny")[0] == 0
+    assert check((IMPOSSIBLE, TOO_LARGE, HOLDING), "--device", "cpu", "--tiny")[0] == 0
 
 
 def test_without_a_gpu_one_line_says_so_and_no_row_is_checked(check, monkeypatch, capsys):
@@ -96,12 +101,12 @@ def test_comparisons_fail_beyond_their_bounds():
 
 
 @pytest.fixture
-def bench(tmp_path):
+def context(tmp_path):
     """At the true size on a GPU, of which a test asks nothing."""
-    return Bench(SIZES["true"], tmp_path, on_gpu=True)
+    return Context(SIZES["true"], tmp_path, on_gpu=True)
 
 
-def test_what_rows_share_is_made_once_and_fails_every_one_of_them(bench):
+def test_what_rows_share_is_made_once_and_fails_every_one_of_them(context):
     calls = []
 
     def make():
@@ -110,31 +115,31 @@ def test_what_rows_share_is_made_once_and_fails_every_one_of_them(bench):
 
     for _ in range(2):
         with pytest.raises(ValueError, match="out of it"):
-            bench.share("times", make)
+            context.share("times", make)
     assert calls == [1]
 
 
-def test_speed_is_judged_against_what_the_flops_promise(bench):
+def test_speed_is_judged_against_what_the_flops_promise(context):
     seconds = {"full": 1.9, "full-cached": 1.0, **dict.fromkeys(steps.BARE_PARTS, 0.4)}
-    bench.share("times", lambda: {(name, 1): [value] * 3 for name, value in seconds.items()})
-    gain = speed.check_gain(bench, "full-cached", 1, speed.GAIN)
+    context.share("times", lambda: {(name, 1): [value] * 3 for name, value in seconds.items()})
+    gain = speed.check_gain(context, "full-cached", 1, speed.GAIN)
     assert (gain.verdict, gain.measured, gain.expected) == (Verdict.HOLDS, "1.9", "at least 1.8")
-    assert speed.check_gain(bench, "full-cached", 1, 2.0).verdict is Verdict.FAILS
-    overhead = speed.check_overhead(bench, "full", steps.BARE_PARTS, 1)
+    assert speed.check_gain(context, "full-cached", 1, 2.0).verdict is Verdict.FAILS
+    overhead = speed.check_overhead(context, "full", steps.BARE_PARTS, 1)
     assert (overhead.verdict, overhead.measured) == (Verdict.FAILS, "1.1875")
 
 
-def test_memory_that_runs_out_is_an_infinite_peak_beside_the_limit(bench, monkeypatch):
+def test_memory_that_runs_out_is_an_infinite_peak_beside_the_limit(context, monkeypatch):
     card = SimpleNamespace(total_memory=80e9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
     monkeypatch.setattr(children, "train", refusing(ValueError("status 1:\ntorch.OutOfMemoryError: 2 GB")))
     monkeypatch.setattr(memory, "overrides", lambda *_: [])
-    found = memory.check_fits(bench, memory.LIMITED[0])
+    found = memory.check_fits(context, memory.LIMITED[0])
     assert (found.verdict, found.measured, found.expected) == (Verdict.FAILS, "inf", "at most 24.6961")
     assert "gradient_checkpointing" in found.remedy
     card.total_memory = 16e9
     with pytest.raises(NotPossible, match="less than 24 GB"):
-        memory.check_fits(bench, memory.LIMITED[0])
+        memory.check_fits(context, memory.LIMITED[0])
 
 
 def test_a_training_that_fails_is_told_with_what_it_said(monkeypatch, tmp_path):

@@ -18,10 +18,20 @@ from unittest.mock import patch
 import torch
 from benchmarks.modes import ROOT
 
+IMPORTED_ONCE = [
+    "gpu_checks.children",
+    "benchmarks.counting",
+    "diffusers.optimization",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "datasets",
+    "peft",
+    "xdpo.recording",
+    "xdpo.training",
+]
 TIMEOUT = 900  # seconds of one training, which none needs unless it hangs
 
 
-def context() -> Any:
+def start_method() -> Any:
     """How processes are started: new ones on a GPU, as CUDA does not survive a fork.
 
     On a CPU they are forked from one that has imported the libraries, which takes longer than what they do.
@@ -29,13 +39,13 @@ def context() -> Any:
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     forking = multiprocessing.get_context("forkserver")
-    forking.set_forkserver_preload(["gpu_checks.children", "benchmarks.counting", "xdpo.training", "xdpo.recording"])
+    forking.set_forkserver_preload(IMPORTED_ONCE)
     return forking
 
 
 def run(work: Callable[..., Any], *arguments: Any) -> Any:
     """What a function returns in a process of its own. Its exception is raised here."""
-    with ProcessPoolExecutor(1, context()) as pool:
+    with ProcessPoolExecutor(1, start_method()) as pool:
         return pool.submit(work, *arguments).result()
 
 
@@ -55,7 +65,7 @@ class Launch:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def start(self) -> Any:
-        process = context().Process(target=_train, args=(self,))
+        process = start_method().Process(target=_train, args=(self,))
         process.start()
         return process
 

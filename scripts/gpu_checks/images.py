@@ -11,7 +11,7 @@ import torch
 from benchmarks import scoring
 from benchmarks.pairs import make_caption
 
-from gpu_checks.bench import Bench, forget_accelerator
+from gpu_checks.context import Context, forget_accelerator
 from gpu_checks.rows import Finding, Row, at_least, at_most, equal
 from xdpo.compute import precision_of
 from xdpo.config import ComputeConfig
@@ -31,57 +31,59 @@ class Sampled:
     changed_pixels: int
 
 
-def sample(bench: Bench, compiled: bool) -> Sampled:
+def sample(context: Context, compiled: bool) -> Sampled:
     def measure() -> Sampled:
         forget_accelerator()
         settings = SamplingSettings(
-            num_inference_steps=bench.size.sampler_steps,
-            image_size=bench.size.resolution,
+            num_inference_steps=context.size.sampler_steps,
+            image_size=context.size.resolution,
             precision=precision_of(ComputeConfig()),
             compile=compiled,
             batch_size=CHUNK,
         )
-        parts = load_parts(bench.settings().model)
-        pipeline = prepare_pipeline(pipeline_with(parts, parts.denoiser), settings, bench.device)
+        parts = load_parts(context.settings().model)
+        pipeline = prepare_pipeline(pipeline_with(parts, parts.denoiser), settings, context.device)
         rng = np.random.default_rng(0)
         prompts, seeds = [make_caption(rng) for _ in range(CHUNK)], list(range(CHUNK))
         images = sample_chunk(pipeline, prompts, seeds, settings)  # warms up, and compiles
         started = time.perf_counter()
-        for _ in range(bench.size.rounds):
+        for _ in range(context.size.rounds):
             sample_chunk(pipeline, prompts, seeds, settings)  # images on the CPU: it has waited for the device
         seconds = time.perf_counter() - started
         padded = sample_chunk(pipeline, prompts[:2], seeds[:2], settings)
         changed = sum(
             int((np.asarray(one) != np.asarray(other)).sum()) for one, other in zip(images, padded, strict=False)
         )
-        return Sampled(bench.size.rounds * CHUNK / seconds, changed)
+        return Sampled(context.size.rounds * CHUNK / seconds, changed)
 
     def within() -> Sampled:
-        with bench.compiling() if compiled else nullcontext():
+        with context.compiling() if compiled else nullcontext():
             return measure()
 
-    return bench.share(("sampled", compiled), within)
+    return context.share(("sampled", compiled), within)
 
 
-def check_images_per_second(bench: Bench) -> Finding:
-    plain, compiled = sample(bench, False).images_per_second, sample(bench, True).images_per_second
-    return at_least(compiled, plain, "generate.py without --compile", judged=bench.is_judged)
+def check_images_per_second(context: Context) -> Finding:
+    plain, compiled = sample(context, False).images_per_second, sample(context, True).images_per_second
+    return at_least(compiled, plain, "generate.py without --compile", judged=context.is_judged)
 
 
-def check_chunks(bench: Bench, compiled: bool) -> Finding:
-    changed = sample(bench, compiled).changed_pixels
+def check_chunks(context: Context, compiled: bool) -> Finding:
+    changed = sample(context, compiled).changed_pixels
     return equal(changed, 0, "--batch-size 1, or without --compile" if compiled else "--batch-size 1")
 
 
-def check_scoring(bench: Bench) -> Finding:
+def check_scoring(context: Context) -> Finding:
     """Time of a scorer over that of bare decoding and forward passes, on a CLIP of ViT-B/32's size."""
     forget_accelerator()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    images = bench.size.scored_images
-    options = Namespace(images=images, batch_size=min(16, images), rounds=bench.size.rounds, device=bench.device.type)
+    images = context.size.scored_images
+    options = Namespace(
+        images=images, batch_size=min(16, images), rounds=context.size.rounds, device=context.device.type
+    )
     measured = scoring.run(options).measurements
     remedy = "more cores: decoding and resizing take the time"
-    return at_most(measured["time_ratio"], SCORING_OVERHEAD, remedy, judged=bench.is_judged)
+    return at_most(measured["time_ratio"], SCORING_OVERHEAD, remedy, judged=context.is_judged)
 
 
 ROWS = (

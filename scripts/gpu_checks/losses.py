@@ -9,12 +9,15 @@ from functools import partial
 
 import torch
 
-from gpu_checks.bench import Bench, make_trainee
+from gpu_checks.context import Context, make_trainee
 from gpu_checks.rows import Finding, Row, equal, near
 from xdpo import runs
+from xdpo.compute import precision_of
+from xdpo.config import ComputeConfig
 from xdpo.non_finite import MAX_SKIPPED
 
 PRECISIONS = ("bf16", "fp16", "fp32")
+EXACT = "fp32 without TF32"
 ERROR_TOLERANCE = 0.02  # relative, of a denoising error in another precision; learner.RECORDED_ERROR_TOLERANCE
 GRADIENT_TOLERANCE = 0.1  # relative, of the gradient's norm: a difference of two gradients, whose roundings add up
 
@@ -22,25 +25,27 @@ GRADIENT_TOLERANCE = 0.1  # relative, of the gradient's norm: a difference of tw
 # --- first loss and precisions -------------------------------------------------------------------------
 
 
-def first_step(bench: Bench, precision: str, trainable: str, *, pipeline: str | None, compiled: bool) -> dict:
-    """Loss, error and gradient norm of the first step, before its update; made once. precision: tf32 is none.
+def first_step(context: Context, precision: str, trainable: str, *, pipeline: str | None, compiled: bool) -> dict:
+    """Loss, error and gradient norm of the first step, before its update; made once.
 
-    Raises NotPossible for a precision that the machine has not, and for compiling without a compiler.
+    precision: one of PRECISIONS, "auto", or EXACT. pipeline: None for the size's. Raises NotPossible for a precision
+    that the machine has not, and for compiling without a compiler.
     """
-    name, tf32 = ("fp32", "false") if precision == "true fp32" else (precision, "true")
-    bench.refuse_precision(name)
+    name, tf32 = ("fp32", "false") if precision == EXACT else (precision, "true")
+    name, pipeline = precision_of(ComputeConfig(precision=name)), pipeline or context.size.pipeline
+    context.refuse_precision(name)
     keys = [f"compute.precision={name}", f"compute.tf32={tf32}", f"model.trainable={trainable}"]
     keys.append(f"compute.compile={str(compiled).lower()}")
 
     def make() -> dict:
-        with bench.compiling() if compiled else nullcontext():
-            return make_trainee(bench.settings(*keys, pipeline=pipeline)).accumulate()
+        with context.compiling() if compiled else nullcontext():
+            return make_trainee(context.settings(*keys, pipeline=pipeline)).accumulate()
 
-    return bench.share(("first step", *keys, pipeline), make)
+    return context.share(("first step", *keys, pipeline), make)
 
 
-def check_first_loss(bench: Bench, precision: str, trainable: str, pipeline: str | None, compiled: bool) -> Finding:
-    found = first_step(bench, precision, trainable, pipeline=pipeline, compiled=compiled)
+def check_first_loss(context: Context, precision: str, trainable: str, pipeline: str | None, compiled: bool) -> Finding:
+    found = first_step(context, precision, trainable, pipeline=pipeline, compiled=compiled)
     remedy = (
         "compute.compile=false"
         if compiled
@@ -49,9 +54,9 @@ def check_first_loss(bench: Bench, precision: str, trainable: str, pipeline: str
     return near(found["loss"], math.log(2), 1e-6, remedy)
 
 
-def check_against_float32(bench: Bench, precision: str, name: str, tolerance: float) -> Finding:
-    found = first_step(bench, precision, "full", pipeline=None, compiled=False)
-    true = first_step(bench, "true fp32", "full", pipeline=None, compiled=False)
+def check_against_float32(context: Context, precision: str, name: str, tolerance: float) -> Finding:
+    found = first_step(context, precision, "full", pipeline=None, compiled=False)
+    true = first_step(context, EXACT, "full", pipeline=None, compiled=False)
     remedy = "compute.precision=fp32 with compute.tf32=false, and say which card does this"
     return near(found[name], true[name], tolerance, remedy)
 
@@ -71,11 +76,11 @@ class Scaling:
     weights_moved: bool
 
 
-def scaling(bench: Bench) -> Scaling:
+def scaling(context: Context) -> Scaling:
     """LoRA until a step is taken, then a step with an infinite gradient, a checkpoint, and its resume."""
-    precision = "fp16" if bench.on_gpu else "fp32"
-    settings = bench.settings(f"compute.precision={precision}", "model.trainable=lora")
-    trainee = make_trainee(settings, scaled_on_cpu=not bench.on_gpu)
+    precision = "fp16" if context.on_gpu else "fp32"
+    settings = context.settings(f"compute.precision={precision}", "model.trainable=lora")
+    trainee = make_trainee(settings, scaled_on_cpu=not context.on_gpu)
     learner, numbers = trainee.learner, itertools.count()
     start = runs.weights_checksum(learner.bare_policy)
     for number in itertools.islice(numbers, MAX_SKIPPED):  # the scale begins high: it settles first
@@ -87,10 +92,10 @@ def scaling(bench: Bench) -> Scaling:
         trainee.step(next(numbers))
     scales.append(learner.accelerator.scaler.get_scale())
     weights.append(runs.weights_checksum(learner.bare_policy))
-    folder = bench.working / "scaled"
+    folder = context.working / "scaled"
     learner.save(folder, 1)
     del trainee, learner
-    resumed = make_trainee(settings, scaled_on_cpu=not bench.on_gpu).learner
+    resumed = make_trainee(settings, scaled_on_cpu=not context.on_gpu).learner
     resumed.load(runs.checkpoint_path(folder, 1))
     return Scaling(*scales, resumed.accelerator.scaler.get_scale(), *weights, weights_moved=weights[0] != start)
 
@@ -103,16 +108,16 @@ def overflowing(parameter: torch.nn.Parameter) -> Iterator[None]:
     hook.remove()
 
 
-def check_scaling(bench: Bench, compared: Callable[[Scaling], tuple[object, object]]) -> Finding:
-    return equal(*compared(bench.share("scaling", lambda: scaling(bench))), "compute.precision=bf16 or fp32")
+def check_scaling(context: Context, compared: Callable[[Scaling], tuple[object, object]]) -> Finding:
+    return equal(*compared(context.share("scaling", lambda: scaling(context))), "compute.precision=bf16 or fp32")
 
 
 # --- the same bits -------------------------------------------------------------------------------------
 
 
-def check_run_to_run(bench: Bench) -> Finding:
+def check_run_to_run(context: Context) -> Finding:
     def train() -> str:
-        trainee = make_trainee(bench.settings("compute.deterministic=true"))
+        trainee = make_trainee(context.settings("compute.deterministic=true"))
         norms = [trainee.step(number)["gradient_norm"] for number in range(2)]
         return f"{runs.weights_checksum(trainee.learner.bare_policy)}, gradients {norms[0]!r} and {norms[1]!r}"
 

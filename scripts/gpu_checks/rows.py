@@ -7,8 +7,10 @@ from enum import StrEnum
 from math import isfinite
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
-    from gpu_checks.bench import Bench
+    from gpu_checks.context import Context
 
 
 class Verdict(StrEnum):
@@ -37,7 +39,7 @@ class Finding:
 @dataclass(frozen=True)
 class Row:
     claim: str
-    check: Callable[["Bench"], Finding]
+    check: Callable[["Context"], Finding]
 
 
 def at_most(measured: float, bound: float, remedy: str, *, judged: bool = True) -> Finding:
@@ -58,12 +60,14 @@ def equal(measured: object, expected: object, remedy: str) -> Finding:
     return Finding(_verdict(measured == expected), str(measured), str(expected), remedy)
 
 
-def judge(row: Row, bench: "Bench") -> Finding:
+def judge(row: Row, context: "Context") -> Finding:
     """Run a row's check. An exception in it is a finding too, so that the other rows go on."""
     try:
-        return row.check(bench)
+        return row.check(context)
     except NotPossible as error:
         return Finding(Verdict.IMPOSSIBLE, remedy=str(error))
+    except torch.OutOfMemoryError as error:  # of a card that is too small; what shall fit has rows of its own
+        return Finding(Verdict.IMPOSSIBLE, remedy=f"the card is too small: {str(error).splitlines()[0]}")
     except Exception as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
         frame = traceback.extract_tb(error.__traceback__)[-1]

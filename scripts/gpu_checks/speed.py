@@ -10,7 +10,7 @@ from benchmarks.modes import BASE_CONFIG, MODES
 from benchmarks.results import ratios, time_in_turn
 
 from gpu_checks import children
-from gpu_checks.bench import Bench, forget_accelerator
+from gpu_checks.context import Context, forget_accelerator
 from gpu_checks.rows import Finding, Row, at_least, at_most
 from xdpo import recording
 from xdpo.compute import build_accelerator
@@ -29,65 +29,67 @@ def fill_caches(settings: Config) -> None:
         recording.fill(settings, build_accelerator(settings))
 
 
-def bench_of(bench: Bench, *extra: str) -> modes.Bench:
-    workers = f"data.num_workers={bench.size.workers}"
-    return modes.Bench(bench.working, bench.pipeline(), bench.pairs(), bench.size.resolution, (workers, *extra))
+def training_bench(context: Context, *extra: str) -> modes.Bench:
+    workers = f"data.num_workers={context.size.workers}"
+    return modes.Bench(context.working, context.pipeline(), context.pairs(), context.size.resolution, (workers, *extra))
 
 
-def times(bench: Bench) -> Times:
+def times(context: Context) -> Times:
     """All modes and bare networks in turn, on filled caches."""
 
     def measure() -> Times:
         forget_accelerator()
-        rounds = bench.size.rounds + 1  # and one to warm up
-        training = bench_of(bench)
+        rounds = context.size.rounds + 1  # and one to warm up
+        training = training_bench(context)
         caches = training.overrides(MODES["full-cached"], micro_batch=1, total_batch=PAIRS, max_steps=rounds)
         children.run(fill_caches, load_config(BASE_CONFIG, caches))
         return time_in_turn(steps.build_jobs(training, list(MODES), MICRO_BATCHES, PAIRS, rounds), rounds - 1)
 
-    return bench.share("times", measure)
+    return context.share("times", measure)
 
 
-def times_with(bench: Bench, switch: str) -> list[float]:
+def times_with(context: Context, switch: str) -> list[float]:
     """Seconds of the rounds of TRAINED, at one pair, with an override."""
     forget_accelerator()
-    rounds = bench.size.rounds + 1
-    overrides = bench_of(bench, switch).overrides(MODES[TRAINED], micro_batch=1, total_batch=PAIRS, max_steps=rounds)
+    rounds = context.size.rounds + 1
+    overrides = training_bench(context, switch).overrides(
+        MODES[TRAINED], micro_batch=1, total_batch=PAIRS, max_steps=rounds
+    )
     settings = load_config(BASE_CONFIG, overrides)
     accelerator = build_accelerator(settings)
     job = steps.training_job(settings, accelerator, steps.build_networks(settings, accelerator, {"full"}))
     return time_in_turn({switch: job}, rounds - 1)[switch]
 
 
-def check_gain(bench: Bench, mode: str, micro_batch: int, least: float) -> Finding:
+def check_gain(context: Context, mode: str, micro_batch: int, least: float) -> Finding:
     """Speed of a mode over that of the full fine-tune that recomputes everything."""
-    measured = times(bench)
+    measured = times(context)
     gain = ratios(measured["full", micro_batch], measured[mode, micro_batch]).median
     remedy = "scripts/benchmark.py step shows which network takes the time; data.num_workers if none does"
-    return at_least(gain, least, remedy, judged=bench.is_judged)
+    return at_least(gain, least, remedy, judged=context.is_judged)
 
 
-def check_overhead(bench: Bench, mode: str, parts: tuple[str, ...], micro_batch: int) -> Finding:
+def check_overhead(context: Context, mode: str, parts: tuple[str, ...], micro_batch: int) -> Finding:
     """Time of a mode over that of the networks that it runs."""
-    measured = times(bench)
+    measured = times(context)
     bare = [sum(seconds) for seconds in zip(*(measured[part, micro_batch] for part in parts), strict=True)]
     remedy = "profile Learner.micro_step: something in it waits for the device, or for data"
-    return at_most(ratios(measured[mode, micro_batch], bare).median, OVERHEAD, remedy, judged=bench.is_judged)
+    return at_most(ratios(measured[mode, micro_batch], bare).median, OVERHEAD, remedy, judged=context.is_judged)
 
 
-def check_micro_batch(bench: Bench, mode: str) -> Finding:
+def check_micro_batch(context: Context, mode: str) -> Finding:
     """Speed with two pairs in a pass over that with one."""
-    measured = times(bench)
+    measured = times(context)
     gain = ratios(*(measured[mode, micro_batch] for micro_batch in MICRO_BATCHES)).median
-    return at_least(gain, 1.0, "train.micro_batch_pairs=1", judged=bench.is_judged)
+    return at_least(gain, 1.0, "train.micro_batch_pairs=1", judged=context.is_judged)
 
 
-def check_switch(bench: Bench, switch: str, within: Callable[[Bench], AbstractContextManager]) -> Finding:
+def check_switch(context: Context, switch: str, within: Callable[[Context], AbstractContextManager]) -> Finding:
     """Speed with a switch of `compute` over that without."""
-    with within(bench):
-        switched = times_with(bench, f"{switch}=true")
-    gain = ratios(times(bench)[TRAINED, 1], switched).median
-    return at_least(gain, 1.0, f"{switch}=false", judged=bench.is_judged)
+    with within(context):
+        switched = times_with(context, f"{switch}=true")
+    gain = ratios(times(context)[TRAINED, 1], switched).median
+    return at_least(gain, 1.0, f"{switch}=false", judged=context.is_judged)
 
 
 def _rows() -> Iterator[Row]:
@@ -107,8 +109,8 @@ def _rows() -> Iterator[Row]:
         yield Row(f"speed with {switch} over without", partial(check_switch, switch=switch, within=within))
 
 
-SWITCHES: dict[str, Callable[[Bench], AbstractContextManager]] = {
-    "compute.compile": Bench.compiling,
+SWITCHES: dict[str, Callable[[Context], AbstractContextManager]] = {
+    "compute.compile": Context.compiling,
     "compute.channels_last": nullcontext,
 }
 ROWS = tuple(_rows())

@@ -1,6 +1,5 @@
 """A training killed and resumed, two processes on one card, and one process on each of two cards."""
 
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -9,8 +8,8 @@ from benchmarks.modes import BASE_CONFIG
 from safetensors.numpy import load_file
 
 from gpu_checks import children
-from gpu_checks.bench import Bench, forget_accelerator
 from gpu_checks.children import Launch
+from gpu_checks.context import Context, forget_accelerator
 from gpu_checks.rows import Finding, NotPossible, Row, equal, near
 from xdpo import runs
 from xdpo.runlog import read_rows
@@ -19,10 +18,10 @@ STEPS, KILLED_AFTER = 4, 3  # a checkpoint every other step: the kill loses one
 GRADIENT_TOLERANCE = 1e-3  # relative, of the first step's gradient, which is summed in another order
 
 
-def launches(bench: Bench, name: str, ranks: list[dict[str, str]] | None = None, **how) -> list[Launch]:
+def launches(context: Context, name: str, ranks: list[dict[str, str]] | None = None, **how) -> list[Launch]:
     """A LoRA training of a few steps in the folder `name`: the same pairs on any number of processes."""
-    keys = bench.overrides(
-        f"output_dir={bench.working / name}",
+    keys = context.overrides(
+        f"output_dir={context.working / name}",
         "compute.deterministic=true",
         "model.trainable=lora",  # whose checkpoints are small
         "optim.learning_rate=1e-4",
@@ -36,20 +35,20 @@ def launches(bench: Bench, name: str, ranks: list[dict[str, str]] | None = None,
     arguments = ["--config", str(BASE_CONFIG), *keys]
     environments = ranks or [{}]
     return [
-        Launch(arguments, bench.working / f"{name}.{rank}.log", environment=environment, **how)
+        Launch(arguments, context.working / f"{name}.{rank}.log", environment=environment, **how)
         for rank, environment in enumerate(environments)
     ]
 
 
-def whole(bench: Bench) -> Path:
+def whole(context: Context) -> Path:
     """The folder of the uninterrupted run of one process."""
 
     def train() -> Path:
         forget_accelerator()
-        children.train(*launches(bench, "whole"))
-        return bench.working / "whole"
+        children.train(*launches(context, "whole"))
+        return context.working / "whole"
 
-    return bench.share("whole", train)
+    return context.share("whole", train)
 
 
 def differing(one: Path, other: Path) -> int:
@@ -64,27 +63,26 @@ def differing(one: Path, other: Path) -> int:
     return count
 
 
-def check_killed(bench: Bench) -> Finding:
+def check_killed(context: Context) -> Finding:
     """Killed after a step that is in no checkpoint, then resumed by the same command."""
     forget_accelerator()
-    children.train(*launches(bench, "killed", killed_after=KILLED_AFTER))
-    saved = runs.step_of(runs.finished_checkpoints(bench.working / "killed")[-1])
+    children.train(*launches(context, "killed", killed_after=KILLED_AFTER))
+    saved = runs.step_of(runs.finished_checkpoints(context.working / "killed")[-1])
     if saved >= KILLED_AFTER:
         raise ValueError(f"the killed run has a checkpoint of step {saved}: it lost nothing that a resume could show")
-    children.train(*launches(bench, "killed"))
-    count = differing(whole(bench), bench.working / "killed")
+    children.train(*launches(context, "killed"))
+    count = differing(whole(context), context.working / "killed")
     return equal(count, 0, "compute.attention=eager beside compute.deterministic=true")
 
 
-def check_two_processes(bench: Bench, backend: str | None, one_card: bool) -> Finding:
+def check_two_processes(context: Context, backend: str | None, one_card: bool) -> Finding:
     """The gradient norm of two processes' first step beside that of one process's."""
     if not one_card and torch.cuda.device_count() < 2:
-        raise NotPossible("there is one card" if bench.on_gpu else "there is no card")
+        raise NotPossible("there is one card" if context.on_gpu else "there is no card")
     name = f"two on {'one card' if one_card else 'two cards'}".replace(" ", "_")
-    alone = read_rows(whole(bench) / "metrics.jsonl")
-    shutil.rmtree(bench.working / name, ignore_errors=True)
-    children.train(*launches(bench, name, children.two_ranks(one_card=one_card), backend=backend))
-    together = read_rows(bench.working / name / "metrics.jsonl")
+    alone = read_rows(whole(context) / "metrics.jsonl")
+    children.train(*launches(context, name, children.two_ranks(one_card=one_card), backend=backend))
+    together = read_rows(context.working / name / "metrics.jsonl")
     first, last = together[0]["gradient_norm"], together[-1]["step"]
     if last != STEPS:
         raise ValueError(f"two processes logged {last} steps of {STEPS}")

@@ -54,7 +54,7 @@ SIZES = {
 }
 
 
-class Bench:
+class Context:
     """A working folder with pipelines and pairs, and everything that several rows share."""
 
     def __init__(self, size: Size, working: Path, on_gpu: bool):
@@ -122,7 +122,7 @@ class Bench:
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
-        """A context for what compiles. On a CPU graphs are traced and differentiated, but not turned into kernels.
+        """A context for what compiles. On a CPU graphs are traced and not turned into kernels.
 
         Raises NotPossible where a GPU's machine has no compiler.
         """
@@ -135,7 +135,7 @@ class Bench:
                 except ValueError as error:
                     raise NotPossible(str(error)) from None
             else:
-                traced = functools.partial(torch.compile, backend="aot_eager")
+                traced = functools.partial(torch.compile, backend="eager")
                 stack.enter_context(patch("torch.compile", traced))
                 stack.enter_context(patch("xdpo.compute.check_compiler", lambda setting: None))
             yield
