@@ -119,10 +119,11 @@ def resolve_model(name: str, spec: ModelSpec) -> ResolvedModel:
     if spec.run is not None:
         return _resolve_run(name, Path(spec.run))
     base, base_revision = _resolve_base(ModelConfig(pipeline=spec.base, revision=spec.base_revision))
-    if spec.unet is None and spec.lora is None:
+    source = spec.unet or spec.lora
+    if source is None:
         return ResolvedModel(name, base, base_revision, "base")
     denoiser = family_of_pipeline(base).denoiser
-    source, kind = (spec.unet, denoiser) if spec.unet else (spec.lora, "lora")
+    kind = denoiser if spec.unet else "lora"
     label, path = f"model.{'unet' if spec.unet else 'lora'}: {source!r}", Path(source)
     if path.is_file():
         if kind == denoiser or path.suffix != ".safetensors":

@@ -61,19 +61,20 @@ class FlowProcess:
             raise ValueError(f"{name} doesn't sample a flow; use a model with FlowMatchEulerDiscreteScheduler")
         if config.get("invert_sigmas"):
             raise ValueError(f"{name} has invert_sigmas: its time runs from noise to image; such models aren't trained")
-        found: float | ResolutionShift = config["shift"]
-        if config.get("use_dynamic_shifting"):
-            found = ResolutionShift(
+        chosen: float | ResolutionShift = config["shift"]
+        if shift is not None:
+            chosen = shift
+        elif config.get("use_dynamic_shifting"):
+            chosen = ResolutionShift(
                 config["base_image_seq_len"],
                 config["max_image_seq_len"],
                 config["base_shift"],
                 config["max_shift"],
                 config.get("time_shift_type", "exponential") == "exponential",
             )
-        shift = found if shift is None else shift
-        if isinstance(shift, float | int) and not 0 < shift < math.inf:
-            raise ValueError(f"{name} has shift {shift}, which is no positive number; Stable Diffusion 3 has 3")
-        return cls(shift, config["num_train_timesteps"], weighting)
+        if isinstance(chosen, float | int) and not 0 < chosen < math.inf:
+            raise ValueError(f"{name} has shift {chosen}, which is no positive number; Stable Diffusion 3 has 3")
+        return cls(chosen, config["num_train_timesteps"], weighting)
 
     def to(self, device: torch.device | str) -> Self:
         """The same process: it holds no tensor."""
