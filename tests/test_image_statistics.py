@@ -73,11 +73,13 @@ def panel(trained_on=("clip",)):
 
 
 def test_a_sentence_sets_what_training_used_against_what_it_did_not():
-    assert hacking.in_words(panel())[1] == (
-        "xdpo against sd15, in standard deviations over sd15's prompts: rewards trained on +2.00, other rewards −1.00, "
-        "saturation +0.50. What it was trained on rises and the other rewards do not."
+    assert hacking.in_words(panel())[::2] == (
+        "Changes against sd15, in standard deviations over its prompts.",
+        "xdpo: rewards trained on +2.00, other rewards −1.00, saturation +0.50. What it was trained on rises, and no "
+        "other reward does.",
     )
-    assert "rewards +0.50, saturation +0.50." in hacking.in_words(panel(()))[1]
+    assert hacking.in_words(panel(("hpsv2",)))[2].endswith("other rewards +2.00, saturation +0.50.")
+    assert hacking.in_words(panel(()))[2] == "xdpo: rewards +0.50, saturation +0.50."
 
 
 def test_the_panel_has_a_part_for_each_group_and_one_for_each_run():
