@@ -45,6 +45,15 @@ def test_high_frequencies_are_the_fine_waves_share_of_the_variance():
     assert measure(both.astype(np.uint8))["high frequencies"] == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.parametrize("width", [30, 31])
+def test_the_fine_share_is_that_of_the_whole_spectrum(noise, width):
+    pixels = np.pad(noise, ((0, 0), (0, 1), (0, 0)), mode="reflect")[:, :width]
+    luma = pixels @ np.array([0.299, 0.587, 0.114])
+    power = np.abs(np.fft.fft2(luma - luma.mean())) ** 2
+    frequency = np.hypot(np.fft.fftfreq(40)[:, None], np.fft.fftfreq(width))
+    assert measure(pixels)["high frequencies"] == pytest.approx(power[frequency > 0.25].sum() / power.sum(), abs=1e-5)
+
+
 def test_an_image_of_one_colour_has_no_contrast_and_no_detail():
     found = measure(np.full((9, 7, 3), 77, np.uint8))
     assert {name: round(value, 6) for name, value in found.items()} == dict.fromkeys(found, 0)

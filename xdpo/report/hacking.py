@@ -16,6 +16,7 @@ from xdpo.report.grids import Cell, Grid, interval, number, percent, shift_tone,
 from xdpo.scores.image_statistics import DISTANCE, STATISTICS
 from xdpo.scores.results import Benchmark
 
+MOST_SENTENCES = 12
 TRAINED, OTHERS = "rewards trained on", "other rewards"
 
 
@@ -81,9 +82,11 @@ class Panel:
 
 
 def in_words(panel: Panel) -> tuple[str, ...]:
-    """What the numbers are, and a sentence on each model."""
+    """What the numbers are, and a sentence on each model; of many models, on those alone that are suspicious."""
     sentences = [f"Changes against {panel.baseline}, in standard deviations over its prompts."]
     for model in panel.models:
+        if len(panel.models) > MOST_SENTENCES and not panel.is_suspicious(model):
+            continue
         parts = []
         for title, quantities in panel.groups.items():
             if title == "image statistics":
