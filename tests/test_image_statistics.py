@@ -45,6 +45,15 @@ def test_high_frequencies_are_the_fine_waves_share_of_the_variance():
     assert measure(both.astype(np.uint8))["high frequencies"] == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.parametrize("width", [30, 31])
+def test_the_fine_share_is_that_of_the_whole_spectrum(noise, width):
+    pixels = np.pad(noise, ((0, 0), (0, 1), (0, 0)), mode="reflect")[:, :width]
+    luma = pixels @ np.array([0.299, 0.587, 0.114])
+    power = np.abs(np.fft.fft2(luma - luma.mean())) ** 2
+    frequency = np.hypot(np.fft.fftfreq(40)[:, None], np.fft.fftfreq(width))
+    assert measure(pixels)["high frequencies"] == pytest.approx(power[frequency > 0.25].sum() / power.sum(), abs=1e-5)
+
+
 def test_an_image_of_one_colour_has_no_contrast_and_no_detail():
     found = measure(np.full((9, 7, 3), 77, np.uint8))
     assert {name: round(value, 6) for name, value in found.items()} == dict.fromkeys(found, 0)
@@ -73,11 +82,13 @@ def panel(trained_on=("clip",)):
 
 
 def test_a_sentence_sets_what_training_used_against_what_it_did_not():
-    assert hacking.in_words(panel())[1] == (
-        "xdpo against sd15, in standard deviations over sd15's prompts: rewards trained on +2.00, other rewards −1.00, "
-        "saturation +0.50. What it was trained on rises and the other rewards do not."
+    assert hacking.in_words(panel())[::2] == (
+        "Changes against sd15, in standard deviations over its prompts.",
+        "xdpo: rewards trained on +2.00, other rewards −1.00, saturation +0.50. What it was trained on rises, and no "
+        "other reward does.",
     )
-    assert "rewards +0.50, saturation +0.50." in hacking.in_words(panel(()))[1]
+    assert hacking.in_words(panel(("hpsv2",)))[2].endswith("other rewards +2.00, saturation +0.50.")
+    assert hacking.in_words(panel(()))[2] == "xdpo: rewards +0.50, saturation +0.50."
 
 
 def test_the_panel_has_a_part_for_each_group_and_one_for_each_run():

@@ -64,7 +64,8 @@ def metric_bars(benchmark: Benchmark, baseline: str) -> Figure:
     A diamond marks the paper's change where the paper has both numbers.
     """
     with rc_context(STYLE):
-        figure, panels = _panels(benchmark.scorers, 3.3, 0.9 + 0.34 * len(benchmark.models), sharey=True)
+        height = 0.9 + _row_height(benchmark.models, 0.34) * len(benchmark.models)
+        figure, panels = _panels(benchmark.scorers, 3.3, height, sharey=True)
         for axes, scorer in zip(panels, benchmark.scorers, strict=True):
             _change_panel(axes, benchmark, baseline, scorer)
         published_too = "; ◇ published change" if _any_published(benchmark, baseline) else ""
@@ -153,7 +154,9 @@ def score_differences(benchmark: Benchmark, baseline: str, colours: Mapping[str,
     at the quartiles."""
     others = [model for model in benchmark.models if model != baseline]
     with rc_context(STYLE):
-        figure, panels = _panels(benchmark.scorers, width=3.3, height=0.9 + 0.42 * len(others), sharey=True)
+        figure, panels = _panels(
+            benchmark.scorers, width=3.3, height=0.9 + _row_height(others, 0.42) * len(others), sharey=True
+        )
         for axes, scorer in zip(panels, benchmark.scorers, strict=True):
             for row, model in enumerate(others):
                 change = benchmark.of(model, scorer) - benchmark.of(baseline, scorer)
@@ -179,7 +182,8 @@ def category_heat_map(benchmark: Benchmark, baseline: str) -> Figure:
     interval excludes zero. Colours are its size in standard deviations of the paired differences."""
     others = [model for model in benchmark.models if model != baseline]
     with rc_context(STYLE):
-        size = (2.2 + 0.78 * len(benchmark.categories), 1.3 + len(benchmark.scorers) * (0.42 + 0.3 * len(others)))
+        height = 0.42 + _row_height(others, 0.3) * len(others)
+        size = (2.2 + 0.78 * len(benchmark.categories), 1.3 + len(benchmark.scorers) * height)
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(len(benchmark.scorers), 1, squeeze=False, sharex=True)[:, 0]
         for axes, scorer in zip(panels, benchmark.scorers, strict=True):
@@ -244,6 +248,11 @@ def short(name: str, width: int = 22) -> str:
             lines.append("")
         lines[-1] += part
     return "\n".join(line.rstrip(" ") for line in lines)
+
+
+def _row_height(names: Sequence[str], least: float) -> float:
+    """Inches of a row that has a name beside it."""
+    return max(least, 0.06 + 0.15 * max(1 + short(name).count("\n") for name in names))
 
 
 def _panels(scorers: Sequence[str], width: float, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:

@@ -32,6 +32,7 @@ TITLES = {
     "tiny_alignment": "Alignment (tiny)",
     "tiny_appeal": "Appeal (tiny)",
 }
+BRIEF = 24  # characters up to which a cell of the page is kept on one line
 BEST = "Marked is a model whose paired difference from every other has a 95 % interval above zero."
 _DECIMALS = {"pickscore": 3, "hpsv2": 3, "hpsv2.1": 3, "image_reward": 3, "clip": 4, "aesthetic": 3}
 
@@ -364,7 +365,8 @@ def to_html(grid: Grid) -> str:
     numeric = numeric_columns(grid)
 
     def shown(cell: Cell, right: bool) -> str:
-        names = " ".join(filter(None, ["number" if right else "", "best" if cell.best else "", cell.tone]))
+        kind = "number" if right else "brief" if len(cell.text) <= BRIEF else ""
+        names = " ".join(filter(None, [kind, "best" if cell.best else "", cell.tone]))
         value = "" if cell.value is None else cell.value
         detail = f" <small>{escape(cell.detail)}</small>" if cell.detail else ""
         sign = f" <i>{cell.sign}</i>" if cell.sign else ""

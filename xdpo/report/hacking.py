@@ -16,6 +16,7 @@ from xdpo.report.grids import Cell, Grid, interval, number, percent, shift_tone,
 from xdpo.scores.image_statistics import DISTANCE, STATISTICS
 from xdpo.scores.results import Benchmark
 
+MOST_SENTENCES = 12
 TRAINED, OTHERS = "rewards trained on", "other rewards"
 
 
@@ -66,6 +67,14 @@ class Panel:
         finite = [change for change in changes if np.isfinite(change)]
         return float(np.mean(finite)) if finite else nan
 
+    def is_suspicious(self, model: str) -> bool:
+        """Whether every reward that the training used rises and no other does, by the intervals."""
+        groups = self.groups
+        if not groups.get(TRAINED) or not groups.get(OTHERS):
+            return False
+        trained, others = ([self.change(model, name).low > 0 for name in groups[title]] for title in (TRAINED, OTHERS))
+        return all(trained) and not any(others)
+
     def distance(self, model: str) -> float | None:
         """The mean distance from the baseline's images of the same seeds; None where seeds differ."""
         known = DISTANCE in self.statistics.scores
@@ -73,9 +82,11 @@ class Panel:
 
 
 def in_words(panel: Panel) -> tuple[str, ...]:
-    """A sentence on each model."""
-    sentences = []
+    """What the numbers are, and a sentence on each model; of many models, on those alone that are suspicious."""
+    sentences = [f"Changes against {panel.baseline}, in standard deviations over its prompts."]
     for model in panel.models:
+        if len(panel.models) > MOST_SENTENCES and not panel.is_suspicious(model):
+            continue
         parts = []
         for title, quantities in panel.groups.items():
             if title == "image statistics":
@@ -84,13 +95,8 @@ def in_words(panel: Panel) -> tuple[str, ...]:
                 parts.append(f"{title} {_signed(panel.mean_change(model, quantities))}")
         away = panel.distance(model)
         moved = "" if away is None else f"; images of the same seed are {percent(away)} of the pixels' range apart"
-        trained = panel.mean_change(model, panel.groups.get(TRAINED, ()))
-        others = panel.mean_change(model, panel.groups.get(OTHERS, ()))
-        warning = " What it was trained on rises and the other rewards do not." if trained > 0 >= others else ""
-        sentences.append(
-            f"{model} against {panel.baseline}, in standard deviations over {panel.baseline}'s prompts: "
-            f"{', '.join(parts)}{moved}.{warning}"
-        )
+        warning = " What it was trained on rises, and no other reward does." if panel.is_suspicious(model) else ""
+        sentences.append(f"{model}: {', '.join(parts)}{moved}.{warning}")
     return tuple(sentences)
 
 

@@ -18,7 +18,7 @@ from xdpo.scores.results import Benchmark
 from xdpo.scores.statistics import holm
 
 EXTREMES = 5  # best and worst prompts listed
-SHORT = 12  # rows up to which a table is open on the page although a figure shows the same
+SHORT = 12  # rows up to which a table is open on the page although a figure shows the same, and a matrix is readable
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,9 @@ def _benchmark_section(evaluation: Evaluation, benchmark: Benchmark, figure_fold
         folded.append(extremes(benchmark, baseline))
     if len(benchmark.models) > 2:
         blocks.append(grids.ranks(benchmark))
-        draw(figures.win_matrix(benchmark), f"pairs_{benchmark.name}", f"Win rates of every pair on {benchmark.name}")
+        if len(benchmark.models) <= SHORT:
+            matrix = figures.win_matrix(benchmark)
+            draw(matrix, f"pairs_{benchmark.name}", f"Win rates of every pair on {benchmark.name}")
         files.append(grids.every_pair(benchmark))
     if len(benchmark.categories) > 1:
         files.append(grids.by_category(benchmark, baseline))

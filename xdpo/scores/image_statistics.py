@@ -31,18 +31,22 @@ def measure(rgb: np.ndarray) -> dict[str, float]:
     variance at more than a quarter of a cycle per pixel.
     """
     pixels = rgb.astype(np.float32) / 255
-    highest, lowest = pixels.max(axis=2), pixels.min(axis=2)
+    red, green, blue = np.moveaxis(pixels, 2, 0)
+    highest, lowest = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
     luma = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
     around = np.pad(luma, 1, mode="edge")
     laplacian = around[:-2, 1:-1] + around[2:, 1:-1] + around[1:-1, :-2] + around[1:-1, 2:] - 4 * luma
-    power = np.abs(np.fft.fft2(luma - luma.mean(dtype=np.float64))) ** 2
-    down, across = np.fft.fftfreq(luma.shape[0]), np.fft.fftfreq(luma.shape[1])
-    total = float(power.sum())
+    height, width = luma.shape
+    power = np.abs(np.fft.rfft2(luma - float(luma.mean(dtype=np.float64)))) ** 2
+    power[:, 1 : (width + 1) // 2] *= 2  # for the other half of the spectrum, which mirrors this one
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    total = float(power.sum(dtype=np.float64))
+    fine = float(power[frequency > FINE].sum(dtype=np.float64))
     return {
         "saturation": float(np.divide(highest - lowest, highest, out=np.zeros_like(highest), where=highest > 0).mean()),
         "contrast": float(luma.std(dtype=np.float64)),
         "sharpness": float(laplacian.std(dtype=np.float64)),
-        "high frequencies": float(power[np.hypot(down[:, None], across) > FINE].sum() / total) if total > 0 else 0.0,
+        "high frequencies": fine / total if total > 0 else 0.0,
     }
 
 
