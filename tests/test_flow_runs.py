@@ -15,6 +15,7 @@ from xdpo import families, watch
 from xdpo.batch import Batch
 from xdpo.config import load_config
 from xdpo.families import check_config, load_parts
+from xdpo.families.flux import FLUX
 from xdpo.loss import OBJECTIVES
 from xdpo.models import make_policy, make_reference
 from xdpo.noisy import NoisyBatchMaker
@@ -87,7 +88,8 @@ def test_adapters_resume_bit_for_bit_and_are_loaded_by_the_library(run, pipeline
     prompts.write_text("a cat\n")
     quick = ["--steps", "2", "--image-size", "32", "--batch-size", "4"]
     output = tmp_path / "images"
-    assert generate.main(["--model", str(whole), "--prompts", str(prompts), "--output", str(output), *quick]) == 0
+    arguments = ["--model", str(whole), "--prompts", str(prompts), "--output", str(output), *quick]
+    assert generate.main([*arguments, "--guidance", "7.5"]) == 0
     (image,) = output.rglob("*.png")
     assert np.array_equal(np.asarray(Image.open(image)), np.asarray(policy))
 
@@ -187,6 +189,25 @@ def test_self_play_samples_with_the_pipeline(run, pipeline):
     assert status == 0
     latents = [row for row in rows_of(folder) if "loss" in row]
     assert len(latents) == 3 and (folder / "snapshots").is_dir()
+
+
+GENERATED = {
+    "half a token": (["--image-size", "24"], "must be a multiple of 16"),
+    "a diffusion's scheduler": (["--scheduler", "ddim"], "--scheduler ddim samples diffusions, and FLUX.1 is a flow"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), GENERATED.values(), ids=GENERATED)
+def test_what_a_flow_can_not_sample_is_refused_before_weights_are_loaded(flux, tmp_path, capsys, options, message):
+    arguments = ["--model", flux, "--prompts", "tinyprompts", "--output", str(tmp_path / "images"), *options]
+    assert generate.main(arguments) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "images").exists()
+
+
+def test_images_are_drawn_with_the_familys_guidance_unless_another_is_asked_for():
+    for options, scale in ([], 3.5), (["--guidance", "2"], 2.0):
+        options = generate.build_parser().parse_args(["--model", "m", "--prompts", "p", "--output", "o", *options])
+        assert generate.settings_of_family(generate.build_settings(options), options, FLUX).guidance_scale == scale
 
 
 REFUSED = {

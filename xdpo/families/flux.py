@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T5_TOKENS = 512  # of a caption; the pipeline's default
-GUIDANCE = 3.5  # with which FLUX.1-dev samples
+GUIDANCE = 3.5  # which FLUX.1-dev samples with
 NUM_TIMESTEPS = 1000  # a time is σ times this, and the transformer is told σ
 # Entries of a Conditioning.
 TEXT = "text"  # T5's states, (N, T5_TOKENS, D)
@@ -143,6 +143,8 @@ FLUX = Family(
     decode=decode,
     use_plain_attention=use_plain_attention,
     lora_names=unchanged,
+    is_flow=True,
+    guidance=GUIDANCE,
     told=told,
     pack=pack,
     unpack=unpack,

@@ -136,6 +136,11 @@ class Family(NamedTuple):
     size_multiple: int = 8
     """An image's side in pixels is a multiple of this."""
 
+    is_flow: bool = False  # only its pipeline's scheduler samples it
+
+    guidance: float = 7.5
+    """The guidance that its pipeline samples with, where none is asked for."""
+
     told: Callable[[Path, ModelConfig], dict[str, Any]] = told_nothing
     """Further arguments of `predict`, from a pipeline's configs and a config. Raises ValueError for an idle key."""
 
