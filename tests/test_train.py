@@ -351,9 +351,7 @@ def test_a_run_is_no_source_of_pairs_and_no_pipeline(run, capsys):
         "no .parquet file matches": [f"data.path={folder}"],
         "holds no pairs.csv or pairs.jsonl": ["data.source=folder", f"data.path={folder}"],
         "no .tar file matches": ["data.source=webdataset", f"data.path={folder}"],
-        "it is not the folder of a whole pipeline; it lacks model_index.json": [
-            f"model.pipeline={folder / 'export'}"
-        ],
+        "it is not the folder of a whole pipeline; it lacks model_index.json": [f"model.pipeline={folder / 'export'}"],
     }
     for message, keys in refused.items():
         assert run("next", *keys)[0] == 1

@@ -3,6 +3,8 @@
 from xdpo.families.interface import Family, PipelineParts
 from xdpo.families.loading import (
     FAMILIES,
+    caption_choices,
+    check_model,
     check_pipeline_folder,
     family_of,
     family_of_loaded,
@@ -16,6 +18,8 @@ __all__ = [
     "FAMILIES",
     "Family",
     "PipelineParts",
+    "caption_choices",
+    "check_model",
     "check_pipeline_folder",
     "family_of",
     "family_of_loaded",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from xdpo.batch import Conditioning, LatentMoments, Tokens
+from xdpo.config import ModelConfig
 from xdpo.noise import Process
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class PipelineParts:
     tokenizers: Mapping[str, "PreTrainedTokenizerBase"]
     scheduler: "SchedulerMixin"
     options: Mapping[str, Any] = field(default_factory=dict)  # arguments of the pipeline's class that are no parts
+    choices: Mapping[str, str] = field(default_factory=dict)  # see Family
 
     @property
     def denoiser(self) -> "ModelMixin":
@@ -65,6 +67,18 @@ class PipelineParts:
         return self.family.latent_shape(self, resolution)
 
 
+def _no_problem(index: Mapping[str, Any]) -> str | None:
+    return None
+
+
+def _no_choices(model: ModelConfig, index: Mapping[str, Any]) -> dict[str, str]:
+    return {}
+
+
+def _without_size(conditioning: Conditioning, resolution: int) -> Conditioning:
+    return conditioning
+
+
 class Family(NamedTuple):
     """One family: names, and functions without state that work on the parts that they are given."""
 
@@ -78,7 +92,7 @@ class Family(NamedTuple):
     without_extras: Mapping[str, Any]  # arguments of the pipeline class that leave out unused parts
 
     problems: Callable[[Path], list[str]]
-    """A sentence for each problem of a folder's configs and vocabularies; no weight is read."""
+    """A sentence for each problem of the configs and vocabularies of a pipeline that has all parts."""
 
     denoiser_problems: Callable[[Path, Path], list[str]]
     """The same of a denoiser's folder that is to replace that of a checked pipeline, the second folder."""
@@ -107,6 +121,17 @@ class Family(NamedTuple):
 
     use_plain_attention: Callable[[nn.Module], None]
     """Make a denoiser's attention matrix products and a softmax, without fused kernels (compute.attention=eager)."""
+
+    index_problem: Callable[[Mapping[str, Any]], str | None] = _no_problem
+    """What a model_index.json says against its pipeline, before the pipeline's folders are looked at."""
+
+    keys: tuple[str, ...] = ()  # of the config's model section, which must be null in a family without them
+
+    choices: Callable[[ModelConfig, Mapping[str, Any]], dict[str, str]] = _no_choices
+    """What decides the encoding of captions besides the parts' files, by the config and the pipeline's index."""
+
+    with_size: Callable[[Conditioning, int], Conditioning] = _without_size
+    """Conditioning of N captions → with what the denoiser is told of N square images of this side in pixels."""
 
     @property
     def parts(self) -> tuple[str, ...]:
