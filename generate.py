@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--guidance",
         type=float,
-        help="default: the pipeline's, 7.5, for Stable Diffusion 3 7 and for FLUX 3.5; 1: none",
+        help="default: the pipeline's, 7.5; for Stable Diffusion XL 5, 3 and 3.5 7, for FLUX 3.5; 1: none",
     )
     how.add_argument(
         "--scheduler",

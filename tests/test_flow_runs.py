@@ -218,11 +218,9 @@ REFUSED = {
         r"\(got 24\) must be a multiple of 16 for FLUX",
     ),
     "kernels that aren't there": ("sd3", "compute.attention=eager", "eager isn't available for Stable Diffusion 3"),
-    "guidance that nobody is told": (
-        "sd3",
-        "model.guidance=3",
-        r"guidance \(got 3\) is told to a guidance-dist",
-    ),
+    "guidance that nobody is told": ("sd3", "model.guidance=3", r"model\.guidance: Stable Diffusion 3 and 3\.5 has no"),
+    "another family": ("sd3", "model.family=FluxPipeline", r"config is for FLUX\.1, .* is Stable Diffusion 3 and 3\.5"),
+    "no empty caption of its own": ("flux", "model.empty_caption=zeros", r"model\.empty_caption: FLUX\.1 has no such"),
     "a flow's shift in a diffusion": ("small_pipeline", "noise.shift=3", r"noise\.shift \(got 3\) acts in flows alone"),
 }
 
