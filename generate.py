@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
@@ -23,6 +24,7 @@ from xdpo.sampling.settings import SCHEDULERS, SamplingSettings
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+    from xdpo.families import Family
     from xdpo.images.manifest import ManifestRow
 
 # What needs torch is imported after the arguments are read, so that --help and a bad argument answer at once.
@@ -75,7 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
     default = SamplingSettings()
     how.add_argument("--seed", type=int, default=default.seed, help="the prompt at position p starts from seed + p")
     how.add_argument("--steps", type=positive, default=default.num_inference_steps, help="default: 50")
-    how.add_argument("--guidance", type=float, default=default.guidance_scale, help="default: 7.5; 1: none")
+    how.add_argument(
+        "--guidance",
+        type=float,
+        help="default: the pipeline's, 7.5; for Stable Diffusion XL 5, 3 and 3.5 7, for FLUX 3.5; 1: none",
+    )
     how.add_argument(
         "--scheduler",
         choices=("pipeline", *SCHEDULERS),
@@ -160,10 +166,7 @@ def make_missing(options: argparse.Namespace, settings: SamplingSettings, state:
         ]
         model = models.resolve_model(*models.read_model_spec(options.model, unet=options.unet, lora=options.lora))
         family = families.family_of_pipeline(model.base)
-    if settings.image_size is not None and settings.image_size % family.size_multiple:
-        raise ValueError(
-            f"--image-size must be a multiple of {family.size_multiple} for {family.name}, got {settings.image_size}"
-        )
+    settings = settings_of_family(settings, options, family)
     jobs = [
         plan_job(
             prompt_set,
@@ -190,20 +193,37 @@ def make_missing(options: argparse.Namespace, settings: SamplingSettings, state:
 def build_settings(options: argparse.Namespace) -> SamplingSettings:
     if not 1 <= options.quality <= 100:
         raise ValueError(f"--quality must lie between 1 and 100, got {options.quality}")
-    if not 0 <= options.guidance < float("inf"):
+    if options.guidance is not None and not 0 <= options.guidance < float("inf"):
         raise ValueError(f"--guidance must be 0 or more, got {options.guidance}")
     if options.image_size is not None and options.image_size % 8:
         raise ValueError(f"--image-size must be a multiple of 8, got {options.image_size}")
     return SamplingSettings(
         seed=options.seed,
         num_inference_steps=options.steps,
-        guidance_scale=options.guidance,
+        guidance_scale=SamplingSettings.guidance_scale if options.guidance is None else options.guidance,
         scheduler=options.scheduler,
         image_size=options.image_size,
         precision=options.precision,
         compile=options.compile,
         batch_size=options.batch_size,
     )
+
+
+def settings_of_family(settings: SamplingSettings, options: argparse.Namespace, family: "Family") -> SamplingSettings:
+    """The settings, with the guidance of the model's family where none was asked for.
+
+    Raises ValueError for what the family can't sample.
+    """
+    if settings.image_size is not None and settings.image_size % family.size_multiple:
+        raise ValueError(
+            f"--image-size must be a multiple of {family.size_multiple} for {family.name}, got {settings.image_size}"
+        )
+    if family.is_flow and settings.scheduler != "pipeline":
+        raise ValueError(
+            f"--scheduler {settings.scheduler} samples diffusions, and {family.name} is a flow, which the pipeline's "
+            "own samples; leave it out"
+        )
+    return settings if options.guidance is not None else replace(settings, guidance_scale=family.guidance)
 
 
 # --- sheets --------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from xdpo import families, watch
 from xdpo.batch import Batch
 from xdpo.config import load_config
 from xdpo.families import check_config, load_parts
+from xdpo.families.flux import FLUX
 from xdpo.loss import OBJECTIVES
 from xdpo.models import make_policy, make_reference
 from xdpo.noisy import NoisyBatchMaker
@@ -87,14 +88,15 @@ def test_adapters_resume_bit_for_bit_and_are_loaded_by_the_library(run, pipeline
     prompts.write_text("a cat\n")
     quick = ["--steps", "2", "--image-size", "32", "--batch-size", "4"]
     output = tmp_path / "images"
-    assert generate.main(["--model", str(whole), "--prompts", str(prompts), "--output", str(output), *quick]) == 0
+    arguments = ["--model", str(whole), "--prompts", str(prompts), "--output", str(output), *quick]
+    assert generate.main([*arguments, "--guidance", "7.5"]) == 0
     (image,) = output.rglob("*.png")
     assert np.array_equal(np.asarray(Image.open(image)), np.asarray(policy))
 
 
 @flux_and_slow_sd3
-def test_caches_give_the_same_run(run, pipeline, tmp_path, capsys):
-    options = (f"model.pipeline={pipeline}", *SIZE, "train.max_steps=2", "checkpoint.every=2")
+def test_caches_give_the_same_run_in_bf16(run, pipeline, tmp_path, capsys):
+    options = (f"model.pipeline={pipeline}", *SIZE, "train.max_steps=2", "checkpoint.every=2", "compute.precision=bf16")
     caches = [f"cache.{name}={tmp_path / name}" for name in ("examples", "reference")] + ["cache.dtype=fp32"]
     _, plain = run("plain", *options)
     run("recording", *options, *caches)
@@ -102,6 +104,7 @@ def test_caches_give_the_same_run(run, pipeline, tmp_path, capsys):
     _, cached = run("cached", *options, *caches)
     assert "so the reference is not loaded" in capsys.readouterr().out
     assert_same_run(plain, cached)
+    assert rows_of(plain)[0]["margin"] == 0
 
 
 @pytest.mark.slow
@@ -133,7 +136,7 @@ def micro_step(pipeline, *overrides):
 
 @each_flow
 def test_loss_and_gradient_equal_an_independent_formula_in_float64(pipeline):
-    settings, parts, noisy = micro_step(pipeline)
+    settings, parts, noisy = micro_step(pipeline, "compute.gradient_checkpointing=true")
     reference = make_reference(parts, settings.model, settings.compute)
     policy = make_policy(parts, settings.model, settings.compute)
     with torch.no_grad():  # somewhere else than the reference
@@ -188,6 +191,25 @@ def test_self_play_samples_with_the_pipeline(run, pipeline):
     assert len(latents) == 3 and (folder / "snapshots").is_dir()
 
 
+GENERATED = {
+    "half a token": (["--image-size", "24"], "must be a multiple of 16"),
+    "a diffusion's scheduler": (["--scheduler", "ddim"], "--scheduler ddim samples diffusions, and FLUX.1 is a flow"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), GENERATED.values(), ids=GENERATED)
+def test_what_a_flow_can_not_sample_is_refused_before_weights_are_loaded(flux, tmp_path, capsys, options, message):
+    arguments = ["--model", flux, "--prompts", "tinyprompts", "--output", str(tmp_path / "images"), *options]
+    assert generate.main(arguments) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "images").exists()
+
+
+def test_images_are_drawn_with_the_familys_guidance_unless_another_is_asked_for():
+    for options, scale in ([], 3.5), (["--guidance", "2"], 2.0):
+        options = generate.build_parser().parse_args(["--model", "m", "--prompts", "p", "--output", "o", *options])
+        assert generate.settings_of_family(generate.build_settings(options), options, FLUX).guidance_scale == scale
+
+
 REFUSED = {
     "a diffusion's weighting": ("sd3", "noise.weighting=temporal_discount", "counts the timesteps of a diffusion"),
     "a side of half a token": (
@@ -196,11 +218,9 @@ REFUSED = {
         r"\(got 24\) must be a multiple of 16 for FLUX",
     ),
     "kernels that aren't there": ("sd3", "compute.attention=eager", "eager isn't available for Stable Diffusion 3"),
-    "guidance that nobody is told": (
-        "sd3",
-        "model.guidance=3",
-        r"guidance \(got 3\) is told to a guidance-dist",
-    ),
+    "guidance that nobody is told": ("sd3", "model.guidance=3", r"model\.guidance: Stable Diffusion 3 and 3\.5 has no"),
+    "another family": ("sd3", "model.family=FluxPipeline", r"config is for FLUX\.1, .* is Stable Diffusion 3 and 3\.5"),
+    "no empty caption of its own": ("flux", "model.empty_caption=zeros", r"model\.empty_caption: FLUX\.1 has no such"),
     "a flow's shift in a diffusion": ("small_pipeline", "noise.shift=3", r"noise\.shift \(got 3\) acts in flows alone"),
 }
 

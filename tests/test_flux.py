@@ -11,7 +11,7 @@ from diffusers import FluxPipeline
 from xdpo.batch import stack
 from xdpo.config import ModelConfig, NoiseConfig
 from xdpo.families import check_pipeline_folder, load_parts, pipeline_with
-from xdpo.families.flux import image_ids, pack, unpack
+from xdpo.families.flux import FLUX, image_ids, pack, unpack
 
 CAPTIONS = ["a cat", "", "a caption that is longer than the eight tokens of CLIP", "word " * 600]
 
@@ -131,3 +131,8 @@ def test_the_distilled_model_is_refused_and_one_without_guidance_is_not_told_any
     edit(folder / "scheduler" / "scheduler_config.json", use_dynamic_shifting=False)
     with pytest.raises(ValueError, match=r"it is FLUX\.1-schnell, .* schnell is distilled to four steps"):
         check_pipeline_folder(str(folder))
+
+    edit(folder / "scheduler" / "scheduler_config.json", use_dynamic_shifting=True)
+    assert FLUX.told(folder, ModelConfig()) == {"guidance": None}
+    with pytest.raises(ValueError, match=r"guidance \(got 3\) is told to a guidance-distilled model"):
+        FLUX.told(folder, ModelConfig(guidance=3))

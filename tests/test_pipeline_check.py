@@ -44,7 +44,7 @@ def refusal(pipeline):
 
 CONFIGS = {
     "Stable Diffusion XL": (
-        "model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "it is Stable Diffusion XL",
+        "model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "it lacks tokenizer_2, text_encoder_2",
     ),
     "Stable Diffusion 3": (
         "model_index.json", {"_class_name": "StableDiffusion3Pipeline"}, "it lacks tokenizer_2, .* transformer",
@@ -334,7 +334,7 @@ FILES = {
     "a whole checkpoint": ({"model.diffusion_model.input_blocks.0.0.weight": 1}, r"from_single_file\('.*'\)"),
     "a checkpoint of XL": (
         {"model.diffusion_model.out.0.weight": 1, "conditioner.embedders.1.model.ln_final.bias": 1},
-        "single file of Stable Diffusion XL",
+        r"from diffusers import StableDiffusionXLPipeline as P; P\.from_single_file\('.*'\)",
     ),
     "a checkpoint of FLUX": ({"double_blocks.0.img_attn.proj.weight": 1}, "single file of FLUX"),
     "a UNet": ({"down_blocks.0.resnets.0.conv1.weight": 1}, "single file with a UNet's weights"),

@@ -46,6 +46,7 @@ class NoisyBatchMaker:
         drawn_at = positions if batch.single is None else batch.single.positions
         if batch.single is None:
             conditioning = Conditioning({name: torch.cat([value, value]) for name, value in conditioning.items()})
+        conditioning = family.with_size(conditioning, self.settings.data.resolution)
         shape, num_images = moments.means.shape[1:], len(moments.means)
 
         def draw(stream: str, shared: bool) -> Tensor:

@@ -20,8 +20,6 @@ CPU = torch.device("cpu")
 @torch.no_grad()
 def fill(settings: Config, accelerator: Accelerator) -> None:
     """Compute what is missing for the training pairs, then for the held-out ones."""
-    families.check_pipeline_folder(settings.model.pipeline, settings.model.revision)
-    families.check_config(settings)
     if settings.cache.examples and settings.cache.build:
         precompute.build_missing_examples(settings, accelerator, accelerator.print)
     pairs = {split: precompute.open_pairs(settings, accelerator, split) for split in Split.of(settings)}

@@ -34,10 +34,25 @@ class ModelConfig(Section):
 
     pipeline: FilePath = Field(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        description="hub id, or a folder in Stable Diffusion format",
+        description="hub id, or a folder in diffusers' format; docs/base_models.md lists the families",
     )
     revision: Text | None = Field(
         None, description="hub branch, tag or commit of the pipeline; a commit makes a run repeatable"
+    )
+    family: Text | None = Field(
+        None,
+        description="the family that the config is for, by its pipeline's class in diffusers: a pipeline of another "
+        "family is refused; null: any",
+    )
+    vae: FilePath | None = Field(
+        None,
+        description="hub id or folder of an autoencoder, itself or under vae/, in place of the pipeline's; null: the "
+        "pipeline's own",
+    )
+    empty_caption: Literal["zeros", "text"] | None = Field(
+        None,
+        description="Stable Diffusion XL alone: what an empty caption is encoded as, zeros or the encoders' states of "
+        "no words; null: as the pipeline samples",
     )
     trainable: Literal["full", "lora"] = Field(
         "full",

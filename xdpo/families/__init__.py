@@ -3,7 +3,9 @@
 from xdpo.families.interface import Family, PipelineParts
 from xdpo.families.loading import (
     FAMILIES,
+    caption_choices,
     check_config,
+    check_model,
     check_pipeline_folder,
     family_of,
     family_of_loaded,
@@ -17,7 +19,9 @@ __all__ = [
     "FAMILIES",
     "Family",
     "PipelineParts",
+    "caption_choices",
     "check_config",
+    "check_model",
     "check_pipeline_folder",
     "family_of",
     "family_of_loaded",

@@ -78,6 +78,46 @@ def autoencoder_problems(vae: Mapping[str, Any]) -> list[str]:
     return []
 
 
+def shift_problems(vae: Mapping[str, Any], families: str) -> list[str]:
+    """An autoencoder that shifts its latents, where `families` don't."""
+    if not (vae.get("shift_factor") or vae.get("latents_mean")):
+        return []
+    return [
+        "the autoencoder shifts its latents (shift_factor or latents_mean), as those of Stable Diffusion 3 and FLUX do "
+        f"and those of {families} don't; take the vae of the UNet's own pipeline"
+    ]
+
+
+def unet_problems(unet: Mapping[str, Any], families: str) -> list[str]:
+    """A UNet of another class or for another task than text to image, where one of `families` is meant."""
+    kind = unet.get("_class_name", "UNet2DConditionModel")
+    if kind != "UNet2DConditionModel":
+        return [f"unet is a {kind} where a UNet2DConditionModel is meant; take one of {families}"]
+    return [
+        f"unet has {key} {unet[key]!r}: it is told more than a caption, as an upscaler's is. Take one of {families}"
+        for key in ("class_embed_type", "num_class_embeds")
+        if unet.get(key) is not None
+    ]
+
+
+def channel_problems(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
+    """A UNet that takes or gives other channels than the autoencoder's latents have."""
+    latents, taken, given = vae.get("latent_channels", 4), unet.get("in_channels", 4), unet.get("out_channels", 4)
+    if taken != latents:
+        more = taken > latents
+        return [
+            f"the UNet takes {taken} channels (in_channels) and the autoencoder's latents have {latents}. "
+            + ("The others are for a mask or a second image, as in inpainting, depth and editing models; " * more)
+            + "take a text-to-image model whose UNet and autoencoder belong together"
+        ]
+    if given != latents:
+        return [
+            f"the UNet gives {given} channels (out_channels) and the autoencoder's latents have {latents}; a UNet that "
+            "predicts a variance too can't be used, take one that predicts the noise alone"
+        ]
+    return []
+
+
 def tokenizer_problems(tokenizer: Path, text: Mapping[str, Any]) -> list[str]:
     """Problems of a tokenizer's folder with the config of the CLIP text encoder that reads its tokens."""
     name = tokenizer.name
@@ -171,10 +211,14 @@ def check_denoiser(family: Family, denoiser: Path, base: Path, label: str, *, ha
     """
     problems = family.denoiser_problems(denoiser, base)
     if not problems and (has_weights or weight_paths(denoiser)[1]):
-        kind = part_class(family, base, family.denoiser)
-        problems = _compare(family, denoiser, family.denoiser, partial(_empty, kind, denoiser))
+        problems = replaced_problems(family, base, family.denoiser, denoiser)
     if problems:
         raise ValueError(f"{label} doesn't fit its pipeline:\n  " + "\n  ".join(problems))
+
+
+def replaced_problems(family: Family, base: Path, part: str, folder: Path) -> list[str]:
+    """The same of a part that is to replace the one of a checked pipeline, `base`."""
+    return _compare(family, folder, part, partial(_empty, part_class(family, base, part), folder))
 
 
 def _compare(family: Family, part: Path, name: str, build: Callable[[], nn.Module]) -> list[str]:

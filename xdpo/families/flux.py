@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from xdpo.batch import Conditioning, Tokens
 from xdpo.config import ModelConfig
 from xdpo.families.flux_check import denoiser_problems, problems
-from xdpo.families.interface import Family, PipelineParts, told_nothing, unchanged
+from xdpo.families.interface import Family, PipelineParts, unchanged
 from xdpo.families.pipeline_files import read_json
 from xdpo.families.processes import flow
 from xdpo.families.stable_diffusion import encode_images, latent_shape, to_latents
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T5_TOKENS = 512  # of a caption; the pipeline's default
-GUIDANCE = 3.5  # with which FLUX.1-dev samples
+GUIDANCE = 3.5  # which FLUX.1-dev samples with
 NUM_TIMESTEPS = 1000  # a time is σ times this, and the transformer is told σ
 # Entries of a Conditioning.
 TEXT = "text"  # T5's states, (N, T5_TOKENS, D)
@@ -77,7 +77,12 @@ def predict(
 def told(folder: Path, model: ModelConfig) -> dict[str, Any]:
     """Guidance is told to a transformer that was distilled with it."""
     if not read_json(folder / "transformer" / "config.json").get("guidance_embeds"):
-        return told_nothing(folder, model) | {"guidance": None}
+        if model.guidance is not None:
+            raise ValueError(
+                f"model.guidance (got {model.guidance:g}) is told to a guidance-distilled model, such as FLUX.1-dev, "
+                "and this pipeline's transformer is none (guidance_embeds); set it to null"
+            )
+        return {"guidance": None}
     return {"guidance": GUIDANCE if model.guidance is None else model.guidance}
 
 
@@ -143,6 +148,9 @@ FLUX = Family(
     decode=decode,
     use_plain_attention=use_plain_attention,
     lora_names=unchanged,
+    is_flow=True,
+    guidance=GUIDANCE,
+    keys=("guidance",),
     told=told,
     pack=pack,
     unpack=unpack,

@@ -26,6 +26,7 @@ class PipelineParts:
     tokenizers: Mapping[str, "PreTrainedTokenizerBase"]
     scheduler: "SchedulerMixin"
     options: Mapping[str, Any] = field(default_factory=dict)  # arguments of the pipeline's class that are no parts
+    choices: Mapping[str, str] = field(default_factory=dict)  # see Family
 
     @property
     def denoiser(self) -> "ModelMixin":
@@ -66,16 +67,6 @@ class PipelineParts:
         return self.family.latent_shape(self, resolution)
 
 
-def told_nothing(folder: Path, model: ModelConfig) -> dict[str, Any]:
-    """Of a denoiser that is told no number of the config's."""
-    if model.guidance is not None:
-        raise ValueError(
-            f"model.guidance (got {model.guidance:g}) is told to a guidance-distilled model, such as FLUX.1-dev, and "
-            "this is none; remove it"
-        )
-    return {}
-
-
 def unchanged(value: Any, *_: Any) -> Any:
     return value
 
@@ -85,6 +76,22 @@ def older_lora_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     from diffusers.utils import convert_state_dict_to_diffusers
 
     return convert_state_dict_to_diffusers(weights)
+
+
+def _no_problem(index: Mapping[str, Any]) -> str | None:
+    return None
+
+
+def _no_choices(model: ModelConfig, index: Mapping[str, Any]) -> dict[str, str]:
+    return {}
+
+
+def _told_nothing(folder: Path, model: ModelConfig) -> dict[str, Any]:
+    return {}
+
+
+def _without_size(conditioning: Conditioning, resolution: int) -> Conditioning:
+    return conditioning
 
 
 class Family(NamedTuple):
@@ -100,7 +107,7 @@ class Family(NamedTuple):
     without_extras: Mapping[str, Any]  # arguments of the pipeline class that leave out unused parts
 
     problems: Callable[[Path], list[str]]
-    """A sentence for each problem of a folder's configs and vocabularies; no weight is read."""
+    """A sentence for each problem of the configs and vocabularies of a pipeline that has all parts."""
 
     denoiser_problems: Callable[[Path, Path], list[str]]
     """The same of a denoiser's folder that is to replace that of a checked pipeline, the second folder."""
@@ -130,14 +137,30 @@ class Family(NamedTuple):
     use_plain_attention: Callable[[nn.Module], None] | None
     """Make a denoiser's attention matrix products and a softmax, without fused kernels (compute.attention=eager)."""
 
+    index_problem: Callable[[Mapping[str, Any]], str | None] = _no_problem
+    """What a model_index.json says against its pipeline, before the pipeline's folders are looked at."""
+
+    keys: tuple[str, ...] = ()  # of the config's model section, which must be null in a family without them
+
+    choices: Callable[[ModelConfig, Mapping[str, Any]], dict[str, str]] = _no_choices
+    """What decides the encoding of captions besides the parts' files, by the config and the pipeline's index."""
+
+    with_size: Callable[[Conditioning, int], Conditioning] = _without_size
+    """Conditioning of N captions → with what the denoiser is told of N square images of this side in pixels."""
+
+    told: Callable[[Path, ModelConfig], dict[str, Any]] = _told_nothing
+    """Further arguments of `predict`, from a pipeline's configs and a config. Raises ValueError for an idle key."""
+
     optional: tuple[str, ...] = ()
     """The encoders and tokenizers that a pipeline may lack; `without` leaves them out."""
 
     size_multiple: int = 8
     """An image's side in pixels is a multiple of this."""
 
-    told: Callable[[Path, ModelConfig], dict[str, Any]] = told_nothing
-    """Further arguments of `predict`, from a pipeline's configs and a config. Raises ValueError for an idle key."""
+    is_flow: bool = False  # only its pipeline's scheduler samples it
+
+    guidance: float = 7.5
+    """The guidance that its pipeline samples with, where none is asked for."""
 
     pack: Callable[[Tensor], Tensor] = unchanged
     """Latents (N, C, h, w) → as the pipeline takes and returns them."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from xdpo.batch import Conditioning, LatentMoments, Tokens
 from xdpo.families.interface import Family, PipelineParts
 from xdpo.families.processes import diffusion
-from xdpo.families.stable_diffusion_check import TEXT_ENCODERS, denoiser_problems, problems
+from xdpo.families.stable_diffusion_check import TEXT_ENCODERS, denoiser_problems, index_problem, problems
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -91,6 +91,7 @@ STABLE_DIFFUSION = Family(
         "image_encoder": None,
         "requires_safety_checker": False,
     },
+    index_problem=index_problem,
     problems=problems,
     denoiser_problems=denoiser_problems,
     process=diffusion,

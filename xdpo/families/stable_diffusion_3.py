@@ -122,6 +122,8 @@ STABLE_DIFFUSION_3 = Family(
     predict=predict,
     prompt_arguments=prompt_arguments,
     decode=decode,
+    is_flow=True,
+    guidance=7.0,
     lora_names=unchanged,
     use_plain_attention=None,  # diffusers has its joint attention in fused kernels alone
 )

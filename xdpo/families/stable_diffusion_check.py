@@ -7,21 +7,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xdpo.families.checks import autoencoder_problems, diffusion_scheduler_problems, tokenizer_problems
+from xdpo.families.checks import (
+    autoencoder_problems,
+    channel_problems,
+    diffusion_scheduler_problems,
+    shift_problems,
+    tokenizer_problems,
+    unet_problems,
+)
 from xdpo.families.pipeline_files import read_json
 
+OWN = "Stable Diffusion 1.x or 2.x"
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+
+
+def index_problem(index: Mapping[str, Any]) -> str | None:
+    """What a pipeline's index says against it: another text encoder."""
+    kind = index["text_encoder"][1] if index.get("text_encoder") else None
+    if kind in TEXT_ENCODERS:
+        return None
+    return (
+        f"model_index.json says {index.get('_class_name')} with the text encoder {kind} where {TEXT_ENCODERS[0]} is "
+        f"meant; take a pipeline of {OWN}"
+    )
 
 
 def problems(folder: Path) -> list[str]:
     """What is wrong with the small files of a pipeline that has all parts."""
-    index = read_json(folder / "model_index.json")
-    kind = index["text_encoder"][1] if index.get("text_encoder") else None
-    if kind not in TEXT_ENCODERS:
-        return [
-            f"model_index.json says {index.get('_class_name')} with the text encoder {kind} where {TEXT_ENCODERS[0]} "
-            "is meant; take a pipeline of Stable Diffusion 1.x or 2.x"
-        ]
     unet, vae, text = (read_json(folder / part / "config.json") for part in ("unet", "vae", "text_encoder"))
     text = text.get("text_config") or text  # of a whole CLIP model
     if found := autoencoder_problems(vae):
@@ -42,37 +54,19 @@ def denoiser_problems(denoiser: Path, base: Path) -> list[str]:
 
 def _unet_problems(unet: Mapping[str, Any]) -> list[str]:
     """Problems of a UNet that is of another class, or takes more than noisy latents, a timestep and a caption."""
-    kind = unet.get("_class_name", "UNet2DConditionModel")
-    if kind != "UNet2DConditionModel":
-        return [f"unet is a {kind} where a UNet2DConditionModel is meant; take one of Stable Diffusion 1.x or 2.x"]
-    further_inputs = {
-        "addition_embed_type": "as Stable Diffusion XL's is",
-        "class_embed_type": "as an upscaler's is",
-        "num_class_embeds": "as an upscaler's is",
-    }
-    return [
-        f"unet has {key} {unet[key]!r}: it is told more than a caption, {like}. Take one of Stable Diffusion 1.x or 2.x"
-        for key, like in further_inputs.items()
-        if unet.get(key) is not None
-    ]
+    if found := unet_problems(unet, OWN):
+        return found
+    if (told := unet.get("addition_embed_type")) is not None:
+        return [
+            f"unet has addition_embed_type {told!r}: it is told more than a caption, as Stable Diffusion XL's is. Take "
+            f"one of {OWN}"
+        ]
+    return []
 
 
 def _fit_problems(unet: Mapping[str, Any], vae: Mapping[str, Any], text: Mapping[str, Any]) -> list[str]:
     """Problems where the widths of a pipeline's parts don't match."""
-    problems = []
-    latents, taken, given = vae.get("latent_channels", 4), unet.get("in_channels", 4), unet.get("out_channels", 4)
-    if taken != latents:
-        more = taken > latents
-        problems.append(
-            f"the UNet takes {taken} channels (in_channels) and the autoencoder's latents have {latents}. "
-            + ("The others are for a mask or a second image, as in inpainting, depth and editing models; " * more)
-            + "take a text-to-image model whose UNet and autoencoder belong together"
-        )
-    elif given != latents:
-        problems.append(
-            f"the UNet gives {given} channels (out_channels) and the autoencoder's latents have {latents}; a UNet that "
-            "predicts a variance too can't be used, take one that predicts the noise alone"
-        )
+    problems = channel_problems(unet, vae)
     width = text.get("hidden_size", 512)
     attended = unet.get("encoder_hid_dim") or unet.get("cross_attention_dim", 1280)
     attended = sorted({*attended} if isinstance(attended, list | tuple) else {attended})
@@ -82,9 +76,4 @@ def _fit_problems(unet: Mapping[str, Any], vae: Mapping[str, Any], text: Mapping
             f"{' and '.join(map(str, attended))} (cross_attention_dim): Stable Diffusion 1.x has 768, 2.x 1024. Take "
             "both from one pipeline"
         )
-    if vae.get("shift_factor") or vae.get("latents_mean"):
-        problems.append(
-            "the autoencoder shifts its latents (shift_factor or latents_mean), as those of Stable Diffusion 3 and "
-            "FLUX do and Stable Diffusion 1.x and 2.x don't; take the vae of the UNet's own pipeline"
-        )
-    return problems
+    return [*problems, *shift_problems(vae, OWN)]

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from xdpo.config import ComputeConfig, FilePath, ModelConfig, Section, Text, load_config, parse_yaml
-from xdpo.families import PipelineParts, check_pipeline_folder, family_of_pipeline, load_parts, pipeline_with
+from xdpo.families import PipelineParts, check_model, family_of_pipeline, load_parts, part_checksum, pipeline_with
 from xdpo.families.checks import check_denoiser
 from xdpo.families.pipeline_files import Unreachable, describe_file, fetch, weight_paths
 from xdpo.files import file_sha256
@@ -72,7 +72,8 @@ class ResolvedModel:
     def identity(self) -> dict[str, str | None]:
         """What makes two models the same, wherever their files lie."""
         base = "local folder" if Path(self.base.pipeline).is_dir() else self.base.pipeline
-        return {"base": base, "base_revision": self.base_revision, "kind": self.kind, "revision": self.revision}
+        same = {"base": base, "base_revision": self.base_revision, "kind": self.kind, "revision": self.revision}
+        return same if self.base.vae is None else same | {"vae": part_checksum(self.base, "vae")}
 
 
 def read_model_spec(name: str, *, unet: str | None = None, lora: str | None = None) -> tuple[str, ModelSpec]:
@@ -191,7 +192,7 @@ def _spec_from_yaml(path: Path, unet: str | None, lora: str | None) -> ModelSpec
 
 
 def _resolve_base(base: ModelConfig) -> tuple[ModelConfig, str]:
-    check_pipeline_folder(base.pipeline, base.revision)
+    check_model(base)
     if Path(base.pipeline).is_dir():
         return base, _local_revision(Path(base.pipeline), "*/")
     commit, _ = _hub_file(base.pipeline, ("model_index.json",), base.revision, "model.base")

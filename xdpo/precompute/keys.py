@@ -8,7 +8,7 @@ from xdpo.cache.examples import PRECISION
 from xdpo.compute import device_kind, precision_of
 from xdpo.config import Config
 from xdpo.data import PairTable, Split
-from xdpo.families import family_of_pipeline, part_checksum
+from xdpo.families import caption_choices, family_of_pipeline, part_checksum
 from xdpo.files import file_sha256
 
 
@@ -45,6 +45,7 @@ def example_key(settings: Config, split: Split) -> dict[str, Any]:
         "cache.dtype": settings.cache.dtype,
         "autoencoder": part_checksum(model, "vae"),
         "text encoder": part_checksum(model, *family.text_encoders, *family.tokenizers),
+        **caption_choices(model),
         PRECISION: precision_of(settings.compute),
     }
 
@@ -77,6 +78,7 @@ def reference_key(settings: Config, pairs: PairTable | ExampleCache, split: Spli
         "noise": settings.noise.model_dump(exclude_none=True),
         "pipeline": part_checksum(model, family.denoiser, *family.encoders, *family.tokenizers, "scheduler"),
         **({} if model.guidance is None else {"guidance": model.guidance}),
+        **caption_choices(model),
         "precision": precision,
         "device": device_kind(),
         "kernels": compute.model_dump(include={"tf32", "attention", "channels_last", "deterministic"}),
