@@ -44,7 +44,7 @@ def times(context: Context) -> Times:
         training = training_bench(context)
         caches = training.overrides(MODES["full-cached"], micro_batch=1, total_batch=PAIRS, max_steps=rounds)
         children.run(fill_caches, load_config(BASE_CONFIG, caches))
-        return time_in_turn(steps.build_jobs(training, list(MODES), MICRO_BATCHES, PAIRS, rounds), rounds - 1)
+        return time_in_turn(steps.build_jobs(training, list(MODES), list(MICRO_BATCHES), PAIRS, rounds), rounds - 1)
 
     return context.share("times", measure)
 
