@@ -87,17 +87,23 @@ def scaling(context: Context) -> Scaling:
         trainee.step(number)
         if not learner.skipped_steps.in_a_row:
             break
-    scales, weights = [learner.accelerator.scaler.get_scale()], [runs.weights_checksum(learner.bare_policy)]
+    before, weights_before = learner.accelerator.scaler.get_scale(), runs.weights_checksum(learner.bare_policy)
     with overflowing(learner.parameters[0]):
         trainee.step(next(numbers))
-    scales.append(learner.accelerator.scaler.get_scale())
-    weights.append(runs.weights_checksum(learner.bare_policy))
+    after, weights_after = learner.accelerator.scaler.get_scale(), runs.weights_checksum(learner.bare_policy)
     folder = context.working / "scaled"
     learner.save(folder, 1)
     del trainee, learner
     resumed = make_trainee(settings, scaled_on_cpu=not context.on_gpu).learner
     resumed.load(runs.checkpoint_path(folder, 1))
-    return Scaling(*scales, resumed.accelerator.scaler.get_scale(), *weights, weights_moved=weights[0] != start)
+    return Scaling(
+        before,
+        after,
+        resumed=resumed.accelerator.scaler.get_scale(),
+        weights_before=weights_before,
+        weights_after=weights_after,
+        weights_moved=weights_before != start,
+    )
 
 
 @contextmanager
@@ -148,11 +154,14 @@ def _case(precision: str, trainable: str, pipeline: str | None, compiled: bool) 
 ROWS = (
     *first_loss_rows(),
     *(
-        Row(f"{title} as in float32: {precision}", partial(check_against_float32, precision=precision, **of))
+        Row(
+            f"{title} as in float32: {precision}",
+            partial(check_against_float32, precision=precision, name=name, tolerance=tolerance),
+        )
         for precision in PRECISIONS
-        for title, of in (
-            ("denoising error", {"name": "policy_error", "tolerance": ERROR_TOLERANCE}),
-            ("gradient norm", {"name": "gradient_norm", "tolerance": GRADIENT_TOLERANCE}),
+        for title, name, tolerance in (
+            ("denoising error", "policy_error", ERROR_TOLERANCE),
+            ("gradient norm", "gradient_norm", GRADIENT_TOLERANCE),
         )
     ),
     *(

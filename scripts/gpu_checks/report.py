@@ -17,6 +17,10 @@ from xdpo.files import write_text
 from xdpo.provenance import git_commit, library_versions
 from xdpo.report.grids import Cell, Grid, to_markdown
 
+ON_A_CPU = (
+    "On a CPU: graphs are traced without making kernels, fp16's loss scaling runs in float32, no memory is limited, "
+    "and two processes share no card"
+)
 NAMES = "gpu_report.md", "gpu_report.json"
 
 
@@ -98,6 +102,7 @@ def to_page(facts: dict[str, Any], rows: tuple[Row, ...], findings: list[Finding
         f"* Cards: {cards or 'none was used'}; driver {facts['driver']}, CUDA {facts['cuda']}, cuDNN {facts['cudnn']}",
         f"* Versions: {versions}",
         f"* Commit: {facts['git_commit']}; {facts['time']}; size: {facts['size']}; run on: {facts['run_on']}",
+        *([f"* {ON_A_CPU}"] if facts["run_on"] == "cpu" else []),
         f"* {tally(findings)}",
         "",
         to_markdown(Grid("", columns, table)),

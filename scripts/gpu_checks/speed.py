@@ -1,13 +1,14 @@
 """Pairs per second of every mode against recomputing everything and against the bare networks, and of the switches."""
 
 import io
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from functools import partial
 
 from benchmarks import modes, steps
 from benchmarks.modes import BASE_CONFIG, MODES
-from benchmarks.results import ratios, time_in_turn
+from benchmarks.results import time_in_turn
 
 from gpu_checks import children
 from gpu_checks.context import Context, forget_accelerator
@@ -43,7 +44,7 @@ def times(context: Context) -> Times:
         training = training_bench(context)
         caches = training.overrides(MODES["full-cached"], micro_batch=1, total_batch=PAIRS, max_steps=rounds)
         children.run(fill_caches, load_config(BASE_CONFIG, caches))
-        return time_in_turn(steps.build_jobs(training, list(MODES), MICRO_BATCHES, PAIRS, rounds), rounds - 1)
+        return time_in_turn(steps.build_jobs(training, list(MODES), list(MICRO_BATCHES), PAIRS, rounds), rounds - 1)
 
     return context.share("times", measure)
 
@@ -61,52 +62,56 @@ def times_with(context: Context, switch: str) -> list[float]:
     return time_in_turn({switch: job}, rounds - 1)[switch]
 
 
+def pairs_per_second(seconds: list[float]) -> float:
+    return PAIRS / statistics.median(seconds)
+
+
 def check_gain(context: Context, mode: str, micro_batch: int, least: float) -> Finding:
-    """Speed of a mode over that of the full fine-tune that recomputes everything."""
+    """Pairs per second of a mode beside those of the full fine-tune that recomputes everything."""
     measured = times(context)
-    gain = ratios(measured["full", micro_batch], measured[mode, micro_batch]).median
+    speed, plain = (pairs_per_second(measured[name, micro_batch]) for name in (mode, "full"))
     remedy = "scripts/benchmark.py step shows which network takes the time; data.num_workers if none does"
-    return at_least(gain, least, remedy, judged=context.is_judged)
+    return at_least(speed, least * plain, remedy, judged=context.is_judged)
 
 
 def check_overhead(context: Context, mode: str, parts: tuple[str, ...], micro_batch: int) -> Finding:
-    """Time of a mode over that of the networks that it runs."""
+    """Seconds of a mode beside those of the networks that it runs."""
     measured = times(context)
     bare = [sum(seconds) for seconds in zip(*(measured[part, micro_batch] for part in parts), strict=True)]
     remedy = "profile Learner.micro_step: something in it waits for the device, or for data"
-    return at_most(ratios(measured[mode, micro_batch], bare).median, OVERHEAD, remedy, judged=context.is_judged)
+    seconds, most = statistics.median(measured[mode, micro_batch]), OVERHEAD * statistics.median(bare)
+    return at_most(seconds, most, remedy, judged=context.is_judged)
 
 
 def check_micro_batch(context: Context, mode: str) -> Finding:
-    """Speed with two pairs in a pass over that with one."""
-    measured = times(context)
-    gain = ratios(*(measured[mode, micro_batch] for micro_batch in MICRO_BATCHES)).median
-    return at_least(gain, 1.0, "train.micro_batch_pairs=1", judged=context.is_judged)
+    """Pairs per second with two pairs in a pass beside those with one."""
+    one, two = (pairs_per_second(times(context)[mode, micro_batch]) for micro_batch in MICRO_BATCHES)
+    return at_least(two, one, "train.micro_batch_pairs=1", judged=context.is_judged)
 
 
 def check_switch(context: Context, switch: str, within: Callable[[Context], AbstractContextManager]) -> Finding:
-    """Speed with a switch of `compute` over that without."""
+    """Pairs per second with a switch of `compute` beside those without."""
     with within(context):
-        switched = times_with(context, f"{switch}=true")
-    gain = ratios(times(context)[TRAINED, 1], switched).median
-    return at_least(gain, 1.0, f"{switch}=false", judged=context.is_judged)
+        switched = pairs_per_second(times_with(context, f"{switch}=true"))
+    plain = pairs_per_second(times(context)[TRAINED, 1])
+    return at_least(switched, plain, f"{switch}=false", judged=context.is_judged)
 
 
 def _rows() -> Iterator[Row]:
-    over = f"speed over {MODES['full']}"
     for mode, size in [*((mode, 1) for mode in MODES if mode != "full"), ("full-cached", 2)]:
         least = GAIN if mode == "full-cached" else 1.0
-        claim = f"{over} (micro-batch {size}): {MODES[mode]}"
+        claim = f"pairs/s, {least:g} times those of full, recompute everything (micro-batch {size}): {MODES[mode]}"
         yield Row(claim, partial(check_gain, mode=mode, micro_batch=size, least=least))
     for size in MICRO_BATCHES:
         for mode, parts in (("full", steps.BARE_PARTS), ("full-cached", steps.BARE_PARTS[:1])):
-            claim = f"time over the bare networks' (micro-batch {size}): {MODES[mode]}"
+            claim = f"seconds, {OVERHEAD:g} times the bare networks' (micro-batch {size}): {MODES[mode]}"
             yield Row(claim, partial(check_overhead, mode=mode, parts=parts, micro_batch=size))
     for mode in ("full", "lora"):
-        claim = f"speed of micro-batch 2 over 1: {MODES[mode]}"
+        claim = f"pairs/s with micro-batch 2, those with 1: {MODES[mode]}"
         yield Row(claim, partial(check_micro_batch, mode=mode))
     for switch, within in SWITCHES.items():
-        yield Row(f"speed with {switch} over without", partial(check_switch, switch=switch, within=within))
+        claim = f"pairs/s with {switch}, those without: {MODES[TRAINED]}"
+        yield Row(claim, partial(check_switch, switch=switch, within=within))
 
 
 SWITCHES: dict[str, Callable[[Context], AbstractContextManager]] = {
