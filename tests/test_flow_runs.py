@@ -6,9 +6,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from forks import launch
 from PIL import Image
 from tolerances import assert_same_but_for_rounding
-from training_runs import SMALL_RUN, TWO_PROCESSES, assert_same_run, command, launch, rows_of
+from training_runs import SMALL_RUN, assert_same_run, command, rows_of
 
 import generate
 from xdpo import families, watch
@@ -112,7 +113,7 @@ def test_caches_give_the_same_run_in_bf16(run, pipeline, tmp_path, capsys):
 def test_one_process_and_two_log_the_same_figures(run, pipeline, small_pairs, tmp_path):
     options = (f"model.pipeline={pipeline}", *SIZE, "train.micro_batch_pairs=1", "train.max_steps=4")
     _, one = run("one", *options)
-    ended = launch(TWO_PROCESSES, command(pipeline, small_pairs, tmp_path / "two", *options))
+    ended = launch("train_xdpo.py", command(pipeline, small_pairs, tmp_path / "two", *options), processes=2)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert_same_but_for_rounding(one, tmp_path / "two")
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import launch
 from safetensors.torch import load_file
-from training_runs import ROOT, SMALL_RUN, TWO_PROCESSES, assert_same_run, command, launch, rows_of
+from training_runs import ROOT, SMALL_RUN, assert_same_run, command, rows_of
 
 import generate
 from xdpo import families, models, noise, precompute, step, watch
@@ -353,7 +354,7 @@ def test_two_processes_equal_one(run_xl, xl_pipeline, small_pairs, tmp_path):
 
     options = ("train.max_steps=2", "checkpoint.every=1", "train.micro_batch_pairs=1")
     _, one = run_xl("one", "train.micro_batch_pairs=1")
-    ended = launch(TWO_PROCESSES, command(xl_pipeline, small_pairs, tmp_path / "two", *options))
+    ended = launch("train_xdpo.py", command(xl_pipeline, small_pairs, tmp_path / "two", *options), processes=2)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert_same_but_for_rounding(one, tmp_path / "two")
 

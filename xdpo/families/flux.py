@@ -114,7 +114,7 @@ def decode(pipeline: "DiffusionPipeline", latents: Tensor) -> Tensor:
     return pipeline.vae.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
 
 
-def use_plain_attention(denoiser: nn.Module) -> None:
+def use_plain_attention(denoiser: Any) -> None:
     denoiser.set_attention_backend("_native_math")
 
 

@@ -125,8 +125,8 @@ class Family(NamedTuple):
     to_latents: Callable[[LatentMoments, Tensor | None], Tensor]
     """Latents (N, C, h, w) for the denoiser: a sample of the posterior with this noise, or its mean without noise."""
 
-    predict: Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
-    """Denoiser, noisy latents (N, C, h, w), times (N,), conditioning → prediction (N, C, h, w)."""
+    predict: Callable[..., Tensor]
+    """Denoiser, noisy latents (N, C, h, w), times (N,), conditioning, what `told` gives → prediction (N, C, h, w)."""
 
     prompt_arguments: Callable[[Conditioning, Conditioning], dict[str, Tensor]]
     """The pipeline's arguments for N captions and for N empty ones, which guidance starts from."""

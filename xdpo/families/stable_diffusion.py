@@ -1,7 +1,7 @@
 """Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet that attends to its last states, four latent channels."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ def decode(pipeline: "DiffusionPipeline", latents: Tensor) -> Tensor:
     return pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
 
 
-def use_plain_attention(denoiser: nn.Module) -> None:
+def use_plain_attention(denoiser: Any) -> None:
     from diffusers.models.attention_processor import AttnProcessor
 
     denoiser.set_attn_processor(AttnProcessor())

@@ -57,7 +57,7 @@ def _apply_compute(family: Family, denoiser: "ModelMixin", compute: ComputeConfi
         denoiser.enable_gradient_checkpointing()
     if compute.channels_last:
         denoiser.to(memory_format=torch.channels_last)
-    if compute.attention == "eager":
+    if compute.attention == "eager" and family.use_plain_attention is not None:  # refused before where it is
         family.use_plain_attention(denoiser)
     if compute.compile:
         _compile(denoiser)
