@@ -17,9 +17,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes con
 
 from xdpo.arguments import positive
 from xdpo.files import check_writable, write_text
+from xdpo.images.making import differences, makings_of
 from xdpo.images.reading import Problem, by_prompt, name_folders, read_models
 from xdpo.paths import expanded, user_path
-from xdpo.scorers import PAPER_SCORERS, SCORER_NAMES
+from xdpo.scorers import DEFAULT_SCORERS, PAPER_SCORERS, SCORER_NAMES, check_name
 
 if TYPE_CHECKING:
     from xdpo.report.sections import Evaluation
@@ -62,8 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--sets", nargs="+", help="only these prompt sets (default: all that are in the folders)")
     what.add_argument(
         "--scorers",
-        default=",".join(PAPER_SCORERS),
-        help=f"comma-separated: {', '.join(SCORER_NAMES)}, or path/to/file.py:Class (default: the paper's five)",
+        default=",".join(DEFAULT_SCORERS),
+        help=f"comma-separated: {', '.join(SCORER_NAMES)}, or path/to/file.py:Class "
+        "(default: the paper's five, and hpsv2.1)",
     )
     what.add_argument("--baseline", nargs="+", help="models to compare with (default: the first)")
     what.add_argument(
@@ -73,6 +75,22 @@ def build_parser() -> argparse.ArgumentParser:
         default=(),
         help="run folders of train_xdpo.py, to draw quality against training: their models are recognised by name "
         "(xdpo, xdpo_step_00000200 or xdpo@200 for a run folder called xdpo)",
+    )
+    what.add_argument(
+        "--trained-on",
+        nargs="+",
+        default=(),
+        metavar="SCORER",
+        help="those of --scorers that the training used as its reward; the report tells them from the others",
+    )
+    what.add_argument(
+        "--diversity", action="store_true", help="also how much several images of one prompt differ (CLIP features)"
+    )
+    what.add_argument(
+        "--reference",
+        type=user_path,
+        metavar="FOLDER",
+        help="also how far each model's images drift from the images of this folder (CLIP features)",
     )
     how = parser.add_argument_group("scoring")
     how.add_argument("--device", help="default: the accelerator where there is one, else the CPU")
@@ -101,24 +119,37 @@ def evaluate(options: argparse.Namespace) -> int:
             raise ValueError(f"unknown model {baseline!r} in --baseline; choose from {', '.join(folders)}")
     if not scorers:
         raise ValueError(f"--scorers names none; choose from {', '.join(SCORER_NAMES)}")
+    for name in scorers:
+        check_name(name)
+    trained_on = [expanded(name) for name in options.trained_on]
+    for name in trained_on:
+        if name not in scorers:
+            raise ValueError(f"--trained-on {name} is none of --scorers; choose from {', '.join(scorers)}")
+    if options.reference and not options.reference.is_dir():
+        raise ValueError(f"--reference: no folder {options.reference}")
+
+    # The images come first: a mistyped folder costs no download of weights.
+    pictures, problems = read_models(folders, options.sets)
+    makings = makings_of(pictures)
+    problems += differences(makings)
+    for problem in problems:
+        print(f"note: {problem.describe()}", file=sys.stderr)
 
     from xdpo.report import curves, grids
     from xdpo.report.sections import Evaluation
     from xdpo.runlog import read_rows
     from xdpo.scorers.loading import scorer_version
+    from xdpo.scores import features, image_statistics, scoring
     from xdpo.scores.results import benchmarks_of
-    from xdpo.scores.scoring import choose_device, left_out, score_missing
     from xdpo.scores.table import ScoreTable
 
-    device = choose_device(options.device)
+    device = scoring.choose_device(options.device)
     versions = {name: scorer_version(name, options.weights) for name in scorers}
+    references = features.reference_pictures(options.reference) if options.reference else []
+    if options.diversity or references:
+        features.embedder_version(options.weights)  # finds what is missing before the scoring
     table = ScoreTable(options.output, for_writing=True)
-
-    # Images and their scores.
-    pictures, problems = read_models(folders, options.sets)
-    for problem in problems:
-        print(f"note: {problem.describe()}", file=sys.stderr)
-    broken = score_missing(
+    broken = scoring.score_missing(
         pictures,
         versions,
         table,
@@ -127,7 +158,11 @@ def evaluate(options: argparse.Namespace) -> int:
         workers=options.workers,
         weights=options.weights,
     )
-    problems += left_out(pictures, broken, versions, table)
+    whole = [picture for picture in pictures if picture.sha256 not in broken]
+    statistic_keys = image_statistics.measure_missing(whole, baselines[0], table)
+    statistic_names = (*image_statistics.STATISTICS, image_statistics.DISTANCE)
+    scoring.close(table, [*scoring.keys_of(pictures, versions), *statistic_keys], (*versions, *statistic_names))
+    problems += scoring.left_out(pictures, broken, versions, table)
 
     # What is compared.
     sets = list(dict.fromkeys(picture.prompt_set for picture in pictures))
@@ -138,11 +173,40 @@ def evaluate(options: argparse.Namespace) -> int:
     if not benchmarks:
         raise ValueError("nothing to compare:\n  " + "\n  ".join(problem.describe() for problem in problems))
     sources = {picture.model: picture.source for picture in reversed(pictures)}
-    drawn = [curves.curve(run, read_rows(run / "metrics.jsonl"), sources, baselines[0]) for run in options.runs]
-    shown = by_prompt(picture for picture in pictures if picture.sha256 not in broken)
+    by_run = [curves.curve(run, read_rows(run / "metrics.jsonl"), sources, baselines[0]) for run in options.runs]
+    drawn = [curve for curve in by_run if curve]
+    shown = by_prompt(whole)
+    statistics = {each.name: each for each in benchmarks_of(table.placed, list(folders), statistic_names)}
+
+    # Diversity and drift.
+    diversity, drifts = [], []
+    if options.diversity or references:
+        vectors = features.image_features(
+            [*whole, *references],
+            options.output,
+            device=device,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            weights=options.weights,
+        )
+        diversity = [features.diversity(each, shown, vectors) for each in benchmarks] if options.diversity else []
+        drifts = features.drift(shown, references, vectors) if references else []
 
     # The report.
-    write_report(options, Evaluation(benchmarks, baselines, problems, [c for c in drawn if c], shown, versions))
+    evaluation = Evaluation(
+        benchmarks,
+        baselines,
+        problems,
+        drawn,
+        shown,
+        versions,
+        makings,
+        diversity=[each for each in diversity if each],
+        drifts=drifts,
+        statistics=statistics,
+        trained_on=trained_on,
+    )
+    write_report(options, evaluation)
     if options.table2 or options.table3:
         return print_tables(options, table)
     for benchmark in benchmarks:
@@ -151,13 +215,15 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def write_report(options: argparse.Namespace, evaluation: "Evaluation") -> None:
-    """Write report.md, report.html and figures/ into the output folder."""
+    """Write report.md, report.html, figures/ and tables/ into the output folder."""
+    from xdpo.report.exports import write_tables
     from xdpo.report.markdown import markdown
     from xdpo.report.page import page
     from xdpo.report.sections import sections
 
     output = options.output
     report_sections = sections(evaluation, output / "figures")
+    write_tables([table for section in report_sections for table in section.tables], output)
     write_text(output / "report.md", markdown(options.title, report_sections, output))
     embed_bytes = int(options.embed_mb * 1e6)
     write_text(output / "report.html", page(options.title, evaluation, report_sections, output, embed_bytes))

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
@@ -23,6 +24,7 @@ from xdpo.sampling.settings import SCHEDULERS, SamplingSettings
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+    from xdpo.families import Family
     from xdpo.images.manifest import ManifestRow
 
 # What needs torch is imported after the arguments are read, so that --help and a bad argument answer at once.
@@ -75,7 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
     default = SamplingSettings()
     how.add_argument("--seed", type=int, default=default.seed, help="the prompt at position p starts from seed + p")
     how.add_argument("--steps", type=positive, default=default.num_inference_steps, help="default: 50")
-    how.add_argument("--guidance", type=float, default=default.guidance_scale, help="default: 7.5; 1: none")
+    how.add_argument(
+        "--guidance",
+        type=float,
+        help="default: the pipeline's, 7.5; for Stable Diffusion XL 5, 3 and 3.5 7, for FLUX 3.5; 1: none",
+    )
     how.add_argument(
         "--scheduler",
         choices=("pipeline", *SCHEDULERS),
@@ -141,7 +147,7 @@ def generate(options: argparse.Namespace) -> int:
 
 def make_missing(options: argparse.Namespace, settings: SamplingSettings, state: "PartialState") -> int:
     """Make the missing images. Returns 0. Every process calls it."""
-    from xdpo import files, models, processes
+    from xdpo import families, files, models, processes
     from xdpo.images.folder import check_image_folder
     from xdpo.sampling.generation import make_missing_images, plan_job
 
@@ -159,6 +165,8 @@ def make_missing(options: argparse.Namespace, settings: SamplingSettings, state:
             for name in options.prompts
         ]
         model = models.resolve_model(*models.read_model_spec(options.model, unet=options.unet, lora=options.lora))
+        family = families.family_of_pipeline(model.base)
+    settings = settings_of_family(settings, options, family)
     jobs = [
         plan_job(
             prompt_set,
@@ -185,14 +193,14 @@ def make_missing(options: argparse.Namespace, settings: SamplingSettings, state:
 def build_settings(options: argparse.Namespace) -> SamplingSettings:
     if not 1 <= options.quality <= 100:
         raise ValueError(f"--quality must lie between 1 and 100, got {options.quality}")
-    if not 0 <= options.guidance < float("inf"):
+    if options.guidance is not None and not 0 <= options.guidance < float("inf"):
         raise ValueError(f"--guidance must be 0 or more, got {options.guidance}")
     if options.image_size is not None and options.image_size % 8:
         raise ValueError(f"--image-size must be a multiple of 8, got {options.image_size}")
     return SamplingSettings(
         seed=options.seed,
         num_inference_steps=options.steps,
-        guidance_scale=options.guidance,
+        guidance_scale=SamplingSettings.guidance_scale if options.guidance is None else options.guidance,
         scheduler=options.scheduler,
         image_size=options.image_size,
         precision=options.precision,
@@ -201,11 +209,30 @@ def build_settings(options: argparse.Namespace) -> SamplingSettings:
     )
 
 
+def settings_of_family(settings: SamplingSettings, options: argparse.Namespace, family: "Family") -> SamplingSettings:
+    """The settings, with the guidance of the model's family where none was asked for.
+
+    Raises ValueError for what the family can't sample.
+    """
+    if settings.image_size is not None and settings.image_size % family.size_multiple:
+        raise ValueError(
+            f"--image-size must be a multiple of {family.size_multiple} for {family.name}, got {settings.image_size}"
+        )
+    if family.is_flow and settings.scheduler != "pipeline":
+        raise ValueError(
+            f"--scheduler {settings.scheduler} samples diffusions, and {family.name} is a flow, which the pipeline's "
+            "own samples; leave it out"
+        )
+    return settings if options.guidance is not None else replace(settings, guidance_scale=family.guidance)
+
+
 # --- sheets --------------------------------------------------------------------------------------------
 
 
 def grid(options: argparse.Namespace) -> int:
     """Write sheets of the prompts for which every folder has an image. Returns 0."""
+    from xdpo.images.making import differences, makings_of
+    from xdpo.images.reading import picture_of
     from xdpo.images.sheets import first_images, write_sheets
 
     if options.output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
@@ -223,6 +250,13 @@ def grid(options: argparse.Namespace) -> int:
         title: [folder / options.prompts / rows_by_title[title][prompt].file for prompt in prompts]
         for title, folder in folders.items()
     }
+    shown = [
+        picture_of(row, title, folders[title] / options.prompts)
+        for title, rows in rows_by_title.items()
+        for row in (rows[prompt] for prompt in prompts)
+    ]
+    for problem in differences(makings_of(shown)):
+        print(f"note: {problem.describe()}", file=sys.stderr)
     captions = [text for _, text in prompts]
     for path, count in write_sheets(columns, captions, options.output, options.rows, options.cell):
         print(f"{path}: {count} prompts × {len(titles)} models")

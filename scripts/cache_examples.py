@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         from xdpo import ending, families, precompute  # not before: with PyTorch and diffusers it takes seconds
         from xdpo.compute import build_accelerator
 
-        families.check_pipeline_folder(settings.model.pipeline, settings.model.revision)
+        families.check_config(settings)
         accelerator = build_accelerator(settings)
         with ending.together():
             if options.verify:
@@ -54,10 +54,10 @@ def verify(settings: Config, accelerator: "Accelerator") -> None:
     for split in Split.of(settings):
         cache = precompute.open_examples(settings, accelerator, split)
         table = precompute.load_table(settings, accelerator, split)
-        latents, text = precompute.verify_examples(cache, table, parts, settings, accelerator)
+        differences = precompute.verify_examples(cache, table, parts, settings, accelerator)
+        shown = ", ".join(f"{difference:.2g} ({name})" for name, difference in differences.items())
         accelerator.print(
-            f"{cache.folder}: every checksum holds; a sample encoded again differs by {latents:.2g} (latents) and "
-            f"{text:.2g} (text states) of its norm"
+            f"{cache.folder}: every checksum holds; a sample encoded again differs by {shown} of its norm"
         )
 
 

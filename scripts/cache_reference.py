@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         from xdpo import ending, families, recording  # not before: with PyTorch and diffusers it takes seconds
         from xdpo.compute import build_accelerator
 
-        families.check_pipeline_folder(settings.model.pipeline, settings.model.revision)
+        families.check_config(settings)
         accelerator = build_accelerator(settings)
         with ending.together():
             recording.fill(settings, accelerator)

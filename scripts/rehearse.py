@@ -47,7 +47,7 @@ CONFIG = ROOT / "configs" / "tiny" / "xdpo.yaml"
 PAIRS = 851_293  # of Pick-a-Pic v2 without ties
 IMAGES_A_PAIR, CAPTIONS_A_PAIR = 928_068 / 851_293, 58_960 / 851_293
 RECORDS_A_SHARD = 1024  # of images, as at the true size: 128 MiB of both orientations, mean and deviation, in float16
-LATENT_SHAPE, TEXT_SHAPE = (1, 1, 8, 8, 8), (1, 32, 96)  # the embedded model's
+LATENT_SHAPE, TEXT_SHAPE = (1, 1, 8, 8, 8), (32, 96)  # the embedded model's
 OPEN_FILES = 256
 LAUNCH_SECONDS = 300
 ROUNDING = 1e-5  # relative distance of weights after some steps on another number of processes
@@ -274,14 +274,14 @@ def make_cache(settings: Config, num_pairs: int, split: Split) -> None:
         num_images=num_images,
         num_prompts=num_captions,
         latent_shape=LATENT_SHAPE,
-        text_shape=TEXT_SHAPE,
+        conditioning_shapes={"text": TEXT_SHAPE},
         scaling_factor=1.0,
         dtype="float16",
         shard_bytes=RECORDS_A_SHARD * 2 * math.prod(LATENT_SHAPE),
         tables={name: file_sha256(folder / name) for name in TABLES},
     )
     plan.save(folder)
-    for shards in (plan.latents(folder), plan.text(folder)):
+    for shards in plan.shards(folder):
         for shard in tqdm(range(len(shards)), desc=f"{shards.name} of {num_pairs:,} pairs", unit="shard"):
             shape = (len(shards.records_of(shard)), *shards.shape)
             shards.write(shard, rng.standard_normal(shape, dtype=np.float32).astype(np.float16))

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from xdpo.files import replacing, replacing_folder
-from xdpo.noise import DiffusionProcess
+from xdpo.noise import DiffusionProcess, Weighting
 from xdpo.paths import user_path
 from xdpo.tiny import world
 from xdpo.tiny.annotator import random_flaws, render
@@ -287,7 +287,7 @@ def train_text_to_latent(
     modules = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": build_unet(latents.shape[1])})
     stage = Stage("unet", modules, work, steps, learning_rate=1e-2)
     scheduler = new_scheduler()
-    schedule = DiffusionProcess.from_scheduler(scheduler)
+    schedule = DiffusionProcess.from_scheduler(scheduler, Weighting("min_snr"))
     token_ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids[0]
     smoothed = None
@@ -301,7 +301,7 @@ def train_text_to_latent(
         states = modules["text_encoder"](ids).last_hidden_state
         noisy = scheduler.add_noise(latents[rows], noise, timesteps)
         error = modules["unet"](noisy, timesteps, states).sample - noise
-        weights = schedule.weights(timesteps, "min_snr")
+        weights = schedule.weights(timesteps)
         loss = (weights * error.square().mean((1, 2, 3))).mean()
         stage.update(loss)
         smoothed = loss.item() if smoothed is None else 0.99 * smoothed + 0.01 * loss.item()

@@ -65,6 +65,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     build.add_argument("--obvious", type=count, default=0, help="checks with a known answer (default: 0)")
     build.add_argument("--image-side", type=positive, metavar="PIXELS", help="scale all images to this size")
+    build.add_argument(
+        "--allow-different-settings",
+        action="store_true",
+        help="also if the models' images were made with other steps, guidance, sizes or the like",
+    )
     build.add_argument("--title", default=DEFAULT_TITLE, help=f"on the page (default: {DEFAULT_TITLE})")
     build.set_defaults(run=run_build)
 
@@ -139,6 +144,7 @@ def run_build(options: argparse.Namespace) -> None:
         obvious=options.obvious,
         image_side=options.image_side,
         title=options.title,
+        allow_different_settings=options.allow_different_settings,
     )
     baselines = [_named(word) for word in (*options.b, *options.c, *options.d, *options.e)]
     study = build_study(options.output, _named(options.a), baselines, plan)

@@ -46,6 +46,19 @@ def pytest_runtest_setup(item):
         pytest.skip("slow tests left out; bash scripts/test.sh --all runs them too")
 
 
+def forget_accelerators():
+    """Begin with a new accelerator: its device, precision and processes are those of the first one in a process."""
+    if (state := sys.modules.get("accelerate.state")) is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def accelerators_of_its_own():
+    """Tests may run in any order."""
+    forget_accelerators()
+
+
 def encoded_image(color="red", size=(16, 16), format="PNG"):
     """Bytes of an image of one colour."""
     from PIL import Image
@@ -169,6 +182,22 @@ def v_prediction_pipeline(tmp_path_factory, tiny_tokenizer):
 
 
 @pytest.fixture(scope="session")
+def sd3(tmp_path_factory, tiny_tokenizer):
+    """Folder of a small Stable Diffusion 3 pipeline with T5."""
+    from flow_pipelines import sd3_pipeline
+
+    return sd3_pipeline(tmp_path_factory.mktemp("sd3") / "sd3", tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def flux(tmp_path_factory, tiny_tokenizer):
+    """Folder of a small FLUX.1-dev pipeline."""
+    from flow_pipelines import flux_pipeline
+
+    return flux_pipeline(tmp_path_factory.mktemp("flux") / "flux", tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
 def small_pairs(tmp_path_factory):
     """Twelve pairs in Pick-a-Pic's schema, every image of another colour; path of the parquet file."""
     colours = ["red", "lime", "blue", "white", "black", "yellow", "cyan", "magenta", "gray", "orange", "pink", "brown"]
@@ -201,7 +230,6 @@ def run(small_pipeline, small_pairs, tmp_path, monkeypatch):
     """Train in this process: run("name", "key=value", …) → (exit status, run folder)."""
     import signal
 
-    from accelerate.state import AcceleratorState, GradientState, PartialState
     from training_runs import ROOT, SMALL_RUN
 
     import train_xdpo
@@ -210,8 +238,7 @@ def run(small_pipeline, small_pairs, tmp_path, monkeypatch):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def call(name, *overrides):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        forget_accelerators()
         folder = tmp_path / name
         options = [word for word in overrides if word.startswith("--")]
         keys = [word for word in overrides if not word.startswith("--")]
@@ -223,8 +250,7 @@ def run(small_pipeline, small_pairs, tmp_path, monkeypatch):
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    yield call
-    PartialState._reset_state()
+    return call
 
 
 @contextmanager
@@ -277,3 +303,11 @@ def full_disk(monkeypatch):
         return aside
 
     monkeypatch.setattr(files, "aside_of", on_a_full_disk)
+
+
+@pytest.fixture(scope="session")
+def metric_weights(tmp_path_factory):
+    """A weights folder of small metrics, as --weights wants it."""
+    import metric_fixtures
+
+    return metric_fixtures.write_weights(tmp_path_factory.mktemp("metrics") / "weights")

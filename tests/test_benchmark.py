@@ -104,11 +104,15 @@ def test_a_record_says_how_to_repeat_it(flops_record):
     assert flops_record["table"].count("\n| ") == 1 + 2 * 2 * 3  # the rule below the head, then the modes
 
 
+@pytest.fixture(scope="module")
+def thin_parts():
+    return flops.count_parts(build_networks(thin_shapes()), resolution=64, lora_rank=4)
+
+
 @pytest.mark.parametrize("caches", flops.CACHES)
 @pytest.mark.parametrize("trainable", ["full", "lora"])
-def test_the_training_step_itself_costs_the_sum_of_its_parts(trainable, caches):
+def test_the_training_step_itself_costs_the_sum_of_its_parts(thin_parts, trainable, caches):
     resolution = 64
-    parts = flops.count_parts(build_networks(thin_shapes()), resolution, lora_rank=4)
     networks = build_networks(thin_shapes())
     settings = load_config(
         BASE_CONFIG, [f"model.trainable={trainable}", "model.lora_rank=4", f"data.resolution={resolution}"]
@@ -131,7 +135,7 @@ def test_the_training_step_itself_costs_the_sum_of_its_parts(trainable, caches):
         measured = step.measure(policy, reference, make_noisy(batch, 0), settings.loss)
         step.preference_loss(measured.errors, settings.loss).loss.sum().backward()
 
-    expected = flops.pair_costs(parts, trainable, caches, gradient_checkpointing=False)
+    expected = flops.pair_costs(thin_parts, trainable, caches, gradient_checkpointing=False)
     assert flops.count_tflop(train_on_a_pair) == pytest.approx(expected.total, rel=1e-9)
 
 
@@ -219,11 +223,7 @@ def test_pairs_that_the_micro_batch_does_not_divide_are_refused_before_any_work(
 # --- memory, counted -----------------------------------------------------------------------------------
 
 CONFIGS = BASE_CONFIG.parent
-SMALL = {
-    "unet": thin_shapes()["unet"] | {"cross_attention_dim": 16},
-    "vae": thin_shapes()["vae"],
-    "text_encoder": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
-}
+SMALL = PIPELINES["tiny"]
 
 
 def count_small(*overrides, config="xdpo_sd15.yaml", processes=1, fake=False):
@@ -347,12 +347,12 @@ def test_a_single_config_is_shown_phase_by_phase(monkeypatch, capsys):
 def test_only_known_shapes_are_counted(capsys):
     arguments = ["memory", "--pipeline", "owner/name", "--count", str(CONFIGS / "base.yaml")]
     assert benchmark.main(arguments) == 1
-    assert "--count knows the shapes of sd15, quarter, thin and not of 'owner/name'" in capsys.readouterr().err
+    assert "--count knows the shapes of sd15, quarter, thin, tiny and not of 'owner/name'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_what_is_counted_is_what_the_training_takes(tmp_path):
-    arguments = ["memory", "--pipeline", "quarter", "--modes", "full-cached", "--json", str(tmp_path / "memory.json")]
+    arguments = ["memory", "--pipeline", "quarter", "--modes", "full", "--json", str(tmp_path / "memory.json")]
     assert benchmark.main(arguments) == 0
     (criterion,) = json.loads((tmp_path / "memory.json").read_text(encoding="utf-8"))["criteria"]
     assert criterion["holds"], criterion

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs
+from conftest import forget_accelerators
 from training_runs import assert_same_run, command, rows_of
 
 import generate
@@ -76,7 +76,7 @@ class Training:
         parts = PipelineParts(STABLE_DIFFUSION, {"unet": build_unet()}, {}, None)
         network = make_reference(parts, model, compute)
         cache = AutocastKwargs(cache_enabled=False)  # as compute.build_accelerator
-        AcceleratorState._reset_state(reset_partial_state=True)
+        forget_accelerators()
         self.accelerator = Accelerator(cpu=True, mixed_precision="bf16", kwargs_handlers=[cache])
         self.policy = self.accelerator.prepare_model(make_policy(parts, model, compute))
         self.reference = AdapterOff(self.policy)

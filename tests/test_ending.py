@@ -6,7 +6,8 @@ import socket
 import sys
 
 import pytest
-from training_runs import ROOT, TWO_PROCESSES, command, processes_with, rows_of, start, wait_for
+from forks import exit_codes, fork, ranks
+from training_runs import command, processes_with, rows_of, start, wait_for
 
 from xdpo import ending, runs
 
@@ -17,7 +18,7 @@ AROUND = 'source scripts/foreground.sh; foreground "$@"'
 LAUNCHERS = {
     "python": [PYTHON, "train_xdpo.py"],
     "accelerate launch": [PYTHON, *ACCELERATE, "train_xdpo.py"],
-    "torchrun": [PYTHON, *TWO_PROCESSES],
+    "torchrun": [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_xdpo.py"],
     "scripts/train_sd15.sh": ["bash", "scripts/train_sd15.sh"],
     "a script around it": ["bash", "-c", AROUND, "script", PYTHON, "train_xdpo.py"],
 }
@@ -93,19 +94,9 @@ def test_what_follows_a_signal_at_once_is_the_same_request(monkeypatch):
 # --- several processes ------------------------------------------------------------------------------------
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def start_two(script, arguments, tmp_path):
-    """Two processes as srun starts them: nobody watches over them."""
-    port = str(free_port())
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    call = [PYTHON, "-c", script, *arguments]
-    return [start(call, tmp_path / f"log{rank['RANK']}", **rank, **common) for rank in ranks]
+    """Two processes, each of which says what it says in a file of its own."""
+    return [fork(script, arguments, tmp_path / f"log{rank['RANK']}", **rank) for rank in ranks(2)]
 
 
 FAILS = """
@@ -125,11 +116,7 @@ sys.exit(train_xdpo.main(sys.argv[1:]))
 def test_an_error_in_one_process_ends_all_with_its_message(small_pipeline, small_pairs, tmp_path):
     arguments = command(small_pipeline, small_pairs, tmp_path / "run", "train.micro_batch_pairs=1")
     launched = start_two(FAILS, arguments, tmp_path)
-    try:
-        assert [process.wait(90) for process in launched] == [1, 1]
-    finally:
-        for process in launched:
-            process.kill()
+    assert exit_codes(launched, 90) == [1, 1]
     said = [(tmp_path / f"log{rank}").read_text() for rank in range(2)]
     assert "error: row 7 is no pair" in said[1]
     assert "process 0 ends: process 1 failed: DataError: row 7 is no pair" in said[0]
@@ -170,7 +157,7 @@ processes.disconnect()
 )
 def test_processes_that_see_other_files_or_weights_are_refused_on_all_of_them(tmp_path, case, message):
     launched = start_two(DISAGREE, [case, str(tmp_path)], tmp_path)
-    assert [process.wait(60) for process in launched] == [0, 0]
+    assert exit_codes(launched, 60) == [0, 0]
     message = message.replace("HOST", socket.gethostname()).replace("FOLDER", str(tmp_path))
     for rank in range(2):
         said = (tmp_path / f"log{rank}").read_text()
@@ -201,7 +188,7 @@ def test_gradients_lie_in_the_buckets_that_are_exchanged_from_the_first_pass_on(
     """Otherwise they are there twice, 3.4 GB of Stable Diffusion 1.5's; a bucket that DDP left behind counts too."""
     options = ("train.micro_batch_pairs=1", "train.max_steps=3", "train.total_batch_pairs=8")  # 4 micro-steps a step
     launched = start_two(SHARED_BUCKETS, command(small_pipeline, small_pairs, tmp_path / "run", *options), tmp_path)
-    assert [process.wait(120) for process in launched] == [0, 0], (tmp_path / "log0").read_text()[-3000:]
+    assert exit_codes(launched, 120) == [0, 0], (tmp_path / "log0").read_text()[-3000:]
     said = (tmp_path / "log0").read_text()
     for number in range(1, 13):
         assert f"micro-step {number}: 0 of 208 gradients have memory of their own, as before" in said, said

@@ -17,7 +17,7 @@ from xdpo import files
 from xdpo.files import file_sha256, is_own
 from xdpo.images.reading import Picture, of_one_colour
 from xdpo.report import thumbnails
-from xdpo.scores import scoring
+from xdpo.scores import image_statistics, scoring
 from xdpo.scores.table import ScoreTable
 
 # A scorer of one's own: the mean of the red channel. It writes down how many images each call had.
@@ -42,8 +42,11 @@ class Nan:
 MODELS = {"sd15": 100, "xdpo": 150}
 
 
-def make_model(folder, red, count=6, prompt_set="mine", suffix="png"):
-    """Images in two categories, redder with their number and blue in one corner, and their manifest."""
+def make_model(folder, red, count=6, prompt_set="mine", suffix="png", **more):
+    """Images in two categories, redder with their number and blue in one corner, and their manifest.
+
+    more: further keys of every line.
+    """
     rows = []
     for number in range(count):
         category = "cats" if number < count // 2 else "dogs"
@@ -60,6 +63,7 @@ def make_model(folder, red, count=6, prompt_set="mine", suffix="png"):
                 "prompt": f"<i>prompt</i> {number}",
                 "model": folder.name,
                 "sha256": file_sha256(path),
+                **more,
             }
         )
     (folder / prompt_set / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -93,25 +97,109 @@ def world(tmp_path):
     return World()
 
 
+def placed(folder):
+    """The rows of a score table that are not image statistics."""
+    statistics = (*image_statistics.STATISTICS, image_statistics.DISTANCE)
+    return [row for row in ScoreTable(folder).placed if row.key.scorer not in statistics]
+
+
 def scores(world):
     """(model, key of the prompt) → score."""
-    return {(row.placement.model, row.placement.key): row.score for row in ScoreTable(world.output).placed}
+    return {(row.placement.model, row.placement.key): row.score for row in placed(world.output)}
 
 
 def test_two_folders_become_scores_tables_figures_and_a_page(world, capsys):
     assert world.run() == 0
     made = {path.name for path in world.output.iterdir() if not is_own(path)}
-    assert made == {"scores.parquet", "report.md", "report.html", "figures"}
+    assert made == {"scores.parquet", "report.md", "report.html", "figures", "tables"}
     assert {path.suffix for path in (world.output / "figures").iterdir()} == {".png", ".svg"}
-    table = ScoreTable(world.output)
-    assert sorted((row.placement.model, row.placement.key, row.score) for row in table.placed)[:2] == [
+    assert sorted((row.placement.model, row.placement.key, row.score) for row in placed(world.output))[:2] == [
         ("sd15", "cats/0", 100.0),
         ("sd15", "cats/1", 101.0),
     ]
     report = (world.output / "report.md").read_text()
-    assert "| Red | xdpo | sd15 | 100.0 % | [100.0, 100.0] | 6 | 0 | 0 | 0.031 |" in report
+    assert "| Red | xdpo | sd15 | 100.0 % ▲ | [61.0, 100.0] | 6 | 0 | 0 | 0.031 | 0.031 |" in report
     assert "Nothing is missing, broken or left out." in report
     assert "102.5000 [101.1667, 103.8333]" in capsys.readouterr().out
+
+
+MADE = {"seed": 0, "num_inference_steps": 50, "guidance_scale": 7.5, "scheduler": "pndm", "precision": "fp16"}
+
+
+def test_models_whose_images_were_made_with_other_settings_are_told_apart(world, capsys):
+    images = world.folder / "images"
+    make_model(images / "sd15", MODELS["sd15"], settings=MADE, revision="abc")
+    make_model(images / "xdpo", MODELS["xdpo"], settings=MADE | {"num_inference_steps": 20}, revision="def")
+    assert world.run() == 0
+    told = "mine: images made with different steps (50: sd15; 20: xdpo)"
+    assert told in (said := capsys.readouterr().err) and "seed" not in said and "revision" not in said
+    report = (world.output / "report.md").read_text()
+    assert (
+        report.count("images made with different steps (50: sd15; 20: xdpo)") == 2
+    )  # with the results, in the account
+    table = report[report.index("## How the images were made") :]
+    assert "| mine | sd15 | sd15 | abc | 0 | 50 | 7.5 | pndm | fp16 | 8 × 8 | png | 1 | unknown |" in table
+    assert "| mine | xdpo | xdpo | def | 0 | 20 ≠ | 7.5 |" in table
+    page = (world.output / "report.html").read_text()
+    assert page.count('<td class="brief differs"') == 1
+    settings = {
+        "settings": {},
+        "starts": [{"time": "2026-01-02T03:04:05+00:00"}, {"time": "2026-01-04T00:00:00+00:00"}],
+    }
+    (images / "sd15" / "mine" / "settings.json").write_text(json.dumps(settings))
+    make_model(images / "xdpo", MODELS["xdpo"], settings=MADE, suffix="jpg")
+    assert world.run() == 0
+    assert "mine: images made with different file (png: sd15; jpg: xdpo)" in capsys.readouterr().err
+    assert "| 2026-01-02 to 2026-01-04 |" in (world.output / "report.md").read_text()
+
+
+def test_signs_of_reward_hacking_are_measured_once_and_reported(world, capsys):
+    assert world.run("--trained-on", world.scorer) == 0
+    assert "image statistics: 12 images, 12 of them to measure" in capsys.readouterr().out
+    report = (world.output / "report.md").read_text()
+    section = report[report.index("## Signs of reward hacking: mine") :]
+    assert "rewards trained on +29.28, saturation " in section  # 50 levels of red over a deviation of 1.7
+    assert re.search(r"; images of the same seed are 1\d\.\d % of the pixels' range apart\.", section)
+    assert (world.output / "figures" / "hacking_mine.svg").is_file()
+    make_model(world.folder / "images" / "xdpo", MODELS["xdpo"], settings={"seed": 1})
+    assert world.run() == 0
+    assert "12 images, 0 of them to measure" in capsys.readouterr().out
+    assert "of the same seed are" not in (world.output / "report.md").read_text()  # sd15's seed is unknown
+    assert world.run("--trained-on", "clip") == 1
+    assert f"--trained-on clip is none of --scorers; choose from {world.scorer}" in capsys.readouterr().err
+
+
+def test_diversity_and_drift_are_reported_and_features_computed_once(world, metric_weights, capsys):
+    """xdpo's two images of a prompt are one and the same; sd15's differ; the reference is sd15's."""
+    for model in MODELS:
+        folder = world.folder / "images" / model / "mine"
+        rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+        for row in rows[:]:
+            again = row["file"].replace(".png", "_1.png")
+            Image.open(folder / row["file"]).save(folder / again)
+            if model == "sd15":
+                Image.radial_gradient("L").convert("RGB").save(folder / again)
+            rows.append({key: value for key, value in row.items() if key != "sha256"} | {"file": again})
+        (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["--weights", str(metric_weights), "--diversity", "--reference", str(world.folder / "images" / "sd15")]
+    assert world.run(*more) == 0
+    assert "features: 36 images, 13 of them to embed" in capsys.readouterr().out  # 2 × 6 and the gradient
+    report = (world.output / "report.md").read_text()
+    assert re.search(r"\| xdpo \| 0\.0000 \[.*?\] \| 1\.0000 ", report)
+    assert re.search(r"\| sd15 \| \*\*0\.\d+\*\* \[.*?\] \| \*\*1\.\d+\*\* ", report)
+    drift = {
+        row[1]: float(row[3]) for row in re.findall(r"^\| (mine) \| (\w+) \| (12) \| ([\d.]+) \|", report, re.MULTILINE)
+    }
+    assert drift["sd15"] == 0 < drift["xdpo"]
+    assert world.run(*more) == 0
+    assert "features: 36 images, 0 of them to embed" in capsys.readouterr().out
+    assert world.run("--reference", "nowhere") == 1
+    assert "--reference: no folder nowhere" in capsys.readouterr().err
+
+
+def test_a_mistyped_folder_costs_no_search_for_weights(world, capsys):
+    assert world.run("--images", "nowhere", "--weights", "not here either", scorers="pickscore") == 1
+    assert "no image folder nowhere" in capsys.readouterr().err
 
 
 def test_images_of_one_colour_are_named_in_the_report_and_on_the_console(world, capsys):
@@ -183,7 +271,7 @@ def test_images_of_every_mode_are_scored_by_the_pixels_that_they_show(world, kin
         case "32-bit floats":
             Image.fromarray(np.full((8, 8), 128 / 255, np.float32)).save(path, "TIFF")
     assert world.run() == 0
-    places = {(row.placement.model, row.placement.file): row.score for row in ScoreTable(world.output).placed}
+    places = {(row.placement.model, row.placement.file): row.score for row in placed(world.output)}
     assert places["xdpo", "cats/00000.png"] == pytest.approx(255 if "palette" in kind else 128, abs=1)
 
 
@@ -256,13 +344,15 @@ def test_its_own_output_is_no_model(world, capsys):
         evaluate.main(["--images", str(world.output), "--scorers", world.scorer, "--output", str(world.folder / "r")])
         == 1
     )
-    assert "nothing to compare" in (said := capsys.readouterr().err) and "2 left out: no prompt is known" in said
+    figures = len(list((world.output / "figures").glob("*.png")))
+    assert "nothing to compare" in (said := capsys.readouterr().err)
+    assert f"{figures} left out: no prompt is known" in said
     inside = world.folder / "images" / "sd15"
     for _ in range(2):
         arguments = ["--images", *world.images(), "--scorers", world.scorer, "--output", str(inside)]
         assert evaluate.main(arguments) == 0
         assert capsys.readouterr().err.count("note:") == 0
-    assert {row.placement.prompt_set for row in ScoreTable(inside).placed} == {"mine"}
+    assert {row.placement.prompt_set for row in placed(inside)} == {"mine"}
 
 
 def test_a_full_disk_is_said_of_figures_and_pages_and_scores_stay(world, capsys, request, monkeypatch):
@@ -294,7 +384,7 @@ def test_a_start_that_failed_binds_the_output_to_nothing(world):
     )
     assert world.run(scorers=f"{world.folder / 'wrong.py'}:Wrong") == 1
     assert world.run() == 0
-    assert {row.key.scorer for row in ScoreTable(world.output).placed} == {world.scorer}
+    assert {row.key.scorer for row in placed(world.output)} == {world.scorer}
 
 
 def test_a_scorer_that_gives_no_numbers_is_named(world, capsys):
@@ -313,7 +403,7 @@ def test_nothing_is_scored_twice_and_a_new_model_costs_only_its_own(world):
     make_model(world.folder / "images" / "kto", 170)
     world.run(models=("sd15", "kto"))
     assert world.calls() == 6
-    assert {row.placement.model for row in ScoreTable(world.output).placed} == {"sd15", "xdpo", "kto"}
+    assert {row.placement.model for row in placed(world.output)} == {"sd15", "xdpo", "kto"}
 
 
 def test_a_changed_scorer_scores_anew(world):
@@ -334,7 +424,7 @@ def test_killed_and_restarted_it_goes_on_where_it_was(world, monkeypatch, capsys
     world.calls()
     assert world.run() == 0
     assert world.calls() == 12 - 4  # two batches of two were done
-    assert len(ScoreTable(world.output).placed) == 12
+    assert len(placed(world.output)) == 12
 
 
 def test_images_are_scored_as_training_sees_them(world):
@@ -360,7 +450,7 @@ def test_identical_images_are_scored_once(world):
     make_model(world.folder / "images" / "copy", MODELS["sd15"])
     world.run(models=("sd15", "copy"))
     assert world.calls() == 6
-    assert len(ScoreTable(world.output).placed) == 12
+    assert len(placed(world.output)) == 12
 
 
 def test_worker_processes_give_the_same_numbers_as_none(world):
@@ -410,7 +500,7 @@ def test_models_can_be_named(world):
     images = world.images()
     arguments = ["--images", f"before={images[0]}", f"after={images[1]}", "--scorers", world.scorer]
     assert evaluate.main([*arguments, "--output", str(world.output), "--baseline", "after"]) == 0
-    assert "| Red | before | after | 0.0 %" in (world.output / "report.md").read_text()
+    assert "| Red | before | after | 0.0 % ▼" in (world.output / "report.md").read_text()
 
 
 def test_a_models_name_may_have_dots_and_brackets(world):
@@ -418,7 +508,7 @@ def test_a_models_name_may_have_dots_and_brackets(world):
     arguments = ["--images", f"sd1.4={before}", f"sd1.5 (mine)={after}", "--scorers", world.scorer]
     assert evaluate.main([*arguments, "--output", str(world.output), "--baseline", "sd1.4", "sd1.5 (mine)"]) == 0
     links = re.findall(r"!\[.*?\]\((.*?)\)", (world.output / "report.md").read_text())
-    assert len(set(links)) == 3
+    assert len(set(links)) == len(list((world.output / "figures").glob("*.png"))) >= 3
     assert all((world.output / unquote(link)).is_file() for link in links)
 
 
@@ -545,9 +635,11 @@ def test_what_generate_makes_evaluate_reads(small_pipeline, tmp_path):
         assert generate.main([*arguments, "--output", str(tmp_path / name)]) == 0
     arguments = ["--images", str(tmp_path / "one"), str(tmp_path / "two"), "--scorers", "tiny_alignment,tiny_appeal"]
     assert evaluate.main([*arguments, "--output", str(tmp_path / "results")]) == 0
-    rows = ScoreTable(tmp_path / "results").placed
+    rows = placed(tmp_path / "results")
     assert len(rows) == 2 * 3 * 2 * 2  # models, prompts, images of each, scorers
     assert {row.placement.repeat for row in rows} == {0, 1}
     report = (tmp_path / "results" / "report.md").read_text()
     assert "3 prompts, each with images of all 2 models." in report
-    assert "Nothing is missing, broken or left out." in report
+    assert "all models, tinyprompts: images made with different seed (0: one; 7: two)\n" in report
+    (made,) = re.findall(r"^\| tinyprompts \| two \| .*", report, re.MULTILINE)
+    assert re.search(r"\| 7 ≠ \| 1 \| 7.5 \| pipeline \| fp32 \| \d+ × \d+ \| png \| 2 \| \d{4}-\d\d-\d\d \|$", made)

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {"arguments", "files", "loss", "paths", "processes", "provenance", "tables"},
     1: {"__init__", "batch", "config", "ending", "noise", "prompts", "runlog"},
-    2: {"cache", "compute", "data", "families", "non_finite", "runs", "scorers", "tiny"},
-    3: {"images", "models", "noisy", "precompute"},
+    2: {"cache", "compute", "data", "families", "non_finite", "scorers", "tiny"},
+    3: {"images", "models", "noisy", "precompute", "runs"},
     4: {"reference", "sampling", "scores"},
     5: {"recording", "report", "step"},
     6: {"learner", "study", "tally"},

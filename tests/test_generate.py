@@ -1,20 +1,18 @@
 """generate.py as its users run it: one definite image per prompt, on any number of processes and after any kill."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
-from conftest import held_elsewhere
+from conftest import forget_accelerators, held_elsewhere
+from forks import launch
 from PIL import Image
 from tolerances import ELEMENT, assert_same_output
+from training_runs import ROOT
 
 import generate
 import train_xdpo
@@ -23,7 +21,6 @@ from xdpo.images.folder import read_manifest
 from xdpo.models import ModelSpec, load_model, read_model_spec, resolve_model
 from xdpo.sampling import images as sampling
 
-ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--steps", "2", "--batch-size", "4"]
 
 
@@ -33,12 +30,11 @@ def make(small_pipeline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def call(name, *options, model=small_pipeline, prompts=("tinyprompts",)):
-        PartialState._reset_state()
+        forget_accelerators()
         arguments = ["--model", str(model), "--prompts", *prompts, "--output", name, *QUICK, *options]
         return generate.main(arguments), tmp_path / name
 
-    yield call
-    PartialState._reset_state()
+    return call
 
 
 def checksums(folder):
@@ -54,7 +50,6 @@ def checksums(folder):
 # --- one definite image, whatever happens ----------------------------------------------------------------
 
 MANY = ["--limit", "14", "--images-per-prompt", "2"]  # 28 images in 8 chunks
-TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 KILLED = """
 import os, signal, sys
 import generate
@@ -72,31 +67,19 @@ sys.exit(generate.main(sys.argv[1:]))
 TEAR = "path = args[0] / 'manifest.part-00000.jsonl'; path.open('a').write('{\"file\": \"sing')"
 
 
-def launch(launcher, arguments, folder):
-    return subprocess.run(
-        [sys.executable, *launcher, *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 @pytest.fixture(scope="module")
 def of_one_process(small_pipeline, tmp_path_factory):
     """Checksums of what one uninterrupted process makes."""
-    PartialState._reset_state()
     folder = tmp_path_factory.mktemp("one") / "images"
     arguments = ["--model", small_pipeline, "--prompts", "tinyprompts", "--output", str(folder), *QUICK, *MANY]
+    forget_accelerators()
     assert generate.main(arguments) == 0
-    PartialState._reset_state()
     return checksums(folder / "tinyprompts")
 
 
 def test_two_processes_make_the_images_of_one(small_pipeline, tmp_path, of_one_process):
     arguments = ["--model", small_pipeline, "--prompts", "tinyprompts", "--output", "two", *QUICK, *MANY]
-    ended = launch([*TWO_PROCESSES, str(ROOT / "generate.py")], arguments, tmp_path)
+    ended = launch(ROOT / "generate.py", arguments, processes=2, cwd=tmp_path)
 
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert checksums(tmp_path / "two" / "tinyprompts") == of_one_process
@@ -117,14 +100,14 @@ def test_a_killed_run_goes_on_to_the_same_images(
 ):
     arguments = ["--model", small_pipeline, "--prompts", "tinyprompts", "--output", "killed", *QUICK, *MANY]
     script = KILLED.format(name=name, count=count, before=before)
-    ended = launch(["-c", script], arguments, tmp_path)
+    ended = launch(script, arguments, cwd=tmp_path)
     folder = tmp_path / "killed" / "tinyprompts"
     assert ended.returncode == -signal.SIGKILL, ended.stderr[-3000:]
     assert read_manifest(folder) == [] and list(folder.glob("manifest.part*"))
     before_resuming = {path: path.stat().st_mtime_ns for path in list(folder.rglob("*.png"))[:8]}
 
     if resumed_by == 2:
-        ended = launch([*TWO_PROCESSES, str(ROOT / "generate.py")], arguments, tmp_path)
+        ended = launch(ROOT / "generate.py", arguments, processes=2, cwd=tmp_path)
         assert ended.returncode == 0, ended.stderr[-3000:]
     else:
         assert make("killed", *MANY)[0] == 0
@@ -361,10 +344,7 @@ def test_chunks_are_halved_where_the_user_allowed_it_and_the_manifest_says_so(ma
 
 def train(small_pipeline, small_pairs, folder, *overrides):
     """A finished run of two steps with checkpoints after each."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerators()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     settings = [
         "compute.precision=fp32", "data.source=parquet", "data.resolution=16", "data.num_workers=0",
@@ -377,7 +357,6 @@ def train(small_pipeline, small_pairs, folder, *overrides):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        AcceleratorState._reset_state(reset_partial_state=True)
     return folder
 
 
@@ -513,7 +492,9 @@ def test_a_grid_shows_the_prompts_that_all_models_have(make, tmp_path, capsys):
     arguments = ["grid", "--images", "one", "two", "--prompts", "tinyprompts", "--rows", "3", "--output", "g/sheet.png"]
 
     assert generate.main([*arguments, "--cell", "32"]) == 0
-    assert "4 of 5 prompts shown" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "4 of 5 prompts shown" in said.out
+    assert "note: all models, tinyprompts: images made with different seed (0: one; 9: two)\n" in said.err
     first, second = Image.open(tmp_path / "g" / "sheet.png"), Image.open(tmp_path / "g" / "sheet_2.png")
     assert first.width == second.width == 8 + 2 * 40 and first.height > second.height
     shown = np.asarray(first)[26 : 26 + 32, 8 : 8 + 32]

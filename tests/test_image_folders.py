@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from xdpo.files import StorageError, file_sha256
+from xdpo.images import fonts
 from xdpo.images.folder import (
     SETTINGS,
     ImageFolderError,
@@ -401,8 +402,8 @@ def test_a_sheet_has_a_cell_for_every_model_and_prompt():
     colours = [sheet.getpixel((8 + 64 + column * 136, 26 + 64)) for column in range(2)]
     assert colours == [(255, 0, 0), (0, 0, 255)]
     assert sheet.width == 8 + 2 * 136
-    taller = contact_sheet(columns, ["a prompt", "many words " * 20], caption_lines=3)
-    assert taller.height == sheet.height + 2 * 15
+    taller = contact_sheet(columns, ["a prompt", "many words " * 200])
+    assert taller.height == sheet.height + 5 * 15
 
 
 def test_small_images_are_enlarged_to_sharp_pixels_and_large_ones_reduced_smoothly():
@@ -412,6 +413,39 @@ def test_small_images_are_enlarged_to_sharp_pixels_and_large_ones_reduced_smooth
 
     assert {enlarged.getpixel((x, 60)) for x in range(8, 136)} == {(0, 0, 0), (255, 255, 255)}
     assert all(100 < reduced.getpixel((x, 60))[0] < 155 for x in range(12, 68))
+
+
+def ink(sheet, top, height):
+    """Dark pixels in a strip."""
+    return int((np.asarray(sheet.convert("L"))[top : top + height] < 160).sum())
+
+
+def test_prompts_of_any_script_are_drawn_and_wrapped(capsys):
+    white = {"η = 0.05": [Image.new("RGB", (128, 128), "white")]}
+    texts = {"naïve café — π → ∞": 1, "Кот в сапогах": 1, "قطة في الحديقة": 1, "猫" * 60: 6, "x" * 60: 4}
+    for text, most in texts.items():
+        sheet = contact_sheet(white, [text])
+        lines = (sheet.height - 26 - 128 - 6 - 8) // 15
+        assert 1 <= lines <= most and (lines > 1) == (len(text) > 30), text
+        assert all(ink(sheet, 26 + 128 + 15 * line, 15) > 20 for line in range(lines)), text
+        assert ink(sheet, 0, 26) > 20
+    shown = {text: fonts.text_width(text, 20) for text in ("π", "Ж", "猫")}
+    assert all(width > 5 for width in shown.values())
+    assert capsys.readouterr().err.count("note: no font on this machine has") <= 1
+
+
+def test_a_character_is_drawn_in_a_font_that_has_it():
+    from matplotlib.ft2font import FT2Font
+
+    for path, part in fonts._runs("a cat, ein Kätzchen, кошка, γάτα → 猫"):
+        assert all(character == " " or FT2Font(path).get_char_index(ord(character)) for character in part), part
+
+
+def test_texts_grow_with_large_cells():
+    def title_ink(cell):
+        return ink(contact_sheet({"xdpo": [Image.new("RGB", (64, 64), "white")]}, [""], cell=cell), 0, 26 * cell // 256)
+
+    assert title_ink(1024) > 5 * title_ink(256) > 0
 
 
 def test_a_sheet_is_written_in_the_format_of_its_ending(tmp_path):

@@ -7,6 +7,7 @@ from diffusers.training_utils import compute_snr
 
 from xdpo.noise import (
     DiffusionProcess,
+    Weighting,
     draw_noise,
     draw_timesteps,
     generator,
@@ -51,6 +52,16 @@ def test_noised_latents_and_targets_equal_diffusers(batch, beta_schedule, predic
     torch.testing.assert_close(schedule.add_noise(*batch), theirs, rtol=0, atol=1e-6)
     their_target = noise if prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
     torch.testing.assert_close(schedule.target(*batch), their_target, rtol=0, atol=1e-6)
+
+
+@each_beta_schedule
+@each_prediction
+def test_latents_come_back_from_the_right_prediction(batch, beta_schedule, prediction_type):
+    latents, _, timesteps = batch
+    schedule = DiffusionProcess.from_scheduler(scheduler_of(beta_schedule, prediction_type))
+    restored = schedule.denoised(schedule.add_noise(*batch), schedule.target(*batch), timesteps)
+    signal = schedule.alphas_cumprod[timesteps].sqrt().reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(restored * signal, latents * signal, rtol=0, atol=1e-6)
 
 
 @each_prediction
@@ -141,32 +152,32 @@ def test_min_snr_agrees_with_diffusers_snr(beta_schedule, prediction_type):
     scheduler = scheduler_of(beta_schedule, prediction_type)
     snr = compute_snr(scheduler, ALL_TIMESTEPS)
     want = snr.clamp(max=5.0) / (snr if prediction_type == "epsilon" else snr + 1)
-    schedule = DiffusionProcess.from_scheduler(scheduler)
-    torch.testing.assert_close(schedule.weights(ALL_TIMESTEPS, "min_snr"), want, rtol=1e-5, atol=0)
+    schedule = DiffusionProcess.from_scheduler(scheduler, Weighting("min_snr"))
+    torch.testing.assert_close(schedule.weights(ALL_TIMESTEPS), want, rtol=1e-5, atol=0)
 
 
 @each_prediction
 def test_min_snr_is_finite_where_the_last_step_has_no_signal(prediction_type):
     scheduler = scheduler_of(prediction_type=prediction_type, rescale_betas_zero_snr=True)
-    schedule = DiffusionProcess(scheduler.alphas_cumprod.clone().index_fill(0, torch.tensor(999), 0), prediction_type)
-    assert schedule.weights(ALL_TIMESTEPS, "min_snr").isfinite().all()
+    alphas_cumprod = scheduler.alphas_cumprod.clone().index_fill(0, torch.tensor(999), 0)
+    schedule = DiffusionProcess(alphas_cumprod, prediction_type, Weighting("min_snr"))
+    assert schedule.weights(ALL_TIMESTEPS).isfinite().all()
 
 
 def test_the_temporal_discount_falls_by_its_factor_per_sampling_step_from_the_noisiest():
-    schedule = DiffusionProcess.from_scheduler(scheduler_of())
-    weights = schedule.weights(ALL_TIMESTEPS, "temporal_discount", discount=0.9)
+    schedule = DiffusionProcess.from_scheduler(scheduler_of(), Weighting("temporal_discount", discount=0.9))
+    weights = schedule.weights(ALL_TIMESTEPS)
     assert weights.dtype == torch.float32
     assert weights.mean().item() == pytest.approx(1.0, rel=1e-6)
     assert (weights.diff() > 0).all()  # largest at t = T−1
     assert (weights[979] / weights[999]).item() == pytest.approx(0.9, rel=1e-6)  # 20 of 1000 = 1 of 50 steps
-    some = schedule.weights(torch.tensor([999, 0]), "temporal_discount", discount=0.9)
+    some = schedule.weights(torch.tensor([999, 0]))
     assert torch.equal(some, weights[[999, 0]])
 
 
 def test_an_unknown_weighting_is_named_with_the_choices():
-    schedule = DiffusionProcess.from_scheduler(scheduler_of())
     with pytest.raises(ValueError, match="unknown timestep weighting 'snr'; choose from constant, min_snr"):
-        schedule.weights(ALL_TIMESTEPS, "snr")
+        DiffusionProcess.from_scheduler(scheduler_of(), Weighting("snr"))
 
 
 def test_an_untrainable_scheduler_is_refused():

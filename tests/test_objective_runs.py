@@ -9,9 +9,10 @@ import signal
 import pytest
 import torch
 from conftest import encoded_image, pick_a_pic_row, write_pick_a_pic
+from forks import launch
 from safetensors.torch import load_file
 from tolerances import ERROR, assert_same_but_for_rounding, drift, drift_tolerance
-from training_runs import TWO_PROCESSES, assert_same_run, command, launch, policy_of, rows_of
+from training_runs import assert_same_run, command, policy_of, rows_of
 
 from xdpo import families, precompute
 from xdpo.feeds import SelfPlay
@@ -129,7 +130,7 @@ def test_an_objective_with_a_memory_resumes_bit_for_bit(run, options):
 def test_one_process_and_two_log_the_same_figures(run, small_pipeline, small_pairs, tmp_path, options):
     options = (*options, "train.micro_batch_pairs=1")
     _, one = run("one", *options)
-    ended = launch(TWO_PROCESSES, command(small_pipeline, small_pairs, tmp_path / "two", *options))
+    ended = launch("train_xdpo.py", command(small_pipeline, small_pairs, tmp_path / "two", *options), processes=2)
     assert ended.returncode == 0, ended.stderr[-3000:]
 
     assert_same_but_for_rounding(one, tmp_path / "two")
@@ -261,7 +262,7 @@ def test_the_objective_of_the_page_about_adding_one_trains_by_its_two_declaratio
     small_pipeline, small_pairs, tmp_path
 ):
     options = ("loss.name=robust_dpo", "loss.flip_rate=0.2", "loss.safeguard=0.9", "train.max_steps=1")
-    ended = launch(["-c", ADDED], command(small_pipeline, small_pairs, tmp_path / "run", *options))
+    ended = launch(ADDED, command(small_pipeline, small_pairs, tmp_path / "run", *options))
     assert ended.returncode == 0, ended.stderr
     assert "objective      robust_dpo, beta 2000.0, flip_rate 0.2" in ended.stdout
     assert rows_of(tmp_path / "run")[0]["loss"] == pytest.approx(math.log(2))  # as Diffusion-DPO's, whatever the rate

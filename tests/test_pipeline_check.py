@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from xdpo.config import ModelConfig
-from xdpo.families import check_pipeline_folder, load_parts, part_checksum
+from xdpo.families import check_model, check_pipeline_folder, load_parts, part_checksum
 from xdpo.models import read_model_spec, resolve_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,12 +44,13 @@ def refusal(pipeline):
 
 CONFIGS = {
     "Stable Diffusion XL": (
-        "model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "it is Stable Diffusion XL",
+        "model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "it lacks tokenizer_2, text_encoder_2",
     ),
     "Stable Diffusion 3": (
-        "model_index.json", {"_class_name": "StableDiffusion3Pipeline"}, "it is Stable Diffusion 3",
+        "model_index.json", {"_class_name": "StableDiffusion3Pipeline"}, "it lacks tokenizer_2, .* transformer",
     ),
-    "FLUX": ("model_index.json", {"_class_name": "FluxPipeline"}, "it is FLUX"),
+    "FLUX.1": ("model_index.json", {"_class_name": "FluxPipeline"}, "it lacks tokenizer_2, .* transformer"),
+    "FLUX.2": ("model_index.json", {"_class_name": "Flux2Pipeline"}, r"it is FLUX\.2"),
     "a family without a name here": (
         "model_index.json", {"_class_name": "NewPipeline", "transformer": ["diffusers", "NewTransformer"]},
         "says NewPipeline, which has transformer: another family",
@@ -333,7 +334,7 @@ FILES = {
     "a whole checkpoint": ({"model.diffusion_model.input_blocks.0.0.weight": 1}, r"from_single_file\('.*'\)"),
     "a checkpoint of XL": (
         {"model.diffusion_model.out.0.weight": 1, "conditioner.embedders.1.model.ln_final.bias": 1},
-        "single file of Stable Diffusion XL",
+        r"from diffusers import StableDiffusionXLPipeline as P; P\.from_single_file\('.*'\)",
     ),
     "a checkpoint of FLUX": ({"double_blocks.0.img_attn.proj.weight": 1}, "single file of FLUX"),
     "a UNet": ({"down_blocks.0.resnets.0.conv1.weight": 1}, "single file with a UNet's weights"),
@@ -410,6 +411,22 @@ def test_a_hub_model_from_the_cache_is_loaded_and_its_weights_checked(small_pipe
     cached(pipeline, "org/prefixed")
     with pytest.raises(ValueError, match=r"could not load 'org/prefixed':\n  unet: \d+ of \d+ weights are missing"):
         load_parts(ModelConfig(pipeline="org/prefixed"))
+
+
+@pytest.mark.parametrize("source", ["vae", "."])
+def test_an_autoencoder_of_the_hub_is_taken_from_the_top_of_its_repository_or_from_vae(small_pipeline, cached, source):
+    cached(Path(small_pipeline) / source, "org/vae")
+    model, own = ModelConfig(pipeline=small_pipeline, vae="org/vae"), ModelConfig(pipeline=small_pipeline)
+    check_model(model)
+    assert part_checksum(model, "vae") == part_checksum(own, "vae")
+    expected = load_parts(own).vae.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in load_parts(model).vae.state_dict().items())
+    for name, message in (
+        ("org/nothing", "not in the hub's cache"),
+        (f"{small_pipeline}/unet", "latent_channels is None"),
+    ):
+        with pytest.raises(ValueError, match=rf"model\.vae: .*(?s:.)*{message}"):
+            load_parts(ModelConfig(pipeline=small_pipeline, vae=name))
 
 
 def test_a_hub_model_of_pickled_weights_is_told_from_one_out_of_reach(pipeline, monkeypatch):

@@ -6,7 +6,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from training_runs import SMALL_RUN, launch
+from forks import launch
+from training_runs import SMALL_RUN
 
 SHORT = 0.5  # seconds that a collective on the device has in these runs
 BUSY = 1.0  # seconds for which the first process is busy in every scene
@@ -26,8 +27,7 @@ def waited(small_pipeline, small_pairs, tmp_path_factory):
     """Output of two processes that went through all scenes."""
     folder = tmp_path_factory.mktemp("waits")
     overrides = [*SMALL_RUN, f"model.pipeline={small_pipeline}", f"data.path={small_pairs}", f"output_dir={folder}/run"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return launch(launcher, [__file__, str(folder), *overrides], PYTHONPATH=str(Path(__file__).parent.parent))
+    return launch(__file__, [folder, *overrides], processes=2)
 
 
 @pytest.mark.slow

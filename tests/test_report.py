@@ -1,10 +1,14 @@
 """What tables say, in the terminal, as Markdown and as HTML; the published numbers; quality against training."""
 
+import csv
+import io
+
+import numpy as np
 import pytest
 import yaml
 from scored_images import rows_of
 
-from xdpo.report import curves, grids, published
+from xdpo.report import curves, exports, figures, grids, published
 from xdpo.report.grids import Cell, Grid
 from xdpo.scores.results import benchmarks_of
 
@@ -22,9 +26,13 @@ def texts(grid, row):
 
 
 def test_win_rates_show_counts_rate_and_p(benchmark):
-    grid = grids.win_rates(benchmark, ["sd15"])
+    (paired,) = grids.compared(benchmark, ["sd15"])
+    grid = grids.win_rates(benchmark, ["sd15"], {paired: 0.75, paired._replace(prompt_set="other"): 0.0})
     assert texts(grid, 0)[:4] == ["HPSv2", "xdpo", "sd15", "83.3 %"]
-    assert texts(grid, 0)[5:] == ["2", "1", "0", "0.500"]
+    assert texts(grid, 0)[5:] == ["2", "1", "0", "0.500", "0.750"]
+    assert "Holm's method for the 2 comparisons of this report" in grid.note
+    assert grid.rows[0][3].tone == ""
+    assert grids.win_rates(benchmark, ["sd15"], {paired: 0.04}).rows[0][3].tone == "better"
 
 
 def test_details_show_mean_median_and_both_changes(benchmark):
@@ -33,8 +41,50 @@ def test_details_show_mean_median_and_both_changes(benchmark):
     assert texts(grid, 1)[7:] == ["+1.000", "+3.7 %"]
 
 
-def test_the_highest_mean_is_marked(benchmark):
-    assert [row[1].best for row in grids.overview(benchmark).rows] == [False, True]
+def test_a_mean_is_marked_where_it_is_better_than_every_other_and_not_where_it_is_highest(benchmark):
+    assert [row[1].best for row in grids.overview(benchmark).rows] == [False, False]  # one win, one tie: no telling
+    clear = {"sd15": {0: 26.0, 1: 27.0, 2: 28.0}, "xdpo": {0: 27.0, 1: 27.5, 2: 30.0}}
+    (told,) = benchmarks_of(rows_of(clear, scorer="hpsv2"), ["sd15", "xdpo"], ["hpsv2"])
+    assert [row[1].best for row in grids.overview(told).rows] == [False, True]
+    measured = [row[3] for row in published.table2([told]).rows if row[2].text == "measured"]
+    assert [cell.best for cell in measured] == [False, True]
+
+
+THREE = {"a": {0: 1.0, 1: 5.0}, "b": {0: 2.0, 1: 4.0}, "c": {0: 3.0, 1: 5.0}}
+
+
+def test_ranks_and_every_pair_are_those_counted_by_hand():
+    (benchmark,) = benchmarks_of(rows_of(THREE), list(THREE), ["clip"])
+    assert [texts(grids.ranks(benchmark), row) for row in range(3)] == [
+        ["c", "1.25", "1.25"],
+        ["a", "2.25", "2.25"],
+        ["b", "2.50", "2.50"],
+    ]
+    rates = {(row[1].text, row[2].text): row[3].value for row in grids.every_pair(benchmark).rows}
+    assert rates == {("a", "b"): 0.5, ("a", "c"): 0.25, ("b", "a"): 0.5, ("b", "c"): 0, ("c", "a"): 0.75, ("c", "b"): 1}
+
+
+def test_every_category_has_its_means_and_changes():
+    rows = rows_of(THREE) + rows_of({"a": {0: 1.0}, "b": {0: 3.0}, "c": {0: 1.0}}, category="photo")
+    (benchmark,) = benchmarks_of(rows, list(THREE), ["clip"])
+    grid = grids.by_category(benchmark, "a")
+    assert [(texts(grid, row)[1:4], texts(grid, row)[4:6]) for row in (1, 4)] == [
+        (["anime", "2", "b"], ["3.0000", "+0.0000"]),
+        (["photo", "1", "b"], ["3.0000", "+2.0000"]),
+    ]
+
+
+def test_a_tables_csv_holds_its_numbers_unrounded_and_its_latex_no_commands():
+    cells = (Cell("a_b, 50 % #1\\", "a"), Cell("0.33", 1 / 3, "[0.1, 0.5]", best=True, tone="better"), Cell("–"))
+    grid = Grid("t: x", ("Model", "Mean", "p"), (cells, (Cell("[c]", "c"), Cell("1", 1), Cell("[1, 2]", 1))))
+    read = list(csv.DictReader(io.StringIO(exports.to_csv(grid))))
+    assert read[0] == {"Model": "a_b, 50 % #1\\", "Mean": str(1 / 3), "Mean: detail": "[0.1, 0.5]", "p": "–"}
+    assert read[1]["p"] == "[1, 2]"
+    assert exports.to_latex(grid).splitlines()[5:7] == [
+        r"a\_b, 50 \% \#1\textbackslash{} & \textbf{0.33} $\uparrow$ {\scriptsize {[}0.1, 0.5]} & -- \\",
+        r"{[}c] & 1 & {[}1, 2] \\",
+    ]
+    assert exports.file_stem(grid) == "t_x"
 
 
 NASTY = "a|b *bold* [x](http://y) <script>alert(1)</script>\nsecond_line _so_"
@@ -122,6 +172,37 @@ def test_a_run_without_a_log_or_with_a_step_it_never_made_is_refused(tmp_path):
         curves.curve(tmp_path / "xdpo", [], {"xdpo": "xdpo"})
     with pytest.raises(ValueError, match="step 99"):
         curves.curve(tmp_path / "xdpo", LOG, {"xdpo@99": None})
+
+
+def test_the_bars_of_the_training_figure_are_those_of_paired_differences():
+    """Prompts differ by ten, the models by a tenth: unpaired bars would hide the change."""
+    start = np.random.default_rng(0).normal(0, 10, 40)
+    scores = {"base": dict(enumerate(start)), "xdpo": dict(enumerate(start + 0.1))}
+    (benchmark,) = benchmarks_of(rows_of(scores), list(scores), ["clip"])
+    points = tuple((curves.Progress(pairs, 0.0), name) for pairs, name in ((0, "base"), (320, "xdpo")))
+    axes = figures.quality_curves(benchmark, [curves.Curve("xdpo", points)], "base").axes[0]
+    (bars,) = axes.collections
+    low, high = bars.get_paths()[1].vertices[:, 1]
+    assert 0 <= high - low < 1e-9 and low == pytest.approx(start.mean() + 0.1)
+
+
+def test_figures_are_drawn_of_equal_scores_and_of_single_prompts():
+    (benchmark,) = benchmarks_of(rows_of({"a": {0: 1.0}, "b": {0: 1.0}, "c": {0: 2.0}}), ["a", "b", "c"], ["clip"])
+    colours = figures.colours_of(benchmark.models, "a")
+    for drawn in (
+        figures.score_differences(benchmark, "a", colours),
+        figures.category_heat_map(benchmark, "a"),
+        figures.win_matrix(benchmark),
+    ):
+        drawn.canvas.draw()
+    assert [text.get_text() for text in figures.win_matrix(benchmark).axes[0].texts] == [
+        "50",
+        "0",
+        "50",
+        "0",
+        "100",
+        "100",
+    ]
 
 
 def test_pairs_to_reach_a_score_are_read_off_the_line_between_points():

@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from xdpo.config import load_config
 from xdpo.families import load_parts
+from xdpo.families.stable_diffusion import STABLE_DIFFUSION
 from xdpo.models import make_policy
 from xdpo.runs import (
     CheckpointError,
@@ -244,7 +245,7 @@ def test_checking_a_folder_writes_nothing(tmp_path):
 
 @pytest.mark.parametrize(("trainable", "words"), [("full", "UNet2DConditionModel"), ("lora", "load_lora_weights")])
 def test_the_model_card_says_how_to_load_the_model_and_what_made_it(trainable, words):
-    card = model_card(load_config("configs/xdpo_sd15.yaml", [f"model.trainable={trainable}"]))
+    card = model_card(load_config("configs/xdpo_sd15.yaml", [f"model.trainable={trainable}"]), STABLE_DIFFUSION)
 
     assert words in card and "base_model: stable-diffusion-v1-5/stable-diffusion-v1-5" in card
     assert "η = 0.05" in card and "warmup_steps: 500" in card
@@ -258,11 +259,13 @@ def test_equal_models_are_exported_as_equal_files_that_others_may_read(small_pip
     """safetensors writes metadata in an order of its own each time, and files that only their owner may read."""
     config = load_config("configs/base.yaml", [f"model.pipeline={small_pipeline}", f"model.trainable={trainable}"])
     torch.manual_seed(0)
-    policy = make_policy(load_parts(config.model), config.model, config.compute)
+    parts = load_parts(config.model)
+    policy = make_policy(parts, config.model, config.compute)
     umask = os.umask(0o027)
     try:
         for number in range(8):
-            export_model(tmp_path / str(number), policy, config, is_main=True, unwrap=lambda module: module)
+            folder = tmp_path / str(number)
+            export_model(folder, policy, parts.family, config, is_main=True, unwrap=lambda module: module)
     finally:
         os.umask(umask)
     exports = [sorted(path for path in (tmp_path / str(n)).rglob("*") if path.is_file()) for n in range(8)]

@@ -155,6 +155,6 @@ def test_on_a_gpu_float32_is_float32_in_products_and_convolutions(switches):
     assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
 
 
-def test_a_prompt_is_truncated_where_its_tokens_are_more_than_are_read(tiny_tokenizer):
-    assert not sampling.is_truncated(tiny_tokenizer, "a b c d e f")  # 6 and the two ends: 8
-    assert sampling.is_truncated(tiny_tokenizer, "a b c d e f g")
+def test_a_prompt_is_truncated_where_its_tokens_are_more_than_are_read(pipeline):
+    assert not sampling.is_truncated(pipeline, "a b c d e f")  # 6 and the two ends: 8
+    assert sampling.is_truncated(pipeline, "a b c d e f g")

@@ -21,8 +21,9 @@ from tolerances import ELEMENT
 from xdpo.scorers import METRIC_NAMES, SCORER_NAMES, pixels
 from xdpo.scorers.blip import BLIP_VIT_L_16, build_image_reward, load_bert_tokenizer
 from xdpo.scorers.clip import VIT_H_14, VIT_L_14, build_clip, clean, from_open_clip, load_tokenizer
+from xdpo.scorers.head import build_head
 from xdpo.scorers.interface import full_precision
-from xdpo.scorers.loading import load_scorer, scorer_version
+from xdpo.scorers.loading import embedder_version, load_embedder, load_scorer, scorer_version
 from xdpo.scorers.metrics import METRICS
 from xdpo.scorers.weights import WeightFile, find_files
 
@@ -32,11 +33,6 @@ GOLDEN = json.loads((ROOT / "tests" / "vectors" / "metric_scores.json").read_tex
 TOLERANCE = 3 * ELEMENT  # of a cosine: the rounding of two networks' outputs and of what normalises them
 FACTORS = {"hpsv2": 100, "hpsv2.1": 100}  # ours over the number in the golden file
 UNITS = {"pickscore": 100, "hpsv2": 100, "hpsv2.1": 100}  # what multiplies the cosine that the tolerance is for
-
-
-@pytest.fixture(scope="session")
-def metric_weights(tmp_path_factory):
-    return fixtures.write_weights(tmp_path_factory.mktemp("metrics") / "weights")
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +69,17 @@ def test_a_metric_equals_its_original_on_odd_images(name, batch_size, metric_wei
     scores = scorer.score([odd_images[key] for key in keys], [fixtures.PROMPTS[key] for key in keys], batch_size)
     gaps = differences(name, scores, [GOLDEN[name][key] for key in keys], FACTORS.get(name, 1))
     assert max(gaps) < TOLERANCE, dict(zip(keys, gaps, strict=True))
+
+
+def test_the_features_are_those_of_the_aesthetic_score(metric_weights, odd_images):
+    """Whose golden scores are a map of them: the published head on our features gives the original's numbers."""
+    preprocess, embed = load_embedder(weights=metric_weights)
+    keys = [key for key, score in GOLDEN["aesthetic"].items() if score is not None]
+    vectors = embed([preprocess(odd_images[key]) for key in keys])
+    path = metric_weights / fixtures.AESTHETIC_HEAD
+    scores = build_head(torch.load(path, weights_only=True), path)(vectors).squeeze(1).tolist()
+    assert max(differences("aesthetic", scores, [GOLDEN["aesthetic"][key] for key in keys], 1)) < TOLERANCE
+    assert embedder_version(metric_weights) == embedder_version(metric_weights)
 
 
 def test_the_golden_scores_tell_images_apart():

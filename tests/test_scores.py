@@ -58,14 +58,56 @@ def test_win_rate_intervals_cover_the_true_rate_as_often_as_they_claim():
     covered = 0
     for _ in range(400):
         wins, ties, losses = rng.multinomial(150, [0.5, 0.2, 0.3])
-        low, high = statistics.win_rate_bootstrap(wins, ties, losses, resamples=1000)
+        low, high = wilson_interval(wins + ties / 2, wins + ties + losses)
         covered += low <= 0.6 <= high
-    assert 0.91 <= covered / 400 <= 0.98
+    assert covered / 400 >= 0.94  # ties vary less than wins and losses, so more than 95 % is expected
+    rates = rng.binomial(6, 0.95, 4000)  # near a full score, where a bootstrap covers 26 %
+    covered = sum(low <= 0.95 <= high for low, high in (wilson_interval(wins, 6) for wins in rates))
+    assert covered / 4000 > 0.94
 
 
-def test_the_multinomial_bootstrap_is_the_bootstrap_over_prompts():
+def test_a_win_rates_interval_is_wilsons_over_the_bootstrap_of_its_prompts():
+    comparison = compare([0.0] * 100, [1.0] * 60 + [0.0] * 10 + [-1.0] * 30)
     points = np.repeat([1.0, 0.5, 0.0], [60, 10, 30])
-    assert statistics.win_rate_bootstrap(60, 10, 30) == pytest.approx(bootstrap_interval(points), abs=0.011)
+    assert comparison.win_rate_interval == pytest.approx(bootstrap_interval(points), abs=0.011)
+    assert compare([0.0] * 3, [1.0] * 3).win_rate_interval[0] < 0.5  # three wins of three say little
+
+
+def rejected(p_values, level):
+    """Holm's procedure as he gives it: the smallest first, until one is too large for those that are left."""
+    gone = set()
+    for position in np.argsort(p_values):
+        if p_values[position] > level / (len(p_values) - len(gone)):
+            break
+        gone.add(int(position))
+    return gone
+
+
+def test_a_corrected_p_value_is_the_level_at_which_holms_procedure_rejects():
+    rng = np.random.default_rng(5)
+    for count in (1, 2, 7, 40):
+        p_values = np.round(rng.uniform(0, 1, count) ** 4, 3)  # with repeated values among 40
+        corrected = statistics.holm(list(p_values))
+        for level in (0.001, 0.01, 0.05, 0.2, 0.7):
+            assert rejected(p_values, level) == {i for i, p in enumerate(corrected) if p <= level}
+    assert statistics.holm([]) == []
+
+
+def test_holms_correction_errs_in_at_most_the_claimed_share_of_reports():
+    rng = np.random.default_rng(6)
+    wrong = 0
+    for _ in range(300):
+        p_values = [sign_test(wins, 60 - wins) for wins in rng.binomial(60, 0.5, 20)]
+        assert min(statistics.holm(p_values)) >= min(p_values)
+        wrong += min(statistics.holm(p_values)) < 0.05
+    assert wrong / 300 <= 0.07  # 5 %, and three standard errors less what a discrete test leaves unused
+
+
+def test_a_rank_counts_the_higher_ones_and_half_of_its_equals():
+    scores = np.random.default_rng(7).integers(0, 4, (5, 30)).astype(float)  # with ties
+    higher = (scores[None] > scores[:, None]).sum(axis=1)
+    equal = (scores[None] == scores[:, None]).sum(axis=1) - 1
+    assert statistics.average_ranks(scores) == pytest.approx((1 + higher + equal / 2).mean(axis=1))
 
 
 def test_the_wilson_interval_is_scipys():
@@ -208,6 +250,20 @@ def test_prompts_stand_in_numeric_order_within_their_category():
     rows = rows_of({"sd15": {2: 0.0, 10: 0.0}}, category="photo") + rows_of({"sd15": {0: 0.0}}, category="anime")
     (benchmark,) = benchmarks_of(rows, ["sd15"], ["clip"])
     assert [prompt.key for prompt in benchmark.prompts] == ["anime/0", "photo/2", "photo/10"]
+
+
+def test_the_best_model_is_one_that_the_prompts_tell_from_every_other():
+    rng = np.random.default_rng(8)
+    start = rng.normal(0, 1, 60)
+    scores = {"a": start, "b": start + rng.normal(0.02, 1, 60), "c": start + rng.normal(1, 0.5, 60)}
+
+    def benchmark(*models):
+        rows = rows_of({model: dict(enumerate(scores[model])) for model in models})
+        return benchmarks_of(rows, models, ["clip"])[0]
+
+    assert benchmark("a", "b", "c").best("clip") == "c"
+    assert benchmark("a", "b").best("clip") is None
+    assert benchmark("a").best("clip") is None
 
 
 def test_sets_without_a_common_prompt_are_left_out():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import forget_accelerators
 from training_runs import ROOT, SMALL_RUN
 
 from xdpo import families, models, precompute
@@ -57,12 +58,10 @@ def test_the_reference_is_any_snapshot_so_far_the_latest_or_the_base():
 @pytest.fixture
 def begin(small_pipeline, small_pairs, tmp_path, monkeypatch):
     """begin("key=value", …): self-play over rounds of eight images, sampled three at a time, in one run folder."""
-    from accelerate.state import AcceleratorState, PartialState
-
     monkeypatch.chdir(ROOT)
 
     def make(*overrides, **options):
-        AcceleratorState._reset_state(reset_partial_state=True)
+        forget_accelerators()
         paths = [f"model.pipeline={small_pipeline}", f"data.path={small_pairs}", f"output_dir={tmp_path}"]
         rounds = ["loss.name=seppo", "self_play.every=2", "self_play.batch_size=3", "self_play.num_inference_steps=2"]
         settings = load_config("configs/base.yaml", [*SMALL_RUN, *paths, *rounds, *overrides])
@@ -74,8 +73,7 @@ def begin(small_pipeline, small_pairs, tmp_path, monkeypatch):
         dataset = precompute.make_dataset(pairs, parts.tokenize, settings, Split.TRAIN)
         return SelfPlay(settings, accelerator, parts, dataset, (4, 8, 8), reference, tmp_path, **options)
 
-    yield make
-    PartialState._reset_state()
+    return make
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def example(targets, weights=1.0):
 def maker(small_pipeline):
     config = load_config("configs/base.yaml", [f"model.pipeline={small_pipeline}", "data.resolution=16"])
     parts = load_parts(config.model)
-    return NoisyBatchMaker(parts, parts.process(), config, torch.device("cpu"))
+    return NoisyBatchMaker(parts, parts.process(config.noise), config, torch.device("cpu"))
 
 
 def batch_of(positions):

@@ -34,8 +34,11 @@ COLOURS = {"ours": (200, 30, 30), "theirs": (30, 30, 200), "others": (30, 200, 3
 PROMPTS = {("set_a", "style"): ["a red fox", "two blue boats"], ("set_b", ""): ["three owls", "one old bridge"]}
 
 
-def make_images(folder, model, prompts=PROMPTS, side=16):
-    """A folder as generate.py leaves it, every image with the model's name in its metadata."""
+def make_images(folder, model, prompts=PROMPTS, side=16, **more):
+    """A folder as generate.py leaves it, every image with the model's name in its metadata.
+
+    more: further keys of every line of the manifest.
+    """
     for (benchmark, category), texts in prompts.items():
         rows = []
         for index, prompt in enumerate(texts):
@@ -46,7 +49,8 @@ def make_images(folder, model, prompts=PROMPTS, side=16):
             info = PngInfo()
             info.add_text("parameters", f"made by {model}")
             Image.new("RGB", (side, side), (red, green, blue + index)).save(path, pnginfo=info)
-            rows.append({"file": name, "category": category, "index": index, "prompt": prompt, "model": model})
+            row = {"file": name, "category": category, "index": index, "prompt": prompt, "model": model}
+            rows.append(row | more)
         (folder / benchmark / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return model, folder
 
@@ -133,6 +137,18 @@ def test_sides_and_order_are_drawn_for_every_annotator_from_the_seed(tmp_path, f
     assert len({tuple(tasks) for tasks in one}) == 4
     lefts = Counter(shown[3] == "ours" for tasks in one for shown in tasks)
     assert 6 <= lefts[True] <= 26  # of 32 coins
+
+
+def test_images_that_were_not_made_alike_need_leave(tmp_path, capsys):
+    steps = {"ours": 50, "theirs": 20}
+    for name, count in steps.items():
+        make_images(tmp_path / name, name, settings={"num_inference_steps": count})
+    command = ["build", "--a", str(tmp_path / "ours"), "--b", str(tmp_path / "theirs"), "--output"]
+    assert user_study.main([*command, str(tmp_path / "study")]) == 1
+    said = capsys.readouterr().err
+    assert "set_b: images made with different steps (50: ours; 20: theirs)" in said
+    assert "--allow-different-settings" in said and not (tmp_path / "study").exists()
+    assert user_study.main([*command, str(tmp_path / "study"), "--allow-different-settings"]) == 0
 
 
 def test_prompts_are_drawn_from_every_benchmark_as_asked(tmp_path, folders):

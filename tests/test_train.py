@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import held_elsewhere
+from forks import launch
 from safetensors.torch import load_file
 from tolerances import ERROR, assert_same_but_for_rounding, assert_same_figures, drift, drift_tolerance
-from training_runs import BITSANDBYTES, ROOT, TWO_PROCESSES, assert_same_run, command, launch, policy_of, rows_of
+from training_runs import BITSANDBYTES, ROOT, assert_same_run, command, policy_of, rows_of
 
 import train_xdpo
 from xdpo import families, files, find_batch, learner, models, precompute, reference, runs, step
@@ -149,7 +150,9 @@ def test_one_table_of_final_weights_equal_wherever_nothing_but_the_way_there_dif
     checksums["both, in two parts"] = checksum_of(run("both, in two parts", *held_out, *runs["with both"])[1])
     for name, overrides in {"two processes": (), "two processes with both": runs["with both"]}.items():
         folder = tmp_path / name
-        ended = launch(TWO_PROCESSES, command(small_pipeline, small_pairs, folder, *held_out, *overrides))
+        ended = launch(
+            "train_xdpo.py", command(small_pipeline, small_pairs, folder, *held_out, *overrides), processes=2
+        )
         assert ended.returncode == 0, ended.stderr[-3000:]
         checksums[name] = checksum_of(folder)
 
@@ -207,7 +210,7 @@ def test_the_reference_computed_ahead_is_the_one_that_training_computes(run, sma
     _, plain = run("plain", *held_out)
     ahead = (*held_out, f"cache.reference={tmp_path / 'reference'}")
     for _ in range(2):
-        ended = launch(["scripts/cache_reference.py"], command(small_pipeline, small_pairs, tmp_path / "x", *ahead))
+        ended = launch("scripts/cache_reference.py", command(small_pipeline, small_pairs, tmp_path / "x", *ahead))
         assert ended.returncode == 0, ended.stderr[-3000:]
     assert "12 batches, 0 of them computed now" in ended.stdout
     _, cached = run("cached", *ahead)
@@ -309,7 +312,7 @@ def test_8_bit_adamw_saves_and_resumes_bit_for_bit(small_pipeline, small_pairs, 
     for name, steps in (("whole", 6), ("parts", 3), ("parts", 6)):
         options = ("optim.name=adamw8bit", f"train.max_steps={steps}")
         arguments = command(small_pipeline, small_pairs, tmp_path / name, *options)
-        ended = launch(["train_xdpo.py"], arguments, PYTHONPATH=str(BITSANDBYTES))
+        ended = launch("train_xdpo.py", arguments, PYTHONPATH=str(BITSANDBYTES))
         assert ended.returncode == 0, ended.stderr[-3000:]
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     state = load_file(runs.finished_checkpoints(tmp_path / "parts")[-1] / "optimizer.safetensors")
@@ -351,9 +354,7 @@ def test_a_run_is_no_source_of_pairs_and_no_pipeline(run, capsys):
         "no .parquet file matches": [f"data.path={folder}"],
         "holds no pairs.csv or pairs.jsonl": ["data.source=folder", f"data.path={folder}"],
         "no .tar file matches": ["data.source=webdataset", f"data.path={folder}"],
-        "it is not a Stable Diffusion pipeline folder; it lacks model_index.json": [
-            f"model.pipeline={folder / 'export'}"
-        ],
+        "it is not the folder of a whole pipeline; it lacks model_index.json": [f"model.pipeline={folder / 'export'}"],
     }
     for message, keys in refused.items():
         assert run("next", *keys)[0] == 1
@@ -646,11 +647,11 @@ def test_two_processes_equal_one_with_twice_the_accumulation_and_resume_bit_for_
     """With margin weights, which belong to a pair and not to a place in a batch."""
     common = ("train.micro_batch_pairs=1", "data.max_pairs=10", "eval.every=6", *scored((3, 1), (2, 1.5), (1, 1.2)))
     _, one = run("one", *common)
-    for folder, overrides in {"two": common, "parts": (*common, "train.max_steps=3")}.items():
-        ended = launch(TWO_PROCESSES, command(small_pipeline, small_pairs, tmp_path / folder, *overrides))
+    for folder, overrides in (("two", common), ("parts", (*common, "train.max_steps=3")), ("parts", common)):
+        ended = launch(
+            "train_xdpo.py", command(small_pipeline, small_pairs, tmp_path / folder, *overrides), processes=2
+        )
         assert ended.returncode == 0, ended.stderr[-3000:]
-    ended = launch(TWO_PROCESSES, command(small_pipeline, small_pairs, tmp_path / "parts", *common))
-    assert ended.returncode == 0, ended.stderr[-3000:]
 
     assert_same_but_for_rounding(one, tmp_path / "two")
     record = json.loads((tmp_path / "two" / "run.json").read_text())
@@ -695,7 +696,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
     _, whole = run("whole")
     script = KILLED.format(target=target, name=name, count=count)
     arguments = command(small_pipeline, small_pairs, tmp_path / "killed")
-    ended = launch(["-c", script], arguments)
+    ended = launch(script, arguments)
     assert ended.returncode == -signal.SIGKILL
     assert [path.name for path in runs.finished_checkpoints(tmp_path / "killed")] == ["step_00000003"]
 
@@ -710,11 +711,7 @@ TINY_CONFIGS = sorted(path for path in (ROOT / "configs" / "tiny").rglob("*.yaml
 
 @pytest.mark.parametrize("path", TINY_CONFIGS, ids=[str(path.relative_to(ROOT)) for path in TINY_CONFIGS])
 def test_every_embedded_config_runs_two_steps(path, tmp_path, monkeypatch):
-    from accelerate.state import AcceleratorState, GradientState
-
     monkeypatch.chdir(ROOT)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
     small = ["train.max_steps=2", "train.total_batch_pairs=4", "train.micro_batch_pairs=4", "eval.pairs=4"]
     draws = path.stem in ("xdpo", "xdpo_lora")
     samples = ["samples.num_inference_steps=2", "eval.every=2", f"samples.every={2 * draws}", "log.trackers=[]"]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from training_runs import policy_of, rows_of
 
 from xdpo.config import effective_beta, load_config
+from xdpo.families import family_of
 
 EPS = torch.finfo(torch.float32).eps
 ELEMENT = 32 * EPS  # of a network's output, relative to its largest: a chain of some fifty roundings
@@ -31,11 +32,11 @@ def drift(one, other):
     0 where they are the same, about √2 where they have nothing in common but the start.
     """
     pipeline = Path(load_config(one / "config.yaml").model.pipeline)
-    start = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+    start = load_file(pipeline / family_of(pipeline).denoiser / "diffusion_pytorch_model.safetensors")
     first, second = policy_of(one), policy_of(other)
-    assert start.keys() == first.keys() == second.keys()
+    assert start.keys() - {"pos_embed.pos_embed"} == first.keys() == second.keys()  # a buffer of Stable Diffusion 3's
     origin, end, other_end = (
-        torch.cat([weights[name].flatten().double() for name in start]) for weights in (start, first, second)
+        torch.cat([weights[name].flatten().double() for name in first]) for weights in (start, first, second)
     )
     return ((end - other_end).norm() / (end - origin).norm()).item()
 

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -36,7 +35,6 @@ SMALL_RUN = [
 
 
 BITSANDBYTES = ROOT / ".venv" / "optional"  # where scripts/test.sh puts it
-TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_xdpo.py"]
 
 
 def rows_of(folder):
@@ -63,17 +61,6 @@ def assert_same_run(one, other):
 def command(small_pipeline, small_pairs, folder, *overrides):
     paths = [f"model.pipeline={small_pipeline}", f"data.path={small_pairs}", f"output_dir={folder}"]
     return ["--config", "configs/base.yaml", *SMALL_RUN, *paths, *overrides]
-
-
-def launch(launcher, arguments, **environment):
-    return subprocess.run(
-        [sys.executable, *launcher, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def start(arguments, log, **environment):

@@ -16,11 +16,12 @@ class Conditioning(dict[str, Tensor]):
 
 
 class LatentMoments(NamedTuple):
-    """An autoencoder's posterior of N images, before scaling."""
+    """An autoencoder's posterior of N images, before shift and scaling: a denoiser takes (x − shift) · scaling."""
 
     means: Tensor  # (N, C, h, w)
     stds: Tensor | None  # of the same shape; None where a cache holds means only
     scaling_factor: float  # of the autoencoder
+    shift_factor: float = 0.0  # of the autoencoder
 
 
 class SingleImages(NamedTuple):

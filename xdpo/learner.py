@@ -231,6 +231,7 @@ class Learner:
         return runs.export_model(
             folder,
             self.policy,
+            self.parts.family,
             self.settings,
             is_main=self.accelerator.is_main_process,
             unwrap=self.accelerator.unwrap_model,
@@ -267,7 +268,7 @@ def build_learner(
 
     No reference is made where all of its errors are recorded. Networks are moved to the training's device.
     """
-    process = parts.process().to(accelerator.device)
+    process = parts.process(settings.noise).to(accelerator.device)
     network = None
     if settings.loss.needs_reference and not recorded.is_complete:
         network = models.make_reference(parts, settings.model, settings.compute)

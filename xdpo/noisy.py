@@ -46,6 +46,7 @@ class NoisyBatchMaker:
         drawn_at = positions if batch.single is None else batch.single.positions
         if batch.single is None:
             conditioning = Conditioning({name: torch.cat([value, value]) for name, value in conditioning.items()})
+        conditioning = family.with_size(conditioning, self.settings.data.resolution)
         shape, num_images = moments.means.shape[1:], len(moments.means)
 
         def draw(stream: str, shared: bool) -> Tensor:
@@ -54,7 +55,7 @@ class NoisyBatchMaker:
 
         posterior_noise = draw("posterior", shared=False) if self.settings.data.sample_latents else None
         drawn = draw("noise", shared=noise.shared_by_pair)
-        timesteps = self._to_device(self.process.draw_times(seed, drawn_at))
+        timesteps = self._to_device(self.process.draw_times(seed, drawn_at, shape))
         timesteps = timesteps if batch.single is not None else timesteps.repeat(2)
 
         latents = family.to_latents(moments, posterior_noise)
@@ -67,7 +68,7 @@ class NoisyBatchMaker:
             timesteps=timesteps,
             conditioning=conditioning,
             targets=self.process.target(latents, drawn, timesteps),
-            weights=self.process.weights(timesteps, noise.weighting, noise.min_snr_gamma, noise.discount),
+            weights=self.process.weights(timesteps),
         )
 
     def encoded(self, batch: Batch) -> Batch:
@@ -80,7 +81,7 @@ class NoisyBatchMaker:
         images, captions = batch.images, batch.captions
         if isinstance(images, LatentMoments):
             stds = None if images.stds is None else self._to_device(images.stds).float()
-            images = LatentMoments(self._to_device(images.means).float(), stds, images.scaling_factor)
+            images = images._replace(means=self._to_device(images.means).float(), stds=stds)
         else:
             images = self.parts.encode_images(self._to_device(images))
         if isinstance(captions, Conditioning):

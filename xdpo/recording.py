@@ -27,7 +27,7 @@ def fill(settings: Config, accelerator: Accelerator) -> None:
     parts = families.load_parts(settings.model, encoders=not settings.cache.examples)
     for module in parts.encoders:
         module.to(accelerator.device)
-    process = parts.process().to(accelerator.device)
+    process = parts.process(settings.noise).to(accelerator.device)
     make_noisy = NoisyBatchMaker(parts, process, settings, accelerator.device)
     reference = base_model(settings, parts, accelerator.device)
     for split in pairs:

@@ -53,7 +53,7 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
     resume_from = runs.agree_on_checkpoint(folder)
     if settings.loss.samples_rejected:
         feeds.check_snapshots(settings, folder, runs.step_of(resume_from) if resume_from else 0)
-    families.check_pipeline_folder(settings.model.pipeline, settings.model.revision)
+    families.check_config(settings)
     if settings.cache.examples and settings.cache.build:
         precompute.build_missing_examples(settings, accelerator, accelerator.print)
     train_pairs = open_pairs(settings, accelerator, Split.TRAIN)

@@ -1,7 +1,7 @@
 """Evaluation during a training: statistics on held-out pairs, and sheets of sample images."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,11 +13,14 @@ from xdpo.families import pipeline_with
 from xdpo.images.sheets import contact_sheet, save_sheet
 from xdpo.learner import Learner
 from xdpo.precompute import Pairs, make_dataset
-from xdpo.runlog import RunLog
+from xdpo.runlog import RunLog, read_rows
 from xdpo.sampling.images import sample_images
 from xdpo.tally import Tally
 
 SAMPLE_CHUNK = 4  # images sampled at once
+WORSE = 1e-3  # an error that is above the reference's by more than this share of it; less may be the pairs' choice
+WORSE_IN_A_ROW = 3  # evaluations before a run warns
+WARNED = "eval/both_errors_above_reference"
 
 
 class Watch:
@@ -34,16 +37,41 @@ class Watch:
         is_last = step_number == settings.train.max_steps
         if pairs and (step_number % settings.eval.every == 0 or is_last):
             metrics = evaluate(self.learner, pairs)
-            log.row(step_number, metrics)
+            warning = log.is_main and warn_of_both_errors([*read_rows(log.path), metrics])
+            log.row(step_number, metrics | ({WARNED: 1.0} if warning else {}))
             log.say(
                 f"step {step_number}: held-out implicit accuracy {metrics['eval/implicit_accuracy']:.3f}, "
                 f"margin {metrics['eval/margin']:.4g} over {len(pairs)} pairs × {settings.eval.draws} draws"
             )
+            if warning:
+                log.say(f"warning: step {step_number}: {warning}")
         if settings.samples.every and (step_number % settings.samples.every == 0 or is_last):
             if self.learner.accelerator.is_main_process:
                 log.say(f"step {step_number}: samples in {draw_samples(self.learner, self.folder, step_number)}")
             processes.wait()
         self.longest_seconds = max(self.longest_seconds, time.perf_counter() - started)
+
+
+def warn_of_both_errors(rows: Sequence[Mapping[str, float]]) -> str | None:
+    """What to say of a run's rows, the newest last, whose policy gets worse than its reference on both images; or None.
+
+    The margin then grows only because the rejected image is unlearnt faster. It is said once in a run: where, for the
+    first time, WORSE_IN_A_ROW evaluations in a row have both errors above the reference's by more than WORSE of it.
+    """
+    evaluations = [row for row in rows if "eval/d_chosen" in row]
+    if any(WARNED in row for row in evaluations):
+        return None
+    newest = evaluations[-WORSE_IN_A_ROW:]
+    shares = [row[f"eval/d_{side}"] / row["eval/reference_error"] for row in newest for side in ("chosen", "rejected")]
+    if len(newest) < WORSE_IN_A_ROW or not all(share > WORSE for share in shares):
+        return None
+    chosen, rejected = shares[-2:]
+    return (
+        f"for {WORSE_IN_A_ROW} evaluations in a row the policy has been worse than the reference on both images; its "
+        f"held-out errors are now {chosen:.1%} above on the chosen and {rejected:.1%} on the rejected ones. The margin "
+        "grows by unlearning, and images may fall apart: look at samples, and try loss.safeguard=0.9, a larger "
+        "loss.beta or a smaller optim.learning_rate"
+    )
 
 
 @torch.no_grad()

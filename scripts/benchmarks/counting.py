@@ -8,6 +8,7 @@ backward, and what the allocator loses to fragments.
 
 import multiprocessing
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,7 +23,6 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -65,42 +65,40 @@ class Meter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.phases: dict[str, Phase] = {}
-        self._sizes: dict[StorageWeakRef, int] = {}
-        self._now, self._peak, self._op = 0, 0, ""  # _now: with what has been freed since the last look
+        self._living: dict[int, tuple[int, weakref.ref]] = {}  # bytes by the storage's id, until it is freed
+        self._now, self._peak, self._op = 0, 0, ""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         self.place(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-        if self._now > self._peak and self._alive() > self._peak:
+        if self._now > self._peak:
             self._peak, self._op = self._now, str(function).removesuffix(".default")
         return output
 
     def place(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            reference = StorageWeakRef(storage)
-            if reference not in self._sizes:
-                self._sizes[reference] = -(-storage.nbytes() // ALLOCATION) * ALLOCATION
-                self._now += self._sizes[reference]
+            key = id(storage)
+            if key not in self._living:
+                size = -(-storage.nbytes() // ALLOCATION) * ALLOCATION
+                self._living[key] = size, weakref.ref(storage, lambda _, key=key: self._forget(key))
+                self._now += size
 
     def remove(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
-            self._sizes.pop(StorageWeakRef(tensor.untyped_storage()), None)
-        self._alive()
+            self._forget(id(tensor.untyped_storage()))
 
-    def _alive(self) -> int:
-        self._sizes = {reference: size for reference, size in self._sizes.items() if not reference.expired()}
-        self._now = sum(self._sizes.values())
-        return self._now
+    def _forget(self, key: int) -> None:
+        size, _ = self._living.pop(key, (0, None))
+        self._now -= size
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        self._peak, self._op = self._alive(), "at rest"
+        self._peak, self._op = self._now, "at rest"
         yield
         self.phases.pop(name, None)  # once more: in the order of the last time
-        at_rest = self._alive()
-        peak, op = max((self._peak, self._op), (at_rest, "at rest"))
-        self.phases[name] = Phase(at_rest, peak, op)
+        peak, op = max((self._peak, self._op), (self._now, "at rest"))
+        self.phases[name] = Phase(self._now, peak, op)
 
 
 def in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -12,15 +12,17 @@ from xdpo.families import PipelineParts, check_pipeline_folder
 from xdpo.families.stable_diffusion import STABLE_DIFFUSION
 
 TOKENS = 77
-VOCABULARY = 49_408
 LATENT_CHANNELS = 4
 DOWNSCALING = 8
+_CHARACTERS = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+WORDS = [*_CHARACTERS, *(character + "</w>" for character in _CHARACTERS), "<|startoftext|>", "<|endoftext|>"]
+"""The tokenizer's: the printable characters, within a word and at its end, and both ends of a caption."""
 
 
 def stable_diffusion_shapes(divisor: int = 1) -> dict[str, dict[str, Any]]:
     """Stable Diffusion 1.5's shapes, from its published configs, with every width divided by `divisor` (1, 2, 4 or 8).
 
-    Channels per normalisation group and the number of attention heads stay as they are.
+    The vocabulary is divided too. Channels per normalisation group and the number of attention heads stay as they are.
     """
     return {
         "unet": {
@@ -38,6 +40,7 @@ def stable_diffusion_shapes(divisor: int = 1) -> dict[str, dict[str, Any]]:
             "norm_num_groups": 32 // divisor,
         },
         "text_encoder": {
+            "vocab_size": 49_408 // divisor,
             "hidden_size": 768 // divisor,
             "intermediate_size": 3072 // divisor,
             "num_hidden_layers": 12,
@@ -47,7 +50,10 @@ def stable_diffusion_shapes(divisor: int = 1) -> dict[str, dict[str, Any]]:
 
 
 def thin_shapes() -> dict[str, dict[str, Any]]:
-    """Nearly empty networks whose latents and text states are as large as Stable Diffusion 1.5's."""
+    """Nearly empty networks whose latents and text states are as large as Stable Diffusion 1.5's.
+
+    The vocabulary is the tokenizer's own: weights of words that never occur would be counted and not be in memory.
+    """
     return {
         "unet": {
             "block_out_channels": (8, 8, 8, 8),
@@ -58,6 +64,7 @@ def thin_shapes() -> dict[str, dict[str, Any]]:
         },
         "vae": {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4},
         "text_encoder": {
+            "vocab_size": len(WORDS),
             "hidden_size": 768,
             "intermediate_size": 768,
             "num_hidden_layers": 1,
@@ -66,24 +73,47 @@ def thin_shapes() -> dict[str, dict[str, Any]]:
     }
 
 
+def tiny_shapes() -> dict[str, dict[str, Any]]:
+    """Networks with a block of each kind and next to no weights."""
+    return {
+        "unet": {
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "block_out_channels": (16, 16),
+            "layers_per_block": 1,
+            "cross_attention_dim": 16,
+            "attention_head_dim": 2,
+            "norm_num_groups": 4,
+        },
+        "vae": thin_shapes()["vae"],
+        "text_encoder": {
+            "vocab_size": len(WORDS),
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
+    }
+
+
 PIPELINES = {
     "sd15": stable_diffusion_shapes(),
     "quarter": stable_diffusion_shapes(divisor=4),
     "thin": thin_shapes(),
+    "tiny": tiny_shapes(),
 }
 """The pipelines that can be asked for by name."""
 
 
-def build_networks(shapes: dict[str, dict[str, Any]], end_token: int = VOCABULARY - 1) -> PipelineParts:
+def build_networks(shapes: dict[str, dict[str, Any]]) -> PipelineParts:
     """Networks of these shapes on torch's default device: real weights on a CPU, none at all on "meta"."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     text = CLIPTextConfig(
-        vocab_size=VOCABULARY,
         max_position_embeddings=TOKENS,
-        bos_token_id=end_token - 1,
-        eos_token_id=end_token,
+        bos_token_id=len(WORDS) - 2,
+        eos_token_id=len(WORDS) - 1,
         **shapes["text_encoder"],
     )
     blocks = len(shapes["vae"]["block_out_channels"])
@@ -111,17 +141,18 @@ def pipeline_folder(name: str, working: Path) -> str:
     if not folder.is_dir():
         # In a process of its own: the system adds what this one ever held to the peak of the processes it starts.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            pool.submit(_save_pipeline, name, folder).result()
+            pool.submit(save_pipeline, name, folder).result()
     return str(folder)
 
 
-def _save_pipeline(name: str, folder: Path) -> None:
+def save_pipeline(name: str, folder: Path) -> None:
+    """Build one of PIPELINES with random weights and write it as a pipeline's folder."""
     from diffusers import PNDMScheduler, StableDiffusionPipeline
 
     torch.manual_seed(0)
     folder.mkdir(parents=True)
     tokenizer = _tokenizer(folder)
-    parts = build_networks(PIPELINES[name], tokenizer.eos_token_id)
+    parts = build_networks(PIPELINES[name])
     scheduler = PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -141,12 +172,10 @@ def _save_pipeline(name: str, folder: Path) -> None:
 
 
 def _tokenizer(folder: Path):
-    """A CLIP tokenizer whose words are the printable characters."""
+    """A CLIP tokenizer of WORDS."""
     from transformers import CLIPTokenizer
 
-    characters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
-    words = [*characters, *(character + "</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
-    vocabulary.write_text(json.dumps({word: number for number, word in enumerate(words)}), encoding="utf-8")
+    vocabulary.write_text(json.dumps({word: number for number, word in enumerate(WORDS)}), encoding="utf-8")
     merges.write_text("#version: 0.2\n", encoding="utf-8")
     return CLIPTokenizer(str(vocabulary), str(merges), model_max_length=TOKENS)

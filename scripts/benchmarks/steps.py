@@ -128,7 +128,7 @@ def build_learner(settings: Config, accelerator: Accelerator, networks: Networks
         if not cache.has(range(settings.train.total_batch_pairs * settings.train.max_steps)):
             raise ValueError("the reference cache lacks pairs of this benchmark, and computing them would be slower")
         reference = Recorded(reference, cache, accelerator.device)
-    process = parts.process().to(accelerator.device)
+    process = parts.process(settings.noise).to(accelerator.device)
     return Learner(
         settings=settings,
         accelerator=accelerator,

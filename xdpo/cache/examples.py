@@ -1,10 +1,11 @@
-"""Encoded examples on disk: a latent distribution per distinct image, text states per distinct caption, the pairs.
+"""Encoded examples on disk: a latent distribution per distinct image, conditioning per distinct caption, the pairs.
 
 ```
 FOLDER/
   plan.json            what the cache is made of and how large it is; written first
   pairs.parquet  images.parquet  prompts.parquet     the tables: which image and caption a pair has
-  latents_00000.npy …  (images, orientations, moments, C, h, w)      text_00000.npy …  (prompts, 1, L, D)
+  latents_00000.npy …  (images, orientations, moments, C, h, w)
+  text_00000.npy …     (prompts, 1, L, D), and so on: a file for each entry of the family's Conditioning
   manifest.json        checksums of all the small files; written last: the cache is finished
 ```
 
@@ -13,6 +14,7 @@ image, moment 1 the standard deviation. Caption 0 is the empty one.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SHARD_BYTES = 128 * 2**20
+LATENTS = "latents"  # the images' shards; the others have the names of the conditioning's entries
 PRECISION = "encoders' precision"  # in a plan's key
 TABLES = ("pairs.parquet", "images.parquet", "prompts.parquet")
 
@@ -52,24 +55,34 @@ class ExamplePlan:
     num_images: int
     num_prompts: int
     latent_shape: Sequence[int]  # (orientations, moments, C, h, w)
-    text_shape: Sequence[int]  # (1, L, D)
+    conditioning_shapes: Mapping[str, Sequence[int]]  # of one caption, by the entries' names
     scaling_factor: float  # of the autoencoder
     dtype: str
+    shift_factor: float = 0.0  # of the autoencoder; the default is for caches older than this field
     has_scores: bool = False  # in pairs.parquet; the default is for caches older than this field
     shard_bytes: int = SHARD_BYTES
     sources: Mapping[str, Sequence[int]] | None = None  # local file → size and time of change; None: unknown
     tables: Mapping[str, str] = field(default_factory=dict)  # file → SHA-256
 
     def latents(self, folder: Path) -> Shards:
-        return self._shards(folder, "latents", self.num_images, self.latent_shape)
+        return self._shards(folder, self.num_images, {LATENTS: self.latent_shape})[LATENTS]
 
-    def text(self, folder: Path) -> Shards:
-        return self._shards(folder, "text", self.num_prompts, self.text_shape)
+    def conditioning(self, folder: Path) -> dict[str, Shards]:
+        """The shards of each entry. A shard of one number holds the same captions in all of them."""
+        shapes = {name: (1, *shape) for name, shape in self.conditioning_shapes.items()}
+        return self._shards(folder, self.num_prompts, shapes)
 
-    def _shards(self, folder: Path, name: str, count: int, shape: Sequence[int]) -> Shards:
-        record_bytes = int(np.prod(shape)) * np.dtype(self.dtype).itemsize
+    def shards(self, folder: Path) -> list[Shards]:
+        """All shards of the cache."""
+        return [self.latents(folder), *self.conditioning(folder).values()]
+
+    def _shards(self, folder: Path, count: int, shapes: Mapping[str, Sequence[int]]) -> dict[str, Shards]:
+        record_bytes = sum(math.prod(shape) for shape in shapes.values()) * np.dtype(self.dtype).itemsize
         per_shard = max(1, self.shard_bytes // record_bytes)
-        return Shards(folder, name, count=count, shape=tuple(shape), dtype=self.dtype, per_shard=per_shard)
+        return {
+            name: Shards(folder, name, count=count, shape=tuple(shape), dtype=self.dtype, per_shard=per_shard)
+            for name, shape in shapes.items()
+        }
 
     def save(self, folder: Path) -> None:
         write_text(folder / "plan.json", json.dumps(asdict(self), indent=2))
@@ -82,8 +95,11 @@ class ExamplePlan:
             if not path.is_file():
                 return None
         try:
-            return cls(**read_json(path, remedy))
-        except TypeError as error:
+            fields = dict(read_json(path, remedy))
+            if "text_shape" in fields:  # from when a cache held one entry, of shape (1, L, D)
+                fields["conditioning_shapes"] = {"text": fields.pop("text_shape")[1:]}
+            return cls(**fields)
+        except (TypeError, ValueError) as error:
             raise CacheError(f"{path} is damaged ({error}); {remedy}") from None
 
     def refuse_another(self, folder: Path, key: Mapping[str, Any]) -> None:
@@ -129,8 +145,8 @@ class ExampleCache:
                 damaged = folder if name in (*TABLES, "plan.json") else folder / name
                 raise CacheError(f"{folder / name} is damaged; remove {damaged} and build the cache again")
         self.folder, self.plan = folder, plan
-        self.latents, self.text = plan.latents(folder), plan.text(folder)
-        for shards in (self.latents, self.text):
+        self.latents, self.conditioning = plan.latents(folder), plan.conditioning(folder)
+        for shards in (self.latents, *self.conditioning.values()):
             shards.check_files()
         pairs = _read_table(folder / "pairs.parquet")
         self.rows, self._chosen, self._rejected, self._prompt = (
@@ -229,8 +245,14 @@ class CachedPairDataset(Dataset):
         _, moments, *latent_shape = plan.latent_shape
         dtype = getattr(torch, np.dtype(plan.dtype).name)
         latents = torch.empty(2, len(positions), moments, *latent_shape, dtype=dtype)
-        text_states = torch.empty(len(positions), *plan.text_shape[1:], dtype=dtype)
-        latent_rows, text_rows = latents.numpy(), text_states.numpy()
+        captions = Conditioning(
+            {
+                name: torch.empty(len(positions), *shards.shape[1:], dtype=dtype)
+                for name, shards in cache.conditioning.items()
+            }
+        )
+        latent_rows = latents.numpy()
+        caption_rows = [(shards, captions[name].numpy()) for name, shards in cache.conditioning.items()]
         rows, truncated, unreadable = [], 0, []
         for slot, position in enumerate(positions):
             index = self.order[position]
@@ -240,7 +262,8 @@ class CachedPairDataset(Dataset):
             flip, prompt = self._draw(index, position)
             for side, image in enumerate(cache.records_of(index)):
                 cache.latents.read(image, int(flip), out=latent_rows[side, slot])
-            cache.text.read(prompt, out=text_rows[slot])
+            for shards, records in caption_rows:
+                shards.read(prompt, out=records[slot])
             rows.append(int(cache.rows[index]))
             truncated += cache.is_truncated(prompt)
         latents = latents.flatten(0, 1)
@@ -249,8 +272,8 @@ class CachedPairDataset(Dataset):
             positions=torch.tensor(positions),
             rows=torch.tensor(rows),
             pair_ids=[cache.pair_id(row) for row in rows],
-            images=LatentMoments(latents[:, 0], stds, plan.scaling_factor),
-            captions=Conditioning({cache.text.name: text_states}),
+            images=LatentMoments(latents[:, 0], stds, plan.scaling_factor, plan.shift_factor),
+            captions=captions,
             truncated=truncated,
             unreadable=unreadable,
         )
@@ -266,7 +289,7 @@ class CachedPairDataset(Dataset):
         moments = torch.from_numpy(cache.latents.read(image, int(flip)))
         stds = moments[1] if len(moments) == 2 else None
         return SingleItem(
-            LatentMoments(moments[0], stds, cache.plan.scaling_factor),
+            LatentMoments(moments[0], stds, cache.plan.scaling_factor, cache.plan.shift_factor),
             self._conditioning(prompt),
             cache.is_truncated(prompt),
         )
@@ -276,8 +299,8 @@ class CachedPairDataset(Dataset):
         return self._conditioning(0 if index is None else self.table.prompt_of(index))
 
     def _conditioning(self, prompt: int) -> Conditioning:
-        text = self.table.text
-        return Conditioning({text.name: torch.from_numpy(text.read(prompt))})
+        entries = self.table.conditioning.items()
+        return Conditioning({name: torch.from_numpy(shards.read(prompt)) for name, shards in entries})
 
     def _draw(self, index: int, position: int) -> tuple[bool, int]:
         """Whether the images are mirrored, and the record of the caption."""
@@ -292,9 +315,8 @@ class CachedPairDataset(Dataset):
 
 def finish(folder: Path, plan: ExamplePlan) -> None:
     """Write the manifest, which marks the cache as finished. Every shard must be there."""
-    shards = (plan.latents(folder), plan.text(folder))
     names = [*plan.tables, "plan.json"]
-    names += [kind.checksum_path(shard).name for kind in shards for shard in range(len(kind))]
+    names += [kind.checksum_path(shard).name for kind in plan.shards(folder) for shard in range(len(kind))]
     content = {name: file_sha256(folder / name) for name in names}
     write_text(folder / "manifest.json", json.dumps(content, indent=2))
 

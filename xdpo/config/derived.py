@@ -11,6 +11,7 @@ PICKAPIC_V2_PAIRS = 851_293
 KEYS_WITHOUT_EFFECT = frozenset(
     {
         "output_dir",
+        "model.family",
         "train.micro_batch_pairs",  # the same pairs per step, to float rounding
         "data.num_workers",
         "data.max_unreadable_share",

@@ -34,15 +34,35 @@ class ModelConfig(Section):
 
     pipeline: FilePath = Field(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        description="hub id, or a folder in Stable Diffusion format",
+        description="hub id, or a folder in diffusers' format; docs/base_models.md lists the families",
     )
     revision: Text | None = Field(
         None, description="hub branch, tag or commit of the pipeline; a commit makes a run repeatable"
+    )
+    family: Text | None = Field(
+        None,
+        description="the family that the config is for, by its pipeline's class in diffusers: a pipeline of another "
+        "family is refused; null: any",
+    )
+    vae: FilePath | None = Field(
+        None,
+        description="hub id or folder of an autoencoder, itself or under vae/, in place of the pipeline's; null: the "
+        "pipeline's own",
+    )
+    empty_caption: Literal["zeros", "text"] | None = Field(
+        None,
+        description="Stable Diffusion XL alone: what an empty caption is encoded as, zeros or the encoders' states of "
+        "no words; null: as the pipeline samples",
     )
     trainable: Literal["full", "lora"] = Field(
         "full",
         description="full: the whole UNet, with a frozen copy beside it as the reference; lora: adapters on its "
         "attention, the reference being the same UNet with them off",
+    )
+    guidance: NonNegativeNumber | None = Field(
+        None,
+        description="what a guidance-distilled model (FLUX.1-dev) is told while it trains; 1: no guidance; null: 3.5, "
+        "as it samples",
     )
     lora_rank: Count = Field(64, description="rank of the adapters: more to learn with, more memory")
     lora_alpha: PositiveNumber = Field(64.0, description="adapters are scaled by lora_alpha / lora_rank")
@@ -149,13 +169,18 @@ class CacheConfig(Section):
 
 
 class NoiseConfig(Section):
-    """What is random in the diffusion objective, and the weight of a timestep."""
+    """Which times and which noise are drawn, and the weight of a time."""
 
     shared_by_pair: StrictBool = Field(
         True, description="one noise for chosen and rejected image (Appendix C); false: one each"
     )
+    shift: PositiveNumber | None = Field(
+        None,
+        description="flows (Stable Diffusion 3, FLUX): above 1 more of the times are noisy ones, 1 is plain "
+        "logit-normal; null: as the pipeline samples, 3 for Stable Diffusion 3, by resolution for FLUX",
+    )
     weighting: Literal["constant", "min_snr", "temporal_discount"] = Field(
-        "constant", description="weight of a pair by its timestep"
+        "constant", description="weight of a pair by its time; temporal_discount in diffusions alone"
     )
     min_snr_gamma: PositiveNumber = Field(5.0, description="signal-to-noise ratio at which min_snr cuts the weight off")
     discount: Annotated[Number, Field(gt=0, le=1)] = Field(

@@ -154,4 +154,4 @@ def _stack_images(images: Sequence[torch.Tensor | LatentMoments]) -> torch.Tenso
     every = cast(list[LatentMoments], images)
     stds = [moments.stds for moments in every if moments.stds is not None]
     means = torch.stack([moments.means for moments in every])
-    return LatentMoments(means, torch.stack(stds) if stds else None, every[0].scaling_factor)
+    return every[0]._replace(means=means, stds=torch.stack(stds) if stds else None)

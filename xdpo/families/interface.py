@@ -1,7 +1,7 @@
 """A family of base models: a record of everything that differs between families."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from xdpo.batch import Conditioning, LatentMoments, Tokens
+from xdpo.config import ModelConfig, NoiseConfig
 from xdpo.noise import Process
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin
+    from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -24,6 +25,8 @@ class PipelineParts:
     modules: Mapping[str, "ModelMixin | PreTrainedModel"]  # the denoiser, and unless left out the encoders
     tokenizers: Mapping[str, "PreTrainedTokenizerBase"]
     scheduler: "SchedulerMixin"
+    options: Mapping[str, Any] = field(default_factory=dict)  # arguments of the pipeline's class that are no parts
+    choices: Mapping[str, str] = field(default_factory=dict)  # see Family
 
     @property
     def denoiser(self) -> "ModelMixin":
@@ -39,9 +42,9 @@ class PipelineParts:
         """The autoencoder. Raises KeyError where the encoders were left out."""
         return self.modules["vae"]
 
-    def process(self) -> Process:
-        """The process that the scheduler describes, on the CPU. Raises ValueError for one that can't be trained."""
-        return self.family.process(self.scheduler)
+    def process(self, noise: NoiseConfig) -> Process:
+        """The process of the scheduler and the config, on the CPU. Raises ValueError for one that can't be trained."""
+        return self.family.process(self.scheduler, noise)
 
     @property
     def tokenize(self) -> Callable[[str], tuple[Tokens, bool]]:
@@ -64,21 +67,52 @@ class PipelineParts:
         return self.family.latent_shape(self, resolution)
 
 
+def unchanged(value: Any, *_: Any) -> Any:
+    return value
+
+
+def older_lora_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names that every version of diffusers loads into a UNet. It doesn't know those of all layers of a transformer."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+
+    return convert_state_dict_to_diffusers(weights)
+
+
+def _no_problem(index: Mapping[str, Any]) -> str | None:
+    return None
+
+
+def _no_choices(model: ModelConfig, index: Mapping[str, Any]) -> dict[str, str]:
+    return {}
+
+
+def _told_nothing(folder: Path, model: ModelConfig) -> dict[str, Any]:
+    return {}
+
+
+def _without_size(conditioning: Conditioning, resolution: int) -> Conditioning:
+    return conditioning
+
+
 class Family(NamedTuple):
     """One family: names, and functions without state that work on the parts that they are given."""
 
     name: str  # for people
     pipeline_class: str  # in diffusers; also the `_class_name` in model_index.json
     denoiser: str  # folder of the trained network, in a pipeline and in an export
-    encoders: tuple[str, ...]  # folders of the autoencoder and the text encoders
+    encoders: tuple[str, ...]  # folders of the autoencoder, "vae", and the text encoders
     tokenizers: tuple[str, ...]  # folders
+    classes: Mapping[str, tuple[str, ...]]  # folder with weights → its class in diffusers or transformers, or several
     lora_targets: tuple[str, ...]  # layers that a LoRA adapter changes, by the end of their names
     without_extras: Mapping[str, Any]  # arguments of the pipeline class that leave out unused parts
 
     problems: Callable[[Path], list[str]]
-    """A sentence for each problem of a folder's configs and vocabularies; no weight is read."""
+    """A sentence for each problem of the configs and vocabularies of a pipeline that has all parts."""
 
-    process: "Callable[[SchedulerMixin], Process]"
+    denoiser_problems: Callable[[Path, Path], list[str]]
+    """The same of a denoiser's folder that is to replace that of a checked pipeline, the second folder."""
+
+    process: "Callable[[SchedulerMixin, NoiseConfig], Process]"
     tokenize: "Callable[[Mapping[str, PreTrainedTokenizerBase], str], tuple[Tokens, bool]]"
     encode_captions: Callable[[PipelineParts, Tokens], Conditioning]
     encode_images: Callable[[PipelineParts, Tensor], LatentMoments]
@@ -91,8 +125,74 @@ class Family(NamedTuple):
     to_latents: Callable[[LatentMoments, Tensor | None], Tensor]
     """Latents (N, C, h, w) for the denoiser: a sample of the posterior with this noise, or its mean without noise."""
 
-    predict: Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
-    """Denoiser, noisy latents (N, C, h, w), times (N,), conditioning → prediction (N, C, h, w)."""
+    predict: Callable[..., Tensor]
+    """Denoiser, noisy latents (N, C, h, w), times (N,), conditioning, what `told` gives → prediction (N, C, h, w)."""
 
     prompt_arguments: Callable[[Conditioning, Conditioning], dict[str, Tensor]]
     """The pipeline's arguments for N captions and for N empty ones, which guidance starts from."""
+
+    decode: "Callable[[DiffusionPipeline, Tensor], Tensor]"
+    """Latents as the pipeline returns them → pixel values (N, 3, H, W) around [−1, 1]."""
+
+    use_plain_attention: Callable[[nn.Module], None] | None
+    """Make a denoiser's attention matrix products and a softmax, without fused kernels (compute.attention=eager)."""
+
+    index_problem: Callable[[Mapping[str, Any]], str | None] = _no_problem
+    """What a model_index.json says against its pipeline, before the pipeline's folders are looked at."""
+
+    keys: tuple[str, ...] = ()  # of the config's model section, which must be null in a family without them
+
+    choices: Callable[[ModelConfig, Mapping[str, Any]], dict[str, str]] = _no_choices
+    """What decides the encoding of captions besides the parts' files, by the config and the pipeline's index."""
+
+    with_size: Callable[[Conditioning, int], Conditioning] = _without_size
+    """Conditioning of N captions → with what the denoiser is told of N square images of this side in pixels."""
+
+    told: Callable[[Path, ModelConfig], dict[str, Any]] = _told_nothing
+    """Further arguments of `predict`, from a pipeline's configs and a config. Raises ValueError for an idle key."""
+
+    optional: tuple[str, ...] = ()
+    """The encoders and tokenizers that a pipeline may lack; `without` leaves them out."""
+
+    size_multiple: int = 8
+    """An image's side in pixels is a multiple of this."""
+
+    is_flow: bool = False  # only its pipeline's scheduler samples it
+
+    guidance: float = 7.5
+    """The guidance that its pipeline samples with, where none is asked for."""
+
+    pack: Callable[[Tensor], Tensor] = unchanged
+    """Latents (N, C, h, w) → as the pipeline takes and returns them."""
+
+    unpack: Callable[[Tensor, int], Tensor] = unchanged
+    """The way back, to latents of height h."""
+
+    lora_names: Callable[[dict[str, Tensor]], dict[str, Tensor]] = older_lora_names
+    """An adapter's weights by PEFT's names → by those that are exported."""
+
+    def without(self, lacking: Collection[str]) -> "Family":
+        """The record of a pipeline that lacks these of its optional parts."""
+        return self._replace(
+            encoders=tuple(name for name in self.encoders if name not in lacking),
+            tokenizers=tuple(name for name in self.tokenizers if name not in lacking),
+            without_extras={**self.without_extras, **dict.fromkeys(lacking)},
+        )
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Every folder of a pipeline that is read."""
+        return (*self.tokenizers, *self.with_weights, "scheduler")
+
+    @property
+    def with_weights(self) -> tuple[str, ...]:
+        return (*self.encoders, self.denoiser)
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        return tuple(name for name in self.encoders if name != "vae")
+
+    @property
+    def lora_parts(self) -> tuple[str, ...]:
+        """The parts that a LoRA file may adapt."""
+        return (self.denoiser, *self.text_encoders)

@@ -10,25 +10,16 @@ from safetensors import SafetensorError, safe_open
 
 from xdpo.files import lfs_pointer
 
-PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
-WITH_WEIGHTS = ("text_encoder", "vae", "unet")
-CONFIGS = {
-    "unet": "unet/config.json",
-    "vae": "vae/config.json",
-    "text_encoder": "text_encoder/config.json",
-    "scheduler": "scheduler/scheduler_config.json",
-}
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>[^.-]+))?(?:-\d+-of-\d+)?(?:\.(?P<after>[^.-]+))?\.safetensors"
 )
 _PREFERRED = ("fp16", "bf16", "ema")  # in this order, where the main weights are missing
 
 CONVERT = (
-    "Convert it once: python -c \"from diffusers import StableDiffusionPipeline as P; P.from_single_file('{path}')"
+    "Convert it once: python -c \"from diffusers import {pipeline_class} as P; P.from_single_file('{path}')"
     ".save_pretrained('FOLDER')\" and give that FOLDER"
 )
 _FAMILY_NAMES = {  # a prefix of weights in a single file → the only family that has it
-    "conditioner.embedders.1.": "Stable Diffusion XL",
     "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
     "double_blocks.": "FLUX",
     "model.diffusion_model.double_blocks.": "FLUX",
@@ -63,53 +54,62 @@ def weight_paths(part: Path) -> tuple[str | None, list[Path]]:
     return variant, [part / name for name in names]
 
 
-def fetch(pipeline: str, revision: str | None, parts: Collection[str], *, weights: bool) -> Path:
+def fetch(
+    pipeline: str,
+    revision: str | None,
+    parts: Collection[str],
+    weights: Collection[str] = (),
+    key: str = "model.pipeline",
+) -> Path:
     """A folder with these parts of a pipeline: the folder itself, or the cache's copy of a hub model.
 
-    weights: with the weights; otherwise configs and vocabularies only, which are small. Raises Unreachable where the
-    hub can't be reached and the cache lacks them, other ValueErrors for a model that doesn't exist.
+    parts: folders; "" is the top one, of a model that is a single part. weights: the parts whose weights are fetched
+    too; the rest is configs and vocabularies, which are small. key: of the config, for messages. Raises Unreachable
+    where the hub can't be reached and the cache lacks them, other ValueErrors for a model that doesn't exist.
     """
     if Path(pipeline).is_dir():
         return Path(pipeline)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import DryRunError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["model_index.json", *(f"{part}/*{ending}" for part in parts for ending in (".json", ".txt"))]
+    every = dict.fromkeys([*parts, *weights])
+    patterns = ["model_index.json", *(f"{part}/*{ending}" for part in every if part for ending in (".json", ".txt"))]
+    patterns += ["config.json"] * ("" in every)
     is_online = True
     try:
         if weights:
             try:
-                weight_patterns = [f"{part}/*.safetensors" for part in parts]
+                weight_patterns = [f"{part}/*.safetensors" if part else "*.safetensors" for part in weights]
                 files = snapshot_download(pipeline, revision=revision, allow_patterns=weight_patterns, dry_run=True)
-                patterns += _chosen([Path(file.filename) for file in files], parts)
+                patterns += _chosen([Path(file.filename) for file in files], weights)
             except DryRunError:  # offline: use what the cache has
                 is_online = False
         folder = Path(snapshot_download(pipeline, revision=revision, allow_patterns=patterns))
-        lacking = [part for part in parts if part in WITH_WEIGHTS and not weight_paths(folder / part)[1]]
-        if weights and lacking and is_online:
+        lacking = [part for part in weights if not weight_paths(folder / part)[1]]
+        if lacking and is_online:
             raise ValueError(
-                f"model.pipeline: {pipeline!r} has no safetensors weights of {', '.join(lacking)} by the names that "
+                f"{key}: {pipeline!r} has no safetensors weights of {', '.join(lacking) or 'it'} by the names that "
                 "diffusers gives, and pickled ones are not opened; take a revision or a copy that has them"
             )
-        if weights and lacking:
+        if lacking:
             raise LocalEntryNotFoundError(f"no weights of {', '.join(lacking)}")
         return folder
     except LocalEntryNotFoundError as error:
         raise Unreachable(
-            f"model.pipeline: could not load {pipeline!r}: it is not in the hub's cache, or not all of it, and the hub "
+            f"{key}: could not load {pipeline!r}: it is not in the hub's cache, or not all of it, and the hub "
             f"can't be asked ({_first_line(error)}). Check the network, or download it once and give its folder"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(
-            f"model.pipeline: could not load {pipeline!r}: {_first_line(error)}. Check the name and the revision, and "
+            f"{key}: could not load {pipeline!r}: {_first_line(error)}. Check the name and the revision, and "
             "log in (hf auth login) where the model asks for that"
         ) from error
 
 
 def _chosen(files: Collection[Path], parts: Collection[str]) -> list[str]:
     """The safetensors files of a hub model that are read."""
-    by_part = {part: [file.name for file in files if file.parent.as_posix() == part] for part in parts}
-    return [f"{part}/{name}" for part, names in by_part.items() for name in weight_files(names)[1]]
+    by_part = {Path(part): [file.name for file in files if file.parent == Path(part)] for part in parts}
+    return [(part / name).as_posix() for part, names in by_part.items() for name in weight_files(names)[1]]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -138,7 +138,8 @@ def describe_file(path: Path) -> str:
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         return (
             "is a single file of pickled weights, which may run any code when it is opened, so it is not. Take the "
-            f".safetensors file of the same model. {CONVERT.format(path=path.with_suffix('.safetensors'))}"
+            ".safetensors file of the same model. "
+            + CONVERT.format(path=path.with_suffix(".safetensors"), pipeline_class="StableDiffusionPipeline")
         )
     if path.suffix != ".safetensors":
         return "is a file, and a folder is meant"
@@ -147,9 +148,11 @@ def describe_file(path: Path) -> str:
         return "is a single file of LoRA weights; give it with --lora, and its pipeline with --model"
     for prefix, family in _FAMILY_NAMES.items():
         if any(name.startswith(prefix) for name in names):
-            return f"is a single file of {family}; only Stable Diffusion 1.x and 2.x can be used here"
+            return f"is a single file of {family}, and a pipeline's folder in diffusers' layout is meant; take that"
     if any(name.startswith("model.diffusion_model.") for name in names):
-        return f"is a single file, and a folder in diffusers' layout is meant. {CONVERT.format(path=path)}"
+        is_xl = any(name.startswith("conditioner.embedders.1.") for name in names)
+        convert = CONVERT.format(path=path, pipeline_class=f"StableDiffusion{'XL' * is_xl}Pipeline")
+        return f"is a single file, and a folder in diffusers' layout is meant. {convert}"
     if any(name.startswith("down_blocks.") for name in names):
         return (
             "is a single file with a UNet's weights; put it into a folder as diffusion_pytorch_model.safetensors, "

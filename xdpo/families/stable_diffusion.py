@@ -1,17 +1,18 @@
 """Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet that attends to its last states, four latent channels."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from xdpo.batch import Conditioning, LatentMoments, Tokens
 from xdpo.families.interface import Family, PipelineParts
-from xdpo.families.stable_diffusion_check import problems
-from xdpo.noise import DiffusionProcess
+from xdpo.families.processes import diffusion
+from xdpo.families.stable_diffusion_check import TEXT_ENCODERS, denoiser_problems, index_problem, problems
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
     from transformers import PreTrainedTokenizerBase
 
 TEXT = "text"  # the text encoder's last states, (N, L, D)
@@ -40,7 +41,8 @@ def encode_images(parts: PipelineParts, pixel_values: Tensor) -> LatentMoments:
     # Contiguous, whatever layout the convolutions gave: the UNet rounds differently in another one.
     posterior = parts.vae.encode(pixel_values).latent_dist
     means, stds = posterior.mean.float().contiguous(), posterior.std.float().contiguous()
-    return LatentMoments(means, stds, parts.vae.config.scaling_factor)
+    config = parts.vae.config
+    return LatentMoments(means, stds, config.scaling_factor, config.shift_factor or 0.0)
 
 
 def latent_shape(parts: PipelineParts, resolution: int) -> tuple[int, int, int]:
@@ -54,7 +56,7 @@ def to_latents(moments: LatentMoments, noise: Tensor | None) -> Tensor:
         if moments.stds is None:
             raise ValueError("latents can't be sampled where only the posterior's means were kept")
         latents = latents + moments.stds * noise
-    return latents * moments.scaling_factor
+    return (latents - moments.shift_factor) * moments.scaling_factor
 
 
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -65,12 +67,23 @@ def prompt_arguments(captions: Conditioning, empty: Conditioning) -> dict[str, T
     return {"prompt_embeds": captions[TEXT], "negative_prompt_embeds": empty[TEXT]}
 
 
+def decode(pipeline: "DiffusionPipeline", latents: Tensor) -> Tensor:
+    return pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
+
+
+def use_plain_attention(denoiser: Any) -> None:
+    from diffusers.models.attention_processor import AttnProcessor
+
+    denoiser.set_attn_processor(AttnProcessor())
+
+
 STABLE_DIFFUSION = Family(
     name="Stable Diffusion 1.x and 2.x",
     pipeline_class="StableDiffusionPipeline",
     denoiser="unet",
     encoders=("vae", "text_encoder"),
     tokenizers=("tokenizer",),
+    classes={"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",), "text_encoder": TEXT_ENCODERS},
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),  # all attention projections
     without_extras={
         "safety_checker": None,
@@ -78,8 +91,10 @@ STABLE_DIFFUSION = Family(
         "image_encoder": None,
         "requires_safety_checker": False,
     },
+    index_problem=index_problem,
     problems=problems,
-    process=DiffusionProcess.from_scheduler,
+    denoiser_problems=denoiser_problems,
+    process=diffusion,
     tokenize=tokenize,
     encode_captions=encode_captions,
     conditioning_shapes=conditioning_shapes,
@@ -88,4 +103,6 @@ STABLE_DIFFUSION = Family(
     to_latents=to_latents,
     predict=predict,
     prompt_arguments=prompt_arguments,
+    decode=decode,
+    use_plain_attention=use_plain_attention,
 )

@@ -6,7 +6,7 @@ an image for each caption of the round. Round, snapshot, starting noise and capt
 The images sampled in one batch never depend on the number of processes.
 
 ```
-output_dir/snapshots/00003/unet.safetensors
+output_dir/snapshots/00003/unet.safetensors     named like the denoiser's folder
 output_dir/self_play/00003/made_from.json       everything that decides the latents below
                            latents_00000.npy …  one batch each, with checksums
 ```
@@ -150,18 +150,21 @@ class SelfPlay:
         shutil.rmtree(self.folder / "self_play", ignore_errors=True)
 
     def _save(self, number: int, policy: nn.Module) -> None:
-        final = snapshot_path(self.folder, number).parent
-        if not final.exists():
-            with replacing_folder(final) as aside:
+        path = self._snapshot(number)
+        if not path.parent.exists():
+            with replacing_folder(path.parent) as aside:
                 weights = {name: value.cpu().contiguous() for name, value in policy.state_dict().items()}
-                save_file(weights, aside / snapshot_path(self.folder, number).name)
+                save_file(weights, aside / path.name)
 
     def _load(self, number: int) -> None:
-        path = snapshot_path(self.folder, number)
+        path = self._snapshot(number)
         try:
             self.reference.load_state_dict(load_file(path))
         except (OSError, SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"can't read the snapshot {path}: {error}; remove the run and start anew") from error
+
+    def _snapshot(self, number: int) -> Path:
+        return snapshot_folder(self.folder, number) / f"{self.parts.family.denoiser}.safetensors"
 
     def _latents(self, round_number: int) -> Shards:
         """A round's latents on the disk; a batch of samples is a shard."""
@@ -237,7 +240,7 @@ class SelfPlay:
         settings = self.settings
         return {
             "snapshot": snapshot,
-            "snapshot_sha256": file_sha256(snapshot_path(self.folder, snapshot)),
+            "snapshot_sha256": file_sha256(self._snapshot(snapshot)),
             "pipeline": [settings.model.pipeline, settings.model.revision],
             "pairs": self.dataset.table.fingerprint,
             "captions": f"cached as {settings.cache.dtype}" if settings.cache.examples else "encoded while sampling",
@@ -268,14 +271,14 @@ class SelfPlay:
         pipeline = pipeline_with(self.parts, self.reference, encoders=False)
         output = pipeline(
             **self.parts.family.prompt_arguments(captions, empty),
-            latents=start,
+            latents=self.parts.family.pack(start),
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
             height=settings.data.resolution,
             width=settings.data.resolution,
             output_type="latent",
         )
-        return output.images.float()
+        return self.parts.family.unpack(output.images, start.shape[2]).float()
 
     def _conditioning(self, positions: Sequence[int | None]) -> Conditioning:
         """The conditioning of the captions at positions of `order`, on the device; None is the empty caption."""
@@ -307,15 +310,16 @@ class SelfPlayFeed:
         self.self_play.close()
 
 
-def snapshot_path(folder: Path, number: int) -> Path:
+def snapshot_folder(folder: Path, number: int) -> Path:
     """Where a run keeps the policy as it was when round `number` began."""
-    return folder / "snapshots" / f"{number:05d}" / "unet.safetensors"
+    return folder / "snapshots" / f"{number:05d}"
 
 
 def check_snapshots(settings: Config, folder: Path, start_step: int) -> None:
     """Raise CheckpointError where a resumed run lacks a snapshot that this round or a later one may draw."""
     rounds = range(-(-start_step // settings.self_play.every))
-    missing = [str(path) for path in (snapshot_path(folder, number) for number in rounds) if not path.is_file()]
+    paths = (snapshot_folder(folder, number) for number in rounds)
+    missing = [str(path) for path in paths if not any(path.glob("*.safetensors"))]
     if missing:
         raise CheckpointError(
             f"the run goes on from step {start_step}, and the earlier checkpoints from which self-play draws its "

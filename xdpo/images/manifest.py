@@ -1,7 +1,9 @@
 """The manifest of an image folder: one line for each image, a JSON object. Only this module knows its keys."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 from xdpo.tables import as_text
@@ -46,13 +48,19 @@ class ListedImage(NamedTuple):
     prompt: str | None = None
     sha256: str | None = None
     model: str | None = None
+    revision: str | None = None
+    settings: Mapping[str, Any] = MappingProxyType({})  # of sampling; empty where the line has no object of that name
 
     @classmethod
     def from_line(cls, line: bytes) -> Self:
         """Raises ValueError, TypeError or RecursionError for a line without a file or with a value that isn't text."""
         row = json.loads(line)
-        texts = {name: as_text(row[name], name) for name in (*cls._fields, *_OTHER_NAMES.values()) if name in row}
+        if not isinstance(row, dict):
+            raise TypeError(f"a line must be a JSON object, got {type(row).__name__}")
+        settings = row.pop("settings", None)
+        names = (*cls._fields, *_OTHER_NAMES.values())
+        texts: dict[str, Any] = {name: as_text(row[name], name) for name in names if name in row}
         for name, other in _OTHER_NAMES.items():
             synonym = texts.pop(other, None)
             texts[name] = texts.get(name) or synonym
-        return cls(**texts)
+        return cls(**texts, settings=settings if isinstance(settings, dict) else {})

@@ -12,13 +12,14 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from xdpo.files import file_sha256
-from xdpo.images.manifest import MANIFEST, ListedImage
+from xdpo.images.manifest import MANIFEST, ListedImage, ManifestRow
 from xdpo.paths import user_path
 from xdpo.prompts import load_prompts
 
@@ -29,7 +30,8 @@ _NUMBERED = re.compile(r"(\d+)(?:[-_](\d+))?")
 @dataclass(frozen=True)
 class Picture:
     """One image of a model for a prompt. `key` names the prompt within its set ("anime/12"), the same for all models;
-    `repeat` counts several images of one prompt; `source` is the manifest's name for the model that made it."""
+    `repeat` counts several images of one prompt; `source` is the manifest's name for the model that made it, with its
+    revision and the settings of sampling."""
 
     model: str
     prompt_set: str
@@ -41,6 +43,8 @@ class Picture:
     prompt: str | None = None
     sha256: str | None = None
     source: str | None = None
+    revision: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -167,8 +171,7 @@ def _read_set(folder: Path, model: str) -> tuple[list[Picture], list[Problem]]:
     pictures = []
     for name, row in sorted(rows.items()):
         if name in on_disk:
-            picture = _picture(model, prompt_set, folder, name, row.category)
-            pictures.append(replace(picture, prompt=row.prompt, sha256=row.sha256, source=row.model))
+            pictures.append(picture_of(row, model, folder))
     problems = [
         Problem(model, prompt_set, "listed in the manifest but missing", tuple(sorted(set(rows) - on_disk))),
         Problem(model, prompt_set, "left out: not in the manifest", tuple(sorted(on_disk - set(rows)))),
@@ -176,6 +179,19 @@ def _read_set(folder: Path, model: str) -> tuple[list[Picture], list[Problem]]:
         *_clashes(pictures),
     ]
     return _without_clashes(pictures), [problem for problem in problems if problem.names]
+
+
+def picture_of(row: ListedImage | ManifestRow, model: str, folder: Path) -> Picture:
+    """The image that a line of the manifest in a prompt set's folder describes."""
+    picture = _picture(model, folder.resolve().name, folder, Path(row.file).as_posix(), row.category)
+    return replace(
+        picture,
+        prompt=row.prompt,
+        sha256=row.sha256,
+        source=row.model,
+        revision=row.revision,
+        settings=row.settings,
+    )
 
 
 def _picture(model: str, prompt_set: str, folder: Path, name: str, category: str | None = None) -> Picture:

@@ -1,6 +1,8 @@
 """Sheets of images side by side: models as columns, prompts as rows."""
 
+import bisect
 from collections.abc import Iterator, Mapping, Sequence
+from math import ceil
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -8,10 +10,13 @@ from PIL import Image, ImageDraw
 from xdpo.data.images import UnreadableImageError, decode_rgb
 from xdpo.files import replacing, writing
 from xdpo.images.folder import read_manifest
+from xdpo.images.fonts import draw_text, text_width
 from xdpo.images.manifest import MANIFEST, ManifestRow
 
 _MARGIN, _LINE, _HEADER, _GAP = 8, 15, 26, 6
 _FONT_SIZE, _TITLE_SIZE = 11, 14
+_FULL_SIZE = 256  # pixels of a cell from which texts grow with it, lest they vanish when a sheet is shown small
+_MOST_LINES = 6  # of a caption
 
 
 def first_images(folder: Path, prompt_set: str) -> dict[tuple[int, str], ManifestRow]:
@@ -36,7 +41,7 @@ def write_sheets(
     for number, start in enumerate(range(0, len(captions), rows), start=1):
         part = slice(start, start + rows)
         images = {title: [_open(path) for path in paths[part]] for title, paths in columns.items()}
-        sheet = contact_sheet(images, captions[part], cell=cell, caption_lines=3)
+        sheet = contact_sheet(images, captions[part], cell=cell)
         path = output.with_stem(f"{output.stem}_{number}") if number > 1 else output
         save_sheet(path, sheet)
         yield path, len(captions[part])
@@ -64,37 +69,35 @@ def save_sheet(path: Path, sheet: Image.Image) -> None:
 
 
 def contact_sheet(
-    columns: Mapping[str, Sequence[Image.Image]],
-    captions: Sequence[str],
-    cell: int | None = None,
-    caption_lines: int = 1,
+    columns: Mapping[str, Sequence[Image.Image]], captions: Sequence[str], cell: int | None = None
 ) -> Image.Image:
     """A sheet with one titled column per model and one row per prompt, with its caption beneath.
 
     Images fill cells of `cell` pixels a side, by default at least 128. They are enlarged without smoothing and reduced
-    with it. Captions wrap to at most `caption_lines` lines and are then cut with an ellipsis.
+    with it. Captions in any script are wrapped, and cut with an ellipsis after six lines.
     """
     titles, rows = list(columns), list(zip(*columns.values(), strict=True))
     assert rows and len(rows) == len(captions), "a sheet needs a caption for each of its rows"
     if cell is None:
         cell = max(rows[0][0].width, 128 // rows[0][0].width * rows[0][0].width)
+    scale = max(1.0, cell / _FULL_SIZE)
+    line, header, font, title_font = (round(scale * size) for size in (_LINE, _HEADER, _FONT_SIZE, _TITLE_SIZE))
     width = _MARGIN + len(titles) * (cell + _MARGIN)
-    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    wrapped = [_wrap(ruler, caption, width - 2 * _MARGIN, caption_lines) for caption in captions]
-    height = _HEADER + sum(cell + len(lines) * _LINE + _GAP + _MARGIN for lines in wrapped)
+    wrapped = [_wrap(caption, width - 2 * _MARGIN, font) for caption in captions]
+    height = header + sum(cell + len(lines) * line + _GAP + _MARGIN for lines in wrapped)
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
-        fitted = _fit(draw, title, cell, _TITLE_SIZE)
-        draw.text((_MARGIN + column * (cell + _MARGIN), 6), fitted, fill="black", font_size=_TITLE_SIZE)
-    top = _HEADER
+        place = (_MARGIN + column * (cell + _MARGIN), (header - title_font) / 2 - 1)
+        draw_text(draw, place, _fit(title, cell, title_font), title_font, "black")
+    top = header
     for images, lines in zip(rows, wrapped, strict=True):
         for column, image in enumerate(images):
             sheet.paste(_square(image, cell), (_MARGIN + column * (cell + _MARGIN), top))
         top += cell
-        for line in lines:
-            draw.text((_MARGIN, top + 2), line, fill="#333333", font_size=_FONT_SIZE)
-            top += _LINE
+        for text in lines:
+            draw_text(draw, (_MARGIN, top + 2), text, font, "#333333")
+            top += line
         top += _GAP + _MARGIN
     return sheet
 
@@ -104,22 +107,30 @@ def _square(image: Image.Image, cell: int) -> Image.Image:
     return image.convert("RGB").resize((cell, cell), Image.Resampling.NEAREST if enlarges else Image.Resampling.LANCZOS)
 
 
-def _wrap(draw: ImageDraw.ImageDraw, text: str, width: int, most: int) -> list[str]:
-    """The text in lines no wider than `width` pixels, at most `most` of them."""
+def _wrap(text: str, width: int, size: int) -> list[str]:
+    """The text in lines no wider than `width` pixels, at most six of them."""
     lines: list[str] = []
-    words = text.split()
-    while words and len(lines) < most - 1:
-        line = words.pop(0)
-        while words and draw.textlength(f"{line} {words[0]}", font_size=_FONT_SIZE) <= width:
-            line += " " + words.pop(0)
-        lines.append(_fit(draw, line, width, _FONT_SIZE))
-    return lines + ([_fit(draw, " ".join(words), width, _FONT_SIZE)] if words or not lines else [])
+    rest = " ".join(text.split())
+    while rest and len(lines) < _MOST_LINES - 1:
+        end = _longest(rest, width, size)
+        if end < len(rest):
+            space = rest.rfind(" ", 0, end + 1)
+            end = space if space > 0 else end  # scripts without spaces break anywhere
+        lines.append(rest[:end])
+        rest = rest[end:].lstrip()
+    return lines + ([_fit(rest, width, size)] if rest or not lines else [])
 
 
-def _fit(draw: ImageDraw.ImageDraw, text: str, width: int, font_size: int) -> str:
+def _longest(text: str, width: int, size: int) -> int:
+    """How many characters from the start fit into `width` pixels; at least one."""
+    counts = range(2, len(text) + 1)
+    return 1 + bisect.bisect_right(counts, width, key=lambda count: ceil(text_width(text[:count], size)))
+
+
+def _fit(text: str, width: int, size: int) -> str:
     """The text, cut with an ellipsis where it is wider than `width` pixels."""
-    if draw.textlength(text, font_size=font_size) <= width:
+    if text_width(text, size) <= width:
         return text
-    while text and draw.textlength(text + "…", font_size=font_size) > width:
+    while text and text_width(text + "…", size) > width:
         text = text[:-1]
     return text + "…"

@@ -9,14 +9,16 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from xdpo.families import Family
+from xdpo.families.checks import build_empty
 from xdpo.families.pipeline_files import read_header
-from xdpo.families.stable_diffusion_check import build_empty
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-_PARTS = ("unet", "text_encoder")
-_KOHYA = re.compile(r"lora_(?P<part>unet|te1?)_(?P<layer>[^.]+)\.(?P<half>lora_down\.weight|lora_up\.weight|alpha)")
+_KOHYA = re.compile(r"lora_(?P<part>[a-z]+\d?)_(?P<layer>[^.]+)\.(?P<half>lora_down\.weight|lora_up\.weight|alpha)")
+_KOHYAS_PARTS = {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}
 _DIFFUSERS = re.compile(
-    r"(?P<part>unet|text_encoder)\.(?P<layer>.+?)(?:\.|_)lora(?:_linear_layer)?(?P<half>_A|_B|\.down|\.up)\.weight"
+    r"(?P<part>unet|transformer|text_encoder(?:_\d)?)\."
+    r"(?P<layer>.+?)(?:\.|_)lora(?:_linear_layer)?(?P<half>_A|_B|\.down|\.up)\.weight"
 )
 _LAYERS_OF_OLD = {".to_q": ".q_proj", ".to_k": ".k_proj", ".to_v": ".v_proj", ".to_out": ".out_proj"}
 
@@ -32,22 +34,22 @@ class _Pair:
     names: list[str] = field(default_factory=list)
 
 
-def check_lora(file: Path, base: Path, label: str) -> None:
+def check_lora(family: Family, file: Path, base: Path, label: str) -> None:
     """Refuse a LoRA file of another model, of which only a part fits this one, or that changes nothing.
 
     base: a folder with the configs of the pipeline to adapt, whose weights aren't read. Names are those of diffusers,
-    of PEFT below `unet.` and `text_encoder.`, or of kohya's scripts. Raises ValueError with counts and examples.
+    of PEFT below `unet.`, `text_encoder.` and so on, or of kohya's scripts. Raises ValueError with counts and examples.
     """
     header = read_header(file)
-    layers = {part: dict(build_empty(base, part).named_modules()) for part in _PARTS}
+    layers = {part: dict(build_empty(family, base, part).named_modules()) for part in family.lora_parts}
     pairs, strange = _pairs(header, layers)
     matched = sum(len(pair.names) for pair in pairs.values())
     if strange or not pairs:
         raise ValueError(
-            f"{label}: {len(strange):,} of {len(header):,} weights in {file.name} have no place in the pipeline's UNet "
-            f"or text encoder, {matched:,} have one: without a place are {', '.join(strange[:3])}"
+            f"{label}: {len(strange):,} of {len(header):,} weights in {file.name} have no place in the pipeline's "
+            f"{' or '.join(family.lora_parts)}, {matched:,} have one: without a place are {', '.join(strange[:3])}"
             + (", …" if len(strange) > 3 else "")
-            + f". {_guess(strange, layers)}"
+            + f". {_guess(strange, family)}"
         )
     if problems := [problem for key, pair in pairs.items() for problem in _problems(key, pair, layers)]:
         raise ValueError(
@@ -92,8 +94,8 @@ def _pairs(
         if match is None:
             strange.append(name)
             continue
-        part = {"te": "text_encoder", "te1": "text_encoder"}.get(match["part"], match["part"])
-        layer = flat[part].get(_flat(_modern(match["layer"], part)))
+        part = _KOHYAS_PARTS.get(match["part"], match["part"])
+        layer = flat[part].get(_flat(_modern(match["layer"], part))) if part in flat else None
         if layer is None:
             strange.append(name)
             continue
@@ -111,7 +113,7 @@ def _pairs(
 def _modern(layer: str, part: str) -> str:
     """A layer's name as the libraries have it now, from those of their older versions."""
     layer = layer.replace(".processor.", ".")
-    if part == "unet":
+    if not part.startswith("text_encoder"):
         return f"{layer}.0" if layer.endswith(".to_out") else layer
     for old, new in _LAYERS_OF_OLD.items():
         layer = layer.removesuffix(old) + new if layer.endswith(old) else layer
@@ -145,18 +147,20 @@ def _problems(key: tuple[str, str], pair: _Pair, layers: Mapping[str, Mapping[st
     return []
 
 
-def _guess(strange: list[str], layers: Mapping[str, Mapping[str, nn.Module]]) -> str:
+def _guess(strange: list[str], family: Family) -> str:
     """Which kind of file probably has such names, and what to do."""
-    first = strange[0] if strange else ""
-    save = "save it with StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=…)"
+    first, denoiser = strange[0] if strange else "", family.denoiser
+    save = f"save it with {family.pipeline_class}.save_lora_weights(folder, {denoiser}_lora_layers=…)"
     if not strange:
         return "It holds no weights at all"
     if first.startswith("base_model.model."):
         return f"It is in PEFT's own format; {save}"
-    if first.startswith(("transformer.", "lora_te2_", "lora_transformer_", "lora_te3_", "text_encoder_2.")):
+    named = _KOHYA.fullmatch(first) or _DIFFUSERS.fullmatch(first)
+    if named and _KOHYAS_PARTS.get(named["part"], named["part"]) not in family.lora_parts:
         return "It is a LoRA of another family of models, such as Stable Diffusion XL, 3 or FLUX"
     if any(mark in name for name in strange for mark in ("hada_", "lokr_", "oft_", "dora_scale", "magnitude_vector")):
         return "It is a LyCORIS or DoRA file (LoHa, LoKr, OFT, DoRA), and only plain LoRA is used here"
-    if any(_DIFFUSERS.fullmatch(f"unet.{name}") for name in strange):
-        return f'Their names lack the part that they adapt ("unet." or "text_encoder."); {save}'
+    if any(_DIFFUSERS.fullmatch(f"{denoiser}.{name}") for name in strange):
+        prefixes = " or ".join(f'"{part}."' for part in family.lora_parts)
+        return f"Their names lack the part that they adapt ({prefixes}); {save}"
     return "It is a LoRA of another model; take the pipeline that it was trained on"

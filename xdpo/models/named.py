@@ -12,21 +12,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from xdpo.config import ComputeConfig, FilePath, ModelConfig, Section, Text, load_config, parse_yaml
-from xdpo.families import PipelineParts, check_pipeline_folder, load_parts, pipeline_with
-from xdpo.families.pipeline_files import PARTS, Unreachable, describe_file, fetch, weight_paths
-from xdpo.families.stable_diffusion_check import check_unet
+from xdpo.families import PipelineParts, check_model, family_of_pipeline, load_parts, part_checksum, pipeline_with
+from xdpo.families.checks import check_denoiser
+from xdpo.families.pipeline_files import Unreachable, describe_file, fetch, weight_paths
 from xdpo.files import file_sha256
 from xdpo.models.lora import LORA_FILE, check_lora, layers_adapted
 from xdpo.models.policy import make_policy
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, ModelMixin, UNet2DConditionModel
+    from diffusers import DiffusionPipeline, ModelMixin
 
 MODEL_CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "models"
 
 
 class ModelSpec(Section):
-    """A model to generate with: a pipeline, its UNet replaced or adapted, or a run of train_xdpo.py.
+    """A model to generate with: a pipeline, its denoiser replaced or adapted, or a run of train_xdpo.py.
 
     configs/models/ holds the paper's five. `revision` is the hub revision of `unet` or `lora`, `base_revision` that
     of `base`.
@@ -34,7 +34,7 @@ class ModelSpec(Section):
 
     base: FilePath | None = None  # hub id or folder of a pipeline
     base_revision: Text | None = None
-    unet: FilePath | None = None  # hub id or folder of a UNet in diffusers format, itself or under unet/
+    unet: FilePath | None = None  # hub id or folder of a denoiser in diffusers format, itself or under its usual name
     lora: FilePath | None = None  # a safetensors file, or hub id or folder with pytorch_lora_weights.safetensors
     run: FilePath | None = None  # run folder (its export), or a checkpoint folder of a run
     revision: Text | None = None
@@ -56,8 +56,8 @@ class ModelSpec(Section):
 class ResolvedModel:
     """A model whose files have been found. Revisions are hub commits, or "sha256:…" of local weights.
 
-    `kind` is that of `weights`: "unet" (hub id or folder), "lora" (hub id, folder or file), "checkpoint" (folder), or
-    "base" and None.
+    `kind` is that of `weights`: the denoiser's name, such as "unet" (hub id or folder), "lora" (hub id, folder or
+    file), "checkpoint" (folder), or "base" and None.
     """
 
     name: str
@@ -72,7 +72,8 @@ class ResolvedModel:
     def identity(self) -> dict[str, str | None]:
         """What makes two models the same, wherever their files lie."""
         base = "local folder" if Path(self.base.pipeline).is_dir() else self.base.pipeline
-        return {"base": base, "base_revision": self.base_revision, "kind": self.kind, "revision": self.revision}
+        same = {"base": base, "base_revision": self.base_revision, "kind": self.kind, "revision": self.revision}
+        return same if self.base.vae is None else same | {"vae": part_checksum(self.base, "vae")}
 
 
 def read_model_spec(name: str, *, unet: str | None = None, lora: str | None = None) -> tuple[str, ModelSpec]:
@@ -119,16 +120,18 @@ def resolve_model(name: str, spec: ModelSpec) -> ResolvedModel:
     if spec.run is not None:
         return _resolve_run(name, Path(spec.run))
     base, base_revision = _resolve_base(ModelConfig(pipeline=spec.base, revision=spec.base_revision))
-    source, kind = (spec.unet, "unet") if spec.unet else (spec.lora, "lora")
+    source = spec.unet or spec.lora
     if source is None:
         return ResolvedModel(name, base, base_revision, "base")
-    label, path = f"model.{kind}: {source!r}", Path(source)
+    denoiser = family_of_pipeline(base).denoiser
+    kind = denoiser if spec.unet else "lora"
+    label, path = f"model.{'unet' if spec.unet else 'lora'}: {source!r}", Path(source)
     if path.is_file():
-        if kind == "unet" or path.suffix != ".safetensors":
+        if kind == denoiser or path.suffix != ".safetensors":
             raise ValueError(f"{label} {describe_file(path)}")
         _check_fit(kind, path, base, label)
         return ResolvedModel(name, base, base_revision, kind, source, None, f"sha256:{file_sha256(path)}")
-    files = ("unet/config.json", "config.json") if kind == "unet" else (LORA_FILE,)
+    files = (f"{denoiser}/config.json", "config.json") if kind == denoiser else (LORA_FILE,)
     if path.is_dir():
         file = next((path / file for file in files if (path / file).is_file()), None)
         if file is None:
@@ -137,14 +140,14 @@ def resolve_model(name: str, spec: ModelSpec) -> ResolvedModel:
             raise ValueError(f"{label} has no {' or '.join(files)}{hint}")
         _check_fit(kind, file, base, label)
         return ResolvedModel(name, base, base_revision, kind, str(file.parent), None, _local_revision(file.parent))
-    commit, file = _hub_file(source, files, spec.revision, f"model.{kind}")
+    commit, file = _hub_file(source, files, spec.revision, label.partition(":")[0])
     _check_fit(kind, file, base, label, has_weights=False)
-    subfolder = "unet" if kind == "unet" and file.parent.name == "unet" else None
+    subfolder = denoiser if kind == denoiser and file.parent.name == denoiser else None
     return ResolvedModel(name, base, base_revision, kind, source, subfolder, commit)
 
 
 def load_model(model: ResolvedModel) -> "DiffusionPipeline":
-    """The StableDiffusionPipeline of a resolved model: float32, on the CPU, no safety checker.
+    """The family's pipeline of a resolved model: float32, on the CPU, no safety checker.
 
     Raises ValueError where weights can't be loaded or don't fit the base.
     """
@@ -152,12 +155,12 @@ def load_model(model: ResolvedModel) -> "DiffusionPipeline":
     try:
         if model.weights is None:
             return pipeline_with(parts, parts.denoiser)
-        if model.kind == "unet":
-            return pipeline_with(parts, _load_unet(type(parts.denoiser), model, model.weights))
+        if model.kind == parts.family.denoiser:
+            return pipeline_with(parts, _load_denoiser(type(parts.denoiser), model, model.weights))
         if model.kind == "checkpoint":
             return pipeline_with(parts, _load_checkpoint(parts, Path(model.weights), model.base))
         pipeline = pipeline_with(parts, parts.denoiser)
-        _load_lora(pipeline, model, model.weights)
+        _load_lora(pipeline, parts.family.lora_parts, model, model.weights)
         return pipeline
     except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
         problem = f"can't load {model.kind} weights of {model.weights}: {error}"
@@ -189,7 +192,7 @@ def _spec_from_yaml(path: Path, unet: str | None, lora: str | None) -> ModelSpec
 
 
 def _resolve_base(base: ModelConfig) -> tuple[ModelConfig, str]:
-    check_pipeline_folder(base.pipeline, base.revision)
+    check_model(base)
     if Path(base.pipeline).is_dir():
         return base, _local_revision(Path(base.pipeline), "*/")
     commit, _ = _hub_file(base.pipeline, ("model_index.json",), base.revision, "model.base")
@@ -205,8 +208,9 @@ def _resolve_run(name: str, path: Path) -> ResolvedModel:
     base, base_revision = _resolve_base(load_config(run / "config.yaml").model)
     if is_checkpoint:
         return ResolvedModel(name, base, base_revision, "checkpoint", str(path), None, _local_revision(path))
-    if (run / "export" / "unet").is_dir():
-        kind, weights = "unet", run / "export" / "unet"
+    denoiser = family_of_pipeline(base).denoiser
+    if (run / "export" / denoiser).is_dir():
+        kind, weights = denoiser, run / "export" / denoiser
     elif (run / "export" / LORA_FILE).is_file():
         kind, weights = "lora", run / "export"
     else:
@@ -214,23 +218,24 @@ def _resolve_run(name: str, path: Path) -> ResolvedModel:
         raise ValueError(
             f"model.run: {run} has no export, as it isn't finished; name one of its checkpoints: {saved or 'none yet'}"
         )
-    _check_fit(kind, weights / ("config.json" if kind == "unet" else LORA_FILE), base, f"model.run: {run}")
+    _check_fit(kind, weights / ("config.json" if kind == denoiser else LORA_FILE), base, f"model.run: {run}")
     return ResolvedModel(name, base, base_revision, kind, str(weights), None, _local_revision(weights))
 
 
 def _check_fit(kind: str, file: Path, base: ModelConfig, label: str, *, has_weights: bool = True) -> None:
-    """Refuse a UNet or a LoRA file that doesn't fit the base, if the base's configs are available.
+    """Refuse a denoiser or a LoRA file that doesn't fit the base, if the base's configs are available.
 
-    has_weights: the weights lie beside the UNet's config, as in a folder; a hub model's are fetched on loading.
+    has_weights: the weights lie beside the denoiser's config, as in a folder; a hub model's are fetched on loading.
     """
     try:
-        folder = fetch(base.pipeline, base.revision, PARTS, weights=False)
+        family = family_of_pipeline(base)
+        folder = fetch(base.pipeline, base.revision, family.parts)
     except Unreachable:  # load_parts will raise
         return
-    if kind == "unet":
-        check_unet(file.parent, folder, label, has_weights=has_weights)
+    if kind == family.denoiser:
+        check_denoiser(family, file.parent, folder, label, has_weights=has_weights)
     else:
-        check_lora(file, folder, label)
+        check_lora(family, file, folder, label)
 
 
 def _local_revision(folder: Path, depth: str = "") -> str:
@@ -262,11 +267,11 @@ def _hub_file(repository: str, files: tuple[str, ...], revision: str | None, key
     ) from problem
 
 
-def _load_unet(kind: "type[UNet2DConditionModel]", model: ResolvedModel, weights: str) -> "UNet2DConditionModel":
-    """The UNet that replaces the base's, float32; from a variant (fp16, …) where a folder has nothing else."""
+def _load_denoiser(kind: "type[ModelMixin]", model: ResolvedModel, weights: str) -> "ModelMixin":
+    """The denoiser that replaces the base's, float32; from a variant (fp16, …) where a folder has nothing else."""
     folder = Path(weights)
     where = {"variant": weight_paths(folder)[0]} if folder.is_dir() else {"revision": model.revision}
-    unet, report = kind.from_pretrained(
+    denoiser, report = kind.from_pretrained(
         weights,
         subfolder=model.subfolder,
         dtype=torch.float32,
@@ -275,12 +280,12 @@ def _load_unet(kind: "type[UNet2DConditionModel]", model: ResolvedModel, weights
         **where,
     )
     if missing := report["missing_keys"]:
-        raise ValueError(f"{len(missing)} weights are missing, {min(missing)} for one; it is another model's UNet")
-    return unet.eval().requires_grad_(False)
+        raise ValueError(f"{len(missing)} weights are missing, {min(missing)} for one; it is another model's")
+    return denoiser.eval().requires_grad_(False)
 
 
-def _load_lora(pipeline: "DiffusionPipeline", model: ResolvedModel, weights: str) -> None:
-    """Adapt a pipeline's UNet and text encoder. Raises ValueError where not every layer of the file took effect."""
+def _load_lora(pipeline: "DiffusionPipeline", names: tuple[str, ...], model: ResolvedModel, weights: str) -> None:
+    """Adapt a pipeline's parts of these names. Raises ValueError where not every layer of the file took effect."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     path = Path(weights)
@@ -294,10 +299,7 @@ def _load_lora(pipeline: "DiffusionPipeline", model: ResolvedModel, weights: str
         where = {"weight_name": LORA_FILE, "revision": model.revision}
     pipeline.load_lora_weights(str(path.parent if path.is_file() else path), use_safetensors=True, **where)
     adapted = [
-        module
-        for part in (pipeline.unet, pipeline.text_encoder)
-        for module in part.modules()
-        if isinstance(module, BaseTunerLayer)
+        module for name in names for module in getattr(pipeline, name).modules() if isinstance(module, BaseTunerLayer)
     ]
     if len(adapted) != (expected := layers_adapted(file)):
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from xdpo.config import ComputeConfig, ModelConfig
-from xdpo.families import PipelineParts
+from xdpo.families import Family, PipelineParts
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -24,7 +24,7 @@ def make_reference(parts: PipelineParts, model: ModelConfig, compute: ComputeCon
     if model.trainable == "lora":
         return None
     reference = copy.deepcopy(parts.denoiser).eval().requires_grad_(compute.compile)
-    _apply_compute(reference, compute)
+    _apply_compute(parts.family, reference, compute)
     return reference
 
 
@@ -47,20 +47,18 @@ def make_policy(parts: PipelineParts, model: ModelConfig, compute: ComputeConfig
         )
     else:
         denoiser.requires_grad_(True)
-    _apply_compute(denoiser, compute)
+    _apply_compute(parts.family, denoiser, compute)
     return denoiser.eval()
 
 
-def _apply_compute(denoiser: "ModelMixin", compute: ComputeConfig) -> None:
+def _apply_compute(family: Family, denoiser: "ModelMixin", compute: ComputeConfig) -> None:
     """Apply the switches that policy and reference share: equal weights must give equal bits (see xdpo.reference)."""
     if compute.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     if compute.channels_last:
         denoiser.to(memory_format=torch.channels_last)
-    if compute.attention == "eager":
-        from diffusers.models.attention_processor import AttnProcessor
-
-        denoiser.set_attn_processor(AttnProcessor())
+    if compute.attention == "eager" and family.use_plain_attention is not None:  # refused before where it is
+        family.use_plain_attention(denoiser)
     if compute.compile:
         _compile(denoiser)
 

@@ -1,12 +1,13 @@
 """Diffusion with discrete timesteps, as DDPM defines it: the network predicts the noise, or v."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 
 from xdpo.noise.draws import draw_timesteps
+from xdpo.noise.weighting import CONSTANT, Weighting
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 NO_SIGNAL = 1e-6  # a last ᾱ below it means betas rescaled to zero signal; Stable Diffusion's is 0.0047
@@ -21,6 +22,7 @@ class DiffusionProcess:
 
     alphas_cumprod: torch.Tensor  # (T,) float32, ᾱ_t, falling with t
     prediction_type: str  # one of PREDICTION_TYPES
+    weighting: Weighting = CONSTANT
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
@@ -30,7 +32,7 @@ class DiffusionProcess:
             )
 
     @classmethod
-    def from_scheduler(cls, scheduler: Any) -> Self:
+    def from_scheduler(cls, scheduler: Any, weighting: Weighting = CONSTANT) -> Self:
         """Read a diffusers scheduler's ᾱ and prediction type.
 
         Raises ValueError for a scheduler without ᾱ (flow matching), with another prediction type, or with settings that
@@ -49,7 +51,7 @@ class DiffusionProcess:
                 f"{alphas_cumprod[0]:.3g} to {alphas_cumprod[-1]:.3g}); Stable Diffusion has beta_schedule "
                 "scaled_linear, beta_start 0.00085, beta_end 0.012"
             )
-        schedule = cls(alphas_cumprod, scheduler.config.prediction_type)
+        schedule = cls(alphas_cumprod, scheduler.config.prediction_type, weighting)
         if schedule.prediction_type == "epsilon" and alphas_cumprod[-1] < NO_SIGNAL:
             raise ValueError(
                 f"the last of its {len(schedule)} steps holds no signal (ᾱ = {alphas_cumprod[-1]:.2g}) and its "
@@ -62,10 +64,10 @@ class DiffusionProcess:
         return len(self.alphas_cumprod)
 
     def to(self, device: torch.device | str) -> Self:
-        return type(self)(self.alphas_cumprod.to(device), self.prediction_type)
+        return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
 
-    def draw_times(self, seed: int, positions: Iterable[int]) -> torch.Tensor:
-        """One timestep per position, uniform over 0 … T−1: (B,) int64 on the CPU."""
+    def draw_times(self, seed: int, positions: Iterable[int], latent_shape: Sequence[int]) -> torch.Tensor:
+        """One timestep per position, uniform over 0 … T−1 for latents of any size: (B,) int64 on the CPU."""
         return draw_timesteps(seed, positions, len(self))
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -80,9 +82,14 @@ class DiffusionProcess:
         signal, sigma = self._coefficients(timesteps, latents.dim())
         return signal * noise - sigma * latents
 
-    def weights(
-        self, timesteps: torch.Tensor, weighting: str = "constant", min_snr_gamma: float = 5.0, discount: float = 0.9
-    ) -> torch.Tensor:
+    def denoised(self, noisy: torch.Tensor, prediction: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """x̂_0 = (x_t − √(1−ᾱ_t)·ε)/√ᾱ_t of a predicted ε, or √ᾱ_t·x_t − √(1−ᾱ_t)·v of a predicted v."""
+        signal, sigma = self._coefficients(timesteps, noisy.dim())
+        if self.prediction_type == "epsilon":
+            return (noisy - sigma * prediction) / signal
+        return signal * noisy - sigma * prediction
+
+    def weights(self, timesteps: torch.Tensor) -> torch.Tensor:
         """ω(t) of each timestep: (B,) float32.
 
         constant            1
@@ -90,23 +97,19 @@ class DiffusionProcess:
                             (Hang et al. 2023)
         temporal_discount   discount^((T−1−t)·50/T), scaled to mean 1 over all t: DenseReward discounts by 0.9 for
                             each of 50 sampling steps, counted from the noisiest. It samples by this; here it weights.
-
-        Raises ValueError for another name.
         """
         alphas_cumprod = self.alphas_cumprod[timesteps]
-        match weighting:
-            case "constant":
-                return torch.ones_like(alphas_cumprod)
+        match self.weighting.name:
             case "min_snr":
-                snr = alphas_cumprod / (1 - alphas_cumprod)
+                gamma, snr = self.weighting.min_snr_gamma, alphas_cumprod / (1 - alphas_cumprod)
                 if self.prediction_type == "epsilon":
-                    return (min_snr_gamma / snr).clamp(max=1)  # without the 0/0 where the last step has no signal
-                return snr.clamp(max=min_snr_gamma) / (snr + 1)
+                    return (gamma / snr).clamp(max=1)  # without the 0/0 where the last step has no signal
+                return snr.clamp(max=gamma) / (snr + 1)
             case "temporal_discount":
                 steps_from_noisiest = torch.arange(len(self) - 1, -1, -1, dtype=torch.float64) * 50 / len(self)
-                weights = discount**steps_from_noisiest
+                weights = self.weighting.discount**steps_from_noisiest
                 return (weights / weights.mean()).to(alphas_cumprod)[timesteps]
-        raise ValueError(f"unknown timestep weighting {weighting!r}; choose from constant, min_snr, temporal_discount")
+        return torch.ones_like(alphas_cumprod)
 
     def _coefficients(self, timesteps: torch.Tensor, num_dims: int) -> tuple[torch.Tensor, torch.Tensor]:
         """√ᾱ_t and √(1−ᾱ_t), float32, shaped (B, 1, …) to meet tensors of `num_dims` dimensions."""

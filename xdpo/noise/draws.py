@@ -78,6 +78,11 @@ def draw_timesteps(seed: int, positions: Iterable[int], schedule_length: int) ->
     )
 
 
+def draw_normals(seed: int, positions: Iterable[int], stream: str) -> torch.Tensor:
+    """One standard normal number per pair: (B,) float32 on the CPU."""
+    return torch.cat([torch.randn(1, generator=generator(seed, int(position), stream)) for position in positions])
+
+
 def draw_noise(
     seed: int, positions: Iterable[int], shape: Sequence[int], shared: bool = True, stream: str = "noise"
 ) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from xdpo import processes
 from xdpo.batch import Tokens
 from xdpo.cache import CacheError, ExampleCache, ExamplePlan, Shards
-from xdpo.cache.examples import TABLES, finish, is_finished
+from xdpo.cache.examples import LATENTS, TABLES, finish, is_finished
 from xdpo.config import Config
 from xdpo.data import PairTable, Split, finite_scores, local_files, no_scores
 from xdpo.data.examples import Tokenize
@@ -118,10 +118,9 @@ def build_examples(
     if is_main:
         say(_estimate(folder, plan, kinds, accelerator.num_processes))
     for kind in kinds:
-        every = range(len(kind.shards)) if is_main else ()
-        unfinished = processes.agree([shard for shard in every if not kind.shards.is_finished(shard)])
-        before = np.cumsum([0, *(len(kind.shards.records_of(shard)) for shard in unfinished)]).tolist()
-        name = f"{folder.name}/{kind.shards.name}"
+        unfinished = processes.agree(kind.unfinished() if is_main else None)
+        before = np.cumsum([0, *(len(kind.records_of(shard)) for shard in unfinished)]).tolist()
+        name = f"{folder.name}/{kind.name}"
         with tqdm(total=before[-1], desc=name, unit="record", disable=not is_main) as bar:
             for number in processes.deal(f"examples/{name}", range(len(unfinished))):
                 bar.update(before[number] - bar.n)  # earlier shards are done, or being written by other processes
@@ -129,9 +128,9 @@ def build_examples(
             bar.update(bar.total - bar.n)
     processes.wait()
     if is_main and not is_finished(folder):
-        for kind in kinds:  # other processes wrote them, perhaps on other machines
-            for shard in range(len(kind.shards)):
-                appears(kind.shards.checksum_path(shard))
+        for shards in plan.shards(folder):  # other processes wrote them, perhaps on other machines
+            for shard in range(len(shards)):
+                appears(shards.checksum_path(shard))
         finish(folder, plan)
         say(f"{folder}: finished; {len(plan.latents(folder).unreadable())} unreadable images")
     processes.wait()
@@ -139,41 +138,46 @@ def build_examples(
 
 def _write_shard(kind: "_Kind", shard: int, num_workers: int, bar: tqdm) -> None:
     """Encode a shard's records into memory of their final size and type, and write them."""
-    record_ids, filled = list(kind.shards.records_of(shard)), 0
+    record_ids, filled = list(kind.records_of(shard)), 0
     unreadable: list[int] = []
-    records = np.empty((len(record_ids), *kind.shards.shape), dtype=kind.shards.dtype)
+    records = {
+        name: np.empty((len(record_ids), *shards.shape), dtype=shards.dtype) for name, shards in kind.shards.items()
+    }
     for encoded, batch in kind.encoded(record_ids, num_workers):
-        records[filled : filled + len(encoded)] = encoded
-        filled += len(encoded)
+        rows = slice(filled, filled := filled + len(batch["record"]))
+        for name, values in encoded.items():
+            records[name][rows] = values
         unreadable += [
             record for record, is_readable in zip(batch["record"], batch["readable"], strict=True) if not is_readable
         ]
-        bar.update(len(encoded))
-    kind.shards.write(shard, records, unreadable)
+        bar.update(len(batch["record"]))
+    for name, shards in kind.shards.items():
+        shards.write(shard, records[name], unreadable)
 
 
 def verify_examples(
     cache: ExampleCache, table: PairTable, parts: PipelineParts, settings: Config, accelerator: Accelerator
-) -> tuple[float, float]:
-    """Check every checksum and encode a sample again. Returns the relative differences of latents and text states.
+) -> dict[str, float]:
+    """Check every checksum and encode a sample again. Returns the relative difference of each name's shards.
 
     Raises CacheError for damage, or where a sample differs by more than rounding.
     """
-    differences = []
+    differences = {}
     for kind in _kinds(cache.folder, table, cache.plan, parts, settings, accelerator):
-        shards, name = kind.shards, kind.shards.name
-        shards.verify(partial(tqdm, desc=f"checksums of {name}", unit="shard"))
-        sample = sorted(np.random.default_rng(0).permutation(shards.count)[:VERIFIED].tolist())
-        again = np.concatenate([encoded for encoded, _ in kind.encoded(sample)])
-        cached = np.stack([[shards.read(record, part) for part in range(shards.shape[0])] for record in sample])
-        difference = float(np.linalg.norm(again - cached.astype(np.float32)) / np.linalg.norm(again))
-        if not difference <= VERIFY_TOLERANCE:
-            raise CacheError(
-                f"{cache.folder}: {name} encoded again differ by {difference:.3g} of their norm from those kept; "
-                "remove the folder and build it again"
-            )
-        differences.append(difference)
-    return differences[0], differences[1]
+        sample = sorted(np.random.default_rng(0).permutation(kind.count)[:VERIFIED].tolist())
+        encoded_again = [encoded for encoded, _ in kind.encoded(sample)]
+        for name, shards in kind.shards.items():
+            shards.verify(partial(tqdm, desc=f"checksums of {name}", unit="shard"))
+            again = np.concatenate([encoded[name] for encoded in encoded_again])
+            cached = np.stack([[shards.read(record, part) for part in range(shards.shape[0])] for record in sample])
+            difference = float(np.linalg.norm(again - cached.astype(np.float32)) / np.linalg.norm(again))
+            if not difference <= VERIFY_TOLERANCE:
+                raise CacheError(
+                    f"{cache.folder}: {name} encoded again differ by {difference:.3g} of their norm from those kept; "
+                    "remove the folder and build it again"
+                )
+            differences[name] = difference
+    return differences
 
 
 def _begin(
@@ -251,7 +255,6 @@ def _plan(
     split: Split,
 ) -> ExamplePlan:
     """A new cache's plan, but for the checksums of its tables."""
-    ((_, text_shape),) = parts.family.conditioning_shapes(parts).items()
     return ExamplePlan(
         key=example_key(settings, split),
         fingerprint=table.fingerprint,
@@ -264,8 +267,9 @@ def _plan(
             2 if settings.data.sample_latents else 1,
             *parts.latent_shape(settings.data.resolution),
         ),
-        text_shape=(1, *text_shape),
+        conditioning_shapes=parts.family.conditioning_shapes(parts),
         scaling_factor=parts.vae.config.scaling_factor,
+        shift_factor=parts.vae.config.shift_factor or 0.0,
         dtype={"fp16": "float16", "fp32": "float32"}[settings.cache.dtype],
         has_scores="chosen_score" in pairs.column_names,
         sources=file_states(local_files(settings.data, **source_of(settings, split))),
@@ -273,7 +277,7 @@ def _plan(
 
 
 def _refuse_small_disk(folder: Path, plan: ExamplePlan) -> None:
-    needed, free = plan.latents(folder).num_bytes + plan.text(folder).num_bytes, shutil.disk_usage(folder).free
+    needed, free = sum(shards.num_bytes for shards in plan.shards(folder)), shutil.disk_usage(folder).free
     if needed > free:
         raise CacheError(
             f"cache.examples: {folder} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; make room, "
@@ -315,14 +319,40 @@ class _Captions(Dataset):
 
 @dataclass(frozen=True)
 class _Kind:
-    """One kind of encodings, latents or text states: their shards, the data to encode, the encoder, its batch size."""
+    """What is encoded at once, images or captions: the shards of each encoding, the data, the encoder, its batch size.
 
-    shards: Shards
+    The shards are those of the same records, and equally many.
+    """
+
+    name: str
+    shards: Mapping[str, Shards]
     records: Dataset
-    encode: Callable[[dict[str, Any]], np.ndarray]
+    encode: Callable[[dict[str, Any]], dict[str, np.ndarray]]
     batch_size: int
 
-    def encoded(self, record_ids: list[int], num_workers: int = 0) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    @property
+    def count(self) -> int:
+        return self._any.count
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(shards.num_bytes for shards in self.shards.values())
+
+    @property
+    def _any(self) -> Shards:
+        return next(iter(self.shards.values()))
+
+    def records_of(self, shard: int) -> range:
+        return self._any.records_of(shard)
+
+    def unfinished(self) -> list[int]:
+        """The numbers at which a shard is missing."""
+        numbers = range(len(self._any))
+        return [number for number in numbers if not all(kind.is_finished(number) for kind in self.shards.values())]
+
+    def encoded(
+        self, record_ids: list[int], num_workers: int = 0
+    ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Any]]]:
         """Encodings of some records, batch by batch, each with `record` and `readable` of its rows."""
         batches = [record_ids[start : start + self.batch_size] for start in range(0, len(record_ids), self.batch_size)]
         # The last batch is filled up, because rounding depends on the batch's shape.
@@ -330,7 +360,8 @@ class _Kind:
         loader = DataLoader(self.records, batch_sampler=full, num_workers=num_workers, generator=torch.Generator())
         for batch, records in zip(loader, batches, strict=True):
             rows = slice(len(records))
-            yield self.encode(batch)[rows], {"record": records, "readable": batch["readable"][rows].tolist()}
+            encoded = {name: values[rows] for name, values in self.encode(batch).items()}
+            yield encoded, {"record": records, "readable": batch["readable"][rows].tolist()}
 
 
 def _kinds(
@@ -353,9 +384,19 @@ def _kinds(
     images_at_once = max(1, 2 * pairs_at_once // orientations)
     return [
         _Kind(
-            plan.latents(folder), images, lambda batch: _encode_images(parts, batch, plan, accelerator), images_at_once
+            "latents",
+            {LATENTS: plan.latents(folder)},
+            images,
+            lambda batch: {LATENTS: _encode_images(parts, batch, plan, accelerator)},
+            images_at_once,
         ),
-        _Kind(plan.text(folder), captions, lambda batch: _encode_captions(parts, batch, accelerator), pairs_at_once),
+        _Kind(
+            "text",
+            plan.conditioning(folder),
+            captions,
+            lambda batch: _encode_captions(parts, batch, accelerator),
+            pairs_at_once,
+        ),
     ]
 
 
@@ -374,28 +415,28 @@ def _encode_images(parts: PipelineParts, batch: dict, plan: ExamplePlan, acceler
     return latents.unflatten(0, pixels.shape[:2]).numpy()
 
 
-def _encode_captions(parts: PipelineParts, batch: dict, accelerator: Accelerator) -> np.ndarray:
-    """(N, 1, L, D) float32."""
+def _encode_captions(parts: PipelineParts, batch: dict, accelerator: Accelerator) -> dict[str, np.ndarray]:
+    """(N, 1, …) float32 for each entry."""
     with accelerator.autocast():
         tokens = Tokens({name: ids.to(accelerator.device) for name, ids in batch["tokens"].items()})
-        (states,) = parts.encode_captions(tokens).values()
-    return states.float().cpu().unsqueeze(1).numpy()
+        conditioning = parts.encode_captions(tokens)
+    return {name: values.float().cpu().unsqueeze(1).numpy() for name, values in conditioning.items()}
 
 
 def _estimate(folder: Path, plan: ExamplePlan, kinds: list[_Kind], num_processes: int) -> str:
     """A line with a cache's gigabytes and hours. One batch of each kind is timed, after another that warms up."""
     seconds = 0.0
     for kind in kinds:
-        unfinished = [shard for shard in range(len(kind.shards)) if not kind.shards.is_finished(shard)]
-        one_batch = list(range(min(kind.batch_size, kind.shards.count)))
+        unfinished = kind.unfinished()
+        one_batch = list(range(min(kind.batch_size, kind.count)))
         for _ in range(2 if unfinished else 0):
             start = time.perf_counter()
             list(kind.encoded(one_batch))
             elapsed = time.perf_counter() - start
         if unfinished:
-            missing = sum(len(kind.shards.records_of(shard)) for shard in unfinished)
+            missing = sum(len(kind.records_of(shard)) for shard in unfinished)
             seconds += missing * elapsed / len(one_batch) / num_processes
-    latents, text = (kind.shards.num_bytes / 1e9 for kind in kinds)
+    latents, text = (kind.num_bytes / 1e9 for kind in kinds)
     duration = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
     return (
         f"example cache in {folder}: {plan.num_images:,} images, {plan.num_prompts:,} captions of {plan.num_pairs:,} "

@@ -8,7 +8,7 @@ from xdpo.cache.examples import PRECISION
 from xdpo.compute import device_kind, precision_of
 from xdpo.config import Config
 from xdpo.data import PairTable, Split
-from xdpo.families import part_checksum
+from xdpo.families import caption_choices, family_of_pipeline, part_checksum
 from xdpo.files import file_sha256
 
 
@@ -30,6 +30,7 @@ def example_key(settings: Config, split: Split) -> dict[str, Any]:
     their bytes.
     """
     data, model = settings.data, settings.model
+    family = family_of_pipeline(model)
     source = {"source": data.source, "path": data.path, "split": data.split, "max_pairs": data.max_pairs}
     if split.is_held_out:
         source |= {"path": settings.eval.path or data.path, "split": settings.eval.split}
@@ -43,7 +44,8 @@ def example_key(settings: Config, split: Split) -> dict[str, Any]:
         "posterior": "mean and standard deviation" if data.sample_latents else "mean",
         "cache.dtype": settings.cache.dtype,
         "autoencoder": part_checksum(model, "vae"),
-        "text encoder": part_checksum(model, "text_encoder", "tokenizer"),
+        "text encoder": part_checksum(model, *family.text_encoders, *family.tokenizers),
+        **caption_choices(model),
         PRECISION: precision_of(settings.compute),
     }
 
@@ -59,7 +61,7 @@ def reference_key(settings: Config, pairs: PairTable | ExampleCache, split: Spli
     if compute.compile and not split.is_held_out:
         adapter = model.lora_rank if model.trainable == "lora" else None
         graph = {"adapter": adapter, "gradient_checkpointing": compute.gradient_checkpointing}
-    data, augment = settings.data, not split.is_held_out
+    data, augment, family = settings.data, not split.is_held_out, family_of_pipeline(model)
     is_unpaired = takes_single_images(settings, split)
     return {
         **({"desirable share of unpaired images": settings.loss.values["desirable_share"]} if is_unpaired else {}),
@@ -73,8 +75,10 @@ def reference_key(settings: Config, pairs: PairTable | ExampleCache, split: Spli
         "examples": f"cached, manifest {file_sha256(pairs.folder / 'manifest.json')}"
         if isinstance(pairs, ExampleCache)
         else "encoded while training",
-        "noise": settings.noise.model_dump(),
-        "pipeline": part_checksum(settings.model, "unet", "vae", "text_encoder", "tokenizer", "scheduler"),
+        "noise": settings.noise.model_dump(exclude_none=True),
+        "pipeline": part_checksum(model, family.denoiser, *family.encoders, *family.tokenizers, "scheduler"),
+        **({} if model.guidance is None else {"guidance": model.guidance}),
+        **caption_choices(model),
         "precision": precision,
         "device": device_kind(),
         "kernels": compute.model_dump(include={"tf32", "attention", "channels_last", "deterministic"}),

@@ -1,37 +1,68 @@
 """Tables as grids of cells, which can be written as Markdown, aligned text or HTML."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from math import isfinite
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
+from xdpo.images.making import MAY_DIFFER, Making
 from xdpo.scores.results import Benchmark
-from xdpo.scores.statistics import Comparison
+from xdpo.scores.statistics import Comparison, average_ranks
+
+if TYPE_CHECKING:
+    from xdpo.scores.features import Drift
 
 TITLES = {
     "pickscore": "PickScore",
     "hpsv2": "HPSv2",
+    "hpsv2.1": "HPSv2.1",
     "image_reward": "ImageReward",
     "clip": "CLIP",
     "aesthetic": "Aesthetic",
+    "saturation": "Saturation",
+    "contrast": "Contrast",
+    "sharpness": "Sharpness",
+    "high frequencies": "High frequencies",
+    "distance": "Distance",
     "tiny_reward": "Reward (tiny)",
     "tiny_alignment": "Alignment (tiny)",
     "tiny_appeal": "Appeal (tiny)",
+    "tiny_warmth": "Warmth (tiny)",
 }
-_DECIMALS = {"pickscore": 3, "hpsv2": 3, "image_reward": 3, "clip": 4, "aesthetic": 3}
+BRIEF = 24  # characters up to which a cell of the page is kept on one line
+BEST = "Marked is a model whose paired difference from every other has a 95 % interval above zero."
+_DECIMALS = {"pickscore": 3, "hpsv2": 3, "hpsv2.1": 3, "image_reward": 3, "clip": 4, "aesthetic": 3}
 
 
 @dataclass(frozen=True)
 class Cell:
     """A cell of a table. `value` is its sorting key, `detail` is smaller print after the text, `best` marks the highest
-    of its kind, `tone` is "better" or "worse" than the baseline, "published" or empty."""
+    of its kind. `tone` is "better" or "worse" than the baseline, "higher" or "lower" without a judgement, "differs"
+    from it, "published" or empty."""
 
     text: str
     value: float | str | None = None
     detail: str = ""
     best: bool = False
     tone: str = ""
+
+    @property
+    def sign(self) -> str:
+        """The tone as a character, for readers who don't see its colour."""
+        return {"better": "▲", "worse": "▼", "higher": "▲", "lower": "▼", "differs": "≠"}.get(self.tone, "")
+
+
+class Paired(NamedTuple):
+    """A model and the baseline with which it is compared, by a scorer on a prompt set."""
+
+    prompt_set: str
+    baseline: str
+    model: str
+    scorer: str
 
 
 @dataclass(frozen=True)
@@ -75,9 +106,9 @@ def interval(low: float, high: float, scorer: str, sign: bool = False) -> str:
 
 
 def overview(benchmark: Benchmark) -> Grid:
-    """Means with intervals: a row per model, a column per scorer, the highest of each column marked."""
+    """Means with intervals: a row per model, a column per scorer, marked where a model is better than every other."""
     cells = {(m, s): benchmark.summary(m, s) for m in benchmark.models for s in benchmark.scorers}
-    best = {s: max(cells[m, s].mean for m in benchmark.models) for s in benchmark.scorers}
+    best = {s: benchmark.best(s) for s in benchmark.scorers}
     rows = tuple(
         (
             Cell(model, model),
@@ -86,7 +117,7 @@ def overview(benchmark: Benchmark) -> Grid:
                     number(cells[model, s].mean, s),
                     cells[model, s].mean,
                     interval(*cells[model, s].interval, s),
-                    best=cells[model, s].mean == best[s],
+                    best=model == best[s],
                 )
                 for s in benchmark.scorers
             ),
@@ -94,7 +125,7 @@ def overview(benchmark: Benchmark) -> Grid:
         for model in benchmark.models
     )
     columns = ("Model", *(title_of(s) for s in benchmark.scorers))
-    note = f"Means over {len(benchmark.prompts):,} prompts with 95 % bootstrap intervals; the highest is marked."
+    note = f"Means over {len(benchmark.prompts):,} prompts with 95 % bootstrap intervals. {BEST}"
     return Grid(f"{benchmark.name}: mean scores", columns, rows, note)
 
 
@@ -124,61 +155,158 @@ def details(benchmark: Benchmark, baseline: str) -> Grid:
                 )
             )
     columns = ("Metric", "Model", "Prompts", "Mean", "Median", "Std. error", "95 % interval", "Change", "Relative")
-    note = f"Change of the mean against {baseline}; coloured where its 95 % interval excludes zero."
+    note = f"Change of the mean against {baseline}; ▲ or ▼ where its 95 % interval excludes zero."
     return Grid(f"{benchmark.name}: mean, median and change", columns, tuple(rows), note)
 
 
-def win_rates(benchmark: Benchmark, baselines: Sequence[str]) -> Grid:
-    """Win rates of each model against each baseline, paired by prompt; two baselines are compared once."""
+def win_rates(benchmark: Benchmark, baselines: Sequence[str], corrected: Mapping[Paired, float]) -> Grid:
+    """Win rates of each model against each baseline, paired by prompt; `corrected` are their corrected p-values."""
     rows = []
-    for position, baseline in enumerate(baselines):
-        for scorer in benchmark.scorers:
-            for model in benchmark.models:
-                if model == baseline or model in baselines[:position]:
-                    continue
-                c = benchmark.comparison(baseline, model, scorer)
-                low, high = c.win_rate_bootstrap
-                tone = "better" if low > 0.5 else "worse" if high < 0.5 else ""
+    for paired in compared(benchmark, baselines):
+        c = benchmark.comparison(paired.baseline, paired.model, paired.scorer)
+        low, high = c.win_rate_interval
+        p = corrected[paired]
+        tone = "" if p >= 0.05 else "better" if c.wins > c.losses else "worse"
+        rows.append(
+            (
+                Cell(title_of(paired.scorer), title_of(paired.scorer)),
+                Cell(paired.model, paired.model),
+                Cell(paired.baseline, paired.baseline),
+                Cell(percent(c.win_rate), c.win_rate, tone=tone),
+                Cell(f"[{100 * low:.1f}, {100 * high:.1f}]", low),
+                Cell(f"{c.wins:,}", c.wins),
+                Cell(f"{c.ties:,}", c.ties),
+                Cell(f"{c.losses:,}", c.losses),
+                Cell(p_value(c.sign_test), c.sign_test),
+                Cell(p_value(p), p),
+            )
+        )
+    columns = ("Metric", "Model", "Against", "Win rate", "95 % interval", "Wins", "Ties", "Losses", "p", "p, corrected")
+    note = (
+        "Paired by prompt, ties ½, Wilson's intervals; p is the sign test's, corrected by Holm's method for the "
+        f"{len(corrected):,} comparisons of this report; ▲ or ▼ where the corrected p is below 0.05."
+    )
+    return Grid(f"{benchmark.name}: win rates", columns, tuple(rows), note)
+
+
+def compared(benchmark: Benchmark, baselines: Sequence[str]) -> list[Paired]:
+    """What is compared with the baselines; two baselines are compared with one another once."""
+    return [
+        Paired(benchmark.name, baseline, model, scorer)
+        for position, baseline in enumerate(baselines)
+        for scorer in benchmark.scorers
+        for model in benchmark.models
+        if model != baseline and model not in baselines[:position]
+    ]
+
+
+def every_pair(benchmark: Benchmark) -> Grid:
+    """Win rates of all models against one another by each scorer."""
+    rows = []
+    for scorer in benchmark.scorers:
+        for model in benchmark.models:
+            for other in (other for other in benchmark.models if other != model):
+                wins = benchmark.wins(other, model, scorer)
+                low, high = wins.interval
                 rows.append(
                     (
                         Cell(title_of(scorer), title_of(scorer)),
                         Cell(model, model),
-                        Cell(baseline, baseline),
-                        Cell(percent(c.win_rate), c.win_rate, tone=tone),
+                        Cell(other, other),
+                        Cell(percent(wins.rate), wins.rate),
                         Cell(f"[{100 * low:.1f}, {100 * high:.1f}]", low),
-                        Cell(f"{c.wins:,}", c.wins),
-                        Cell(f"{c.ties:,}", c.ties),
-                        Cell(f"{c.losses:,}", c.losses),
-                        Cell(p_value(c.sign_test), c.sign_test),
                     )
                 )
-    columns = ("Metric", "Model", "Against", "Win rate", "95 % interval", "Wins", "Ties", "Losses", "Sign test p")
-    note = "Paired by prompt, ties ½; bootstrap over prompts; coloured where the interval excludes 50 %."
-    return Grid(f"{benchmark.name}: win rates", columns, tuple(rows), note)
+    columns = ("Metric", "Model", "Against", "Win rate", "95 % interval")
+    return Grid(f"{benchmark.name}: win rates of every pair", columns, tuple(rows))
 
 
-def by_category(benchmark: Benchmark, baseline: str, scorer: str) -> Grid:
-    """Means of one scorer by style or category, with win rates against the baseline."""
-    categories = benchmark.categories
-    best = {c: max(benchmark.of(m, scorer, c).mean() for m in benchmark.models) for c in categories}
+def ranks(benchmark: Benchmark) -> Grid:
+    """Ranks averaged over prompts: a row per model, a column per scorer and their mean, the best model first."""
+    of_scorer = np.array([average_ranks(benchmark.scores[scorer]) for scorer in benchmark.scorers])
+    means = of_scorer.mean(axis=0)
+    rows = tuple(
+        (
+            Cell(benchmark.models[i], benchmark.models[i]),
+            *(Cell(f"{rank:.2f}", float(rank)) for rank in of_scorer[:, i]),
+            Cell(f"{means[i]:.2f}", float(means[i])),
+        )
+        for i in np.argsort(means, kind="stable")
+    )
+    columns = ("Model", *(title_of(scorer) for scorer in benchmark.scorers), "Mean")
+    note = "The rank among the models, averaged over prompts: 1 is the highest score, and ties share their ranks."
+    return Grid(f"{benchmark.name}: average ranks", columns, rows, note)
+
+
+def by_category(benchmark: Benchmark, baseline: str) -> Grid:
+    """Means by style or category, their change against the baseline and the win rate, one row for each."""
     rows = []
-    for model in benchmark.models:
-        cells = [Cell(model, model)]
-        for category in categories:
-            mean = float(benchmark.of(model, scorer, category).mean())
-            c = benchmark.comparison(baseline, model, scorer, category)
-            detail = "" if model == baseline else f"wins {percent(c.win_rate, decimals=0)}"
-            tone = "" if model == baseline else shift_tone(c)
-            cells.append(Cell(number(mean, scorer), mean, detail, best=mean == best[category], tone=tone))
-        rows.append(tuple(cells))
-    columns = ("Model", *(f"{category or 'all'} ({len(rows_):,})" for category, rows_ in categories.items()))
-    note = f"Mean and win rate against {baseline}; the number of prompts in brackets."
-    return Grid(f"{benchmark.name}: {title_of(scorer)} by style or category", columns, tuple(rows), note)
+    for scorer in benchmark.scorers:
+        for category, positions in benchmark.categories.items():
+            for model in benchmark.models:
+                c = benchmark.comparison(baseline, model, scorer, category)
+                rate, shift, between = Cell("–"), Cell("–"), Cell("–")
+                if model != baseline:
+                    rate = Cell(percent(c.win_rate), c.win_rate)
+                    shift = Cell(number(c.mean_shift, scorer, sign=True), c.mean_shift, tone=shift_tone(c))
+                    between = Cell(interval(*c.mean_shift_interval, scorer, sign=True), c.mean_shift_interval[0])
+                rows.append(
+                    (
+                        Cell(title_of(scorer), title_of(scorer)),
+                        Cell(category or "none", category or "none"),
+                        Cell(f"{len(positions):,}", len(positions)),
+                        Cell(model, model),
+                        Cell(number(c.mean_after, scorer), c.mean_after),
+                        shift,
+                        between,
+                        rate,
+                    )
+                )
+    columns = ("Metric", "Category", "Prompts", "Model", "Mean", "Change", "95 % interval", "Win rate")
+    note = f"Change and win rate against {baseline}; ▲ or ▼ where the change's interval excludes zero, not corrected."
+    return Grid(f"{benchmark.name}: by style or category", columns, tuple(rows), note)
 
 
-def shift_tone(comparison: Comparison) -> str:
+def drifts(found: Sequence["Drift"]) -> Grid:
+    """The drift of each model from the reference images."""
+    rows = tuple(
+        (
+            Cell(drift.prompt_set, drift.prompt_set),
+            Cell(drift.model, drift.model),
+            Cell(f"{drift.images:,}", drift.images),
+            Cell(f"{drift.gaussian:.3f}".replace("-", "−"), drift.gaussian),
+            Cell(f"{drift.polynomial:.3f}".replace("-", "−"), drift.polynomial),
+        )
+        for drift in found
+    )
+    note = (
+        f"1000 × squared maximum mean discrepancy from {found[0].references:,} reference images on CLIP features "
+        "(ViT-L/14, 224 pixels), with CMMD's Gaussian and KID's polynomial kernel. Models are comparable where they "
+        "have equally many images; published CMMD and KID are on features of other networks."
+    )
+    return Grid("Drift from the reference images", ("Prompt set", "Model", "Images", "CMMD's", "KID's"), rows, note)
+
+
+def made(makings: Sequence[Making], baselines: Mapping[str, str]) -> Grid:
+    """How each model's images of each prompt set were made; marked where they differ from the set's baseline."""
+    by_set = {making.prompt_set: making.facts for making in reversed(makings)}  # of the first model, or the baseline
+    by_set |= {making.prompt_set: making.facts for making in makings if making.model == baselines[making.prompt_set]}
+    rows = []
+    for making in makings:
+        expected = by_set[making.prompt_set]
+        cells = [
+            Cell(text, text, tone="differs" if fact not in MAY_DIFFER and text != expected[fact] else "")
+            for fact, text in making.facts.items()
+        ]
+        rows.append((Cell(making.prompt_set, making.prompt_set), Cell(making.model, making.model), *cells))
+    note = "≠ marks what differs from the baseline of the prompt set; such scores compare settings as well as models."
+    return Grid("How the images were made", ("Prompt set", "Model", *makings[0].facts), tuple(rows), note)
+
+
+def shift_tone(comparison: Comparison, above: str = "better", below: str = "worse") -> str:
+    """The tone of a paired change: `above` or `below` where its interval excludes zero, else empty."""
     low, high = comparison.mean_shift_interval
-    return "better" if low > 0 else "worse" if high < 0 else ""
+    return above if low > 0 else below if high < 0 else ""
 
 
 # --- how they are written ----------------------------------------------------------------------------------
@@ -195,9 +323,9 @@ def to_markdown(grid: Grid) -> str:
 
     def shown(cell: Cell) -> str:
         text = f"**{plain(cell.text)}**" if cell.best and cell.text else plain(cell.text)
-        return f"{text} {plain(cell.detail)}" if cell.detail else text
+        return " ".join(filter(None, [text, cell.sign, plain(cell.detail)]))
 
-    numeric = _numeric_columns(grid)
+    numeric = numeric_columns(grid)
     lines = [
         "| " + " | ".join(map(plain, grid.columns)) + " |",
         "|" + "|".join(" ---: " if right else " --- " for right in numeric) + "|",
@@ -210,12 +338,12 @@ def to_text(grid: Grid) -> str:
     """The table as aligned columns for a terminal, the best marked with an asterisk."""
 
     def shown(cell: Cell) -> str:
-        text = cell.text + (f" {cell.detail}" if cell.detail else "")
+        text = " ".join(filter(None, [cell.text, cell.sign, cell.detail]))
         return text + "*" if cell.best else text
 
     lines = [list(grid.columns), *([shown(cell) for cell in row] for row in grid.rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(grid.columns))]
-    numeric = _numeric_columns(grid)
+    numeric = numeric_columns(grid)
 
     def aligned(line: list[str]) -> str:
         cells = []
@@ -235,13 +363,15 @@ def to_text(grid: Grid) -> str:
 
 def to_html(grid: Grid) -> str:
     """The table as HTML that the page's script makes sortable. All text is escaped."""
-    numeric = _numeric_columns(grid)
+    numeric = numeric_columns(grid)
 
     def shown(cell: Cell, right: bool) -> str:
-        names = " ".join(filter(None, ["number" if right else "", "best" if cell.best else "", cell.tone]))
+        kind = "number" if right else "brief" if len(cell.text) <= BRIEF else ""
+        names = " ".join(filter(None, [kind, "best" if cell.best else "", cell.tone]))
         value = "" if cell.value is None else cell.value
         detail = f" <small>{escape(cell.detail)}</small>" if cell.detail else ""
-        return f'<td class="{names}" data-value="{escape(str(value))}">{escape(cell.text)}{detail}</td>'
+        sign = f" <i>{cell.sign}</i>" if cell.sign else ""
+        return f'<td class="{names}" data-value="{escape(str(value))}">{escape(cell.text)}{sign}{detail}</td>'
 
     head = "".join(
         f'<th scope="col" class="{"number" if right else ""}"><button type="button">{escape(column)}</button></th>'
@@ -258,7 +388,7 @@ def to_html(grid: Grid) -> str:
     )
 
 
-def _numeric_columns(grid: Grid) -> list[bool]:
+def numeric_columns(grid: Grid) -> list[bool]:
     """Which columns hold numbers: those in which every value is a number."""
     return [
         any(isinstance(row[i].value, int | float) for row in grid.rows)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from xdpo.report.exports import TABLES, file_stem
 from xdpo.report.grids import Grid, plain, to_markdown
 from xdpo.report.sections import Section
 
@@ -22,4 +23,8 @@ def markdown(title: str, sections: Sequence[Section], folder: Path) -> str:
             else:
                 link = quote(Path(os.path.relpath(block.png, folder)).as_posix())
                 lines += [f"![{plain(block.alt)}]({link})", ""]
+        for table in section.files:
+            stem = f"{TABLES}/{quote(file_stem(table))}"
+            lines += [f"{plain(table.title)}: [CSV]({stem}.csv), [LaTeX]({stem}.tex)", ""]
+    lines += [f"All tables as CSV and LaTeX: [{TABLES}/]({TABLES}/)", ""]
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from urllib.parse import quote
 import numpy as np
 
 from xdpo.report import grids
+from xdpo.report.exports import file_stem, to_csv, to_latex
 from xdpo.report.figures import colours_of
 from xdpo.report.grids import Grid, to_html
 from xdpo.report.sections import Evaluation, FigureFile, Section
@@ -80,7 +81,7 @@ def _tiles(benchmark: Benchmark, baseline: str) -> str:
         rates = {model: benchmark.comparison(baseline, model, scorer) for model in others}
         model = max(others, key=lambda name: rates[name].win_rate)
         best = rates[model]
-        low, high = best.win_rate_bootstrap
+        low, high = best.win_rate_interval
         tiles.append(
             f'<div class="tile"><h3>{escape(grids.title_of(scorer))}</h3>'
             f'<p class="big">{grids.percent(best.win_rate)}</p>'
@@ -100,14 +101,29 @@ def _section(anchor: str, section: Section, evaluation: Evaluation) -> str:
         text = "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in section.text) + "</ul>"
     blocks = "".join(_block(block) for block in section.blocks)
     folded = "".join(
-        f"<details><summary>{escape(grid.title)}</summary>{to_html(grid)}</details>" for grid in section.folded
+        f"<details><summary>{escape(grid.title)}</summary>{_table(grid)}</details>" for grid in section.folded
     )
-    return f'<section id="{anchor}"><h2>{escape(section.title)}</h2>{text}{blocks}{folded}</section>'
+    files = "".join(f'<p class="downloads">{escape(grid.title)} {_downloads(grid)}</p>' for grid in section.files)
+    return f'<section id="{anchor}"><h2>{escape(section.title)}</h2>{text}{blocks}{folded}{files}</section>'
+
+
+def _table(grid: Grid) -> str:
+    return f'{to_html(grid)}<p class="downloads">{_downloads(grid)}</p>'
+
+
+def _downloads(grid: Grid) -> str:
+    """Links that save a table as CSV and LaTeX. The page holds both, so that it can be sent alone."""
+    formats = {"csv": ("text/csv", to_csv(grid)), "tex": ("application/x-tex", to_latex(grid))}
+    return " ".join(
+        f'<a download="{escape(file_stem(grid))}.{ending}" '
+        f'href="data:{media_type};base64,{b64encode(text.encode()).decode()}">{ending.upper()}</a>'
+        for ending, (media_type, text) in formats.items()
+    )
 
 
 def _block(block: Grid | FigureFile) -> str:
     if isinstance(block, Grid):
-        return to_html(block)
+        return _table(block)
     drawing = b64encode(block.svg.read_bytes()).decode()
     return f'<figure><img alt="{escape(block.alt)}" src="data:image/svg+xml;base64,{drawing}"></figure>'
 

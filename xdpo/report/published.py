@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from xdpo.report.grids import Cell, Grid, number
+from xdpo.report.grids import BEST, Cell, Grid, number
 from xdpo.scores.results import Benchmark
 
 _FILE = Path(__file__).resolve().parents[2] / "assets" / "published_tables.yaml"
@@ -116,7 +116,7 @@ def _rows(
     measured = {
         name: [[measured_score(line, s, f) for s in scorers] for line in lines] for name, f in statistics.items()
     }
-    best = {name: [highest(column) for column in zip(*table, strict=True)] for name, table in measured.items()}
+    best = [benchmark.best(s) if benchmark is not None and s in benchmark.scores else None for s in scorers]
     best_published = [highest([line.published.get(s) for line in lines]) for s in scorers]
     first = next(iter(statistics))
     rows = []
@@ -124,8 +124,8 @@ def _rows(
         start = (Cell(dataset, dataset), Cell(line.title, line.title))
         for name, table in measured.items() if line.model is not None else ():
             cells = [
-                Cell(number(v, s), v, best=v is not None and v == top)
-                for v, s, top in zip(table[position], scorers, best[name], strict=True)
+                Cell(number(v, s), v, best=statistics[name] is _mean and line.model == top)
+                for v, s, top in zip(table[position], scorers, best, strict=True)
             ]
             rows.append((*start, Cell(name, name), *cells))
         if line.published:
@@ -175,4 +175,4 @@ def _bare(name: str) -> str:
 def _note(benchmarks: Sequence[Benchmark]) -> str:
     counts = [f"{b.name}: {len(b.prompts):,} prompts" for b in benchmarks if b.name in _DATASETS]
     measured = "Measured on " + ", ".join(counts) if counts else "Nothing measured on these prompt sets"
-    return f"{measured}. “published” are the paper's numbers; the highest of each kind is marked. HPSv2 is v2.0 × 100."
+    return f"{measured}. “published” are the paper's numbers, the highest marked. {BEST} HPSv2 is v2.0 × 100."

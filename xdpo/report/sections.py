@@ -1,19 +1,24 @@
 """The content of a report: one list of sections, which is written as Markdown and as a page."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from xdpo.images.making import Making, differences
 from xdpo.images.reading import Picture, Problem
-from xdpo.report import figures, grids, published
+from xdpo.report import figures, grids, hacking, published
 from xdpo.report.curves import Curve, pairs_to_reach
-from xdpo.report.grids import Cell, Grid
+from xdpo.report.grids import Cell, Grid, Paired
+from xdpo.scores.features import Drift
 from xdpo.scores.results import Benchmark
+from xdpo.scores.statistics import holm
 
 EXTREMES = 5  # best and worst prompts listed
-SHORT = 12  # rows up to which a table is open on the page although a figure shows the same
+SHORT = 12  # rows up to which a table is open on the page although a figure shows the same, and a matrix is readable
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,21 @@ class Evaluation:
     curves: Sequence[Curve]
     pictures: Mapping[tuple[str, str, str], Sequence[Picture]]
     versions: Mapping[str, str]  # scorer → version
+    makings: Sequence[Making]
+    diversity: Sequence[Benchmark] = ()  # a prompt's images among one another, as scores
+    drifts: Sequence[Drift] = ()
+    statistics: Mapping[str, Benchmark] = field(default_factory=dict)  # of images, by prompt set
+    trained_on: Sequence[str] = ()  # the scorers that the training used as its reward
+
+    @cached_property
+    def corrected_p_values(self) -> dict[Paired, float]:
+        """P-values of the sign tests of all comparisons with baselines, corrected together by Holm's method."""
+        raw = {
+            paired: benchmark.comparison(paired.baseline, paired.model, paired.scorer).sign_test
+            for benchmark in self.benchmarks
+            for paired in grids.compared(benchmark, self.baselines_of(benchmark))
+        }
+        return dict(zip(raw, holm(list(raw.values())), strict=True))
 
     def baselines_of(self, benchmark: Benchmark) -> list[str]:
         """The baselines that have images there; the first model if none has."""
@@ -43,13 +63,19 @@ class FigureFile:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with text, tables and figures. `folded` tables are closed on the page until a reader opens them."""
+    """A heading with text, tables and figures. `folded` tables are closed on the page until a reader opens them;
+    `files` are too long to be read and are written as files alone."""
 
     title: str
     text: tuple[str, ...] = ()
     blocks: tuple[Grid | FigureFile, ...] = ()
     folded: tuple[Grid, ...] = ()
+    files: tuple[Grid, ...] = ()
     benchmark: Benchmark | None = None  # whose results these are
+
+    @property
+    def tables(self) -> list[Grid]:
+        return [*(block for block in self.blocks if isinstance(block, Grid)), *self.folded, *self.files]
 
 
 def sections(evaluation: Evaluation, figure_folder: Path) -> list[Section]:
@@ -57,34 +83,67 @@ def sections(evaluation: Evaluation, figure_folder: Path) -> list[Section]:
     report = [_benchmark_section(evaluation, benchmark, figure_folder) for benchmark in evaluation.benchmarks]
     if evaluation.curves:
         report += [_curve_section(evaluation, benchmark, figure_folder) for benchmark in evaluation.benchmarks]
+    report += [
+        _hacking_section(evaluation, benchmark, figure_folder)
+        for benchmark in evaluation.benchmarks
+        if len(benchmark.models) > 1 and benchmark.name in evaluation.statistics
+    ]
+    for benchmark in evaluation.diversity:
+        text = (
+            "Of several images of one prompt, on CLIP features (ViT-L/14): the mean cosine distance of two, and the "
+            f"Vendi score, the effective number of different ones. {_how_many(benchmark)}"
+        )
+        details = grids.details(benchmark, evaluation.baselines_of(benchmark)[0])
+        report.append(Section(benchmark.name, (text,), (grids.overview(benchmark),), (details,)))
+    if evaluation.drifts:
+        report.append(Section("Drift", (), (grids.drifts(evaluation.drifts),)))
     if any(published.has_published(benchmark) for benchmark in evaluation.benchmarks):
         tables = [published.table2(evaluation.benchmarks)]
         if any(benchmark.name == "hpsv2" for benchmark in evaluation.benchmarks):
             tables.append(published.table3(evaluation.benchmarks))
         report.append(Section("Beside the paper", (published.user_study(),), tuple(tables)))
-    return [*report, _account_section(evaluation)]
+    return [*report, _making_section(evaluation), _account_section(evaluation)]
 
 
 def _benchmark_section(evaluation: Evaluation, benchmark: Benchmark, figure_folder: Path) -> Section:
     baselines = evaluation.baselines_of(benchmark)
     baseline = baselines[0]
     blocks: list[Grid | FigureFile] = [grids.overview(benchmark)]
-    folded = [grids.details(benchmark, baseline)]
+    folded, files = [grids.details(benchmark, baseline)], []
+
+    def draw(figure: Figure, name: str, alt: str) -> None:
+        blocks.append(FigureFile(*figures.save(figure, figure_folder / name), alt))
+
     if len(benchmark.models) > 1:
-        rates = grids.win_rates(benchmark, baselines)
+        rates = grids.win_rates(benchmark, baselines, evaluation.corrected_p_values)
         (blocks if len(rates.rows) <= SHORT else folded).append(rates)
         colours = figures.colours_of(benchmark.models, baseline)
         for against in baselines:
-            stem = figure_folder / f"win_rates_{benchmark.name}_against_{against}"
-            files = figures.save(figures.win_rate_bars(benchmark, against, colours), stem)
-            blocks.append(FigureFile(*files, f"Win rates against {against} on {benchmark.name}"))
-        stem = figure_folder / f"metrics_{benchmark.name}"
-        files = figures.save(figures.metric_bars(benchmark, baseline), stem)
-        blocks.append(FigureFile(*files, f"Mean scores on {benchmark.name}, as change against {baseline}"))
+            bars = figures.win_rate_bars(benchmark, against, colours)
+            draw(
+                bars,
+                f"win_rates_{benchmark.name}_against_{against}",
+                f"Win rates against {against} on {benchmark.name}",
+            )
+        bars = figures.metric_bars(benchmark, baseline)
+        draw(bars, f"metrics_{benchmark.name}", f"Mean scores on {benchmark.name}, as change against {baseline}")
+        violins = figures.score_differences(benchmark, baseline, colours)
+        draw(violins, f"differences_{benchmark.name}", f"Score differences from {baseline} on {benchmark.name}")
         folded.append(extremes(benchmark, baseline))
+    if len(benchmark.models) > 2:
+        blocks.append(grids.ranks(benchmark))
+        if len(benchmark.models) <= SHORT:
+            matrix = figures.win_matrix(benchmark)
+            draw(matrix, f"pairs_{benchmark.name}", f"Win rates of every pair on {benchmark.name}")
+        files.append(grids.every_pair(benchmark))
     if len(benchmark.categories) > 1:
-        folded += [grids.by_category(benchmark, baseline, scorer) for scorer in benchmark.scorers]
-    return Section(benchmark.name, (_how_many(benchmark),), tuple(blocks), tuple(folded), benchmark)
+        files.append(grids.by_category(benchmark, baseline))
+        if len(benchmark.models) > 1:
+            heat_map = figures.category_heat_map(benchmark, baseline)
+            draw(heat_map, f"categories_{benchmark.name}", f"Change by style or category on {benchmark.name}")
+    unlike = [problem for problem in differences(evaluation.makings) if problem.prompt_set == benchmark.name]
+    text = (_how_many(benchmark), *(f"Not made alike: {problem.kind}." for problem in unlike))
+    return Section(benchmark.name, text, tuple(blocks), tuple(folded), tuple(files), benchmark)
 
 
 def _how_many(benchmark: Benchmark) -> str:
@@ -123,7 +182,9 @@ def extremes(benchmark: Benchmark, baseline: str) -> Grid:
 
 def _curve_section(evaluation: Evaluation, benchmark: Benchmark, figure_folder: Path) -> Section:
     stem = figure_folder / f"training_{benchmark.name}"
-    files = figures.save(figures.quality_curves(benchmark, evaluation.curves), stem)
+    files = figures.save(
+        figures.quality_curves(benchmark, evaluation.curves, evaluation.baselines_of(benchmark)[0]), stem
+    )
     drawing = FigureFile(*files, f"Quality on {benchmark.name} against training pairs and hours")
     rows = []
     for scorer in benchmark.scorers:
@@ -154,6 +215,26 @@ def _curve_section(evaluation: Evaluation, benchmark: Benchmark, figure_folder: 
     if rows:
         blocks.append(Grid(f"{benchmark.name}: pairs needed", columns, tuple(rows), note))
     return Section(f"Training: {benchmark.name}", (), tuple(blocks))
+
+
+def _hacking_section(evaluation: Evaluation, benchmark: Benchmark, figure_folder: Path) -> Section:
+    baseline = evaluation.baselines_of(benchmark)[0]
+    panel = hacking.Panel(benchmark, evaluation.statistics[benchmark.name], baseline, evaluation.trained_on)
+    stem = figure_folder / f"hacking_{benchmark.name}"
+    files = figures.save(hacking.draw(panel, evaluation.curves), stem)
+    alt = f"Rewards and image statistics on {benchmark.name}, as change against {baseline}"
+    return Section(
+        f"Signs of reward hacking: {benchmark.name}",
+        hacking.in_words(panel),
+        (FigureFile(*files, alt),),
+        (hacking.table(panel),),
+    )
+
+
+def _making_section(evaluation: Evaluation) -> Section:
+    baselines = {benchmark.name: evaluation.baselines_of(benchmark)[0] for benchmark in evaluation.benchmarks}
+    makings = [making for making in evaluation.makings if making.prompt_set in baselines]
+    return Section("How the images were made", (), (grids.made(makings, baselines),))
 
 
 def _account_section(evaluation: Evaluation) -> Section:

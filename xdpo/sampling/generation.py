@@ -23,8 +23,7 @@ from xdpo.sampling.images import ImageTask
 from xdpo.sampling.settings import SamplingSettings
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
-    from transformers import CLIPTokenizer
+    from diffusers import DiffusionPipeline
 
 SAVING_THREADS = 4  # encoding a 512-pixel PNG takes some 80 ms; sequentially they would slow generation noticeably
 
@@ -97,7 +96,7 @@ def make_missing_images(jobs: Sequence[Job], state: PartialState, allow_oom_halv
         sampling.prepare_pipeline(pipeline, jobs[0].settings, state.device)
         for job, chunks, done in zip(jobs, missing, finished, strict=True):
             if state.is_main_process:
-                print(_describe(job, chunks, done, pipeline.tokenizer))
+                print(_describe(job, chunks, done, pipeline))
             _make_images(job, chunks, done, pipeline, state, allow_oom_halving)
     processes.wait()
     if state.is_main_process:
@@ -107,16 +106,16 @@ def make_missing_images(jobs: Sequence[Job], state: PartialState, allow_oom_halv
     processes.wait()
 
 
-def _describe(job: Job, missing: list[list[ImageTask]], done: set[str], tokenizer: "CLIPTokenizer") -> str:
+def _describe(job: Job, missing: list[list[ImageTask]], done: set[str], pipeline: "DiffusionPipeline") -> str:
     """A line on a prompt set: counts of prompts, of empty and truncated ones, of finished and of missing images."""
     prompts = job.prompt_set.prompts
     tasks = [task for chunk in job.chunks for task in chunk]
     to_do = sum(task.file not in done for task in tasks)
-    truncated = sum(sampling.is_truncated(tokenizer, prompt.text) for prompt in prompts)
+    truncated = sum(sampling.is_truncated(pipeline, prompt.text) for prompt in prompts)
     return (
         f"{job.prompt_set.name}: {len(prompts)} of {job.prompt_set.total} prompts, "
         f"{sum(not prompt.text.strip() for prompt in prompts)} empty, "
-        f"{truncated} longer than the {tokenizer.model_max_length} tokens that are read; "
+        f"{truncated} longer than the {pipeline.tokenizer.model_max_length} tokens that are read; "
         f"{len(tasks) - to_do} images are there, {to_do} to make in {len(missing)} chunks"
     )
 
@@ -125,7 +124,7 @@ def _make_images(
     job: Job,
     missing: list[list[ImageTask]],
     done: set[str],
-    pipeline: "StableDiffusionPipeline",
+    pipeline: "DiffusionPipeline",
     state: PartialState,
     allow_oom_halving: bool,
 ) -> None:
@@ -148,7 +147,7 @@ def _make_images(
             save = partial(image_folder.save_image, quality=job.quality)
             checksums = savers.map(save, paths, [image for _, image in new])
             rows = [
-                _manifest_row(job, task, pipeline.tokenizer, batch_size, checksum)
+                _manifest_row(job, task, sampling.is_truncated(pipeline, task.prompt.text), batch_size, checksum)
                 for (task, _), checksum in zip(new, checksums, strict=True)
             ]
             image_folder.record(job.folder, state.process_index, rows)
@@ -156,7 +155,7 @@ def _make_images(
         progress.update(progress.total - progress.n)
 
 
-def _manifest_row(job: Job, task: ImageTask, tokenizer: "CLIPTokenizer", batch_size: int, sha256: str) -> ManifestRow:
+def _manifest_row(job: Job, task: ImageTask, truncated: bool, batch_size: int, sha256: str) -> ManifestRow:
     return ManifestRow(
         file=task.file,
         category=task.prompt.category,
@@ -164,7 +163,7 @@ def _manifest_row(job: Job, task: ImageTask, tokenizer: "CLIPTokenizer", batch_s
         position=task.prompt.position,
         image=task.number,
         prompt=task.prompt.text,
-        truncated=sampling.is_truncated(tokenizer, task.prompt.text),
+        truncated=truncated,
         seed=task.seed,
         model=job.model.name,
         revision=job.model.revision or job.model.base_revision,
@@ -176,7 +175,7 @@ def _manifest_row(job: Job, task: ImageTask, tokenizer: "CLIPTokenizer", batch_s
 
 
 def _sample_fitting(
-    pipeline: "StableDiffusionPipeline",
+    pipeline: "DiffusionPipeline",
     chunk: list[ImageTask],
     settings: SamplingSettings,
     batch_size: int,
@@ -205,7 +204,7 @@ def _sample_fitting(
 
 
 def _quieten_diffusers() -> None:
-    """Suppress warnings of diffusers: on too long prompts (they are counted), and on a LoRA for the UNet alone."""
+    """Suppress warnings of diffusers: on too long prompts (they are counted), and on a LoRA for the denoiser alone."""
     from diffusers.utils import logging
 
     logging.set_verbosity_error()

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
+from xdpo.families import family_of_loaded
 from xdpo.prompts import Prompt
 from xdpo.sampling.settings import SCHEDULERS, SamplingSettings
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
-    from transformers import CLIPTokenizer
+    from diffusers import DiffusionPipeline
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SEED_STRIDE = 1_000_000  # between the images of one prompt: more than any set has prompts
@@ -63,9 +63,9 @@ def plan_chunks(
 
 
 def prepare_pipeline(
-    pipeline: "StableDiffusionPipeline", settings: SamplingSettings, device: torch.device
-) -> "StableDiffusionPipeline":
-    """Move a pipeline to its device and precision, set its scheduler, and compile its UNet if the settings say so.
+    pipeline: "DiffusionPipeline", settings: SamplingSettings, device: torch.device
+) -> "DiffusionPipeline":
+    """Move a pipeline to its device and precision, set its scheduler, and compile its denoiser if the settings say so.
 
     Raises ValueError for more steps than the scheduler has timesteps.
     """
@@ -84,13 +84,14 @@ def prepare_pipeline(
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means float32
     if settings.compile:
-        pipeline.unet.compile(fullgraph=True, dynamic=False)  # a chunk has one size
+        getattr(pipeline, family_of_loaded(pipeline).denoiser).compile(fullgraph=True, dynamic=False)  # one chunk size
     return pipeline
 
 
-def is_truncated(tokenizer: "CLIPTokenizer", text: str) -> bool:
-    """Whether the text encoder won't see a prompt's end: SD 1.5 reads 77 tokens, two of which mark start and end."""
-    return len(tokenizer(text, verbose=False).input_ids) > tokenizer.model_max_length
+def is_truncated(pipeline: "DiffusionPipeline", text: str) -> bool:
+    """Whether a text encoder won't see a prompt's end: SD 1.5 reads 77 tokens, two of which mark start and end."""
+    family = family_of_loaded(pipeline)
+    return family.tokenize({name: getattr(pipeline, name) for name in family.tokenizers}, text)[1]
 
 
 class NotFiniteError(ValueError):
@@ -98,7 +99,7 @@ class NotFiniteError(ValueError):
 
 
 def sample_chunk(
-    pipeline: "StableDiffusionPipeline",
+    pipeline: "DiffusionPipeline",
     prompts: Sequence[str],
     seeds: Sequence[int],
     settings: SamplingSettings,
@@ -125,7 +126,7 @@ def sample_chunk(
 
 @torch.no_grad()
 def _sample(
-    pipeline: "StableDiffusionPipeline",
+    pipeline: "DiffusionPipeline",
     prompts: Sequence[str],
     seeds: Sequence[int],
     settings: SamplingSettings,
@@ -143,7 +144,7 @@ def _sample(
         width=settings.image_size,
         output_type="latent",  # decoded here; the pipeline would hide infinite values by clamping them to white
     ).images
-    pixels = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
+    pixels = family_of_loaded(pipeline).decode(pipeline, latents)
     finite = torch.stack([tensors.isfinite().flatten(1).all(1) for tensors in (latents, pixels)]).tolist()
     faults = [("" if pixel else "pixels") if latent else "latents" for latent, pixel in zip(*finite, strict=True)]
     images = pipeline.image_processor.postprocess(pixels.nan_to_num(), "pil", [True] * size)
@@ -151,7 +152,7 @@ def _sample(
 
 
 def sample_images(
-    pipeline: "StableDiffusionPipeline",
+    pipeline: "DiffusionPipeline",
     prompts: Sequence[str],
     *,
     seed: int,
@@ -160,7 +161,7 @@ def sample_images(
     image_size: int | None = None,
     chunk_size: int = 4,
 ) -> list[Image.Image]:
-    """Sample one image per prompt with a StableDiffusionPipeline as it is; image i uses seed `seed + i`.
+    """Sample one image per prompt with a family's pipeline as it is; image i uses seed `seed + i`.
 
     This is for samples during training, which a bad image must not end: images that aren't finite are reported on the
     console.

@@ -1,11 +1,14 @@
 """Scorers behind one small interface: `load_scorer(name).score(images, prompts)`, one float per image.
 
-There are the paper's five metrics, the embedded world's judges, and any class in a user's file. `load_scorer` is in
-`xdpo.scorers.loading`; this module has only the names, so that a command line finds them without importing torch.
+There are the paper's five metrics, HPS v2.1, the embedded world's judges, and any class in a user's file. `load_scorer`
+is in `xdpo.scorers.loading`; this module has only the names, so that a command line finds them without importing torch.
 """
 
+import difflib
+
 PAPER_SCORERS = ("pickscore", "hpsv2", "image_reward", "clip", "aesthetic")
-METRIC_NAMES = (*PAPER_SCORERS, "hpsv2.1")
+DEFAULT_SCORERS = ("pickscore", "hpsv2", "hpsv2.1", "image_reward", "clip", "aesthetic")
+METRIC_NAMES = DEFAULT_SCORERS
 _TINY_SCALES = {
     "alignment": "expected share of the caption's claims that hold, 0 to 1",
     "appeal": "estimated cleanness, 0 to 1",
@@ -17,3 +20,17 @@ TINY_SCALES = _TINY_SCALES | {  # quantity → what its numbers are
     f"heldout_{quantity}": f"{scale}; by a second network" for quantity, scale in _TINY_SCALES.items()
 }
 SCORER_NAMES = tuple(sorted([*METRIC_NAMES, *(f"tiny_{quantity}" for quantity in TINY_SCALES)]))
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError, naming the nearest, for a scorer that is neither known nor path/to/file.py:ClassName."""
+    if is_custom(name) or name in SCORER_NAMES:
+        return
+    near = difflib.get_close_matches(name, SCORER_NAMES, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    choices = ", ".join(SCORER_NAMES)
+    raise ValueError(f"unknown scorer {name!r}; choose from {choices}, or path/to/file.py:ClassName{hint}")
+
+
+def is_custom(name: str) -> bool:
+    return ".py:" in name

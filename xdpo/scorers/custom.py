@@ -20,10 +20,6 @@ from xdpo.scorers.interface import Scorer, as_rgb
 from xdpo.scorers.weights import digest
 
 
-def is_custom(name: str) -> bool:
-    return ".py:" in name
-
-
 def custom_class(name: str) -> tuple[type, Path]:
     """The class that path/to/file.py:ClassName names, and the file. Raises ValueError if there is none."""
     file, _, class_name = name.rpartition(":")

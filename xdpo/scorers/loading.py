@@ -4,16 +4,19 @@
 that downloads them.
 """
 
-import difflib
 import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
+from torch import Tensor
 
-from xdpo.scorers import SCORER_NAMES, TINY_SCALES
-from xdpo.scorers.custom import custom_version, is_custom, load_custom
+from xdpo.scorers import TINY_SCALES, check_name, is_custom
+from xdpo.scorers.custom import custom_version, load_custom
 from xdpo.scorers.interface import Scorer, as_rgb, full_precision
-from xdpo.scorers.metrics import ARCHITECTURES, COMPUTATION, METRICS
+from xdpo.scorers.metrics import ARCHITECTURES, CLIP_L, COMPUTATION, METRICS, load_features
+from xdpo.scorers.pixels import crop_floor
 from xdpo.scorers.weights import SIZES_FILE, digest, find_files, read_sizes
 
 
@@ -43,13 +46,9 @@ def scorer_version(name: str, weights: str | Path | None = None) -> str:
     Downloads and checks every file: called for all scorers first, it finds every fault before the scoring. Raises as
     load_scorer does.
     """
+    check_name(name)
     if is_custom(name):
         return custom_version(name)
-    if name not in SCORER_NAMES:
-        near = difflib.get_close_matches(name, SCORER_NAMES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        choices = ", ".join(SCORER_NAMES)
-        raise ValueError(f"unknown scorer {name!r}; choose from {choices}, or path/to/file.py:ClassName{hint}")
     if name.startswith("tiny_"):
         from xdpo.tiny.judges import judge_weights
 
@@ -67,6 +66,24 @@ def scorer_version(name: str, weights: str | Path | None = None) -> str:
     sizes = read_sizes(weights if not name.startswith("tiny_") else None)
     content = f"{name} computation {COMPUTATION}\n{checksums}\n{sizes or ''}"
     return f"{name} {COMPUTATION}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
+def load_embedder(
+    device: str | torch.device = "cpu", weights: str | Path | None = None
+) -> tuple[Callable[[Image.Image], Tensor], Callable[[Sequence[Tensor]], Tensor]]:
+    """The preprocessing of an image, and the function that turns preprocessed images into CLIP's unit vectors (B, 768).
+
+    `weights` is as for load_scorer, which finds the same file for the aesthetic score. Raises as it does.
+    """
+    files = {"model": CLIP_L}
+    embed = load_features(find_files("features", files, weights), _sizes_of("clip_vit_l_14", weights), device)
+    return crop_floor, full_precision(embed)
+
+
+def embedder_version(weights: str | Path | None = None) -> str:
+    """A version that changes whenever the features may change; downloads and checks the weights."""
+    paths = find_files("features", {"model": CLIP_L}, weights)
+    return f"clip_vit_l_14 {COMPUTATION}-{digest(paths['model'])[:16]}"
 
 
 def _judge_weights(weights: str | Path | None) -> Path | None:

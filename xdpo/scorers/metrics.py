@@ -1,4 +1,4 @@
-"""The five metrics of the paper, each as its original computes it: files, preprocessing, formula.
+"""The five metrics of the paper and HPS v2.1, each as its original computes it: files, preprocessing, formula.
 
 The paper's Tables 2 and 3 print means of these scores over images. The paper measures HPS v2.0, and as CLIP the plain
 cosine of OpenCLIP's ViT-H-14. Everything is computed in float32.
@@ -153,6 +153,19 @@ def _load_image_reward(paths: Mapping[str, Path], sizes: dict, device: str | tor
         return model(torch.stack(list(images)).to(device), token_ids, token_mask).tolist()
 
     return score
+
+
+def load_features(
+    paths: Mapping[str, Path], sizes: dict, device: str | torch.device
+) -> Callable[[Sequence[Tensor]], Tensor]:
+    """Preprocessed images → unit vectors (B, 768) on the CPU: the image embeddings of OpenAI's ViT-L/14."""
+    model = build_clip_vision(sizes, paths["model"]).to(device)
+
+    def embed(images: Sequence[Tensor]) -> Tensor:
+        embeddings = model(pixel_values=torch.stack(list(images)).to(device)).image_embeds
+        return torch.nn.functional.normalize(embeddings, dim=-1).cpu()
+
+    return embed
 
 
 _HPS_SCALE = "100 × cosine; 26.95 for SD 1.4 over the four styles with v2.0, 25.35 with v2.1"

@@ -5,10 +5,12 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -31,6 +33,11 @@ def choose_device(name: str | None) -> torch.device:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
+def default_workers(device: torch.device) -> int:
+    """Processes that decode: none on a CPU, up to 8 beside a GPU."""
+    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+
+
 def score_missing(
     pictures: Sequence[Picture],
     versions: Mapping[str, str],
@@ -41,13 +48,12 @@ def score_missing(
     workers: int | None = None,
     weights: Path | None = None,
 ) -> set[str]:
-    """Add the scores that the table lacks, then close the table. The pictures have prompts and checksums.
+    """Add the scores that the table lacks. The pictures have prompts and checksums.
 
-    versions: of each scorer, by name. workers: processes that decode; None: none on a CPU, up to 8 beside a GPU.
+    versions: of each scorer, by name. workers: processes that decode; None: `default_workers`.
     Returns the checksums of pictures that cannot be decoded.
     """
-    if workers is None:
-        workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+    workers = default_workers(device) if workers is None else workers
     broken: set[str] = set()
     for name, version in versions.items():
         todo = [p for p in pictures if _key(p, name, version) not in table.scores and p.sha256 not in broken]
@@ -63,12 +69,20 @@ def score_missing(
             gc.collect()
             if device.type != "cpu":
                 torch.accelerator.empty_cache()
-    keys = [(picture, _key(picture, name, version)) for name, version in versions.items() for picture in pictures]
+    return broken
+
+
+def keys_of(pictures: Sequence[Picture], versions: Mapping[str, str]) -> list[tuple[Picture, ScoreKey]]:
+    """Every picture with the keys of its scores."""
+    return [(picture, _key(picture, name, version)) for name, version in versions.items() for picture in pictures]
+
+
+def close(table: ScoreTable, keys: Sequence[tuple[Picture, ScoreKey]], scorers: Sequence[str]) -> None:
+    """Put the pictures' scores in the places of all that these scorers gave earlier, and write the table."""
     table.close(
         [(_placement(picture), key) for picture, key in keys if key in table.scores],
-        replaced={(picture.prompt_set, picture.model, key.scorer) for picture, key in keys},
+        replaced={(picture.prompt_set, picture.model, scorer) for picture, _ in keys for scorer in scorers},
     )
-    return broken
 
 
 def left_out(
@@ -100,9 +114,9 @@ def _score(
     broken: set[str] = set()
     saved = time.monotonic()
     with tqdm(total=len(pictures), desc=scorer.name, unit="image") as progress:
-        for batch in _prepared_batches(scorer, pictures, batch_size, workers):
-            good = [(picture, item) for picture, item in batch if not isinstance(item, _Undecodable)]
-            bad = [picture for picture, item in batch if isinstance(item, _Undecodable)]
+        for batch in prepared_batches(scorer.preprocess, pictures, batch_size, workers):
+            good = [(picture, item) for picture, item in batch if not isinstance(item, Undecodable)]
+            bad = [picture for picture, item in batch if isinstance(item, Undecodable)]
             broken |= {_key(picture, scorer.name, version).sha256 for picture in bad}
             if good:
                 keys = [_key(picture, scorer.name, version) for picture, _ in good]
@@ -115,15 +129,15 @@ def _score(
     return broken
 
 
-class _Undecodable:
+class Undecodable:
     """Takes the place of a broken image's pixels."""
 
 
 class _Prepared(torch.utils.data.Dataset):
     """Decoding and preprocessing, one image per item, so that a DataLoader's workers can do it."""
 
-    def __init__(self, scorer: Scorer, paths: Sequence[Path]):
-        self.preprocess, self.paths = scorer.preprocess, paths
+    def __init__(self, preprocess: Callable[[Image.Image], Any], paths: Sequence[Path]):
+        self.preprocess, self.paths = preprocess, paths
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -132,15 +146,15 @@ class _Prepared(torch.utils.data.Dataset):
         try:
             image = decode_rgb(str(self.paths[index]))
         except UnreadableImageError:
-            return _Undecodable()
+            return Undecodable()
         return self.preprocess(image)
 
 
-def _prepared_batches(
-    scorer: Scorer, pictures: Sequence[Picture], batch_size: int, workers: int
-) -> Iterator[list[tuple[Picture, object]]]:
-    """Batches of (picture, its preprocessed image), in order."""
-    items = _Prepared(scorer, [picture.path for picture in pictures])
+def prepared_batches(
+    preprocess: Callable[[Image.Image], Any], pictures: Sequence[Picture], batch_size: int, workers: int
+) -> Iterator[list[tuple[Picture, Any]]]:
+    """Batches of (picture, its preprocessed image or Undecodable), in order."""
+    items = _Prepared(preprocess, [picture.path for picture in pictures])
     loader = DataLoader(items, batch_size=batch_size, num_workers=workers, collate_fn=list)
     for number, batch in enumerate(loader):
         yield list(zip(pictures[number * batch_size :], batch, strict=False))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import inf, nan, sqrt
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,13 +24,31 @@ class Summary:
     interval: tuple[float, float]
 
 
+class Wins(NamedTuple):
+    """How often paired scores rise, stay and fall."""
+
+    wins: int
+    ties: int
+    losses: int
+
+    @property
+    def rate(self) -> float:
+        """The share of wins, ties counted ½."""
+        return (self.wins + self.ties / 2) / sum(self)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the rate."""
+        return wilson_interval(self.wins + self.ties / 2, sum(self))
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One model's scores against another's on the same prompts and seeds.
 
-    `win_rate` counts ties ½; `win_rate_interval` is Wilson's, `win_rate_bootstrap` a percentile bootstrap over
-    prompts. `mean_shift` is the mean of the paired differences, its interval a percentile bootstrap over prompts.
-    All intervals are at 95 %. `sign_test` is the two-sided exact p-value of wins against losses, ties dropped.
+    `win_rate` counts ties ½, and its interval is Wilson's. `mean_shift` is the mean of the paired differences, its
+    interval a percentile bootstrap over prompts. All intervals are at 95 %. `sign_test` is the two-sided exact p-value
+    of wins against losses, ties dropped.
     """
 
     wins: int
@@ -41,7 +60,6 @@ class Comparison:
     mean_after: float
     mean_shift: float
     mean_shift_interval: tuple[float, float]
-    win_rate_bootstrap: tuple[float, float]
     sign_test: float
 
     @property
@@ -83,26 +101,32 @@ def compare(
         raise ValueError(f"paired scores must be two lists of one length, got shapes {first.shape} and {second.shape}")
     _refuse_non_finite(first, second)
     difference = second - first
-    wins, losses = int((difference > tie_width).sum()), int((difference < -tie_width).sum())
-    ties = len(difference) - wins - losses
-    successes = wins + ties / 2
+    counts = count_wins(difference, tie_width)
     return Comparison(
-        wins=wins,
-        ties=ties,
-        losses=losses,
-        win_rate=successes / len(difference),
-        win_rate_interval=wilson_interval(successes, len(difference)),
+        wins=counts.wins,
+        ties=counts.ties,
+        losses=counts.losses,
+        win_rate=counts.rate,
+        win_rate_interval=counts.interval,
         mean_before=float(first.mean()),
         mean_after=float(second.mean()),
         mean_shift=float(difference.mean()),
         mean_shift_interval=bootstrap_interval(difference),
-        win_rate_bootstrap=win_rate_bootstrap(wins, ties, losses),
-        sign_test=sign_test(wins, losses),
+        sign_test=sign_test(counts.wins, counts.losses),
     )
 
 
+def count_wins(difference: np.ndarray, tie_width: float = 0.0) -> Wins:
+    """Differences of paired scores → counts; one of at most `tie_width` is a tie."""
+    wins, losses = int((difference > tie_width).sum()), int((difference < -tie_width).sum())
+    return Wins(wins, len(difference) - wins - losses, losses)
+
+
 def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion; successes may be a half-integer (ties)."""
+    """Wilson's 95 % interval of a proportion; successes may be a half-integer.
+
+    Ties, counted ½, vary less than wins and losses do, so with them the interval covers more than 95 %.
+    """
     if trials <= 0:
         raise ValueError(f"a win rate needs at least one comparison, got {trials}")
     share, z2 = successes / trials, Z_95**2
@@ -124,21 +148,6 @@ def bootstrap_interval(values: np.ndarray, resamples: int = RESAMPLES, seed: int
     return float(low), float(high)
 
 
-def win_rate_bootstrap(
-    wins: int, ties: int, losses: int, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap 95 % interval of a win rate over prompts, ties counted ½.
-
-    Drawing prompts with replacement gives multinomial counts of wins, ties and losses; these are drawn directly.
-    """
-    total = wins + ties + losses
-    if total <= 0:
-        raise ValueError(f"a win rate needs at least one comparison, got {total}")
-    drawn = np.random.default_rng(seed).multinomial(total, np.array([wins, ties, losses]) / total, resamples)
-    low, high = np.quantile(drawn @ np.array([1.0, 0.5, 0.0]) / total, [0.025, 0.975])
-    return float(low), float(high)
-
-
 def sign_test(wins: int, losses: int) -> float:
     """Two-sided exact p-value of the sign test; 1 without wins and losses."""
     decided, fewer = wins + losses, min(wins, losses)
@@ -147,6 +156,23 @@ def sign_test(wins: int, losses: int) -> float:
         term = term * (decided - k) // (k + 1)
         tail += term
     return min(1.0, 2 * tail / 2**decided)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected by Holm's method: below 0.05 for one of them or more by chance in at most 5 % of all cases."""
+    corrected, highest = [1.0] * len(p_values), 0.0
+    order = sorted(range(len(p_values)), key=lambda position: p_values[position])
+    for rank, position in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * p_values[position]))
+        corrected[position] = highest
+    return corrected
+
+
+def average_ranks(scores: np.ndarray) -> np.ndarray:
+    """Scores (models, prompts) → each model's rank, averaged over prompts: (models,). 1 is the highest; ties share."""
+    from scipy.stats import rankdata
+
+    return rankdata(-scores, axis=0).mean(axis=1)
 
 
 @lru_cache(maxsize=32)

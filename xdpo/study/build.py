@@ -13,6 +13,7 @@ from PIL import Image
 
 from xdpo.data.images import UnreadableImageError, decode_rgb
 from xdpo.files import replacing_folder
+from xdpo.images.making import differences, makings_of
 from xdpo.images.reading import Picture, natural_order, of_one_colour, read_model_folder
 from xdpo.study.folder import DEFAULT_TITLE, QUESTIONS, Item, Key, Links, Study, StudyError, Task
 
@@ -32,19 +33,22 @@ class StudyPlan:
     obvious: int  # checks with a known answer
     image_side: int | None  # pixels to which all images are scaled; None: as they are
     title: str = DEFAULT_TITLE
+    allow_different_settings: bool = False  # of sampling, between the models
 
 
 def build_study(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple[str, Path]], plan: StudyPlan) -> Study:
     """Write a study of a model's images against each baseline's to `folder`, whole or not at all.
 
     Raises StudyError for folders whose prompts do not match, for images that can't be read or differ in size, and for
-    incompatible settings.
+    incompatible settings; for images that were not made alike, unless the plan allows it.
     """
     _check(model, baselines, plan)
     _check_absent(folder)
     rng = np.random.default_rng(plan.seed)
     shown = {name: _pictures(name, path) for name, path in [model, *baselines]}
     prompts = _draw(_common_prompts(model[0], shown), plan.sample, rng)
+    if not plan.allow_different_settings:
+        _refuse_different_settings([shown[name][prompt] for name in shown for prompt in prompts])
     items, sources = _items(model[0], [name for name, _ in baselines], shown, prompts, plan.obvious)
     tasks, repeats = _deal(items, plan, rng)
     with replacing_folder(folder) as aside:
@@ -75,6 +79,15 @@ def _check(model: tuple[str, Path], baselines: Sequence[tuple[str, Path]], plan:
     if plan.annotators < plan.votes_per_pair:
         raise StudyError(
             f"{plan.votes_per_pair} votes a pair need as many annotators, as nobody votes twice; got {plan.annotators}"
+        )
+
+
+def _refuse_different_settings(pictures: Sequence[Picture]) -> None:
+    if unlike := differences(makings_of(pictures), besides=("Size",)):  # of which _write_images takes care
+        lines = "\n  ".join(problem.describe() for problem in unlike)
+        raise StudyError(
+            f"annotators would judge settings as well as models:\n  {lines}\nMake the images alike with generate.py, "
+            "or build the study all the same with --allow-different-settings"
         )
 
 

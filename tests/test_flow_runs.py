@@ -1,0 +1,239 @@
+"""Whole trainings of flows: Stable Diffusion 3 and FLUX.1, and what becomes of them."""
+
+import math
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from forks import launch
+from PIL import Image
+from tolerances import assert_same_but_for_rounding
+from training_runs import SMALL_RUN, assert_same_run, command, rows_of
+
+import generate
+from xdpo import families, watch
+from xdpo.batch import Batch
+from xdpo.config import load_config
+from xdpo.families import check_config, load_parts
+from xdpo.families.flux import FLUX
+from xdpo.loss import OBJECTIVES
+from xdpo.models import make_policy, make_reference
+from xdpo.noisy import NoisyBatchMaker
+from xdpo.reference import AdapterOff, Frozen
+from xdpo.step import inputs_of, measure, preference_loss
+
+SIZE = ("data.resolution=32", "loss.name=diffusion_dpo", "loss.beta=100", "optim.learning_rate=1e-3")
+SAMPLES = ("samples.every=4", "samples.prompts=[a cat]", "train.max_steps=4", "checkpoint.every=2")
+LORA = ("model.trainable=lora", "model.lora_rank=2", "model.lora_alpha=2")
+each_flow = pytest.mark.parametrize("flow", ["sd3", "flux"])
+sd3_and_slow_flux = pytest.mark.parametrize("flow", ["sd3", pytest.param("flux", marks=pytest.mark.slow)])
+flux_and_slow_sd3 = pytest.mark.parametrize("flow", ["flux", pytest.param("sd3", marks=pytest.mark.slow)])
+
+
+@pytest.fixture
+def pipeline(request, flow):
+    return request.getfixturevalue(flow)
+
+
+@pytest.fixture
+def samples(monkeypatch):
+    """The images of sample sheets: policy and reference in turn."""
+    drawn, original = [], watch.sample_images
+    monkeypatch.setattr(watch, "sample_images", lambda *a, **k: drawn.append(original(*a, **k)) or drawn[-1])
+    return drawn
+
+
+def draw(pipeline, guidance=7.5):
+    """The one sample of these runs, drawn by a pipeline of the library in a batch of the same size."""
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(0) for _ in range(4)]
+    options = {"num_inference_steps": 2, "guidance_scale": guidance, "height": 32, "width": 32}
+    return np.asarray(pipeline(["a cat"] * 4, generator=generators, **options).images[0])
+
+
+@each_flow
+def test_a_full_training_starts_at_ln_2_and_its_export_draws_what_it_drew(run, pipeline, samples):
+    status, folder = run("run", f"model.pipeline={pipeline}", *SIZE, *SAMPLES)
+    assert status == 0
+    first, *_, last = rows_of(folder)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-7) and first["margin"] == first["d_chosen"] == 0
+    assert last["margin"] != 0
+
+    (reference,), (policy,) = samples[-2:]
+    base = diffusers.DiffusionPipeline.from_pretrained(pipeline)
+    assert np.array_equal(draw(base), np.asarray(reference))
+    kind = type(base.transformer)
+    base.transformer = kind.from_pretrained(folder / "export", subfolder="transformer")
+    drawn = draw(base)
+    assert np.array_equal(drawn, np.asarray(policy)) and not np.array_equal(drawn, np.asarray(reference))
+
+
+@sd3_and_slow_flux
+def test_adapters_resume_bit_for_bit_and_are_loaded_by_the_library(run, pipeline, samples, tmp_path):
+    options = (f"model.pipeline={pipeline}", *SIZE, *SAMPLES, *LORA)
+    _, whole = run("whole", *options)
+    run("parts", *options, "train.max_steps=2", "samples.every=0")
+    status, parts = run("parts", *options)
+    assert status == 0
+    assert_same_run(whole, parts)
+    assert rows_of(whole)[0]["margin"] == 0
+
+    (reference,), (policy,) = samples[-2:]
+    base = diffusers.DiffusionPipeline.from_pretrained(pipeline)
+    assert np.array_equal(draw(base), np.asarray(reference)), "with its adapter off it is the base"
+    base.load_lora_weights(whole / "export")
+    assert np.array_equal(draw(base), np.asarray(policy))
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    quick = ["--steps", "2", "--image-size", "32", "--batch-size", "4"]
+    output = tmp_path / "images"
+    arguments = ["--model", str(whole), "--prompts", str(prompts), "--output", str(output), *quick]
+    assert generate.main([*arguments, "--guidance", "7.5"]) == 0
+    (image,) = output.rglob("*.png")
+    assert np.array_equal(np.asarray(Image.open(image)), np.asarray(policy))
+
+
+@flux_and_slow_sd3
+def test_caches_give_the_same_run_in_bf16(run, pipeline, tmp_path, capsys):
+    options = (f"model.pipeline={pipeline}", *SIZE, "train.max_steps=2", "checkpoint.every=2", "compute.precision=bf16")
+    caches = [f"cache.{name}={tmp_path / name}" for name in ("examples", "reference")] + ["cache.dtype=fp32"]
+    _, plain = run("plain", *options)
+    run("recording", *options, *caches)
+    capsys.readouterr()
+    _, cached = run("cached", *options, *caches)
+    assert "so the reference is not loaded" in capsys.readouterr().out
+    assert_same_run(plain, cached)
+    assert rows_of(plain)[0]["margin"] == 0
+
+
+@pytest.mark.slow
+@each_flow
+def test_one_process_and_two_log_the_same_figures(run, pipeline, small_pairs, tmp_path):
+    options = (f"model.pipeline={pipeline}", *SIZE, "train.micro_batch_pairs=1", "train.max_steps=4")
+    _, one = run("one", *options)
+    ended = launch("train_xdpo.py", command(pipeline, small_pairs, tmp_path / "two", *options), processes=2)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert_same_but_for_rounding(one, tmp_path / "two")
+
+
+# --- the micro-step ----------------------------------------------------------------------------------------
+
+
+def micro_step(pipeline, *overrides):
+    """Settings, parts, and the noisy batch of two pairs of random pixels."""
+    fixed = [word for word in SMALL_RUN if not word.startswith("data.resolution")]
+    paths = [f"model.pipeline={pipeline}", "data.path=none", "output_dir=none"]
+    settings = load_config("configs/base.yaml", [*fixed, *SIZE, *paths, *overrides])
+    parts = load_parts(settings.model)
+    make_noisy = NoisyBatchMaker(parts, parts.process(settings.noise), settings, torch.device("cpu"))
+    pixels = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    tokens = [parts.tokenize(caption)[0] for caption in ("a cat", "a dog")]
+    tokens = type(tokens[0])({name: torch.stack([each[name] for each in tokens]) for name in tokens[0]})
+    batch = Batch(torch.arange(2), torch.arange(2), ["0", "1"], pixels, tokens, 0, [])
+    return settings, parts, make_noisy(batch, 0)
+
+
+@each_flow
+def test_loss_and_gradient_equal_an_independent_formula_in_float64(pipeline):
+    settings, parts, noisy = micro_step(pipeline, "compute.gradient_checkpointing=true")
+    reference = make_reference(parts, settings.model, settings.compute)
+    policy = make_policy(parts, settings.model, settings.compute)
+    with torch.no_grad():  # somewhere else than the reference
+        for index, weight in enumerate(policy.parameters()):
+            weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(index))
+    errors = measure(policy, Frozen(reference), noisy, settings.loss).errors
+    loss = preference_loss(errors, settings.loss).loss.mean()
+    loss.backward()
+    gradient = torch.cat([weight.grad.flatten() for weight in policy.parameters()]).double()
+    policy.zero_grad()
+
+    sigma = noisy.timesteps.double().view(-1, 1, 1, 1) / 1000
+    x_0 = noisy.latents.double() - sigma * noisy.targets.double()
+    velocity = (noisy.latents.double() - x_0) / sigma
+    double = type(noisy.conditioning)({name: value.double() for name, value in noisy.conditioning.items()})
+    means = []
+    for network in (policy.double(), reference.double()):
+        predicted = parts.family.predict(network, noisy.latents.double(), noisy.timesteps.double(), double)
+        means.append((predicted - velocity).square().mean((1, 2, 3)))
+    difference = means[0] - means[1].detach()
+    exact = torch.log1p(torch.exp(50.0 * (difference[:2] - difference[2:]))).mean()
+    exact.backward()
+    exact_gradient = torch.cat([weight.grad.flatten() for weight in policy.parameters()])
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
+    assert (gradient - exact_gradient).norm() < 1e-3 * exact_gradient.norm()
+
+
+@sd3_and_slow_flux
+def test_every_objective_takes_a_step(pipeline):
+    settings, parts, noisy = micro_step(pipeline, *LORA)
+    policy = make_policy(parts, settings.model, settings.compute)
+    reference = AdapterOff(policy)
+    for name in OBJECTIVES:
+        config = load_config("configs/base.yaml", [f"loss.name={name}", "output_dir=none"]).loss
+        measured = measure(policy, reference, noisy, config)
+        inputs = dict(measured.inputs)
+        if "z0" in inputs_of(config):
+            inputs["z0"] = torch.zeros(())
+        policy.zero_grad()
+        preference_loss(measured.errors, config, inputs).loss.mean().backward()
+        gradients = [weight.grad for weight in policy.parameters() if weight.grad is not None]
+        norms = [gradient.norm() for gradient in gradients]
+        assert all(norm.isfinite() for norm in norms) and sum(norms) > 0, name
+
+
+@flux_and_slow_sd3
+def test_self_play_samples_with_the_pipeline(run, pipeline):
+    play = ("loss.name=seppo", "loss.beta=100", "self_play.every=2", "self_play.num_inference_steps=2")
+    status, folder = run("run", f"model.pipeline={pipeline}", *SIZE, *play, "train.max_steps=3", "checkpoint.every=3")
+    assert status == 0
+    latents = [row for row in rows_of(folder) if "loss" in row]
+    assert len(latents) == 3 and (folder / "snapshots").is_dir()
+
+
+GENERATED = {
+    "half a token": (["--image-size", "24"], "must be a multiple of 16"),
+    "a diffusion's scheduler": (["--scheduler", "ddim"], "--scheduler ddim samples diffusions, and FLUX.1 is a flow"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), GENERATED.values(), ids=GENERATED)
+def test_what_a_flow_can_not_sample_is_refused_before_weights_are_loaded(flux, tmp_path, capsys, options, message):
+    arguments = ["--model", flux, "--prompts", "tinyprompts", "--output", str(tmp_path / "images"), *options]
+    assert generate.main(arguments) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "images").exists()
+
+
+def test_images_are_drawn_with_the_familys_guidance_unless_another_is_asked_for():
+    for options, scale in ([], 3.5), (["--guidance", "2"], 2.0):
+        options = generate.build_parser().parse_args(["--model", "m", "--prompts", "p", "--output", "o", *options])
+        assert generate.settings_of_family(generate.build_settings(options), options, FLUX).guidance_scale == scale
+
+
+REFUSED = {
+    "a diffusion's weighting": ("sd3", "noise.weighting=temporal_discount", "counts the timesteps of a diffusion"),
+    "a side of half a token": (
+        "flux",
+        "data.resolution=24",
+        r"\(got 24\) must be a multiple of 16 for FLUX",
+    ),
+    "kernels that aren't there": ("sd3", "compute.attention=eager", "eager isn't available for Stable Diffusion 3"),
+    "guidance that nobody is told": ("sd3", "model.guidance=3", r"model\.guidance: Stable Diffusion 3 and 3\.5 has no"),
+    "another family": ("sd3", "model.family=FluxPipeline", r"config is for FLUX\.1, .* is Stable Diffusion 3 and 3\.5"),
+    "no empty caption of its own": ("flux", "model.empty_caption=zeros", r"model\.empty_caption: FLUX\.1 has no such"),
+    "a flow's shift in a diffusion": ("small_pipeline", "noise.shift=3", r"noise\.shift \(got 3\) acts in flows alone"),
+}
+
+
+@pytest.mark.parametrize(("model", "override", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_config_for_another_model_is_refused(request, model, override, message):
+    paths = [f"model.pipeline={request.getfixturevalue(model)}", "output_dir=none"]
+    with pytest.raises(ValueError, match=message):
+        check_config(load_config("configs/base.yaml", [*paths, override]))
+
+
+def test_it_is_refused_before_weights_are_loaded(run, flux, monkeypatch, capsys):
+    monkeypatch.setattr(families, "load_parts", lambda *_, **__: pytest.fail("weights were loaded"))
+    assert run("run", f"model.pipeline={flux}", "data.resolution=24")[0] == 1
+    assert "must be a multiple of 16" in capsys.readouterr().err

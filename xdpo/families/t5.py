@@ -1,0 +1,24 @@
+"""A caption → token ids → T5's states, as the pipelines of Stable Diffusion 3 and FLUX make them."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, T5EncoderModel
+
+
+def padded_ids(tokenizer: "PreTrainedTokenizerBase", caption: str, length: int) -> tuple[Tensor, bool]:
+    """(length,) ids, cut or filled up, and whether they were cut."""
+    ids = tokenizer(caption, padding="max_length", truncation=True, max_length=length).input_ids
+    whole = tokenizer(caption, truncation=False, verbose=False).input_ids
+    return torch.tensor(ids), len(whole) > length
+
+
+def t5_states(encoder: "T5EncoderModel", ids: Tensor) -> Tensor:
+    """(N, L, D) of ids (N, L). Not in fp16, in which the large T5 overflows: float32 takes its place."""
+    device = ids.device.type
+    is_fp16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
+    with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not is_fp16):
+        return encoder(ids).last_hidden_state

@@ -1,0 +1,205 @@
+"""What CLIP's features of images say: how diverse a prompt's images are, and how far a model drifts from a reference.
+
+The features are image embeddings of OpenAI's ViT-L/14 at 224 pixels, as unit vectors. CMMD as published uses the same
+network at 336 pixels and KID another network, so their published numbers are on other scales.
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from xdpo.files import reading, replacing
+from xdpo.images.reading import IMAGE_SUFFIXES, Picture, with_checksums
+from xdpo.scorers.loading import embedder_version, load_embedder
+from xdpo.scores.results import Benchmark
+from xdpo.scores.scoring import Undecodable, default_workers, prepared_batches
+
+FEATURES = "features.npz"
+MMD_SIGMA, MMD_SCALE = 10.0, 1000.0  # of CMMD (Jayasumana et al. 2024)
+Kernel = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # products of vectors, and the vectors
+_ROWS = 1000  # of a kernel matrix that are computed at once
+
+
+def image_features(
+    pictures: Sequence[Picture],
+    folder: Path,
+    *,
+    device: torch.device,
+    batch_size: int,
+    workers: int | None = None,
+    weights: Path | None = None,
+) -> dict[str, np.ndarray]:
+    """Checksum → feature (768,) float32 of every picture that can be decoded. They are kept in `folder`/features.npz.
+
+    Raises ValueError for weights that are missing, StorageError if the file can't be written.
+    """
+    version = embedder_version(weights)
+    known = _read(folder / FEATURES, version)
+    todo = list({p.sha256: p for p in pictures if p.sha256 not in known}.values())
+    print(f"features: {len(pictures):,} images, {len(todo):,} of them to embed")
+    if todo:
+        preprocess, embed = load_embedder(device, weights)
+        workers = default_workers(device) if workers is None else workers
+        with tqdm(total=len(todo), desc="features", unit="image") as progress:
+            for batch in prepared_batches(preprocess, todo, batch_size, workers):
+                good = [(picture.sha256, item) for picture, item in batch if not isinstance(item, Undecodable)]
+                if good:
+                    vectors = embed([item for _, item in good]).numpy()
+                    known.update(zip((str(sha256) for sha256, _ in good), vectors, strict=True))
+                progress.update(len(batch))
+        with replacing(folder / FEATURES, "wb") as file:
+            np.savez(file, version=version, sha256=np.array(list(known)), features=np.stack(list(known.values())))
+    return {str(p.sha256): known[str(p.sha256)] for p in pictures if p.sha256 in known}
+
+
+def reference_pictures(folder: Path) -> list[Picture]:
+    """All images below a folder, whatever its layout. Raises ValueError where there are none."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    if len(paths) < 2:
+        raise ValueError(f"--reference {folder} holds {len(paths)} images; give a folder of photographs, say")
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    pictures = [Picture("reference", "", "", name, 0, path, name) for path, name in zip(paths, names, strict=True)]
+    return with_checksums(pictures)[0]
+
+
+# --- diversity -----------------------------------------------------------------------------------------------
+
+
+def pairwise_distance(features: np.ndarray) -> float:
+    """Mean cosine distance over all pairs of K ≥ 2 unit vectors (K, D), from 0 for equal ones to 2."""
+    similarity = np.asarray(features, np.float64) @ np.asarray(features, np.float64).T
+    return float(1 - similarity[np.triu_indices(len(features), k=1)].mean())
+
+
+def vendi_score(features: np.ndarray) -> float:
+    """Vendi score of K unit vectors (K, D) with the cosine as similarity: the effective number of different images,
+    from 1 to K (Friedman and Dieng 2023)."""
+    vectors = np.asarray(features, np.float64)
+    shares = np.linalg.eigvalsh(vectors @ vectors.T / len(vectors))
+    shares = shares[shares > 1e-12]
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def diversity(
+    benchmark: Benchmark,
+    pictures: Mapping[tuple[str, str, str], Sequence[Picture]],
+    features: Mapping[str, np.ndarray],
+) -> Benchmark | None:
+    """The diversity of each prompt's images as scores, over the prompts of which all models have equally many.
+
+    None where fewer than two images a prompt are there.
+    """
+
+    def vectors_of(model: str, key: str) -> list[np.ndarray]:
+        checksums = [str(p.sha256) for p in pictures.get((benchmark.name, model, key), ())]
+        return [features[sha256] for sha256 in checksums if sha256 in features]
+
+    kept, scores = [], defaultdict(list)
+    for prompt in benchmark.prompts:
+        of_models = [vectors_of(model, prompt.key) for model in benchmark.models]
+        if len(of_models[0]) < 2 or len({len(vectors) for vectors in of_models}) > 1:
+            continue
+        kept.append(prompt)
+        for name, measure in (("pairwise distance", pairwise_distance), ("Vendi score", vendi_score)):
+            scores[name].append([measure(np.stack(vectors)) for vectors in of_models])
+    if not kept:
+        print(f"note: {benchmark.name}: no diversity, as no prompt has several images of every model", file=sys.stderr)
+        return None
+    columns = {name: np.array(rows).T for name, rows in scores.items()}
+    return Benchmark(f"{benchmark.name}, diversity", benchmark.models, tuple(kept), columns, len(benchmark.prompts), {})
+
+
+# --- drift ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a model's images of a prompt set are from the reference images; counts of both."""
+
+    prompt_set: str
+    model: str
+    images: int
+    references: int
+    gaussian: float
+    polynomial: float
+
+
+def drift(
+    pictures: Mapping[tuple[str, str, str], Sequence[Picture]],
+    references: Sequence[Picture],
+    features: Mapping[str, np.ndarray],
+) -> list[Drift]:
+    """The drift of every model's images of every prompt set. Raises ValueError without readable reference images."""
+    known = [features[str(p.sha256)] for p in references if p.sha256 in features]
+    if len(known) < 2:
+        raise ValueError(
+            f"--reference: {len(known)} of its {len(references)} images can be decoded; give a folder of more"
+        )
+    expected = np.stack(known)
+    vectors: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
+    for (prompt_set, model, _), group in pictures.items():
+        vectors[prompt_set, model] += [features[str(p.sha256)] for p in group if p.sha256 in features]
+    return [
+        Drift(*owner, len(found), len(expected), gaussian_mmd(sample, expected), polynomial_mmd(sample, expected))
+        for owner, found in vectors.items()
+        if len(found) > 1
+        for sample in [np.stack(found)]
+    ]
+
+
+def gaussian_mmd(first: np.ndarray, second: np.ndarray) -> float:
+    """1000 × the squared maximum mean discrepancy of two samples (N, D), (M, D) with a Gaussian kernel of width 10.
+
+    CMMD's estimate, in which every vector is also compared with itself: 0 for equal samples, never below.
+    """
+
+    def kernel(products: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        distances = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * products
+        return np.exp(-distances / (2 * MMD_SIGMA**2))
+
+    within = (
+        _kernel_sum(first, first, kernel) / len(first) ** 2 + _kernel_sum(second, second, kernel) / len(second) ** 2
+    )
+    return MMD_SCALE * (within - 2 * _kernel_sum(first, second, kernel) / (len(first) * len(second)))
+
+
+def polynomial_mmd(first: np.ndarray, second: np.ndarray) -> float:
+    """1000 × the squared maximum mean discrepancy with KID's kernel (x·y / D + 1)³, without bias: around 0 for samples
+    of one distribution, also below (Bińkowski et al. 2018)."""
+
+    def kernel(products: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (products / a.shape[1] + 1) ** 3
+
+    def within(sample: np.ndarray) -> float:
+        own = ((np.asarray(sample, np.float64) ** 2).sum(1) / sample.shape[1] + 1) ** 3
+        return (_kernel_sum(sample, sample, kernel) - own.sum()) / (len(sample) * (len(sample) - 1))
+
+    between = _kernel_sum(first, second, kernel) / (len(first) * len(second))
+    return MMD_SCALE * (within(first) + within(second) - 2 * between)
+
+
+def _kernel_sum(first: np.ndarray, second: np.ndarray, kernel: Kernel) -> float:
+    """The sum of a kernel over all pairs, a thousand rows at a time: 30,000 references would need gigabytes at once."""
+    a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    pieces = (a[start : start + _ROWS] for start in range(0, len(a), _ROWS))
+    return float(sum(kernel(piece @ b.T, piece, b).sum() for piece in pieces))
+
+
+def _read(path: Path, version: str) -> dict[str, np.ndarray]:
+    """The features of that version in the file; none without it. Raises ValueError for a file that can't be read."""
+    if not path.is_file():
+        return {}
+    try:
+        with reading(path), np.load(path, allow_pickle=False) as saved:
+            if str(saved["version"]) != version:
+                return {}
+            return dict(zip(saved["sha256"].tolist(), saved["features"], strict=True))
+    except (ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise ValueError(f"{path} can't be read ({error}); remove it: its features are then computed anew") from None
