@@ -281,6 +281,7 @@ def test_what_the_config_adds_or_saves_is_counted(weights):
     plain = count_small()["save"].at_rest
     assert count_small("model.ema_decay=0.99")["save"].at_rest == plain + unet
     assert count_small("optim.name=adamw8bit")["save"].at_rest < plain
+    assert count_small("optim.name=adafactor")["save"].at_rest < plain - unet  # less than one moment instead of two
     cached = count_small("cache.examples=cache", "cache.reference=cache")
     assert plain - cached["save"].at_rest == unet + encoders
     assert cached["samples"].peak - cached["save"].at_rest > encoders  # they visit the device
