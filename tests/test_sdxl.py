@@ -203,7 +203,7 @@ def test_the_loss_is_the_formula_in_float64(xl_pipeline, theirs):
     pixels, captions, positions = torch.rand(4, 3, SIDE, SIDE) * 2 - 1, ["abc", ""], [5, 9]
     tokens = stack([parts.tokenize(caption)[0] for caption in captions])
     batch = Batch(torch.tensor(positions), torch.arange(2), ["a", "b"], pixels, tokens, 0, [])
-    noisy = NoisyBatchMaker(parts, parts.process(), settings, CPU)(batch, 3)
+    noisy = NoisyBatchMaker(parts, parts.process(settings.noise), settings, CPU)(batch, 3)
     measured = step.measure(policy, Frozen(reference), noisy, settings.loss)
     loss = step.preference_loss(measured.errors, settings.loss, dict(measured.inputs)).loss
 
