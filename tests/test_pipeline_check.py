@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from xdpo.config import ModelConfig
-from xdpo.families import check_pipeline_folder, load_parts, part_checksum
+from xdpo.families import check_model, check_pipeline_folder, load_parts, part_checksum
 from xdpo.models import read_model_spec, resolve_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -411,6 +411,22 @@ def test_a_hub_model_from_the_cache_is_loaded_and_its_weights_checked(small_pipe
     cached(pipeline, "org/prefixed")
     with pytest.raises(ValueError, match=r"could not load 'org/prefixed':\n  unet: \d+ of \d+ weights are missing"):
         load_parts(ModelConfig(pipeline="org/prefixed"))
+
+
+@pytest.mark.parametrize("source", ["vae", "."])
+def test_an_autoencoder_of_the_hub_is_taken_from_the_top_of_its_repository_or_from_vae(small_pipeline, cached, source):
+    cached(Path(small_pipeline) / source, "org/vae")
+    model, own = ModelConfig(pipeline=small_pipeline, vae="org/vae"), ModelConfig(pipeline=small_pipeline)
+    check_model(model)
+    assert part_checksum(model, "vae") == part_checksum(own, "vae")
+    expected = load_parts(own).vae.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in load_parts(model).vae.state_dict().items())
+    for name, message in (
+        ("org/nothing", "not in the hub's cache"),
+        (f"{small_pipeline}/unet", "latent_channels is None"),
+    ):
+        with pytest.raises(ValueError, match=rf"model\.vae: .*(?s:.)*{message}"):
+            load_parts(ModelConfig(pipeline=small_pipeline, vae=name))
 
 
 def test_a_hub_model_of_pickled_weights_is_told_from_one_out_of_reach(pipeline, monkeypatch):
