@@ -326,7 +326,18 @@ def test_the_exported_model_draws_in_diffusers_the_image_that_the_run_drew(
     (tmp_path / "prompts.txt").write_text("a red square\n")
     made = {}
     for name, model in {"trained": folder, "base": xl_pipeline}.items():
-        prompts = ["--prompts", "prompts.txt", "--steps", "2", "--batch-size", "4", "--output", name]
+        prompts = [
+            "--prompts",
+            "prompts.txt",
+            "--steps",
+            "2",
+            "--batch-size",
+            "4",
+            "--guidance",
+            "7.5",
+            "--output",
+            name,
+        ]
         assert generate.main(["--model", str(model), *prompts]) == 0
         (made[name],) = (tmp_path / name).rglob("*.png")
     trained, base = (np.asarray(watch.Image.open(made[name])) for name in ("trained", "base"))
