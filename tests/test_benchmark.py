@@ -11,8 +11,17 @@ from benchmarks import counting, flops, loading, memory, steps
 from benchmarks.folders import working_folder
 from benchmarks.modes import BASE_CONFIG, MODES, call, set_up
 from benchmarks.pairs import WRITERS, make_pairs
-from benchmarks.pipelines import DOWNSCALING, LATENT_CHANNELS, PIPELINES, TOKENS, build_networks, thin_shapes
+from benchmarks.pipelines import (
+    DOWNSCALING,
+    LATENT_CHANNELS,
+    PIPELINES,
+    TOKENS,
+    build_networks,
+    thin_shapes,
+    without_contents,
+)
 from benchmarks.results import Criterion, Spread, ratios, time_in_turn
+from benchmarks.true_models import TRUE_MODELS
 from training_runs import BITSANDBYTES
 
 from xdpo import step
@@ -72,7 +81,7 @@ def flops_record(tmp_path_factory):
 def test_stable_diffusion_costs_what_is_known_of_it(flops_record):
     assert flops_record["measurements"]["parts"] == pytest.approx(
         {
-            "unet_forward": 0.803,
+            "denoiser_forward": 0.803,
             "full_forward_backward": 2.407,
             "full_forward_backward_checkpointed": 3.002,
             "lora_forward_backward": 1.765,
@@ -97,8 +106,22 @@ def test_caches_save_what_they_should(flops_record):
     assert [criterion["holds"] for criterion in flops_record["criteria"]] == [True, True]
 
 
+@pytest.mark.parametrize(
+    ("model", "billions"),
+    [("sd15", 0.860), ("sdxl", 2.567), ("sd35_medium", 2.24), ("sd35_large", 8.06), ("flux", 11.9)],
+)
+def test_a_true_model_has_the_weights_that_are_published(model, billions):
+    with without_contents():
+        denoiser = TRUE_MODELS[model].build().denoiser
+    assert sum(weight.numel() for weight in denoiser.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
+
+
 def test_a_record_says_how_to_repeat_it(flops_record):
-    assert flops_record["benchmark"] == "flops" and flops_record["settings"] == {"resolution": 512, "lora_rank": 64}
+    assert flops_record["benchmark"] == "flops" and flops_record["settings"] == {
+        "model": "sd15",
+        "resolution": None,
+        "lora_rank": 64,
+    }
     assert {"processor", "cores", "threads", "memory_gb"} <= set(flops_record["machine"])
     assert flops_record["versions"]["torch"] == torch.__version__
     assert flops_record["table"].count("\n| ") == 1 + 2 * 2 * 3  # the rule below the head, then the modes
@@ -106,7 +129,8 @@ def test_a_record_says_how_to_repeat_it(flops_record):
 
 @pytest.fixture(scope="module")
 def thin_parts():
-    return flops.count_parts(build_networks(thin_shapes()), resolution=64, lora_rank=4)
+    caption = TRUE_MODELS["sd15"].caption()
+    return flops.count_parts(build_networks(thin_shapes()), caption, resolution=64, lora_rank=4)
 
 
 @pytest.mark.parametrize("caches", flops.CACHES)
@@ -223,7 +247,11 @@ def test_pairs_that_the_micro_batch_does_not_divide_are_refused_before_any_work(
 # --- memory, counted -----------------------------------------------------------------------------------
 
 CONFIGS = BASE_CONFIG.parent
-SMALL = PIPELINES["tiny"]
+SMALL = {
+    "unet": thin_shapes()["unet"] | {"cross_attention_dim": 16},
+    "vae": thin_shapes()["vae"],
+    "text_encoder": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+}
 
 
 def count_small(*overrides, config="xdpo_sd15.yaml", processes=1, fake=False):
@@ -281,6 +309,7 @@ def test_what_the_config_adds_or_saves_is_counted(weights):
     plain = count_small()["save"].at_rest
     assert count_small("model.ema_decay=0.99")["save"].at_rest == plain + unet
     assert count_small("optim.name=adamw8bit")["save"].at_rest < plain
+    assert count_small("optim.name=adafactor")["save"].at_rest < plain
     cached = count_small("cache.examples=cache", "cache.reference=cache")
     assert plain - cached["save"].at_rest == unet + encoders
     assert cached["samples"].peak - cached["save"].at_rest > encoders  # they visit the device

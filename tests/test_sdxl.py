@@ -204,7 +204,7 @@ def test_the_loss_is_the_formula_in_float64(xl_pipeline, theirs):
     pixels, captions, positions = torch.rand(4, 3, SIDE, SIDE) * 2 - 1, ["abc", ""], [5, 9]
     tokens = stack([parts.tokenize(caption)[0] for caption in captions])
     batch = Batch(torch.tensor(positions), torch.arange(2), ["a", "b"], pixels, tokens, 0, [])
-    noisy = NoisyBatchMaker(parts, parts.process(), settings, CPU)(batch, 3)
+    noisy = NoisyBatchMaker(parts, parts.process(settings.noise), settings, CPU)(batch, 3)
     measured = step.measure(policy, Frozen(reference), noisy, settings.loss)
     loss = step.preference_loss(measured.errors, settings.loss, dict(measured.inputs)).loss
 
@@ -327,7 +327,18 @@ def test_the_exported_model_draws_in_diffusers_the_image_that_the_run_drew(
     (tmp_path / "prompts.txt").write_text("a red square\n")
     made = {}
     for name, model in {"trained": folder, "base": xl_pipeline}.items():
-        prompts = ["--prompts", "prompts.txt", "--steps", "2", "--batch-size", "4", "--output", name]
+        prompts = [
+            "--prompts",
+            "prompts.txt",
+            "--steps",
+            "2",
+            "--batch-size",
+            "4",
+            "--guidance",
+            "7.5",
+            "--output",
+            name,
+        ]
         assert generate.main(["--model", str(model), *prompts]) == 0
         (made[name],) = (tmp_path / name).rglob("*.png")
     trained, base = (np.asarray(watch.Image.open(made[name])) for name in ("trained", "base"))

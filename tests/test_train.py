@@ -296,6 +296,7 @@ OPTIMIZERS = {
     "channels last": ["compute.channels_last=true"],
     "lora": ["model.trainable=lora", "model.lora_rank=4"],
     "checkpointed, in bf16": ["compute.gradient_checkpointing=true", "compute.precision=bf16"],
+    "adafactor": ["optim.name=adafactor"],
 }
 
 

@@ -312,8 +312,14 @@ def build_reference(settings: Config, network: nn.Module | None, bare_policy: nn
 
 
 def build_optimizer(settings: Config, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Fused AdamW, or bitsandbytes' 8-bit AdamW. The learning rate is 0 until `Learner.update` sets it."""
+    """Fused AdamW, bitsandbytes' 8-bit AdamW, or Adafactor. The learning rate is 0 until `Learner.update` sets it."""
     optim = settings.optim
+    if optim.name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        # At a learning rate of its own, as Diffusion-DPO's public launcher trains Stable Diffusion XL.
+        absolute = {"scale_parameter": False, "relative_step": False}
+        return Adafactor(parameters, lr=0.0, weight_decay=optim.weight_decay, **absolute)
     options: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
     if optim.name == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit

@@ -22,11 +22,10 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from benchmarks.pipelines import PIPELINES, TOKENS, build_networks
+from benchmarks.pipelines import PIPELINES, TOKENS, build_networks, without_contents
 from xdpo import learner, models, step
 from xdpo.batch import Batch, Conditioning, LatentMoments, SingleImages, Tokens
 from xdpo.compute import build_accelerator
@@ -122,9 +121,7 @@ def without_a_device(fake: bool) -> Iterator[None]:
         for owner in (torch.accelerator, torch.cuda):
             stack.enter_context(patch.object(owner, "is_available", return_value=False))
         if fake:
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            # Fake parameters can't be moved; all are on one device.
-            stack.enter_context(patch.object(nn.Module, "to", lambda module, *_, **__: module))
+            stack.enter_context(without_contents())
         for owner, name in FLOAT32_ON_CUDA:
             stack.enter_context(patch.object(owner, name, in_float32(getattr(owner, name))))
         stack.callback(AcceleratorState._reset_state, reset_partial_state=True)

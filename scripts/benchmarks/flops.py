@@ -1,8 +1,8 @@
-"""TFLOP per pair of every training mode at Stable Diffusion 1.5's true shapes, compared with a step without any cache.
+"""TFLOP per pair of every training mode at a model's true shapes, compared with a step without any cache.
 
 Counted on networks without weights; a multiplication with its addition is 2 FLOP. A pair costs two forward and
 backward passes of the policy, and where nothing is cached two forward passes of the reference, two of the
-autoencoder's encoder and one of the text encoder, as in Diffusion-DPO's public training script.
+autoencoder's encoder and one of each text encoder, as in Diffusion-DPO's public training script.
 """
 
 import argparse
@@ -10,16 +10,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.arguments import add_number
-from benchmarks.pipelines import (
-    PIPELINES,
-    TOKENS,
-    build_networks,
-)
+from benchmarks.pipelines import without_contents
 from benchmarks.results import Criterion, Outcome
-from xdpo.batch import Conditioning, Tokens
+from benchmarks.true_models import TRUE_MODELS
+from xdpo.arguments import positive
+from xdpo.batch import Tokens
 from xdpo.config import ComputeConfig, ModelConfig
 from xdpo.families import PipelineParts
 from xdpo.models import adapter_off, make_policy
@@ -32,14 +31,14 @@ CACHES = {
 }
 """What a training finds computed already → (encoded examples, the reference's errors)."""
 
-LIMITS = {"full": 0.56, "lora": 0.42}  # of the full step that recomputes everything
+LIMITS = {"full": 0.56, "lora": 0.42}  # of the full step of Stable Diffusion 1.5 that recomputes everything
 
 
 @dataclass(frozen=True)
 class PartCosts:
     """TFLOP of each network on one image or one caption."""
 
-    unet_forward: float
+    denoiser_forward: float
     full_forward_backward: float
     full_forward_backward_checkpointed: float
     lora_forward_backward: float
@@ -53,7 +52,7 @@ class PartCosts:
         return getattr(self, f"{trainable}_forward_backward{ending}")
 
     def reference(self, trainable: str) -> float:
-        return self.unet_forward if trainable == "full" else self.lora_forward_adapter_off
+        return self.denoiser_forward if trainable == "full" else self.lora_forward_adapter_off
 
 
 @dataclass(frozen=True)
@@ -71,14 +70,16 @@ class PairCosts:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_number(parser, "--resolution", 512, "side of the images in pixels")
+    parser.add_argument("--model", choices=TRUE_MODELS, default="sd15", help="default: sd15")
+    parser.add_argument("--resolution", type=positive, help="side of the images (default: what the model is made for)")
     add_number(parser, "--lora-rank", 64, "rank of the adapters")
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    with torch.device("meta"):
-        networks = build_networks(PIPELINES["sd15"])
-        parts = count_parts(networks, options.resolution, options.lora_rank)
+    model = TRUE_MODELS[options.model]
+    resolution = options.resolution or model.resolution
+    with without_contents(), sdpa_kernel(SDPBackend.MATH):  # the counter doesn't know of a CPU's fused attention
+        parts = count_parts(model.build(), model.caption(), resolution, options.lora_rank)
     rows, measured, totals = [], [], {}
     for checkpointing in (False, True):
         for trainable in ("full", "lora"):
@@ -94,12 +95,12 @@ def run(options: argparse.Namespace) -> Outcome:
     columns = ("trained", "cached", "checkpointed", "policy", "reference", "VAE", "text", "TFLOP a pair", "ratio")
     note = (
         "ratio: to the full fine-tune that recomputes everything, with gradient checkpointing likewise on or off. "
-        f"One pass: UNet forward {parts.unet_forward:.3f}, with backward {parts.full_forward_backward:.3f}, "
+        f"One pass: denoiser forward {parts.denoiser_forward:.3f}, with backward {parts.full_forward_backward:.3f}, "
         f"LoRA's {parts.lora_forward_backward:.3f}; autoencoder {parts.autoencoder:.3f}, text {parts.text_encoder:.3f}"
     )
-    title = f"TFLOP per pair, Stable Diffusion 1.5 at {options.resolution} pixels"
+    title = f"TFLOP per pair, {model.name} at {resolution} pixels"
     criteria = []
-    for trainable, limit in LIMITS.items():
+    for trainable, limit in LIMITS.items() if options.model == "sd15" else ():
         ratio = totals[trainable, "examples and reference", False] / totals["full", "nothing", False]
         name = {"full": "full fine-tune", "lora": "LoRA"}[trainable]
         claim = f"{name} with both caches costs at most {limit} of the full step that recomputes everything"
@@ -109,13 +110,12 @@ def run(options: argparse.Namespace) -> Outcome:
     )
 
 
-def count_parts(networks: PipelineParts, resolution: int, lora_rank: int) -> PartCosts:
-    """Count every part on torch's default device. Leaves the denoiser with an adapter and gradient checkpointing on."""
+def count_parts(networks: PipelineParts, caption: Tokens, resolution: int, lora_rank: int) -> PartCosts:
+    """Count every part. Leaves the denoiser with an adapter and gradient checkpointing on."""
     denoiser, family = networks.denoiser, networks.family
     latents = torch.zeros(1, *networks.latent_shape(resolution))
-    timesteps = torch.zeros(1, dtype=torch.long)
-    tokens = Tokens(input_ids=torch.zeros(1, TOKENS, dtype=torch.long))
-    states = Conditioning(text=torch.zeros(1, TOKENS, denoiser.config.cross_attention_dim))
+    timesteps = torch.zeros(1)
+    states = family.with_size(networks.encode_captions(caption), resolution)
 
     @torch.no_grad()
     def forward() -> None:
@@ -143,7 +143,7 @@ def count_parts(networks: PipelineParts, resolution: int, lora_rank: int) -> Par
         count_tflop(forward_backward),
         adapter_off_forward,
         count_tflop(lambda: networks.encode_images(torch.zeros(1, 3, resolution, resolution))),
-        count_tflop(lambda: networks.encode_captions(tokens)),
+        count_tflop(lambda: networks.encode_captions(caption)),
     )
 
 

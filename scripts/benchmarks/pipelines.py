@@ -2,11 +2,16 @@
 
 import json
 import multiprocessing
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xdpo.families import PipelineParts, check_pipeline_folder
 from xdpo.families.stable_diffusion import STABLE_DIFFUSION
@@ -105,8 +110,16 @@ PIPELINES = {
 """The pipelines that can be asked for by name."""
 
 
+@contextmanager
+def without_contents() -> Iterator[None]:
+    """A context in which tensors have a shape and no contents, so that a network of any size fits."""
+    # Fake parameters can't be moved; all are on one device.
+    with FakeTensorMode(allow_non_fake_inputs=True), patch.object(nn.Module, "to", lambda module, *_, **__: module):
+        yield
+
+
 def build_networks(shapes: dict[str, dict[str, Any]]) -> PipelineParts:
-    """Networks of these shapes on torch's default device: real weights on a CPU, none at all on "meta"."""
+    """Networks of these shapes, with random weights outside of `without_contents`."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 

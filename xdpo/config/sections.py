@@ -219,15 +219,17 @@ class SelfPlayConfig(Section):
 class OptimConfig(Section):
     """The optimizer and its learning rate."""
 
-    name: Literal["adamw", "adamw8bit"] = Field(
-        "adamw", description="adamw8bit needs bitsandbytes, and 5 GB less for Stable Diffusion 1.5"
+    name: Literal["adamw", "adamw8bit", "adafactor"] = Field(
+        "adamw",
+        description="adamw8bit needs bitsandbytes, and 5 GB less for Stable Diffusion 1.5; adafactor has a moment of "
+        "rows and columns",
     )
     learning_rate: PositiveNumber = Field(1e-8, description="learning rate, before scale_lr")
     scale_lr: StrictBool = Field(
         True,
         description="multiply the learning rate by train.total_batch_pairs; what counts is the product, here 2.56e-6",
     )
-    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="decay of AdamW's moments, each below 1")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's: decay of its moments, each below 1")
     eps: PositiveNumber = Field(1e-8, description="AdamW's ε, added to the root of the second moment")
     weight_decay: NonNegativeNumber = Field(1e-2, description="decoupled weight decay")
     schedule: Literal["constant", "linear", "cosine"] = Field(

@@ -1,0 +1,168 @@
+"""The families' models at their true shapes, from their published configs.
+
+They are for counting, within `pipelines.without_contents`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.pipelines import TOKENS, build_networks, stable_diffusion_shapes
+from xdpo.batch import Tokens
+from xdpo.families import PipelineParts
+from xdpo.families.flux import FLUX
+from xdpo.families.interface import Family
+from xdpo.families.stable_diffusion_3 import STABLE_DIFFUSION_3
+from xdpo.families.stable_diffusion_xl import EMPTY_CAPTION, STABLE_DIFFUSION_XL
+
+END = 2  # the end token of CLIP's configs here: where the pooled state is read, which costs nothing
+T5_XXL = {"d_model": 4096, "d_ff": 10_240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32_128}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+
+
+@dataclass(frozen=True)
+class TrueModel:
+    """A published model."""
+
+    name: str  # for people
+    resolution: int  # that it was made for
+    build: Callable[[], PipelineParts]
+    tokens: dict[str, int] = field(default_factory=lambda: {"input_ids": TOKENS})  # of a caption, for each tokenizer
+
+    def caption(self) -> Tokens:
+        """Token ids of one caption, all zero."""
+        return Tokens({name: torch.zeros(1, length, dtype=torch.long) for name, length in self.tokens.items()})
+
+
+def _parts(family: Family, modules: dict[str, nn.Module], choices: dict[str, str] | None = None) -> PipelineParts:
+    for module in modules.values():
+        module.eval().requires_grad_(False)
+    return PipelineParts(family, modules, {}, None, choices=choices or {})
+
+
+def _clip(sizes: dict[str, int], projection: int, *, projected: bool = True) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        **sizes, projection_dim=projection, max_position_embeddings=TOKENS, bos_token_id=1, eos_token_id=END
+    )
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def _t5() -> nn.Module:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(T5Config(**T5_XXL, feed_forward_proj="gated-gelu", tie_word_embeddings=False))
+
+
+def _vae(latent_channels: int, **extra: Any) -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=latent_channels,
+        sample_size=1024,
+        **extra,
+    )
+
+
+def stable_diffusion_xl() -> PipelineParts:
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        sample_size=128,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(320, 640, 1280),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+    modules = {
+        "unet": unet,
+        "vae": _vae(4, force_upcast=True),
+        "text_encoder": _clip(CLIP_L, 768, projected=False),
+        "text_encoder_2": _clip(CLIP_G, 1280),
+    }
+    return _parts(STABLE_DIFFUSION_XL, modules, {EMPTY_CAPTION: "text"})
+
+
+def stable_diffusion_35(**sizes: Any) -> PipelineParts:
+    from diffusers import SD3Transformer2DModel
+
+    transformer = SD3Transformer2DModel(
+        sample_size=128,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        attention_head_dim=64,
+        joint_attention_dim=4096,
+        pooled_projection_dim=2048,
+        qk_norm="rms_norm",
+        **sizes,
+    )
+    modules = {
+        "transformer": transformer,
+        "vae": _vae(16, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        "text_encoder": _clip(CLIP_L, 768),
+        "text_encoder_2": _clip(CLIP_G, 1280),
+        "text_encoder_3": _t5(),
+    }
+    return _parts(STABLE_DIFFUSION_3, modules)
+
+
+def flux_dev() -> PipelineParts:
+    from diffusers import FluxTransformer2DModel
+
+    modules = {
+        "transformer": FluxTransformer2DModel(guidance_embeds=True),
+        "vae": _vae(16, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        "text_encoder": _clip(CLIP_L, 768, projected=False),
+        "text_encoder_2": _t5(),
+    }
+    return _parts(FLUX._replace(predict=partial(FLUX.predict, guidance=3.5)), modules)
+
+
+_THREE = {"tokenizer": TOKENS, "tokenizer_2": TOKENS, "tokenizer_3": 256}
+TRUE_MODELS = {
+    "sd15": TrueModel("Stable Diffusion 1.5", 512, lambda: build_networks(stable_diffusion_shapes())),
+    "sdxl": TrueModel("Stable Diffusion XL", 1024, stable_diffusion_xl, {"tokenizer": TOKENS, "tokenizer_2": TOKENS}),
+    "sd35_medium": TrueModel(
+        "Stable Diffusion 3.5 medium",
+        1024,
+        partial(
+            stable_diffusion_35,
+            num_layers=24,
+            num_attention_heads=24,
+            caption_projection_dim=1536,
+            pos_embed_max_size=384,
+            dual_attention_layers=tuple(range(13)),
+        ),
+        _THREE,
+    ),
+    "sd35_large": TrueModel(
+        "Stable Diffusion 3.5 large",
+        1024,
+        partial(
+            stable_diffusion_35,
+            num_layers=38,
+            num_attention_heads=38,
+            caption_projection_dim=2432,
+            pos_embed_max_size=192,
+        ),
+        _THREE,
+    ),
+    "flux": TrueModel("FLUX.1-dev", 1024, flux_dev, {"tokenizer": TOKENS, "tokenizer_2": 512}),
+}
