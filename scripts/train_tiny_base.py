@@ -54,12 +54,15 @@ def to_tensor(images: np.ndarray) -> torch.Tensor:
 class Stage:
     """One training stage: a module, its optimizers with warm-up and cosine decay, a log, and checkpoints.
 
+    The learning rate falls over the last `decay` of the steps; before that it doesn't depend on their number, so a
+    stage that was stopped there goes on with another number of steps as if it had been asked for at once.
+
     Muon takes every weight as a matrix of outputs × the rest, AdamW takes biases, norms and embeddings. On the
     autoencoder Muon needs less than half of AdamW's steps (assets/tiny/README.md).
     """
 
-    def __init__(self, name: str, module: torch.nn.Module, work: Path, steps: int, learning_rate: float):
-        self.name, self.module, self.steps, self.step = name, module, steps, 0
+    def __init__(self, name: str, module: torch.nn.Module, work: Path, steps: int, learning_rate: float, decay: float = 1):
+        self.name, self.module, self.steps, self.decay, self.step = name, module, steps, decay, 0
         self.path, self.log_path = work / f"{name}.pt", work / f"{name}.jsonl"
         embeddings = {layer.weight for layer in module.modules() if isinstance(layer, torch.nn.Embedding)}
         self.weights = [weight for weight in module.parameters() if weight.ndim >= 2 and weight not in embeddings]
@@ -84,8 +87,8 @@ class Stage:
 
     def update(self, loss: torch.Tensor) -> None:
         """One optimizer step on `loss`."""
-        decay = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
-        share = min((self.step + 1) / WARMUP_STEPS, decay + 1e-3)
+        fallen = max(0.0, 1 - (self.steps - self.step) / (self.decay * self.steps))
+        share = min((self.step + 1) / WARMUP_STEPS, 0.5 * (1 + math.cos(math.pi * fallen)) + 1e-3, 1.0)
         self.module.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
@@ -285,7 +288,7 @@ def train_text_to_latent(
     """
     torch.manual_seed(seed + 1)
     modules = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": build_unet(latents.shape[1])})
-    stage = Stage("unet", modules, work, steps, learning_rate=1e-2)
+    stage = Stage("unet", modules, work, steps, learning_rate=7e-3, decay=0.25)
     scheduler = new_scheduler()
     schedule = DiffusionProcess.from_scheduler(scheduler, Weighting("min_snr"))
     token_ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
