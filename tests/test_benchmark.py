@@ -14,14 +14,13 @@ from benchmarks.pairs import WRITERS, make_pairs
 from benchmarks.pipelines import (
     DOWNSCALING,
     LATENT_CHANNELS,
-    PIPELINES,
     TOKENS,
     build_networks,
     thin_shapes,
     without_contents,
 )
 from benchmarks.results import Criterion, Spread, ratios, time_in_turn
-from benchmarks.true_models import TRUE_MODELS
+from benchmarks.true_models import COUNTABLE, TRUE_MODELS, of_shapes
 from training_runs import BITSANDBYTES
 
 from xdpo import step
@@ -129,7 +128,7 @@ def test_a_record_says_how_to_repeat_it(flops_record):
 
 @pytest.fixture(scope="module")
 def thin_parts():
-    caption = TRUE_MODELS["sd15"].caption()
+    caption = TRUE_MODELS["sd15"].captions()
     return flops.count_parts(build_networks(thin_shapes()), caption, resolution=64, lora_rank=4)
 
 
@@ -256,7 +255,7 @@ SMALL = {
 
 def count_small(*overrides, config="xdpo_sd15.yaml", processes=1, fake=False):
     settings = load_config(CONFIGS / config, ["data.resolution=16", "train.total_batch_pairs=4", *overrides])
-    return counting.count(settings, SMALL, processes, fake=fake)
+    return counting.count(settings, of_shapes("small", SMALL), processes, fake=fake)
 
 
 @pytest.fixture(scope="module")
@@ -346,8 +345,9 @@ def test_eight_bit_moments_are_of_the_size_of_bitsandbytes_own(monkeypatch):
 
 def test_configs_that_take_the_same_memory_share_a_row(tmp_path, capsys, monkeypatch):
     configs = [str(CONFIGS / name) for name in ("xdpo_sd15.yaml", "diffusion_dpo_sd15.yaml")]
-    monkeypatch.setitem(PIPELINES, "small", SMALL)
-    here = lambda settings, pipeline, processes: counting.count(settings, SMALL, processes, fake=False)  # noqa: E731
+    small = of_shapes("small", SMALL)
+    monkeypatch.setitem(COUNTABLE, "small", small)
+    here = lambda settings, pipeline, processes: counting.count(settings, small, processes, fake=False)  # noqa: E731
     monkeypatch.setattr(counting, "count_apart", here)  # the same, sooner
     arguments = ["memory", "--pipeline", "small", "--count", *configs, "--grid", "train.micro_batch_pairs=1,2"]
     path = tmp_path / "memory.json"
@@ -376,7 +376,8 @@ def test_a_single_config_is_shown_phase_by_phase(monkeypatch, capsys):
 def test_only_known_shapes_are_counted(capsys):
     arguments = ["memory", "--pipeline", "owner/name", "--count", str(CONFIGS / "base.yaml")]
     assert benchmark.main(arguments) == 1
-    assert "--count knows the shapes of sd15, quarter, thin, tiny and not of 'owner/name'" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--count knows the shapes of sd15, " in error and ", flux and not of 'owner/name'" in error
 
 
 @pytest.mark.slow

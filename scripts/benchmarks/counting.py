@@ -9,7 +9,7 @@ backward, and what the allocator loses to fragments.
 import multiprocessing
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
@@ -25,15 +25,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from benchmarks.pipelines import PIPELINES, TOKENS, build_networks, without_contents
+from benchmarks.pipelines import without_contents
+from benchmarks.true_models import COUNTABLE, Model
 from xdpo import learner, models, step
-from xdpo.batch import Batch, Conditioning, LatentMoments, SingleImages, Tokens
+from xdpo.batch import Batch, Conditioning, LatentMoments, SingleImages
 from xdpo.compute import build_accelerator
 from xdpo.config import Config, accumulation_steps
 from xdpo.data import PairWeights, Split
-from xdpo.families.stable_diffusion import TEXT
 from xdpo.learner import Learner, build_ema, build_reference
-from xdpo.noise import DiffusionProcess
+from xdpo.noise import DiffusionProcess, FlowProcess, Process
 from xdpo.noisy import NoisyBatchMaker
 from xdpo.non_finite import SkippedSteps
 from xdpo.precompute import takes_single_images
@@ -128,10 +128,8 @@ def without_a_device(fake: bool) -> Iterator[None]:
         yield
 
 
-def count(
-    settings: Config, shapes: Mapping[str, Mapping[str, Any]], processes: int = 1, *, fake: bool = True
-) -> dict[str, Phase]:
-    """The phases of a training on one of `processes` GPUs, in the order of the run; `shapes` one of PIPELINES.
+def count(settings: Config, model: Model, processes: int = 1, *, fake: bool = True) -> dict[str, Phase]:
+    """The phases of a training on one of `processes` GPUs, in the order of the run.
 
     A reference cache is taken to be complete. Raises ValueError for a batch that can't be split over the processes.
     """
@@ -142,7 +140,7 @@ def count(
     settings = settings.model_copy(update={"compute": compute, "log": log})
     meter = Meter()
     with without_a_device(fake):
-        training = Training(settings, shapes, processes, meter)
+        training = Training(settings, model, processes, meter)
         training.start()
         training.update()  # makes the optimizer's moments
         training.micro_step(is_first=accumulation == 1)
@@ -162,7 +160,7 @@ def count_apart(settings: Config, pipeline: str, processes: int = 1) -> dict[str
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(count, settings, PIPELINES[pipeline], processes).result()
+            return pool.submit(count, settings, COUNTABLE[pipeline], processes).result()
         except BrokenProcessPool as error:
             raise ValueError("the process that counts ended abnormally; run the same command again") from error
 
@@ -186,9 +184,9 @@ def shape_of(settings: Config, processes: int) -> tuple:
 class Training:
     """A training's learner on networks without contents, and the phases of a run, each measured."""
 
-    def __init__(self, settings: Config, shapes: Mapping[str, Mapping[str, Any]], processes: int, meter: Meter) -> None:
-        self.settings, self.processes, self.meter = settings, processes, meter
-        parts = build_networks(shapes)
+    def __init__(self, settings: Config, model: Model, processes: int, meter: Meter) -> None:
+        self.settings, self.model, self.processes, self.meter = settings, model, processes, meter
+        parts = model.build()
         accelerator = build_accelerator(settings)
         network = None
         if settings.loss.needs_reference and not settings.cache.reference:
@@ -200,7 +198,9 @@ class Training:
         if settings.cache.reference:
             cache = FullCache(settings.train.micro_batch_pairs)
             reference = Recorded(reference, cache, accelerator.device)
-        process = DiffusionProcess(torch.linspace(0.99, 0.01, 1000), "epsilon")
+        process: Process = DiffusionProcess(torch.linspace(0.99, 0.01, 1000), "epsilon")
+        if parts.family.is_flow:
+            process = FlowProcess()
         ones = SimpleNamespace(get=lambda rows, device: torch.ones(len(rows)))
         self.learner = Learner(
             settings=settings,
@@ -217,7 +217,7 @@ class Training:
             skipped_steps=SkippedSteps(None),
         )
         self.latent_shape = parts.latent_shape(settings.data.resolution)
-        self.text_shape = (TOKENS, parts.modules["text_encoder"].config.hidden_size)
+        self.encoded = parts.encode_captions(model.captions())
         self.batch = self._batch()
 
     def start(self) -> None:
@@ -270,12 +270,12 @@ class Training:
         if not samples.every:
             return
         encoders = _tensors(*parts.encoders)
-        captions = IMAGES_OF_A_SHEET * (2 if samples.guidance_scale > 1 else 1)
+        captions = self._captions_at_once(IMAGES_OF_A_SHEET, samples.guidance_scale)
 
         def draw(denoiser: nn.Module | None) -> None:
             if denoiser is not None:
-                states = parts.encode_captions(Tokens(input_ids=torch.zeros(captions, TOKENS).long()))
-                latents = self._sample(denoiser, states, samples.guidance_scale)
+                states = parts.encode_captions(self.model.captions(captions))
+                latents = self._sample(denoiser, states, IMAGES_OF_A_SHEET)
                 parts.vae.decode(latents).sample.add(1).div(2).clamp(0, 1)
 
         with self.meter, self.meter.phase("samples"):
@@ -294,10 +294,10 @@ class Training:
         """A batch of a self-play round; its latents are kept on the CPU."""
         if self.settings.loss.samples_rejected:
             sampling = self.settings.self_play
-            captions = sampling.batch_size * (2 if sampling.guidance_scale > 1 else 1)
+            captions = self._captions_at_once(sampling.batch_size, sampling.guidance_scale)
             with self.meter, self.meter.phase("self-play"), self.learner.accelerator.autocast():
-                states = Conditioning({TEXT: torch.zeros(captions, *self.text_shape)})
-                self._sample(self.learner.reference.network, states, sampling.guidance_scale)
+                states = self._conditioning(captions)
+                self._sample(self.learner.reference.network, states, sampling.batch_size)
 
     def save(self) -> None:
         """Tensors are copied to the CPU one by one: nothing new on the device."""
@@ -325,10 +325,10 @@ class Training:
             means = torch.zeros(2 * pairs, *self.latent_shape)
             factor = self.learner.parts.vae.config.scaling_factor
             images = LatentMoments(means, means.clone() if settings.data.sample_latents else None, factor)
-            captioned = Conditioning({TEXT: torch.zeros(captions, *self.text_shape)})
+            captioned = self._conditioning(captions)
         else:
             images = torch.zeros(2 * pairs, 3, side, side)
-            captioned = Tokens(input_ids=torch.zeros(captions, TOKENS, dtype=torch.long))
+            captioned = self.model.captions(captions)
         single = rejected = None
         if has_single_images:
             single = SingleImages(range(2 * pairs), torch.zeros(2 * pairs, dtype=torch.bool))
@@ -341,17 +341,26 @@ class Training:
         captions = type(self.batch.captions)({name: value.clone() for name, value in self.batch.captions.items()})
         return tree_map_only(Tensor, torch.clone, self.batch._replace(captions=captions))
 
-    def _sample(self, denoiser: nn.Module, conditioning: Conditioning, guidance_scale: float) -> Tensor:
-        """Latents of N images after one sampler step. conditioning: of N captions, with guidance of 2N."""
-        is_guided = guidance_scale > 1
-        captions = len(next(iter(conditioning.values())))
-        latents = torch.zeros(captions // (2 if is_guided else 1), *self.latent_shape)
-        noisy = latents.repeat(2, 1, 1, 1) if is_guided else latents
-        times = torch.zeros((), dtype=torch.long)
-        prediction = self.learner.parts.family.predict(denoiser, noisy, times, conditioning)
-        if is_guided:
+    def _captions_at_once(self, images: int, guidance_scale: float) -> int:
+        """Captions that a sampler's pass takes: with guidance, unless the denoiser is told it, the empty one too."""
+        arguments = self.learner.parts.family.prompt_arguments(self.encoded, self.encoded)
+        has_empty = guidance_scale > 1 and any(name.startswith("negative") for name in arguments)
+        return 2 * images if has_empty else images
+
+    def _conditioning(self, captions: int) -> Conditioning:
+        """Encoded captions as a cache gives them."""
+        return Conditioning({name: torch.zeros(captions, *one.shape[1:]) for name, one in self.encoded.items()})
+
+    def _sample(self, denoiser: nn.Module, conditioning: Conditioning, images: int) -> Tensor:
+        """Latents of images after one sampler step. conditioning: of as many captions, or of twice as many."""
+        family, captions = self.learner.parts.family, len(next(iter(conditioning.values())))
+        latents = torch.zeros(images, *self.latent_shape)
+        noisy = latents.repeat(captions // images, 1, 1, 1)
+        conditioning = family.with_size(conditioning, self.settings.data.resolution)
+        prediction = family.predict(denoiser, noisy, torch.zeros(captions), conditioning)
+        if captions > images:
             unconditional, conditional = prediction.chunk(2)
-            prediction = unconditional + guidance_scale * (conditional - unconditional)
+            prediction = unconditional + 7.5 * (conditional - unconditional)
         return latents - prediction
 
 

@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> Outcome:
     model = TRUE_MODELS[options.model]
     resolution = options.resolution or model.resolution
     with without_contents(), sdpa_kernel(SDPBackend.MATH):  # the counter doesn't know of a CPU's fused attention
-        parts = count_parts(model.build(), model.caption(), resolution, options.lora_rank)
+        parts = count_parts(model.build(), model.captions(), resolution, options.lora_rank)
     rows, measured, totals = [], [], {}
     for checkpointing in (False, True):
         for trainable in ("full", "lora"):

@@ -3,7 +3,7 @@
 They are for counting, within `pipelines.without_contents`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.pipelines import TOKENS, build_networks, stable_diffusion_shapes
+from benchmarks.pipelines import PIPELINES, TOKENS, build_networks, stable_diffusion_shapes
 from xdpo.batch import Tokens
 from xdpo.families import PipelineParts
 from xdpo.families.flux import FLUX
@@ -26,17 +26,22 @@ CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 3
 
 
 @dataclass(frozen=True)
-class TrueModel:
-    """A published model."""
+class Model:
+    """A model that can be counted."""
 
     name: str  # for people
     resolution: int  # that it was made for
     build: Callable[[], PipelineParts]
     tokens: dict[str, int] = field(default_factory=lambda: {"input_ids": TOKENS})  # of a caption, for each tokenizer
 
-    def caption(self) -> Tokens:
-        """Token ids of one caption, all zero."""
-        return Tokens({name: torch.zeros(1, length, dtype=torch.long) for name, length in self.tokens.items()})
+    def captions(self, count: int = 1) -> Tokens:
+        """Token ids of `count` captions, all zero."""
+        return Tokens({name: torch.zeros(count, length, dtype=torch.long) for name, length in self.tokens.items()})
+
+
+def of_shapes(name: str, shapes: Mapping[str, Mapping[str, Any]]) -> Model:
+    """A model of Stable Diffusion's kind with these shapes."""
+    return Model(name, 512, partial(build_networks, shapes))
 
 
 def _parts(family: Family, modules: dict[str, nn.Module], choices: dict[str, str] | None = None) -> PipelineParts:
@@ -136,10 +141,10 @@ def flux_dev() -> PipelineParts:
 
 
 _THREE = {"tokenizer": TOKENS, "tokenizer_2": TOKENS, "tokenizer_3": 256}
-TRUE_MODELS = {
-    "sd15": TrueModel("Stable Diffusion 1.5", 512, lambda: build_networks(stable_diffusion_shapes())),
-    "sdxl": TrueModel("Stable Diffusion XL", 1024, stable_diffusion_xl, {"tokenizer": TOKENS, "tokenizer_2": TOKENS}),
-    "sd35_medium": TrueModel(
+TRUE_MODELS: dict[str, Model] = {
+    "sd15": of_shapes("Stable Diffusion 1.5", stable_diffusion_shapes()),
+    "sdxl": Model("Stable Diffusion XL", 1024, stable_diffusion_xl, {"tokenizer": TOKENS, "tokenizer_2": TOKENS}),
+    "sd35_medium": Model(
         "Stable Diffusion 3.5 medium",
         1024,
         partial(
@@ -152,7 +157,7 @@ TRUE_MODELS = {
         ),
         _THREE,
     ),
-    "sd35_large": TrueModel(
+    "sd35_large": Model(
         "Stable Diffusion 3.5 large",
         1024,
         partial(
@@ -164,5 +169,8 @@ TRUE_MODELS = {
         ),
         _THREE,
     ),
-    "flux": TrueModel("FLUX.1-dev", 1024, flux_dev, {"tokenizer": TOKENS, "tokenizer_2": 512}),
+    "flux": Model("FLUX.1-dev", 1024, flux_dev, {"tokenizer": TOKENS, "tokenizer_2": 512}),
 }
+"""The published models, at their true shapes."""
+
+COUNTABLE = {name: of_shapes(name, shapes) for name, shapes in PIPELINES.items()} | TRUE_MODELS
