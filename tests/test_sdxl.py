@@ -236,18 +236,14 @@ def test_the_loss_is_the_formula_in_float64(xl_pipeline, theirs):
     assert (expected - math.log(2)).abs().min() > 0.01
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def world(xl_pipeline, small_pairs):
     """The accelerator of a run, its overrides, and its pairs."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
     paths = [f"model.pipeline={xl_pipeline}", f"data.path={small_pairs}", "output_dir=none"]
     overrides = [*SMALL_RUN, *paths, "train.total_batch_pairs=2"]
     settings = load_config(ROOT / "configs" / "base.yaml", overrides)
     accelerator = build_accelerator(settings)
-    yield accelerator, overrides, precompute.load_table(settings, accelerator, Split.TRAIN)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return accelerator, overrides, precompute.load_table(settings, accelerator, Split.TRAIN)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
