@@ -52,7 +52,7 @@ def test_every_key_that_is_a_path_expands_the_home_folder(home, tmp_path):
     (home / "parent.yaml").write_text(f"inherits: {ROOT}/configs/base.yaml\noutput_dir: ~/run\n")
     child = home / "child.yaml"
     child.write_text("inherits: ~/parent.yaml\ndata:\n  path: [~/a, '~/b-*.parquet']\n")
-    keys = ["model.pipeline", "cache.examples", "cache.local_copy", "cache.reference", "eval.path"]
+    keys = ["model.pipeline", "model.vae", "cache.examples", "cache.local_copy", "cache.reference", "eval.path"]
     config = load_config("~/child.yaml", [f"{key}=~/x" for key in keys])
     assert config.output_dir == str(home / "run")
     assert config.data.path == (str(home / "a"), str(home / "b-*.parquet"))
