@@ -198,7 +198,7 @@ def test_other_settings_are_refused_by_name_before_a_model_is_loaded(make, monke
 
 BAD_INPUT = {
     "unknown prompt set": (["--prompts", "hpsv3"], "did you mean 'hpsv2'"),
-    "unknown model": (["--model", "sd51"], "choose from diffusion_dpo, diffusion_kto, sd15, seppo, xdpo"),
+    "unknown model": (["--model", "sd51"], "choose from diffusion_dpo, diffusion_kto, sd15, sdxl, seppo, xdpo"),
     "unknown category": (["--categories", "photo"], "choose from single object"),
     "fp16 without a GPU": (["--precision", "fp16"], "needs a GPU"),
     "a set twice": (["--prompts", "tinyprompts", "tinyprompts"], "names a set twice"),
@@ -443,10 +443,11 @@ def test_every_shipped_model_is_known_by_name_and_pinned_where_its_commit_is_kno
     name, spec = read_model_spec(path.stem)
 
     assert name == path.stem
-    assert spec.run or spec.base == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    bases = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
+    assert spec.run or spec.base == bases.get(name, "stable-diffusion-v1-5/stable-diffusion-v1-5")
     pinned = [revision for revision in (spec.base_revision, spec.revision) if revision]
     assert all(len(revision) == 40 for revision in pinned)
-    assert len(pinned) == {"sd15": 1, "diffusion_kto": 1, "xdpo": 0}.get(name, 2)
+    assert len(pinned) == {"sd15": 1, "sdxl": 1, "diffusion_kto": 1, "xdpo": 0}.get(name, 2)
 
 
 BAD_SPECS = {
