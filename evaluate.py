@@ -143,21 +143,18 @@ def evaluate(options: argparse.Namespace) -> int:
     from xdpo.scores.results import benchmarks_of
     from xdpo.scores.table import ScoreTable
 
-    device = scoring.choose_device(options.device)
+    how = {
+        "device": scoring.choose_device(options.device),
+        "batch_size": options.batch_size,
+        "workers": options.workers,
+        "weights": options.weights,
+    }
     versions = {name: scorer_version(name, options.weights) for name in scorers}
     references = features.reference_pictures(options.reference) if options.reference else []
     if options.diversity or references:
         features.embedder_version(options.weights)  # finds what is missing before the scoring
     table = ScoreTable(options.output, for_writing=True)
-    broken = scoring.score_missing(
-        pictures,
-        versions,
-        table,
-        device=device,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        weights=options.weights,
-    )
+    broken = scoring.score_missing(pictures, versions, table, **how)
     whole = [picture for picture in pictures if picture.sha256 not in broken]
     statistic_keys = image_statistics.measure_missing(whole, baselines[0], table)
     statistic_names = (*image_statistics.STATISTICS, image_statistics.DISTANCE)
@@ -179,18 +176,11 @@ def evaluate(options: argparse.Namespace) -> int:
     statistics = {each.name: each for each in benchmarks_of(table.placed, list(folders), statistic_names)}
 
     # Diversity and drift.
-    diversity, drifts = [], []
+    vectors = {}
     if options.diversity or references:
-        vectors = features.image_features(
-            [*whole, *references],
-            options.output,
-            device=device,
-            batch_size=options.batch_size,
-            workers=options.workers,
-            weights=options.weights,
-        )
-        diversity = [features.diversity(each, shown, vectors) for each in benchmarks] if options.diversity else []
-        drifts = features.drift(shown, references, vectors) if references else []
+        vectors = features.image_features([*whole, *references], options.output, **how)
+    diversity = [features.diversity(each, shown, vectors) for each in benchmarks] if options.diversity else []
+    drifts = features.drift(shown, references, vectors) if references else []
 
     # The report.
     evaluation = Evaluation(
