@@ -159,6 +159,12 @@ def test_a_bad_override_is_told_what_it_must_be_and_what_it_was(override, proble
     assert "1 problem\n" in message
 
 
+@pytest.mark.parametrize("key", ["betas=[0.5, 0.75]", "eps=1e-6"])
+def test_numbers_of_adamw_are_refused_beside_adafactor(key):
+    message = error_of(ROOT / "configs" / "base.yaml", "optim.name=adafactor", f"optim.{key}")
+    assert f"{key.partition('=')[0]} is AdamW's, and optim.name is adafactor" in message
+
+
 def test_all_problems_are_reported_at_once_with_the_file_they_are_in(write):
     write("output_dir: out\nseed: -1\noptim: {lerning_rate: 1}\n", "parent.yaml")
     file = write("inherits: parent.yaml\nloss: {bta: 1000, n: six}\ncompute: {tf32: 1}\ntrain: 5\n")

@@ -238,6 +238,13 @@ class OptimConfig(Section):
     warmup_steps: CountOrZero = Field(500, description="optimizer steps of linear warm-up from 0")
     max_grad_norm: PositiveNumber | None = Field(1.0, description="clip gradients to this norm; null: no clipping")
 
+    @model_validator(mode="after")
+    def _adafactor_has_its_own_moments(self):
+        idle = [key for key in ("betas", "eps") if getattr(self, key) != type(self).model_fields[key].default]
+        if self.name == "adafactor" and idle:
+            raise ValueError(f"{idle[0]} is AdamW's, and optim.name is adafactor, which has its own; leave it out")
+        return self
+
 
 class TrainConfig(Section):
     """How long, and in what pieces."""
