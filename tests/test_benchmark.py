@@ -20,7 +20,8 @@ from benchmarks.pipelines import (
     without_contents,
 )
 from benchmarks.results import Criterion, Spread, ratios, time_in_turn
-from benchmarks.true_models import COUNTABLE, TRUE_MODELS, of_shapes
+from benchmarks.true_models import COUNTABLE, TRUE_MODELS, Model, of_shapes
+from test_sdxl import build_xl_pipeline
 from training_runs import BITSANDBYTES
 
 from xdpo import step
@@ -28,6 +29,7 @@ from xdpo.batch import Batch, Conditioning, LatentMoments, Tokens
 from xdpo.compute import build_accelerator
 from xdpo.config import load_config
 from xdpo.data import load_pairs
+from xdpo.families import load_parts
 from xdpo.learner import build_reference
 from xdpo.models import make_policy, make_reference
 from xdpo.noise import DiffusionProcess
@@ -312,6 +314,24 @@ def test_what_the_config_adds_or_saves_is_counted(weights):
     cached = count_small("cache.examples=cache", "cache.reference=cache")
     assert plain - cached["save"].at_rest == unet + encoders
     assert cached["samples"].peak - cached["save"].at_rest > encoders  # they visit the device
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux", "xl"])
+def test_the_memory_of_other_families_is_counted_in_every_phase(request, tiny_tokenizer, tmp_path, family):
+    folder = build_xl_pipeline(tmp_path / "xl", tiny_tokenizer) if family == "xl" else request.getfixturevalue(family)
+    overrides = [f"model.pipeline={folder}", "data.resolution=32", "train.micro_batch_pairs=2"]
+    settings = load_config(BASE_CONFIG, overrides)
+    parts = load_parts(settings.model)
+    tokens = {name: len(ids) for name, ids in parts.tokenize("a cat")[0].items()}
+    phases = counting.count(settings, Model(family, 32, lambda: load_parts(settings.model), tokens), fake=False)
+
+    policy, encoders = (
+        allocated([tensor for module in modules for tensor in (*module.parameters(), *module.buffers())])
+        for modules in ((parts.denoiser,), parts.encoders)
+    )
+    assert phases["start"].at_rest == 2 * policy + encoders  # the policy and its reference
+    assert phases["backward"].peak > phases["save"].at_rest > 3 * policy + encoders  # and the moments
+    assert phases["samples"].peak > phases["save"].at_rest
 
 
 @pytest.mark.parametrize("name", ["diffusion_kto", "seppo", "sft", "diffusion_sdpo"])

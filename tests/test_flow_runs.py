@@ -237,30 +237,3 @@ def test_it_is_refused_before_weights_are_loaded(run, flux, monkeypatch, capsys)
     monkeypatch.setattr(families, "load_parts", lambda *_, **__: pytest.fail("weights were loaded"))
     assert run("run", f"model.pipeline={flux}", "data.resolution=24")[0] == 1
     assert "must be a multiple of 16" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("fixture", ["sd3", "flux", "xl"])
-def test_its_memory_is_counted_in_every_phase(request, tiny_tokenizer, tmp_path, fixture):
-    """Of Stable Diffusion XL too, which is no flow."""
-    from benchmarks import counting, true_models
-    from test_sdxl import build_xl_pipeline
-
-    folder = build_xl_pipeline(tmp_path / "xl", tiny_tokenizer) if fixture == "xl" else request.getfixturevalue(fixture)
-    tokens = {name: len(ids) for name, ids in load_parts(settings_of(folder).model).tokenize("a cat")[0].items()}
-    model = true_models.Model(fixture, 32, lambda: load_parts(settings_of(folder).model), tokens)
-    phases = counting.count(settings_of(folder), model, fake=False)
-
-    parts = load_parts(settings_of(folder).model)
-    policy, encoders = (
-        sum(
-            -(-weight.nbytes // 512) * 512 for module in modules for weight in (*module.parameters(), *module.buffers())
-        )
-        for modules in ((parts.denoiser,), parts.encoders)
-    )
-    assert phases["start"].at_rest == 2 * policy + encoders  # the policy and its reference
-    assert phases["backward"].peak > phases["save"].at_rest > 3 * policy + encoders  # and the moments
-    assert phases["samples"].peak > phases["save"].at_rest
-
-
-def settings_of(folder):
-    return load_config("configs/base.yaml", [f"model.pipeline={folder}", *SIZE, "train.micro_batch_pairs=2"])

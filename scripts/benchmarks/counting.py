@@ -360,7 +360,7 @@ class Training:
         prediction = family.predict(denoiser, noisy, torch.zeros(captions), conditioning)
         if captions > images:
             unconditional, conditional = prediction.chunk(2)
-            prediction = unconditional + 7.5 * (conditional - unconditional)
+            prediction = unconditional + 2.0 * (conditional - unconditional)  # any scale takes the same memory
         return latents - prediction
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.pipelines import PIPELINES, TOKENS, build_networks, stable_diffusion_shapes
+from benchmarks.pipelines import PIPELINES, TOKENS, build_networks
 from xdpo.batch import Tokens
 from xdpo.families import PipelineParts
 from xdpo.families.flux import FLUX
@@ -142,7 +142,7 @@ def flux_dev() -> PipelineParts:
 
 _THREE = {"tokenizer": TOKENS, "tokenizer_2": TOKENS, "tokenizer_3": 256}
 TRUE_MODELS: dict[str, Model] = {
-    "sd15": of_shapes("Stable Diffusion 1.5", stable_diffusion_shapes()),
+    "sd15": of_shapes("Stable Diffusion 1.5", PIPELINES["sd15"]),
     "sdxl": Model("Stable Diffusion XL", 1024, stable_diffusion_xl, {"tokenizer": TOKENS, "tokenizer_2": TOKENS}),
     "sd35_medium": Model(
         "Stable Diffusion 3.5 medium",
