@@ -1,4 +1,4 @@
-"""A caption → token ids → T5's states, as the pipelines of Stable Diffusion 3 and FLUX make them."""
+"""What families share in encoding captions: token ids, and T5's states as Stable Diffusion 3 and FLUX have them."""
 
 from typing import TYPE_CHECKING
 

@@ -100,6 +100,13 @@ def unet_problems(unet: Mapping[str, Any], families: str) -> list[str]:
     ]
 
 
+def transformer_problems(transformer: Mapping[str, Any], kind: str, use: str) -> list[str]:
+    """A transformer of another class than `kind`. use: which pipeline to take."""
+    if (found := transformer.get("_class_name", kind)) == kind:
+        return []
+    return [f"transformer is of the kind {found}, and {kind} is meant; {use}"]
+
+
 def channel_problems(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
     """A UNet that takes or gives other channels than the autoencoder's latents have."""
     latents, taken, given = vae.get("latent_channels", 4), unet.get("in_channels", 4), unet.get("out_channels", 4)

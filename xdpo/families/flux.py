@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from xdpo.batch import Conditioning, Tokens
 from xdpo.config import ModelConfig
+from xdpo.families.captions import padded_ids, t5_states
 from xdpo.families.flux_check import denoiser_problems, problems
 from xdpo.families.interface import Family, PipelineParts, unchanged
 from xdpo.families.pipeline_files import read_json
 from xdpo.families.processes import flow
 from xdpo.families.stable_diffusion import encode_images, latent_shape, to_latents
-from xdpo.families.t5 import padded_ids, t5_states
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -74,7 +74,7 @@ def predict(
     return unpack(prediction, height)
 
 
-def told(folder: Path, model: ModelConfig) -> dict[str, Any]:
+def predict_arguments(folder: Path, model: ModelConfig) -> dict[str, Any]:
     """Guidance is told to a transformer that was distilled with it."""
     if not read_json(folder / "transformer" / "config.json").get("guidance_embeds"):
         if model.guidance is not None:
@@ -151,7 +151,7 @@ FLUX = Family(
     is_flow=True,
     guidance=GUIDANCE,
     keys=("guidance",),
-    told=told,
+    predict_arguments=predict_arguments,
     pack=pack,
     unpack=unpack,
 )

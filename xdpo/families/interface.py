@@ -86,7 +86,7 @@ def _no_choices(model: ModelConfig, index: Mapping[str, Any]) -> dict[str, str]:
     return {}
 
 
-def _told_nothing(folder: Path, model: ModelConfig) -> dict[str, Any]:
+def _no_predict_arguments(folder: Path, model: ModelConfig) -> dict[str, Any]:
     return {}
 
 
@@ -126,7 +126,7 @@ class Family(NamedTuple):
     """Latents (N, C, h, w) for the denoiser: a sample of the posterior with this noise, or its mean without noise."""
 
     predict: Callable[..., Tensor]
-    """Denoiser, noisy latents (N, C, h, w), times (N,), conditioning, what `told` gives → prediction (N, C, h, w)."""
+    """Denoiser, noisy latents (N, C, h, w), times (N,), conditioning, `predict_arguments` → prediction (N, C, h, w)."""
 
     prompt_arguments: Callable[[Conditioning, Conditioning], dict[str, Tensor]]
     """The pipeline's arguments for N captions and for N empty ones, which guidance starts from."""
@@ -148,7 +148,7 @@ class Family(NamedTuple):
     with_size: Callable[[Conditioning, int], Conditioning] = _without_size
     """Conditioning of N captions → with what the denoiser is told of N square images of this side in pixels."""
 
-    told: Callable[[Path, ModelConfig], dict[str, Any]] = _told_nothing
+    predict_arguments: Callable[[Path, ModelConfig], dict[str, Any]] = _no_predict_arguments
     """Further arguments of `predict`, from a pipeline's configs and a config. Raises ValueError for an idle key."""
 
     optional: tuple[str, ...] = ()

@@ -116,7 +116,7 @@ def check_model(model: ModelConfig) -> None:
     further = {key for other in FAMILIES.values() for key in other.keys} - {*family.keys}
     if given := [key for key in sorted(further) if getattr(model, key) is not None]:
         raise ValueError(f"model.{given[0]}: {family.name} has no such choice; set it to null")
-    family.told(configs, model)
+    family.predict_arguments(configs, model)
 
 
 def check_config(settings: Config) -> None:
@@ -230,8 +230,8 @@ def load_parts(config: ModelConfig, *, encoders: bool = True) -> PipelineParts:
         library.utils.logging.disable_progress_bar()
     is_local = Path(config.pipeline).is_dir()  # then check_pipeline_folder has checked its weights
     family = family_of_pipeline(config)
-    told = family.told(fetch(config.pipeline, config.revision, (family.denoiser,)), config)
-    family = family._replace(predict=partial(family.predict, **told))
+    configs = fetch(config.pipeline, config.revision, (family.denoiser,))
+    family = family._replace(predict=partial(family.predict, **family.predict_arguments(configs, config)))
     loaded = (family.denoiser, *family.encoders * encoders)
     own = [part for part in loaded if part != "vae" or config.vae is None]
     folder = fetch(config.pipeline, config.revision, (*family.tokenizers, "scheduler"), weights=own)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from xdpo.batch import Conditioning, Tokens
+from xdpo.families.captions import padded_ids, t5_states
 from xdpo.families.interface import Family, PipelineParts, unchanged
 from xdpo.families.processes import flow
 from xdpo.families.stable_diffusion import encode_images, latent_shape, to_latents
 from xdpo.families.stable_diffusion_3_check import denoiser_problems, problems
-from xdpo.families.t5 import padded_ids, t5_states
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from xdpo.batch import Conditioning, LatentMoments, Tokens
 from xdpo.config import ModelConfig
 from xdpo.families import stable_diffusion
+from xdpo.families.captions import padded_ids
 from xdpo.families.interface import PipelineParts
 from xdpo.families.stable_diffusion import STABLE_DIFFUSION
 from xdpo.families.stable_diffusion_xl_check import TEXT_ENCODERS, denoiser_problems, index_problem, problems
@@ -25,12 +26,8 @@ EMPTY_CAPTION = "empty caption"
 
 
 def tokenize(tokenizers: Mapping[str, "PreTrainedTokenizerBase"], caption: str) -> tuple[Tokens, bool]:
-    tokens, truncated = Tokens(), False
-    for name, tokenizer in tokenizers.items():
-        single, is_longer = stable_diffusion.tokenize({"tokenizer": tokenizer}, caption)
-        tokens[name] = single["input_ids"]
-        truncated = truncated or is_longer
-    return tokens, truncated
+    ids = {name: padded_ids(each, caption, each.model_max_length) for name, each in tokenizers.items()}
+    return Tokens({name: each for name, (each, _) in ids.items()}), any(is_cut for _, is_cut in ids.values())
 
 
 def choices(model: ModelConfig, index: Mapping[str, Any]) -> dict[str, str]:
