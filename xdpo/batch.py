@@ -60,3 +60,48 @@ def stack(captions: Sequence[Captions]) -> Captions:
     """Captions of one kind, one by one → all of them along a new first dimension."""
     first = captions[0]
     return type(first)({name: torch.stack([caption[name] for caption in captions]) for name in first})
+
+
+def take_pairs(batch: Batch, indices: Sequence[int]) -> Batch:
+    """The pairs at these indices of a batch of pairs. Its unreadable rows and truncated captions stay counted."""
+    both = torch.tensor([*indices, *(index + len(batch.positions) for index in indices)])
+    images = batch.images
+    if isinstance(images, LatentMoments):
+        stds = None if images.stds is None else images.stds[both]
+        taken: Tensor | LatentMoments = images._replace(means=images.means[both], stds=stds)
+    else:
+        taken = images[both]
+    return batch._replace(
+        positions=batch.positions[list(indices)],
+        rows=batch.rows[list(indices)],
+        pair_ids=[batch.pair_ids[index] for index in indices],
+        images=taken,
+        captions=type(batch.captions)({name: value[list(indices)] for name, value in batch.captions.items()}),
+    )
+
+
+def join_pairs(batches: Sequence[Batch]) -> Batch:
+    """Encoded batches of pairs as one, in the order of their positions."""
+    order = torch.argsort(torch.cat([batch.positions for batch in batches]))
+    moments = [batch.images for batch in batches if isinstance(batch.images, LatentMoments)]
+    assert len(moments) == len(batches), "pixels can't be joined with latents"
+
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors of chosen, then rejected images of each batch → of all."""
+        chosen, rejected = zip(*(tensor.chunk(2) for tensor in tensors), strict=True)
+        return torch.cat([torch.cat(side)[order.to(side[0].device)] for side in (chosen, rejected)])
+
+    first = batches[0]
+    pair_ids = [name for batch in batches for name in batch.pair_ids]
+    captions = {name: torch.cat([batch.captions[name] for batch in batches]) for name in first.captions}
+    means = joined([moment.means for moment in moments])
+    stds = [moment.stds for moment in moments if moment.stds is not None]
+    return first._replace(
+        positions=torch.cat([batch.positions for batch in batches])[order],
+        rows=torch.cat([batch.rows for batch in batches])[order],
+        pair_ids=[pair_ids[index] for index in order.tolist()],
+        images=moments[0]._replace(means=means, stds=joined(stds) if stds else None),
+        captions=type(first.captions)({name: value[order.to(value.device)] for name, value in captions.items()}),
+        truncated=sum(batch.truncated for batch in batches),
+        unreadable=[row for batch in batches for row in batch.unreadable],
+    )

@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -187,10 +188,18 @@ class ExampleCache:
 
     def captions(self) -> list[str]:
         """The captions of all pairs."""
+        return self._prompt_texts.take(self._prompt).to_pylist()
+
+    def caption(self, index: int) -> str:
+        """The caption of a pair."""
+        return self._prompt_texts[int(self._prompt[index])].as_py()
+
+    @cached_property
+    def _prompt_texts(self) -> Any:
+        """The captions of all prompts, as an Arrow column."""
         import pyarrow.parquet as pq
 
-        captions = pq.read_table(self.folder / "prompts.parquet", columns=["caption"])["caption"]
-        return captions.take(self._prompt).to_pylist()
+        return pq.read_table(self.folder / "prompts.parquet", columns=["caption"])["caption"]
 
     def images_of(self, index: int) -> tuple[bytes, bytes]:
         """The encodings of a pair's images, not mirrored, chosen first."""
@@ -308,7 +317,7 @@ class CachedPairDataset(Dataset):
         if self.augment:
             coin, _, _ = noise.draw_augmentation(self.seed, position)
             flip = self.data_config.horizontal_flip and coin < 0.5
-            is_dropped = noise.draw_caption_coin(self.seed, position) < self.data_config.caption_dropout
+            is_dropped = noise.draw_coin(self.seed, position, "caption") < self.data_config.caption_dropout
             prompt = 0 if is_dropped else prompt
         return flip, prompt
 

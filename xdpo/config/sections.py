@@ -216,6 +216,83 @@ class SelfPlayConfig(Section):
     batch_size: Count = Field(8, description="images sampled at once; changes results by rounding")
 
 
+class FeedConfig(Section):
+    """What an optimizer step trains on."""
+
+    name: Literal["offline", "online_pairs"] = Field(
+        "offline",
+        description="offline: the data's pairs; online_pairs: the policy's own images, ranked by rewards (see online)",
+    )
+
+
+class OnlineConfig(Section):
+    """For feed.name=online_pairs alone; docs/online.md."""
+
+    every: Count = Field(
+        30,
+        description="optimizer steps of a round. Where it begins, the policy samples images, which are scored, paired "
+        "and kept in output_dir/online_samples (66 kB each) until a checkpoint lies behind the round",
+    )
+    prompts: FilePath | None = Field(
+        None, description="a prompt set by its name, or a file of prompts; null: the training pairs' captions"
+    )
+    prompts_per_round: Count = Field(64, description="prompts of a round")
+    images_per_prompt: Annotated[StrictInt, Field(ge=2)] = Field(
+        4, description="images of a prompt, which differ in their starting noise"
+    )
+    rewards: tuple[Text, ...] = Field(
+        ("pickscore",), description="scorers that training maximises, as evaluate.py names them; each is normalised"
+    )
+    reward_weights: tuple[Number, ...] | None = Field(
+        None, description="a factor for each reward, after its normalisation; null: 1 each"
+    )
+    held_out_rewards: tuple[Text, ...] = Field(
+        ("image_reward",), description="scorers that are logged in every round and that training never sees"
+    )
+    scorer_weights: FilePath | None = Field(
+        None, description="folder of {repository}/{file} with the scorers' weights; null: the hub"
+    )
+    keep_scorers: StrictBool = Field(
+        True, description="keep the scorers in memory between rounds; false: load them in each"
+    )
+    pairs: Literal["best_worst", "all"] = Field(
+        "best_worst", description="best_worst: one pair of a prompt; all: every pair that the margin admits"
+    )
+    margin: NonNegativeNumber = Field(
+        0.0, description="a pair's rewards differ by more than this, in the normalised rewards' deviations"
+    )
+    sampler: Literal["policy", "average"] = Field(
+        "policy", description="which weights sample: the policy's, or their moving average (model.ema_decay)"
+    )
+    renew_reference: StrictBool = Field(
+        False, description="the reference becomes the policy where a round begins; false: it stays the base model"
+    )
+    offline_share: Annotated[Number, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the pairs that are the data's instead of the round's"
+    )
+    num_inference_steps: Count = Field(20, description="sampler steps")
+    guidance_scale: NonNegativeNumber = Field(7.5, description="classifier-free guidance while sampling; 1: none")
+    batch_size: Count = Field(8, description="images sampled at once; changes results by rounding")
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """A factor for each reward."""
+        return self.reward_weights or (1.0,) * len(self.rewards)
+
+    @model_validator(mode="after")
+    def _rewards_are_weighted_and_held_out(self):
+        if not self.rewards:
+            raise ValueError("rewards is empty; name at least one scorer")
+        if len(self.weights) != len(self.rewards):
+            raise ValueError(f"reward_weights has {len(self.weights)} numbers for {len(self.rewards)} rewards")
+        names = (*self.rewards, *self.held_out_rewards)
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"{repeated[0]} is named twice in rewards and held_out_rewards; a held-out reward is not trained on"
+            )
+        return self
+
+
 class OptimConfig(Section):
     """The optimizer and its learning rate."""
 
@@ -325,6 +402,8 @@ class Config(Section):
     noise: NoiseConfig = NoiseConfig()
     loss: LossConfig = LossConfig()
     self_play: SelfPlayConfig = SelfPlayConfig()
+    feed: FeedConfig = FeedConfig()
+    online: OnlineConfig = OnlineConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
@@ -352,10 +431,14 @@ class Config(Section):
     @model_validator(mode="after")
     def _reference_can_move(self):
         objective = f"loss.name: {self.loss.name}"
-        moves = {"model.reference_decay": self.model.reference_decay, objective: self.loss.samples_rejected}
+        moves = {
+            "model.reference_decay": self.model.reference_decay,
+            "online.renew_reference": self.online.renew_reference,
+            objective: self.loss.samples_rejected,
+        }
         asked = [key for key, value in moves.items() if value]
-        if len(asked) == 2:
-            raise ValueError(f"{objective} draws its own reference; set model.reference_decay=null")
+        if len(asked) > 1:
+            raise ValueError(f"{' and '.join(asked)} both decide what the reference is; choose one")
         if asked and self.model.trainable == "lora":
             raise ValueError(
                 f"{asked[0]} moves the reference, and with model.trainable=lora that is the policy without its "
@@ -363,6 +446,29 @@ class Config(Section):
             )
         if asked and self.cache.reference:
             raise ValueError(f"{asked[0]} moves the reference, so its errors can't be kept; set cache.reference=null")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_can_be_online(self):
+        loss, online = self.loss, self.online
+        if self.feed.name != "online_pairs":
+            default = OnlineConfig()
+            given = [key for key in OnlineConfig.model_fields if getattr(online, key) != getattr(default, key)]
+            if given:
+                raise ValueError(f"online.{given[0]} is for feed.name=online_pairs, and feed.name is {self.feed.name}")
+            return self
+        refused = {
+            f"loss.name={loss.name} trains on single images": loss.objective.is_unpaired,
+            f"loss.name={loss.name} samples its own rejected images": loss.samples_rejected,
+            f"loss.name={loss.name} has no reference, which online.renew_reference renews": online.renew_reference
+            and not loss.needs_reference,
+            "loss.margin_weight weighs the data's pairs by their scores": loss.margin_weight is not None,
+            "cache.reference keeps errors on the data's pairs": self.cache.reference,
+            "cache.examples leaves no text encoder for online.prompts": self.cache.examples and online.prompts,
+            "online.sampler=average needs model.ema_decay": online.sampler == "average" and not self.model.ema_decay,
+        }
+        if problems := [problem for problem, applies in refused.items() if applies]:
+            raise ValueError(f"feed.name=online_pairs: {problems[0]}; change one of the two")
         return self
 
 

@@ -136,7 +136,7 @@ class PairDataset(Dataset):
         return torch.stack([square_pixels(image, resolution, offset=offset, flip=flip) for image in images])
 
     def _drops_caption(self, position: int) -> bool:
-        return self.augment and noise.draw_caption_coin(self.seed, position) < self.data_config.caption_dropout
+        return self.augment and noise.draw_coin(self.seed, position, "caption") < self.data_config.caption_dropout
 
 
 class StepSampler:

@@ -107,9 +107,12 @@ class SampledRounds:
             self._remove_rounds_before(round_number)
         return is_whole
 
-    def close(self) -> None:
-        """Remove the samples of a finished run; one process calls it."""
-        shutil.rmtree(self.run_folder / self.name, ignore_errors=True)
+    def close(self, keep: int | None = None) -> None:
+        """Remove the samples of a finished run, except those of the round `keep`; one process calls it."""
+        rounds = self.run_folder / self.name
+        others = [path for path in rounds.iterdir() if path.name != f"{keep:05d}"] if keep is not None else [rounds]
+        for path in others:
+            shutil.rmtree(path, ignore_errors=True)
 
     def _record(self, round_number: int) -> Path:
         return self.latents(round_number).folder / "made_from.json"
