@@ -266,7 +266,7 @@ def test_effective_beta_is_a_number_or_none_for_every_objective():
         (["loss.name=seppo", "model.trainable=lora"], "loss.name: seppo moves the reference"),
         (["loss.name=seppo", "cache.reference=x"], "its errors can't be kept; set cache.reference=null"),
         (["model.reference_decay=0.9", "cache.reference=x"], "model.reference_decay moves the reference"),
-        (["loss.name=seppo", "model.reference_decay=0.9"], "seppo draws its own reference"),
+        (["loss.name=seppo", "model.reference_decay=0.9"], "both decide what the reference is"),
         (["loss.name=dspo", "cache.reference=x"], "dspo needs the reference's predictions"),
     ],
 )

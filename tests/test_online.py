@@ -382,3 +382,45 @@ ONLINE = ("feed.name=online_pairs",)
 def test_a_config_that_can_not_be_online_is_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config("configs/base.yaml", overrides)
+
+
+# --- families ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["small_pipeline", "sd3", pytest.param("flux", marks=pytest.mark.slow)])
+def test_what_is_scored_are_the_images_that_the_families_pipeline_draws(run, online, request, monkeypatch, model):
+    from xdpo import noise
+    from xdpo.families import pipeline_with
+
+    scored, expected = [], []
+    sample, images = OnlinePairs._sample, OnlinePairs._images
+
+    def draw_whole(self, numbers):
+        latents = sample(self, numbers)
+        pipeline = pipeline_with(self.learner.parts, self.learner.bare_policy)
+        start = noise.draw_noise(self.settings.seed, numbers, self.latent_shape, stream="online")[: len(numbers)]
+        drawn = pipeline(
+            [self.prompts.text(number // 3) for number in numbers],
+            latents=self.learner.parts.family.pack(start),
+            num_inference_steps=2,
+            guidance_scale=self.settings.online.guidance_scale,
+            height=32,
+            width=32,
+        )
+        expected.extend(drawn.images)
+        return latents
+
+    def see(self, *arguments):
+        scored.append(images(self, *arguments))
+        return scored[-1]
+
+    monkeypatch.setattr(OnlinePairs, "_sample", draw_whole)
+    monkeypatch.setattr(OnlinePairs, "_images", see)
+    size = ["data.resolution=32", "train.max_steps=1", "online.prompts_per_round=4"]
+    status, _ = run("run", f"model.pipeline={request.getfixturevalue(model)}", *online, *size)
+    assert status == 0
+    drawn = [image for batch in scored[:-1] for image in batch]  # the last ones are the sheet's
+    assert len(drawn) == len(expected) == 12
+    for one, other in zip(drawn, expected, strict=True):
+        difference = np.abs(np.asarray(one, dtype=int) - np.asarray(other))
+        assert difference.max() <= 1  # decoded one at a time: half a level may round to either side

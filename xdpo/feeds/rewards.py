@@ -14,13 +14,13 @@ from xdpo import noise
 class Moments(NamedTuple):
     """Running mean and spread of one reward."""
 
-    count: int = 0
+    number: int = 0  # of values
     mean: float = 0.0
     squares: float = 0.0  # sum of squared distances from the mean
 
     @property
     def deviation(self) -> float:
-        return math.sqrt(self.squares / self.count) if self.count else 0.0
+        return math.sqrt(self.squares / self.number) if self.number else 0.0
 
     def with_values(self, values: np.ndarray) -> "Moments":
         """The moments after these values too, of which those that are not finite are left out.
@@ -30,12 +30,12 @@ class Moments(NamedTuple):
         values = values[np.isfinite(values)]
         if not len(values):
             return self
-        count, mean = self.count + len(values), float(values.mean())
+        count, mean = self.number + len(values), float(values.mean())
         difference = mean - self.mean
         return Moments(
             count,
             self.mean + difference * len(values) / count,
-            self.squares + float(np.square(values - mean).sum()) + difference**2 * self.count * len(values) / count,
+            self.squares + float(np.square(values - mean).sum()) + difference**2 * self.number * len(values) / count,
         )
 
 
