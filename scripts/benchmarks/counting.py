@@ -148,6 +148,7 @@ def count(settings: Config, model: Model, processes: int = 1, *, fake: bool = Tr
         training.evaluate()
         training.draw_samples()
         training.sample_rejected()
+        training.sample_online()
         training.save()
         training.resume()
     return meter.phases
@@ -178,6 +179,9 @@ def shape_of(settings: Config, processes: int) -> tuple:
         (settings.optim.name, settings.train.micro_batch_pairs, accumulation_steps(settings, processes) == 1),
         (settings.eval.every > 0, samples.every > 0, samples.guidance_scale > 1),
         (settings.self_play.batch_size, settings.self_play.guidance_scale > 1) if loss.samples_rejected else None,
+        (settings.online.batch_size, settings.online.guidance_scale > 1, settings.online.offline_share > 0)
+        if settings.feed.name == "online_pairs"
+        else None,
     )
 
 
@@ -264,30 +268,14 @@ class Training:
 
     @torch.no_grad()
     def draw_samples(self) -> None:
-        """A sheet's two columns. With cached examples the encoders are on the device only for this."""
-        learner, settings = self.learner, self.settings
-        samples, parts = settings.samples, learner.parts
-        if not samples.every:
-            return
-        encoders = _tensors(*parts.encoders)
-        captions = self._captions_at_once(IMAGES_OF_A_SHEET, samples.guidance_scale)
-
-        def draw(denoiser: nn.Module | None) -> None:
-            if denoiser is not None:
-                states = parts.encode_captions(self.model.captions(captions))
-                latents = self._sample(denoiser, states, IMAGES_OF_A_SHEET)
-                parts.vae.decode(latents).sample.add(1).div(2).clamp(0, 1)
-
-        with self.meter, self.meter.phase("samples"):
-            self.meter.place(encoders)
-            parts.vae.enable_slicing()
-            with learner.accelerator.autocast():
+        """A sheet's two columns."""
+        learner, samples = self.learner, self.settings.samples
+        if samples.every:
+            with self._drawing("samples"):
                 with learner.reference.running() as reference:
-                    draw(reference)
-                draw(learner.bare_policy)
-            parts.vae.disable_slicing()
-            if settings.cache.examples:
-                self.meter.remove(encoders)
+                    if reference is not None:
+                        self._draw(reference, IMAGES_OF_A_SHEET, samples.guidance_scale)
+                self._draw(learner.bare_policy, IMAGES_OF_A_SHEET, samples.guidance_scale)
 
     @torch.no_grad()
     def sample_rejected(self) -> None:
@@ -298,6 +286,34 @@ class Training:
             with self.meter, self.meter.phase("self-play"), self.learner.accelerator.autocast():
                 states = self._conditioning(captions)
                 self._sample(self.learner.reference.network, states, sampling.batch_size)
+
+    @torch.no_grad()
+    def sample_online(self) -> None:
+        """A batch of an online round, to the images that are scored. Scorers are not counted."""
+        if self.settings.feed.name == "online_pairs":
+            online = self.settings.online
+            with self._drawing("online"):
+                self._draw(self.learner.bare_policy, online.batch_size, online.guidance_scale)
+
+    @contextmanager
+    def _drawing(self, phase: str) -> Iterator[None]:
+        """A phase that decodes images. With cached examples the encoders are on the device only for this."""
+        learner, parts = self.learner, self.learner.parts
+        encoders = _tensors(*parts.encoders)
+        with self.meter, self.meter.phase(phase):
+            self.meter.place(encoders)
+            parts.vae.enable_slicing()
+            with learner.accelerator.autocast():
+                yield
+            parts.vae.disable_slicing()
+            if self.settings.cache.examples:
+                self.meter.remove(encoders)
+
+    def _draw(self, denoiser: nn.Module, images: int, guidance_scale: float) -> None:
+        """Images, as far as their memory goes."""
+        parts = self.learner.parts
+        states = parts.encode_captions(self.model.captions(self._captions_at_once(images, guidance_scale)))
+        parts.vae.decode(self._sample(denoiser, states, images)).sample.add(1).div(2).clamp(0, 1)
 
     def save(self) -> None:
         """Tensors are copied to the CPU one by one: nothing new on the device."""
@@ -321,14 +337,14 @@ class Training:
         settings, pairs, loss = self.settings, self.settings.train.micro_batch_pairs, self.settings.loss
         has_single_images = takes_single_images(settings, Split.TRAIN)
         captions, side = 2 * pairs if has_single_images else pairs, settings.data.resolution
-        if settings.cache.examples:
+        is_online = settings.feed.name == "online_pairs" and not settings.online.offline_share
+        if settings.cache.examples or is_online:
             means = torch.zeros(2 * pairs, *self.latent_shape)
             factor = self.learner.parts.vae.config.scaling_factor
             images = LatentMoments(means, means.clone() if settings.data.sample_latents else None, factor)
-            captioned = self._conditioning(captions)
         else:
             images = torch.zeros(2 * pairs, 3, side, side)
-            captioned = self.model.captions(captions)
+        captioned = self._conditioning(captions) if settings.cache.examples else self.model.captions(captions)
         single = rejected = None
         if has_single_images:
             single = SingleImages(range(2 * pairs), torch.zeros(2 * pairs, dtype=torch.bool))

@@ -7,6 +7,7 @@ output_dir/
   checkpoints/step_00000200/    policy, optimizer and EMA as safetensors, progress.json
   export/              the result: a denoiser in diffusers format or LoRA weights, with a model card
   snapshots/  self_play/          of SePPO alone: earlier policies, and what they sampled for the round
+  online/  online_samples/        of online pairs alone: every round's scores, and the newest rounds' latents
   lock                 held by the process that writes here
 ```
 """
