@@ -238,8 +238,10 @@ def test_what_is_said_of_a_key_names_where_it_acts_and_what_is_published():
     assert said["max_reward"] == "chipo: bound R of the reward; null: 10"
     assert said["kappa"].startswith("chipo, f_dpo: ") and said["kappa"].endswith("; null: 1")
     assert said["alpha"].endswith("; null: f_dpo 0.5, dmpo 0.01, alpha_dpo 0.9999")
-    assert said["safeguard"].startswith("all but sft, diffusion_kto: ")
-    assert said["name"].endswith("; without a reference: mapo, sft; self-play: seppo; on single images: diffusion_kto")
+    assert said["safeguard"].startswith("all but sft, diffusion_kto, diffusion_nft: ")
+    assert said["name"].endswith(
+        "; without a reference: mapo, sft; self-play: seppo; on single images: diffusion_kto, diffusion_nft"
+    )
 
 
 def test_the_page_of_objectives_has_the_numbers_that_are_published():

@@ -176,6 +176,8 @@ def test_every_objective_takes_a_step(pipeline):
         inputs = dict(measured.inputs)
         if "z0" in inputs_of(config):
             inputs["z0"] = torch.zeros(())
+        if "optimality" in inputs_of(config):
+            inputs["optimality"] = torch.tensor([0.9, 0.2]).repeat_interleave(len(measured.errors.policy_chosen))
         policy.zero_grad()
         preference_loss(measured.errors, config, inputs).loss.mean().backward()
         gradients = [weight.grad for weight in policy.parameters() if weight.grad is not None]

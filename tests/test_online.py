@@ -12,8 +12,8 @@ from training_runs import assert_same_run, command, rows_of
 
 from xdpo.batch import Batch, LatentMoments, Tokens, join_pairs, take_pairs
 from xdpo.config import ConfigError, load_config
-from xdpo.feeds.online import OnlinePairs
-from xdpo.feeds.rewards import Choice, Moments, SampledPair, choose_pairs, mixture, shuffled
+from xdpo.feeds.online import OnlineImages, OnlinePairs
+from xdpo.feeds.rewards import Choice, Moments, SampledPair, choose_pairs, mixture, optimality, shuffled
 
 REWARDS = """
 class Red:
@@ -38,6 +38,7 @@ class Sometimes(Red):
         return [value if value % 2 < 1 else float("nan") for value in super().score(images, prompts)]
 """
 NAN = float("nan")
+ONLINE, IMAGES = ("feed.name=online_pairs",), ("feed.name=online_images", "loss.name=diffusion_nft")
 
 
 # --- rewards -------------------------------------------------------------------------------------------
@@ -49,7 +50,7 @@ def test_running_moments_are_those_of_all_values_so_far_without_the_ones_that_ar
     for values in rounds:
         moments = moments.with_values(values)
     everything = np.array([1.0, 4.0, 2.0, 8.0, -3.0])
-    assert moments.count == 5
+    assert moments.number == 5
     assert moments.mean == pytest.approx(everything.mean(), rel=1e-14)
     assert moments.deviation == pytest.approx(everything.std(), rel=1e-14)
     assert Moments().deviation == 0
@@ -77,6 +78,18 @@ def test_all_pairs_beyond_the_margin_can_be_taken():
     assert choose_pairs(rewards, "all", 0.0).pairs == [SampledPair(0, 1, 2), SampledPair(0, 1, 0), SampledPair(0, 2, 0)]
     assert choose_pairs(rewards, "all", 0.35).pairs == [SampledPair(0, 1, 0)]
     assert choose_pairs(rewards, "all", 0.35).skipped_prompts == 1
+
+
+def test_an_image_is_as_good_as_its_advantage_in_deviations_of_the_round():
+    rewards = np.array([[1.0, 3.0, NAN], [5.0, 5.0, 5.0], [0.0, 0.0, 6.0], [2.0, NAN, NAN]])
+    # Distances from the prompts' means: −1, 1 and −2, −2, 4; their deviation over the round is √(26/5).
+    deviation = np.sqrt(26 / 5)
+    expected = 0.5 + 0.5 * np.array([-1, 1, -2, -2, 4]) / deviation / 5
+    good = optimality(rewards, 5.0)
+    assert good[[0, 0, 2, 2, 2], [0, 1, 0, 1, 2]] == pytest.approx(expected)
+    assert np.isnan(good[1]).all() and np.isnan(good[3]).all() and np.isnan(good[0, 2])
+    assert optimality(rewards, 0.5)[[0, 2, 2], [0, 1, 2]] == pytest.approx([0.5 - 1 / deviation, 0, 1])
+    assert np.isnan(optimality(np.ones((2, 3)), 5.0)).all() and np.isnan(optimality(np.full((2, 3), NAN), 5.0)).all()
 
 
 def test_a_rounds_pairs_are_shuffled_by_seed_and_round():
@@ -171,7 +184,7 @@ def test_a_run_trains_on_the_best_and_the_worst_of_its_own_images(run, online, r
             prompt, chosen, rejected = int(words[3]), int(words[5]), int(words[7])
             group = red[round_number][prompt]
             assert words[1] == str(round_number + 1) and group[chosen] == group.max() > group[rejected] == group.min()
-    rounds = [row for row in rows_of(folder) if "online/pairs" in row]
+    rounds = [row for row in rows_of(folder) if "online/items" in row]
     assert [row["step"] for row in rounds] == [1, 3, 5]
     for row, scores, record in zip(rounds, red, records, strict=True):
         assert row[f"online/reward/{rewards}:Red"] == pytest.approx(scores.mean())
@@ -297,6 +310,47 @@ def test_prompts_of_a_file_are_trained_on(run, online, tmp_path):
     assert status == 0 and len(set(prompts)) == 3 and set(prompts) < {"a red house", "a boat", "a dog", "a cat"}
 
 
+@pytest.fixture
+def images_of(online):
+    """Overrides of a run on single images."""
+    return [*(option for option in online if "feed.name" not in option), *IMAGES]
+
+
+def test_images_are_trained_on_one_by_one_each_as_good_as_its_reward(run, images_of, rewards, monkeypatch):
+    batches, original = [], OnlineImages.batch
+
+    def see(self, positions):
+        batches.append((self.round_number, original(self, positions)))
+        return batches[-1][1]
+
+    monkeypatch.setattr(OnlineImages, "batch", see)
+    status, folder = run("run", *images_of)
+    assert status == 0 and len(batches) == 12
+    for round_number, batch in batches:
+        record = json.loads((folder / "online" / f"{round_number:05d}.json").read_text())
+        scores = np.array(record["scores"][f"{rewards}:Red"]).reshape(3, 3)
+        expected = optimality(scores, 5.0).ravel()
+        names = [name for pair in zip(*(name.split(", ") for name in batch.pair_ids), strict=True) for name in pair]
+        numbers = [int(name.split()[1]) for name in names]
+        assert batch.single.optimality.tolist() == pytest.approx(expected[numbers], rel=1e-6)
+        assert batch.single.desirable.tolist() == [bool(value > 0.5) for value in expected[numbers]]
+    assert [row["online/items"] for row in rows_of(folder) if "online/items" in row] == [9, 9, 9]
+
+
+@pytest.mark.parametrize("objective", ["diffusion_nft", "diffusion_kto"])
+def test_a_decayed_old_policy_can_sample_and_a_run_on_images_resumes_bit_for_bit(run, images_of, objective):
+    moving = ["model.reference_decay=0.5", "online.sampler=reference", "optim.learning_rate=1e-2"]
+    options = [*images_of, *moving, f"loss.name={objective}"]
+    _, whole = run("whole", *options)
+    run("parts", *options, "train.max_steps=3")
+    status, parts = run("parts", *options)
+    assert status == 0
+    assert_same_run(whole, parts)
+    _, policy = run("policy", *options, "online.sampler=policy", "train.max_steps=3")
+    records = [(folder / "online" / "00001.json").read_text() for folder in (whole, policy)]
+    assert records[0] != records[1]
+
+
 # --- what is refused -----------------------------------------------------------------------------------
 
 
@@ -317,7 +371,7 @@ def test_rewards_that_give_no_pair_end_the_run_and_say_so(run, online, rewards, 
 
 def test_images_whose_reward_is_not_finite_are_in_no_pair_and_counted(run, online, rewards):
     status, folder = run("run", *online, f"online.rewards=[{rewards}:Sometimes]", "online.images_per_prompt=6")
-    rounds = [row for row in rows_of(folder) if "online/pairs" in row]
+    rounds = [row for row in rows_of(folder) if "online/items" in row]
     records = [json.loads((folder / "online" / f"{number:05d}.json").read_text()) for number in range(3)]
     assert status == 0
     for row, record in zip(rounds, records, strict=True):
@@ -354,9 +408,6 @@ def test_a_round_whose_images_are_gone_is_not_resumed_within(run, online, tmp_pa
     assert run("run", *online)[0] == 0
 
 
-ONLINE = ("feed.name=online_pairs",)
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -364,7 +415,10 @@ ONLINE = ("feed.name=online_pairs",)
         ((*ONLINE, "online.rewards=[]"), "rewards is empty"),
         ((*ONLINE, "online.reward_weights=[1, 2]"), "reward_weights has 2 numbers for 1 rewards"),
         ((*ONLINE, "online.held_out_rewards=[pickscore]"), "pickscore is named twice"),
-        ((*ONLINE, "loss.name=diffusion_kto"), "loss.name=diffusion_kto trains on single images"),
+        ((*ONLINE, "loss.name=diffusion_kto"), "feed.name=online_pairs: loss.name=diffusion_kto trains on images"),
+        (("feed.name=online_images",), "feed.name=online_images: loss.name=xdpo trains on pairs"),
+        ((*ONLINE, "online.sampler=reference", "model.trainable=lora"), "needs a reference with weights of its own"),
+        ((*IMAGES, "online.offline_share=0.5"), "online.offline_share mixes pairs with pairs"),
         ((*ONLINE, "loss.name=seppo"), "loss.name=seppo samples its own rejected images"),
         ((*ONLINE, "loss.margin_weight=10"), "loss.margin_weight weighs the data's pairs"),
         ((*ONLINE, "cache.reference=here"), "cache.reference keeps errors on the data's pairs"),
@@ -376,7 +430,7 @@ ONLINE = ("feed.name=online_pairs",)
             (*ONLINE, "online.renew_reference=true", "model.trainable=lora"),
             "online.renew_reference moves the reference",
         ),
-        (("online.every=3",), "online.every is for feed.name=online_pairs, and feed.name is offline"),
+        (("online.every=3",), "online.every is for online feeds, and feed.name is offline"),
     ],
 )
 def test_a_config_that_can_not_be_online_is_refused(overrides, message):

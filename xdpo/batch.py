@@ -29,6 +29,7 @@ class SingleImages(NamedTuple):
 
     positions: Tensor  # (2B,) int64 in the order of single images; they decide each image's draws
     desirable: Tensor  # (2B,) bool
+    optimality: Tensor | None = None  # (2B,) float32 from 0 to 1; None: 1 for a desirable image, 0 for another
 
 
 class Batch(NamedTuple):

@@ -119,6 +119,8 @@ class Learner:
             inputs["z0"] = self.z0
         if batch.single is not None:
             inputs["desirable"] = batch.single.desirable.to(device, non_blocking=True)
+        if "optimality" in settings.loss.objective.inputs:
+            inputs["optimality"] = step.optimality_of(batch).to(device, non_blocking=True)
         if (weights := self.margin_weights.of(split)) is not None:
             inputs["margin_weights"] = weights.get(batch.rows, device)
         return step.preference_loss(measured.errors, settings.loss, inputs)

@@ -54,7 +54,7 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
     if settings.loss.samples_rejected:
         feeds.check_snapshots(settings, folder, runs.step_of(resume_from) if resume_from else 0)
     families.check_config(settings)
-    if settings.feed.name == "online_pairs":
+    if settings.feed.is_online:
         feeds.check_online(settings)
     if settings.cache.examples and settings.cache.build:
         precompute.build_missing_examples(settings, accelerator, accelerator.print)
@@ -84,7 +84,7 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
 
 def needs_encoders(settings: Config) -> bool:
     """Whether a run encodes its examples, or decodes images: of its sample sheets, or of online rounds."""
-    return not settings.cache.examples or settings.samples.every > 0 or settings.feed.name == "online_pairs"
+    return not settings.cache.examples or settings.samples.every > 0 or settings.feed.is_online
 
 
 def note_shared_pairs(train_pairs: Pairs, held_out_pairs: Pairs) -> None:

@@ -180,7 +180,7 @@ def shape_of(settings: Config, processes: int) -> tuple:
         (settings.eval.every > 0, samples.every > 0, samples.guidance_scale > 1),
         (settings.self_play.batch_size, settings.self_play.guidance_scale > 1) if loss.samples_rejected else None,
         (settings.online.batch_size, settings.online.guidance_scale > 1, settings.online.offline_share > 0)
-        if settings.feed.name == "online_pairs"
+        if settings.feed.is_online
         else None,
     )
 
@@ -290,7 +290,7 @@ class Training:
     @torch.no_grad()
     def sample_online(self) -> None:
         """A batch of an online round, to the images that are scored. Scorers are not counted."""
-        if self.settings.feed.name == "online_pairs":
+        if self.settings.feed.is_online:
             online = self.settings.online
             with self._drawing("online"):
                 self._draw(self.learner.bare_policy, online.batch_size, online.guidance_scale)
@@ -337,7 +337,7 @@ class Training:
         settings, pairs, loss = self.settings, self.settings.train.micro_batch_pairs, self.settings.loss
         has_single_images = takes_single_images(settings, Split.TRAIN)
         captions, side = 2 * pairs if has_single_images else pairs, settings.data.resolution
-        is_online = settings.feed.name == "online_pairs" and not settings.online.offline_share
+        is_online = settings.feed.is_online and not settings.online.offline_share
         if settings.cache.examples or is_online:
             means = torch.zeros(2 * pairs, *self.latent_shape)
             factor = self.learner.parts.vae.config.scaling_factor

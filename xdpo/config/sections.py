@@ -219,14 +219,19 @@ class SelfPlayConfig(Section):
 class FeedConfig(Section):
     """What an optimizer step trains on."""
 
-    name: Literal["offline", "online_pairs"] = Field(
+    name: Literal["offline", "online_pairs", "online_images"] = Field(
         "offline",
-        description="offline: the data's pairs; online_pairs: the policy's own images, ranked by rewards (see online)",
+        description="offline: the data's pairs; online_pairs: the policy's own images, ranked by rewards (see online); "
+        "online_images: the same one by one, each as good as its reward says, for objectives on single images",
     )
+
+    @property
+    def is_online(self) -> bool:
+        return self.name != "offline"
 
 
 class OnlineConfig(Section):
-    """For feed.name=online_pairs alone; docs/online.md."""
+    """For feed.name=online_pairs and online_images alone; docs/online.md."""
 
     every: Count = Field(
         30,
@@ -261,8 +266,12 @@ class OnlineConfig(Section):
     margin: NonNegativeNumber = Field(
         0.0, description="a pair's rewards differ by more than this, in the normalised rewards' deviations"
     )
-    sampler: Literal["policy", "average"] = Field(
-        "policy", description="which weights sample: the policy's, or their moving average (model.ema_decay)"
+    advantage_limit: PositiveNumber = Field(
+        5.0, description="online_images: advantages are cut off at so many deviations, where an image counts fully"
+    )
+    sampler: Literal["policy", "average", "reference"] = Field(
+        "policy",
+        description="which weights sample: the policy's, their moving average (model.ema_decay), or the reference's",
     )
     renew_reference: StrictBool = Field(
         False, description="the reference becomes the policy where a round begins; false: it stays the base model"
@@ -451,14 +460,15 @@ class Config(Section):
     @model_validator(mode="after")
     def _pairs_can_be_online(self):
         loss, online = self.loss, self.online
-        if self.feed.name != "online_pairs":
+        if not self.feed.is_online:
             default = OnlineConfig()
             given = [key for key in OnlineConfig.model_fields if getattr(online, key) != getattr(default, key)]
             if given:
-                raise ValueError(f"online.{given[0]} is for feed.name=online_pairs, and feed.name is {self.feed.name}")
+                raise ValueError(f"online.{given[0]} is for online feeds, and feed.name is offline")
             return self
         refused = {
-            f"loss.name={loss.name} trains on single images": loss.objective.is_unpaired,
+            f"loss.name={loss.name} trains on {loss.objective.takes}": loss.objective.takes
+            != self.feed.name.removeprefix("online_"),
             f"loss.name={loss.name} samples its own rejected images": loss.samples_rejected,
             f"loss.name={loss.name} has no reference, which online.renew_reference renews": online.renew_reference
             and not loss.needs_reference,
@@ -466,9 +476,12 @@ class Config(Section):
             "cache.reference keeps errors on the data's pairs": self.cache.reference,
             "cache.examples leaves no text encoder for online.prompts": self.cache.examples and online.prompts,
             "online.sampler=average needs model.ema_decay": online.sampler == "average" and not self.model.ema_decay,
+            "online.sampler=reference needs a reference with weights of its own": online.sampler == "reference"
+            and (self.model.trainable == "lora" or not loss.needs_reference),
+            "online.offline_share mixes pairs with pairs": online.offline_share and self.feed.name != "online_pairs",
         }
         if problems := [problem for problem, applies in refused.items() if applies]:
-            raise ValueError(f"feed.name=online_pairs: {problems[0]}; change one of the two")
+            raise ValueError(f"feed.name={self.feed.name}: {problems[0]}; change one of the two")
         return self
 
 

@@ -13,9 +13,17 @@ from xdpo.data.scores import MarginWeights, PairWeights, finite_scores, no_score
 from xdpo.data.sources import files_to_convert, load_pairs, local_files
 from xdpo.data.split import Split
 from xdpo.data.table import DataError, PairCounts, PairTable
-from xdpo.data.unpaired import LabelledImages, UnpairedDataset, UnpairedOrder, image_positions_of, label_images
+from xdpo.data.unpaired import (
+    IMAGES_PER_POSITION,
+    LabelledImages,
+    UnpairedDataset,
+    UnpairedOrder,
+    image_positions_of,
+    label_images,
+)
 
 __all__ = [
+    "IMAGES_PER_POSITION",
     "DataError",
     "LabelledImages",
     "MarginWeights",

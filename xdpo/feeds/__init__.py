@@ -6,7 +6,7 @@ from pathlib import Path
 from xdpo.data import StepSampler, UnpairedDataset
 from xdpo.feeds.interface import Feed
 from xdpo.feeds.offline import OfflineFeed
-from xdpo.feeds.online import OnlineFeed, OnlinePairs, check_online
+from xdpo.feeds.online import OnlineFeed, OnlineImages, OnlinePairs, check_online
 from xdpo.feeds.self_play import SelfPlay, SelfPlayFeed, check_snapshots
 from xdpo.learner import Learner
 from xdpo.precompute import Examples, Pairs, latent_shape
@@ -16,6 +16,7 @@ __all__ = [
     "Feed",
     "OfflineFeed",
     "OnlineFeed",
+    "OnlineImages",
     "OnlinePairs",
     "SelfPlay",
     "SelfPlayFeed",
@@ -45,10 +46,11 @@ def build_feed(
             settings, accelerator, learner.parts, dataset, shape, network, folder, log.say, is_asked_to_stop
         )
     online = None
-    if settings.feed.name == "online_pairs":
-        assert not isinstance(dataset, UnpairedDataset), "the config allows no objective of single images"
+    if settings.feed.is_online:
         shape = latent_shape(pairs, learner.parts, settings)
-        online = OnlinePairs(learner, dataset, shape, folder, log, is_asked_to_stop)
+        examples = dataset.pairs if isinstance(dataset, UnpairedDataset) else dataset
+        kind = {"online_pairs": OnlinePairs, "online_images": OnlineImages}[settings.feed.name]
+        online = kind(learner, examples, shape, folder, log, is_asked_to_stop)
         if not settings.online.offline_share:
             return OnlineFeed(online, sampler, None)
     accumulation, pin_memory = accelerator.gradient_accumulation_steps, accelerator.device.type == "cuda"

@@ -1,8 +1,9 @@
-"""Online pairs: the policy samples several images of each prompt, rewards rank them, and the round trains on the ranks.
+"""Online training: the policy samples images of prompts, rewards score them, and what they show is trained on.
 
-Training consists of rounds of `online.every` optimizer steps. When round r begins, the policy, or its moving average,
-samples K images of each of P prompts; every reward scores them; and the best and the worst image of a prompt, or all
-that differ enough, become the pairs of the round. Image k of prompt p depends on (seed, r, p, k) and the weights alone.
+Training consists of rounds of `online.every` optimizer steps. When round r begins, the policy, its moving average or the
+reference samples K images of each of P prompts, and every reward scores them. The best and the worst image of a prompt,
+or all that differ enough, become the pairs of the round; or all of its images are trained on one by one, each as good
+as its reward says. Image k of prompt p depends on (seed, r, p, k) and the weights alone.
 
 ```
 output_dir/online/00003.json              prompts, every score, and the rewards' running moments
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -24,12 +25,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from xdpo import noise, processes, runs
-from xdpo.batch import Batch, Conditioning, LatentMoments, Tokens, join_pairs, stack, take_pairs
+from xdpo.batch import Batch, Conditioning, LatentMoments, SingleImages, Tokens, join_pairs, stack, take_pairs
 from xdpo.config import Config
-from xdpo.data import PairExamples, StepSampler
+from xdpo.data import IMAGES_PER_POSITION, PairExamples, StepSampler, image_positions_of
 from xdpo.families import pipeline_with
 from xdpo.feeds.offline import OfflineFeed
-from xdpo.feeds.rewards import Choice, Moments, SampledPair, choose_pairs, mixture, shuffled
+from xdpo.feeds.rewards import Moments, SampledPair, choose_pairs, mixture, optimality, shuffled
 from xdpo.feeds.rounds import SampledRounds, encode_on, sample_latents
 from xdpo.files import write_text
 from xdpo.images.sheets import contact_sheet, save_sheet
@@ -84,8 +85,16 @@ def check_online(settings: Config) -> None:
         load_prompts(online.prompts)
 
 
-class OnlinePairs:
-    """The rounds of a run: their images, their scores, and the pairs that they give.
+class Chosen(NamedTuple):
+    """What a round trains on, and what of it can't be trained on."""
+
+    items: int  # pairs or images
+    skipped_prompts: int  # they gave none
+    not_finite: int  # images whose reward is NaN or infinite
+
+
+class OnlineRounds:
+    """The rounds of a run: their images and scores. Subclasses choose what of them is trained on, and batch it.
 
     latent_shape: (C, h, w). folder: of the run, on storage that all machines share. is_asked_to_stop: called between
     batches.
@@ -105,7 +114,7 @@ class OnlinePairs:
         self.folder, self.log, self.is_asked_to_stop = folder, log, is_asked_to_stop
         online = self.settings.online
         self.prompts = Prompts.of(self.settings, dataset)
-        self.round_number, self.pairs = -1, list[SampledPair]()
+        self.round_number = -1
         self.samples = SampledRounds(
             folder,
             "online_samples",
@@ -137,38 +146,21 @@ class OnlinePairs:
         else:
             self._refuse_lost_round(round_number, step_number)
         record = json.loads(self._record(round_number).read_text(encoding="utf-8"))
-        choice = self._choose(round_number, record)
-        self.pairs = shuffled(choice.pairs, self.settings.seed, round_number)
+        chosen = self._choose(round_number, self._rewards(record))
+        if not chosen.items:
+            self._refuse_rewards(round_number, chosen)
         self.round_number = round_number
         if begins:
-            self._report(round_number, record, choice)
+            self._report(round_number, record, chosen)
         return True
 
+    def _choose(self, round_number: int, rewards: np.ndarray) -> Chosen:
+        """Choose what a round trains on by its images' rewards, (prompts, images)."""
+        raise NotImplementedError
+
     def batch(self, positions: Sequence[int]) -> Batch:
-        """The pairs at B positions of the training order, as latents; a round repeats its pairs until it ends."""
-        settings, latents = self.settings, self.samples.latents(self.round_number)
-        per_prompt, first = settings.online.images_per_prompt, self.round_number * settings.online.prompts_per_round
-        round_positions = settings.online.every * settings.train.total_batch_pairs
-        pairs = [self.pairs[position % round_positions % len(self.pairs)] for position in positions]
-        chosen = [latents.read(pair.prompt * per_prompt + pair.chosen) for pair in pairs]
-        rejected = [latents.read(pair.prompt * per_prompt + pair.rejected) for pair in pairs]
-        coins = [noise.draw_coin(settings.seed, position, "caption") for position in positions]
-        captions = [
-            self._caption(None if coin < settings.data.caption_dropout else first + pair.prompt)
-            for coin, pair in zip(coins, pairs, strict=True)
-        ]
-        return Batch(
-            positions=torch.tensor(positions),
-            rows=torch.tensor([self.prompts.row(first + pair.prompt) for pair in pairs]),
-            pair_ids=[
-                f"round {self.round_number + 1}, prompt {pair.prompt}, images {pair.chosen} and {pair.rejected}"
-                for pair in pairs
-            ],
-            images=self._as_moments(torch.from_numpy(np.stack([*chosen, *rejected]))),
-            captions=stack(captions),
-            truncated=0,
-            unreadable=[],
-        )
+        """B positions of the training order, as latents; a round repeats what it has until it ends."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Remove the samples of a finished run; one process calls it.
@@ -213,11 +205,19 @@ class OnlinePairs:
                 f"back, or remove the checkpoints after step {start}"
             )
 
+    @property
+    def _sampler(self) -> nn.Module:
+        """The denoiser that samples; where that is the moving average, the policy has its weights meanwhile."""
+        if self.settings.online.sampler != "reference":
+            return self.learner.bare_policy
+        assert self.learner.reference.network is not None, "the config asks for one"
+        return self.learner.reference.network
+
     def _made_from(self) -> dict[str, Any]:
         """Everything that decides what a round samples, and how it is scored."""
         settings, online = self.settings, self.settings.online
         return {
-            "policy": runs.weights_checksum(self.learner.bare_policy),
+            "sampler": runs.weights_checksum(self._sampler),
             "pipeline": [settings.model.pipeline, settings.model.revision],
             "prompts": self.prompts.fingerprint,
             "captions": f"cached as {settings.cache.dtype}" if settings.cache.examples else "encoded while sampling",
@@ -244,7 +244,7 @@ class OnlinePairs:
         )
         return sample_latents(
             self.learner.parts,
-            self.learner.bare_policy,
+            self._sampler,
             captions,
             empty,
             start,
@@ -258,6 +258,13 @@ class OnlinePairs:
         if position is None or self.prompts.given is None:
             return self.dataset.caption(None if position is None else self.prompts.order[position])
         return self.learner.parts.tokenize(self.prompts.text(position))[0]
+
+    def _captions(self, positions: Sequence[int], prompts: Sequence[int]) -> Tokens | Conditioning:
+        """The captions of prompts, some of them dropped as the coins of their positions say."""
+        settings = self.settings
+        coins = [noise.draw_coin(settings.seed, position, "caption") for position in positions]
+        dropped = [coin < settings.data.caption_dropout for coin in coins]
+        return stack([self._caption(None if drop else one) for drop, one in zip(dropped, prompts, strict=True)])
 
     @torch.no_grad()
     def _images(self, round_number: int, numbers: Sequence[int]) -> list[Image.Image]:
@@ -332,24 +339,20 @@ class OnlinePairs:
     def _by_prompt(self, scores: Sequence[float]) -> np.ndarray:
         return np.array(scores, dtype=np.float64).reshape(-1, self.settings.online.images_per_prompt)
 
-    def _choose(self, round_number: int, record: Mapping[str, Any]) -> Choice:
+    def _refuse_rewards(self, round_number: int, chosen: Chosen) -> NoReturn:
+        """Raise ValueError for a round whose rewards tell no image from another."""
         online = self.settings.online
-        choice = choose_pairs(self._rewards(record), online.pairs, online.margin)
-        if not choice.pairs:
-            images = online.prompts_per_round * online.images_per_prompt
-            raise ValueError(
-                f"online round {round_number + 1}: no two images of a prompt differ in their reward by more than "
-                f"online.margin={online.margin:g}, so there is no pair to train on; {choice.not_finite} of {images} "
-                f"rewards are not finite. Every score is in {self._record(round_number)}: try another reward, more "
-                "images of a prompt, or a smaller margin"
-            )
-        return choice
+        raise ValueError(
+            f"online round {round_number + 1}: no two images of a prompt differ in their reward by more than "
+            f"online.margin={online.margin:g}, so there is nothing to train on; {chosen.not_finite} of "
+            f"{online.prompts_per_round * online.images_per_prompt} rewards are not finite. Every score is in "
+            f"{self._record(round_number)}: try another reward, more images of a prompt, or a smaller margin"
+        )
 
-    def _report(self, round_number: int, record: Mapping[str, Any], choice: Choice) -> None:
-        """Log a round's rewards, with those that training never sees, and what gave no pair."""
+    def _report(self, round_number: int, record: Mapping[str, Any], chosen: Chosen) -> None:
+        """Log a round's rewards, with those that training never sees, and what is trained on."""
         online = self.settings.online
-        metrics = {"online/pairs": float(len(choice.pairs)), "online/skipped_prompts": float(choice.skipped_prompts)}
-        metrics["online/not_finite"] = float(choice.not_finite)
+        metrics = {f"online/{name}": float(value) for name, value in chosen._asdict().items()}
         metrics["online/repeated_prompts"] = float(len(record["prompts"]) - len(set(record["prompts"])))
         for kind, names in (("reward", online.rewards), ("held_out_reward", online.held_out_rewards)):
             for name in names:
@@ -362,8 +365,8 @@ class OnlinePairs:
             f"{name} {metrics[f'online/held_out_reward/{name}']:.4g} (held out)" for name in online.held_out_rewards
         ]
         self.log.say(
-            f"online round {round_number + 1}: {len(choice.pairs)} pairs of {online.prompts_per_round} prompts, "
-            f"{choice.skipped_prompts} without one; mean {', '.join(means)}"
+            f"online round {round_number + 1}: {chosen.items} {self.settings.loss.objective.takes} of "
+            f"{online.prompts_per_round} prompts, {chosen.skipped_prompts} without one; mean {', '.join(means)}"
         )
 
     def _draw_sheet(self, round_number: int) -> None:
@@ -380,14 +383,80 @@ class OnlinePairs:
         save_sheet(self.folder / "samples" / f"round_{round_number:05d}.png", contact_sheet(columns, captions))
 
 
+class OnlinePairs(OnlineRounds):
+    """Rounds whose best and worst images, or all that differ enough, are pairs."""
+
+    pairs: list[SampledPair]
+
+    def _choose(self, round_number: int, rewards: np.ndarray) -> Chosen:
+        choice = choose_pairs(rewards, self.settings.online.pairs, self.settings.online.margin)
+        self.pairs = shuffled(choice.pairs, self.settings.seed, round_number)
+        return Chosen(len(choice.pairs), choice.skipped_prompts, choice.not_finite)
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        settings, latents = self.settings, self.samples.latents(self.round_number)
+        per_prompt, first = settings.online.images_per_prompt, self.round_number * settings.online.prompts_per_round
+        round_positions = settings.online.every * settings.train.total_batch_pairs
+        pairs = [self.pairs[position % round_positions % len(self.pairs)] for position in positions]
+        chosen = [latents.read(pair.prompt * per_prompt + pair.chosen) for pair in pairs]
+        rejected = [latents.read(pair.prompt * per_prompt + pair.rejected) for pair in pairs]
+        return Batch(
+            positions=torch.tensor(positions),
+            rows=torch.tensor([self.prompts.row(first + pair.prompt) for pair in pairs]),
+            pair_ids=[
+                f"round {self.round_number + 1}, prompt {pair.prompt}, images {pair.chosen} and {pair.rejected}"
+                for pair in pairs
+            ],
+            images=self._as_moments(torch.from_numpy(np.stack([*chosen, *rejected]))),
+            captions=self._captions(positions, [first + pair.prompt for pair in pairs]),
+            truncated=0,
+            unreadable=[],
+        )
+
+
+class OnlineImages(OnlineRounds):
+    """Rounds whose images are trained on one by one, for objectives on single images."""
+
+    images: list[tuple[int, float]]  # number within the round, and optimality
+
+    def _choose(self, round_number: int, rewards: np.ndarray) -> Chosen:
+        good = optimality(rewards, self.settings.online.advantage_limit)
+        found = [(int(number), float(good.flat[number])) for number in np.flatnonzero(np.isfinite(good))]
+        self.images = shuffled(found, self.settings.seed, round_number)
+        skipped = int(np.isnan(good).all(axis=1).sum())
+        return Chosen(len(found), skipped, int((~np.isfinite(rewards)).sum()))
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        settings, latents = self.settings, self.samples.latents(self.round_number)
+        first = self.round_number * settings.online.prompts_per_round
+        of_round = IMAGES_PER_POSITION * settings.online.every * settings.train.total_batch_pairs
+        image_positions = image_positions_of(positions)
+        images = [self.images[position % of_round % len(self.images)] for position in image_positions]
+        prompts = [first + number // settings.online.images_per_prompt for number, _ in images]
+        good = torch.tensor([value for _, value in images])
+        names = [f"image {number} of round {self.round_number + 1}" for number, _ in images]
+        return Batch(
+            positions=torch.tensor(positions),
+            rows=torch.tensor([self.prompts.row(prompt) for prompt in prompts]),
+            pair_ids=[
+                f"{one}, {other}" for one, other in zip(names[: len(positions)], names[len(positions) :], strict=True)
+            ],
+            images=self._as_moments(torch.from_numpy(np.stack([latents.read(number) for number, _ in images]))),
+            captions=self._captions(image_positions, prompts),
+            truncated=0,
+            unreadable=[],
+            single=SingleImages(torch.tensor(image_positions), good > 0.5, good),
+        )
+
+
 class OnlineFeed:
-    """Pairs of the policy's own images, some of them replaced by the data's pairs (online.offline_share).
+    """Batches of the policy's own images; of pairs, some are the data's instead (online.offline_share).
 
     sampler: the positions of this process's micro-batches. offline: the data's pairs at the same positions; None where
     none are mixed in.
     """
 
-    def __init__(self, online: OnlinePairs, sampler: StepSampler, offline: OfflineFeed | None):
+    def __init__(self, online: OnlineRounds, sampler: StepSampler, offline: OfflineFeed | None):
         self.online, self.offline = online, offline
         self._positions = iter(sampler)
 

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from xdpo import noise
+
+Item = TypeVar("Item")
 
 
 class Moments(NamedTuple):
@@ -89,7 +91,24 @@ def choose_pairs(rewards: np.ndarray, how: str, margin: float) -> Choice:
     return Choice(pairs, skipped, int((~np.isfinite(rewards)).sum()))
 
 
-def shuffled(pairs: Sequence[SampledPair], seed: int, round_number: int) -> list[SampledPair]:
-    """The pairs in the order in which a round trains on them, so that a batch isn't of few prompts."""
-    order = torch.randperm(len(pairs), generator=noise.generator(seed, round_number, "online_pairs"))
-    return [pairs[index] for index in order.tolist()]
+def optimality(rewards: np.ndarray, limit: float) -> np.ndarray:
+    """½ + ½·clip(A / limit, ±1) of each image, (prompts, images), from its advantage A within its prompt.
+
+    A is the reward's distance from its prompt's mean, in deviations of these distances over all prompts (DiffusionNFT
+    §3.3; the deviation over all prompts is Flow-GRPO's). NaN for an image whose reward is not finite, and for every
+    image of a prompt whose rewards are equal: it says nothing.
+    """
+    finite = np.where(np.isfinite(rewards), rewards, np.nan)
+    has_two = np.isfinite(finite).sum(axis=1) > 1
+    distances = np.full_like(finite, np.nan)
+    distances[has_two] = finite[has_two] - np.nanmean(finite[has_two], axis=1, keepdims=True)
+    distances[has_two & (np.nanmax(np.abs(np.nan_to_num(distances)), axis=1) == 0)] = np.nan
+    if np.isnan(distances).all():
+        return distances
+    return 0.5 + 0.5 * np.clip(distances / np.nanstd(distances) / limit, -1, 1)
+
+
+def shuffled(items: Sequence[Item], seed: int, round_number: int) -> list[Item]:
+    """A round's pairs or images in the order in which it trains on them, so that a batch isn't of few prompts."""
+    order = torch.randperm(len(items), generator=noise.generator(seed, round_number, "online_pairs"))
+    return [items[index] for index in order.tolist()]
