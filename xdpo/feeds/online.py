@@ -1,9 +1,9 @@
 """Online training: the policy samples images of prompts, rewards score them, and what they show is trained on.
 
-Training consists of rounds of `online.every` optimizer steps. When round r begins, the policy, its moving average or the
-reference samples K images of each of P prompts, and every reward scores them. The best and the worst image of a prompt,
-or all that differ enough, become the pairs of the round; or all of its images are trained on one by one, each as good
-as its reward says. Image k of prompt p depends on (seed, r, p, k) and the weights alone.
+Training consists of rounds of `online.every` optimizer steps. When round r begins, the policy, its moving average or
+the reference samples K images of each of P prompts, and every reward scores them. The best and the worst image of a
+prompt, or all that differ enough, become the pairs of the round; or all of its images are trained on one by one, each
+as good as its reward says. Image k of prompt p depends on (seed, r, p, k) and the weights alone.
 
 ```
 output_dir/online/00003.json              prompts, every score, and the rewards' running moments
