@@ -3,6 +3,7 @@
 import csv
 import io
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from scored_images import rows_of
 
-from xdpo.report import curves, exports, figures, grids, published
+from xdpo.images.reading import Picture
+from xdpo.report import browser, curves, exports, figures, grids, published
 from xdpo.report.grids import Cell, Grid
+from xdpo.report.sections import Evaluation
 from xdpo.scores.results import benchmarks_of
 
 # --- tables ------------------------------------------------------------------------------------------------------
@@ -255,6 +258,44 @@ def test_a_model_of_a_colour_that_was_used_is_striped():
     (benchmark,) = benchmarks_of(rows_of({name: {0: 1.0} for name in names}), names, ["clip"])
     axes = figures.win_rate_bars(benchmark, "m0", figures.colours_of(names, "m0")).axes[0]
     assert [bool(bar.get_hatch()) for bar in axes.patches] == [False] * 8 + [True]
+
+
+# --- images of the page --------------------------------------------------------------------------------------------
+
+
+def test_images_are_dealt_from_all_sets_metrics_and_models_in_turn():
+    """The first round has every ranking's first prompt, and no prompt's second image comes before all first ones."""
+    count, models, scorers = 40, ["base", "one", "two"], ["clip", "hpsv2"]
+    scores, pictures = np.random.default_rng(0).normal(size=(2, 2, 3, count)), {}
+    benchmarks = []
+    for name, of_set in zip(("large", "small"), scores, strict=True):
+        numbers = range(count if name == "large" else 10)
+        rows = []
+        for scorer, of_scorer in zip(scorers, of_set, strict=True):
+            told = {m: {n: of_model[n] for n in numbers} for m, of_model in zip(models, of_scorer, strict=True)}
+            rows += rows_of(told, scorer=scorer, prompt_set=name)
+        benchmarks += benchmarks_of(rows, models, scorers)
+        for model in models:
+            for n in numbers:
+                paths = [Path(name, model, f"{n}_{repeat}.png") for repeat in range(2)]
+                pictures[name, model, f"anime/{n}"] = [
+                    Picture(model, name, "anime", f"anime/{n}", repeat, path, path.name)
+                    for repeat, path in enumerate(paths)
+                ]
+    evaluation = Evaluation(benchmarks, ["base"], [], [], pictures, {}, [])
+    dealt = list(dict.fromkeys(browser.dealt(evaluation)))
+    assert len(dealt) == 2 * 3 * (count + 10)
+    ends = set()
+    for benchmark in benchmarks:
+        ends.add((benchmark.name, benchmark.prompts[0].key))
+        for scorer in scorers:
+            for model in models[1:]:
+                change = benchmark.of(model, scorer) - benchmark.of("base", scorer)
+                ends |= {(benchmark.name, benchmark.prompts[i].key) for i in (change.argmin(), change.argmax())}
+    first_round = dealt[: len(models) * len(ends)]
+    assert set(first_round) == {pictures[name, model, key][0].path for name, key in ends for model in models}
+    assert {path.stem[-1] for path in dealt[: len(dealt) // 2]} == {"0"}
+    assert {path.parts[0] for path in dealt[len(dealt) // 2 :][: len(models) * len(ends)]} == {"large", "small"}
 
 
 # --- quality against training ------------------------------------------------------------------------------------
