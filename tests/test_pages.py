@@ -253,6 +253,17 @@ def test_an_image_opens_large_and_the_arrows_go_from_prompt_to_prompt(page):
     assert not page.one("#viewer").is_displayed()
 
 
+def test_the_copy_in_the_page_stands_in_for_a_file_that_is_gone_and_says_so(page):
+    page.run("for (const [image] of data.sets[0].prompts[0].images) image[1] = 'gone.png';")
+    enlarge(page)
+    page.until("return document.querySelectorAll('#viewer .copy').length === 3")
+    assert page.texts("#viewer .copy") == ["copy in this page"] * 3
+    assert page.run("return document.querySelector('#viewer img').naturalWidth") == 16
+    page.press(Keys.ARROW_RIGHT)
+    page.until("return [...document.querySelectorAll('#viewer img')].every((image) => image.naturalWidth)")
+    assert page.all("#viewer .copy") == []
+
+
 @contextmanager
 def shown_as(browser, width, height, *, scheme="light", medium="", script=True):
     """The browser with another window, colour scheme or medium, or without the page's script."""
@@ -432,6 +443,7 @@ def test_an_address_holds_filters_and_the_open_prompt_and_shows_them_again(page,
 
 def test_an_address_from_another_report_shows_what_there_is(page, browser, report):
     browser.get("about:blank")
+    browser.get_log("browser")  # of earlier tests
     browser.get(report.as_uri() + "#set=gone&metric=Blue&model=nobody&prompt=cats%2F99&view=upside-down&order=best")
     assert page.run("return [controls.set.value, controls.metric.value, controls.model.value]") == [
         "animals",

@@ -82,8 +82,13 @@ function enlarged(prompt, i, repeat, models, withImage) {
 function layer(prompt, i, repeat) {
   const image = imageOf(prompt, i, repeat, ["link", "embedded"]);
   image.loading = "eager";
-  image.addEventListener("load", showZoom);
-  return make("div", { class: "layer" }, image);
+  const shown = make("div", { class: "layer" }, image);
+  image.addEventListener("load", () => {
+    showZoom();
+    const [, link] = prompt.images[i][repeat];
+    if (image.src.startsWith("data:")) shown.append(make("span", { class: "badge copy", title: link }, "copy in this page"));
+  });
+  return shown;
 }
 
 function overlaid(prompt, pair, control) {
