@@ -270,12 +270,14 @@ def shown_as(browser, width, height, *, scheme="light", medium="", script=True):
     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": size["mobile"], "maxTouchPoints": 2})
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": medium, "features": features})
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not script})
     try:
         yield
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 
@@ -324,6 +326,14 @@ def test_each_of_several_images_has_its_own_score_and_its_mean_is_called_so(page
         "const chosen = document.querySelector('#repeat'); chosen.value = 1; chosen.dispatchEvent(new Event('change'))"
     )
     assert [facts(page, figure)["Seed"] for figure in range(2)] == ["1001", "1001"]
+
+
+def test_an_image_that_is_missing_has_no_score_and_takes_no_frame_from_others(page):
+    page.run("const [set] = data.sets; set.prompts[0].scores[0] = [-3, -2, -1]; set.prompts[0].images[2] = [];")
+    enlarge(page)
+    assert (facts(page, 2)["Red"], facts(page, 2)["Seed"]) == ("–", "unknown")
+    assert page.texts("#viewer .broken") == ["no image here"]
+    assert page.texts("#viewer .winner figcaption p") == ["middle"]
 
 
 def test_the_frame_and_the_dots_of_an_enlarged_image_have_its_models_colour(page):
@@ -539,6 +549,32 @@ def test_a_phone_shows_the_win_rates_keeps_the_first_column_and_sets_two_images_
         first, second, third = (figure.rect for figure in page.all("#viewer figure"))
         assert first["y"] == second["y"] < third["y"]
         assert second["x"] + second["width"] <= 390
+
+
+def test_two_fingers_zoom_all_images_and_one_pans_them(page, browser):
+    def touch(kind, *places):
+        points = [{"x": x, "y": y, "id": finger} for finger, (x, y) in enumerate(places)]
+        browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    with shown_as(browser, 390, 844):
+        enlarge(page)
+        start = page.run("return document.querySelector('#viewer .stage').getBoundingClientRect()")
+        x, y = start["x"] + start["width"] / 2, start["y"] + start["height"] / 2
+        touch("touchStart", (x - 30, y))
+        touch("touchStart", (x - 30, y), (x + 30, y))
+        for wider in (10, 20, 30):
+            touch("touchMove", (x - 30 - wider, y), (x + 30 + wider, y))
+        touch("touchEnd")
+        page.until("return viewer.scale > 1.9")
+        first, *others = boxes(page)
+        assert first[2] == pytest.approx(2 * (start["width"] - 8), abs=4)  # without its frame
+        assert all(other == pytest.approx(first, abs=2) for other in others)
+        touch("touchStart", (x, y))
+        for further in (20, 40):
+            touch("touchMove", (x - further, y))
+        touch("touchEnd")
+        assert page.run("return document.querySelector('#viewer').scrollTop") == 0
+        page.until("return viewer.x > 0.55")
 
 
 def test_paper_is_white_and_shows_whole_tables_folded_ones_too_and_what_is_compared(page, browser):

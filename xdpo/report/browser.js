@@ -160,12 +160,13 @@ function thumbnail(prompt, i, models) {
   return framed(make("figure", {}, button, caption), i, models.map((m) => scores[m]), scores[i]);
 }
 
+const highest = (scores) => Math.max(...scores.filter((score) => score !== null));
 const dot = (i) => make("i", { style: `background:${state.set.colours[i]}` });
 
 // A figure with the frame of the highest among these scores, if its own is that.
 function framed(figure, i, scores, own) {
   figure.style.setProperty("--frame", state.set.colours[i]);
-  figure.classList.toggle("winner", scores.length > 1 && own !== null && own === Math.max(...scores));
+  figure.classList.toggle("winner", scores.length > 1 && own !== null && own === highest(scores));
   return figure;
 }
 

@@ -32,7 +32,7 @@ function step(by) {
 }
 
 function setView(view) {
-  viewer.view = state.set.models.length > 1 ? view : "all";
+  viewer.view = view;
   at("viewer-images").classList.remove("flipped");
   drawViewer();
   writeAddress();
@@ -49,7 +49,7 @@ function choosePair() {
 }
 
 function drawViewer() {
-  const { prompt, view } = viewer;
+  const { prompt } = viewer, view = state.set.models.length > 1 ? viewer.view : "all";
   at("viewer-text").replaceChildren(make("b", {}, prompt.text || "(empty prompt)"), make("br"),
     make("span", { class: "tag" }, `${state.set.name} · ${nameOf(prompt)} · frame: highest ${controls.metric.value}`));
   const repeats = [...Array(repeatsOf(prompt)).keys()];
@@ -123,7 +123,7 @@ function facts(prompt, i, repeat, models) {
   const list = make("dl");
   scorers.forEach((name, s) => {
     const own = scoreOf(prompt, s, i, repeat);
-    const top = own !== null && own === Math.max(...models.map((m) => scoreOf(prompt, s, m, repeat)));
+    const top = own !== null && own === highest(models.map((m) => scoreOf(prompt, s, m, repeat)));
     const mean = prompt.images[i].length > 1 ? make("small", {}, ` mean ${format(prompt.scores[s][i])}`) : "";
     list.append(make("dt", {}, name), make("dd", {}, make(top ? "b" : "span", {}, format(own)), mean));
   });
