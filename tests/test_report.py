@@ -10,6 +10,7 @@ import pytest
 import yaml
 from matplotlib import colormaps
 from matplotlib.colors import to_rgb
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from scored_images import rows_of
@@ -251,6 +252,17 @@ def test_the_papers_methods_have_their_own_colours_whatever_stands_beside_them()
     assert len(set(many.values())) == 7
     crowd = figures.colours_of([f"model {n}" for n in range(12)], "model 0")
     assert len(set(crowd.values())) == 9 and crowd["model 9"] == crowd["model 1"]
+
+
+def test_an_interval_is_seen_over_a_bar_of_any_colour():
+    """It is dark, and its white rim has a contrast of 3 with every colour, as the test above has it."""
+    (benchmark,) = benchmarks_of(rows_of(THREE), list(THREE), ["clip"])
+    for figure in every_figure(benchmark, "a")[:2]:
+        intervals = [part for bar in figure.axes[0].containers if isinstance(bar, ErrorbarContainer) for part in bar[2]]
+        assert len(intervals) == 2
+        for interval in intervals:
+            (rim,) = interval.get_path_effects()
+            assert to_rgb(rim._gc["foreground"]) == (1, 1, 1) and rim._gc["linewidth"] > interval.get_linewidth()[0]
 
 
 def test_a_model_of_a_colour_that_was_used_is_striped():

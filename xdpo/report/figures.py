@@ -11,6 +11,7 @@ from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 
 from xdpo.files import replacing, writing
@@ -20,9 +21,9 @@ from xdpo.report.published import method_of, methods, published_score
 from xdpo.scores.results import Benchmark
 
 # Any two of these and the baseline's grey are at least 20 apart (CIE 1976) for readers with protanopia or deuteranopia,
-# and each has a contrast of 3 with white. The first ones are those of the paper's methods, in their order.
+# and each has a contrast of 3 with white. The first ones are those of the paper's methods, its base last.
 BASELINE_COLOUR = "#8f9192"
-COLOURS = ("#36393a", "#0069d6", "#318d59", "#ad76b2", "#a53000", "#b5841a", "#059aea", "#4d2395")
+COLOURS = ("#0069d6", "#318d59", "#ad76b2", "#a53000", "#36393a", "#b5841a", "#059aea", "#4d2395")
 CHOSEN_COLOUR, REJECTED_COLOUR = "#318d59", "#a53000"  # of a pair's images
 _FURTHER_FONTS = (  # by the scripts that DejaVu lacks, where they are installed
     "Noto Sans CJK JP",
@@ -52,6 +53,7 @@ STYLE = {
 }
 
 
+_RIM = [withStroke(linewidth=2.5, foreground="white")]  # lets a dark line be seen over any colour
 _DIVERGING = "PuOr"  # orange for worse, purple for better: colour-blind readers tell them apart
 
 
@@ -61,7 +63,8 @@ def colours_of(models: Sequence[str], baseline: str | None) -> dict[str, str]:
     The paper's methods have the same colours in every report; other models take the colours that are left, in turn.
     """
     colours = {} if baseline is None else {baseline: BASELINE_COLOUR}
-    known = methods()
+    base, *trained = methods()
+    known = [*trained, base]
     for model in (model for model in models if model != baseline):
         method = method_of(model)
         if method is not None and COLOURS[known.index(method)] not in colours.values():
@@ -95,7 +98,7 @@ def _change_panel(axes: Axes, benchmark: Benchmark, baseline: str, scorer: str) 
         axes.barh(row, change.mean_shift, color=colours[model], height=0.62)
         if model != baseline:
             reach = [[change.mean_shift - low], [high - change.mean_shift]]
-            axes.errorbar(change.mean_shift, row, xerr=reach, color="#222222", linewidth=1, capsize=2)
+            _interval_bar(axes, change.mean_shift, row, reach)
             published_before = published_score(benchmark.name, baseline, scorer)
             published_after = published_score(benchmark.name, model, scorer)
             if published_before is not None and published_after is not None:
@@ -115,6 +118,13 @@ def _change_panel(axes: Axes, benchmark: Benchmark, baseline: str, scorer: str) 
     axes.tick_params(axis="y", length=0)
     axes.locator_params(axis="x", nbins=5)
     axes.set_title(title_of(scorer))
+
+
+def _interval_bar(axes: Axes, value: float, row: float, reach: list[list[float]]) -> None:
+    """An interval over a bar."""
+    _, caps, lines = axes.errorbar(value, row, xerr=reach, color="#222222", linewidth=1, capsize=2)
+    for part in (*caps, *lines):
+        part.set_path_effects(_RIM)
 
 
 def _any_published(benchmark: Benchmark, baseline: str) -> bool:
@@ -145,7 +155,7 @@ def win_rate_bars(benchmark: Benchmark, baseline: str, colours: Mapping[str, str
                 look = dict(color=colours[model], hatch=stripes[model], edgecolor="white", linewidth=0)
                 axes.barh(row, c.win_rate, height=0.78, label=label, **look)
                 reach = [[c.win_rate - low], [high - c.win_rate]]
-                axes.errorbar(c.win_rate, row, xerr=reach, color="#222222", linewidth=1, capsize=2)
+                _interval_bar(axes, c.win_rate, row, reach)
                 beside = dict(xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color="#333333")
                 axes.annotate(percent(c.win_rate, decimals=0), (high, row), **beside)
                 row += 1
@@ -182,7 +192,7 @@ def score_differences(benchmark: Benchmark, baseline: str, colours: Mapping[str,
                 )
                 for body in drawn["bodies"]:
                     body.set(facecolor=colours[model], alpha=0.75)
-                drawn["cquantiles"].set(color="#222222", linewidth=1)
+                drawn["cquantiles"].set(color="#222222", linewidth=1, path_effects=_RIM)
             axes.axvline(0, color="#222222", linestyle=(0, (3, 2)), linewidth=1)
             axes.set_yticks(range(len(others)), map(short, others))
             axes.set_ylim(len(others) - 0.4, -0.6)
