@@ -195,6 +195,7 @@ def evaluate(options: argparse.Namespace) -> int:
         drifts=drifts,
         statistics=statistics,
         trained_on=trained_on,
+        placed=table.placed,
     )
     write_report(options, evaluation)
     if options.table2 or options.table3:

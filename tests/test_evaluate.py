@@ -244,7 +244,7 @@ def test_a_thumbnail_shows_what_was_scored(tmp_path):
     turned, exif = tmp_path / "turned.jpg", Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     Image.new("RGB", (600, 300)).save(turned, exif=exif)
-    assert shown(turned).size == (128, 256)
+    assert (shown(turned).size, shown(turned).format) == ((128, 256), "WEBP")
     small = tmp_path / "small.png"  # a JPEG by its content
     Image.new("RGB", (16, 16)).save(small, "JPEG")
     assert shown(small).size == (16, 16)
@@ -563,8 +563,8 @@ def test_images_beyond_the_budget_are_links_beside_the_page(world):
     data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1])
     assert 0 < len(data["embedded"]) < 12
     images = [image for prompt in data["sets"][0]["prompts"] for model in prompt["images"] for image in model]
-    assert sum(number >= 0 for number, _ in images) == len(data["embedded"])
-    assert all((world.output / link).is_file() for _, link in images)
+    assert sum(number >= 0 for number, _, _ in images) == len(data["embedded"])
+    assert all((world.output / link).is_file() for _, link, _ in images)
 
 
 @pytest.mark.parametrize(
