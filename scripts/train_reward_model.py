@@ -230,9 +230,8 @@ def finish(
     }
     folder = options.output / "reward_model"
     save_reward_model(model.cpu(), preparation, record, folder)
-    print(
-        f"{accuracy:.1%} [{low:.1%}, {high:.1%}] of {len(pairs)} held-out pairs ranked as labelled; the scorer is {folder}"
-    )
+    print(f"{accuracy:.1%} [{low:.1%}, {high:.1%}] of {len(pairs)} held-out pairs ranked as labelled")
+    print(f"the scorer is {folder}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -84,7 +85,7 @@ def load_base(folder: str | Path) -> "tuple[CLIPModel, Preparation]":
     try:
         clip = CLIPModel.from_pretrained(folder, use_safetensors=True)
         preparation = Preparation(CLIPTokenizer.from_pretrained(folder), CLIPImageProcessor.from_pretrained(folder))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"no CLIP in transformers' format at {folder}: {str(error).splitlines()[0]}") from error
     return clip, preparation
 
@@ -116,7 +117,7 @@ def load_reward_model(folder: str | Path, device: str | torch.device = "cpu") ->
         model = RewardModel(clip, record["recipe"])
         if model.head is not None:
             model.head.load_state_dict(load_file(path / "head.safetensors"))
-    except (KeyError, OSError, RuntimeError, json.JSONDecodeError) as error:
+    except (KeyError, OSError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"the reward model in {folder} is damaged: {error}; train it again") from error
     model.to(device).eval()
 
