@@ -20,7 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from xdpo.data import PairTable
+    from xdpo.noise import Order
     from xdpo.scorers.reward_model import Preparation, RewardModel
 
 
@@ -77,7 +78,7 @@ class PairBatch(NamedTuple):
 class RewardPairs:
     """Batches of pairs by position; a pair whose image is unreadable is replaced by the next one."""
 
-    def __init__(self, table: "PairTable", preparation: "Preparation", order: "Sequence[int]"):
+    def __init__(self, table: "PairTable", preparation: "Preparation", order: "Order | Sequence[int]"):
         self.table, self.preparation, self.order = table, preparation, order
         captions = table.captions()
         counts = Counter(captions)
@@ -137,7 +138,7 @@ def train(settings: Config, options: argparse.Namespace, accelerator: "Accelerat
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
-        loader = data.make_loader(pairs, sampler, num_workers=settings.data.num_workers)
+        loader = data.make_loader(cast(Any, pairs), sampler, num_workers=settings.data.num_workers)
         warmup = min(options.warmup_steps, options.steps // 8)
         for step, batch in zip(range(start, options.steps), loader, strict=False):
             share = min((step + 1) / max(warmup, 1), (options.steps - step) / max(options.steps - warmup, 1))
