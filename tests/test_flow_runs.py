@@ -8,7 +8,7 @@ import pytest
 import torch
 from forks import launch
 from PIL import Image
-from tolerances import assert_same_but_for_rounding
+from tolerances import assert_same_but_for_rounding, assert_same_image
 from training_runs import SMALL_RUN, assert_same_run, command, rows_of
 
 import generate
@@ -62,11 +62,13 @@ def test_a_full_training_starts_at_ln_2_and_its_export_draws_what_it_drew(run, p
 
     (reference,), (policy,) = samples[-2:]
     base = diffusers.DiffusionPipeline.from_pretrained(pipeline)
-    assert np.array_equal(draw(base), np.asarray(reference))
+    assert_same_image(draw(base), reference)
     kind = type(base.transformer)
     base.transformer = kind.from_pretrained(folder / "export", subfolder="transformer")
     drawn = draw(base)
-    assert np.array_equal(drawn, np.asarray(policy)) and not np.array_equal(drawn, np.asarray(reference))
+    assert_same_image(drawn, policy)
+    with pytest.raises(AssertionError):
+        assert_same_image(drawn, reference)
 
 
 @sd3_and_slow_flux
@@ -81,9 +83,9 @@ def test_adapters_resume_bit_for_bit_and_are_loaded_by_the_library(run, pipeline
 
     (reference,), (policy,) = samples[-2:]
     base = diffusers.DiffusionPipeline.from_pretrained(pipeline)
-    assert np.array_equal(draw(base), np.asarray(reference)), "with its adapter off it is the base"
+    assert_same_image(draw(base), reference)  # with its adapter off it is the base
     base.load_lora_weights(whole / "export")
-    assert np.array_equal(draw(base), np.asarray(policy))
+    assert_same_image(draw(base), policy)
 
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n")
@@ -92,7 +94,7 @@ def test_adapters_resume_bit_for_bit_and_are_loaded_by_the_library(run, pipeline
     arguments = ["--model", str(whole), "--prompts", str(prompts), "--output", str(output), *quick]
     assert generate.main([*arguments, "--guidance", "7.5"]) == 0
     (image,) = output.rglob("*.png")
-    assert np.array_equal(np.asarray(Image.open(image)), np.asarray(policy))
+    assert_same_image(Image.open(image), policy)
 
 
 @flux_and_slow_sd3

@@ -12,6 +12,7 @@ import pytest
 import torch
 from forks import launch
 from safetensors.torch import load_file
+from tolerances import assert_same_image
 from training_runs import ROOT, SMALL_RUN, assert_same_run, command, rows_of
 
 import generate
@@ -315,7 +316,7 @@ def test_the_exported_model_draws_in_diffusers_the_image_that_the_run_drew(
     seeds = [torch.Generator().manual_seed(0) for _ in range(watch.SAMPLE_CHUNK)]
     images = pipeline(["a red square"] * len(seeds), num_inference_steps=2, guidance_scale=7.5, generator=seeds).images
     drawn = np.asarray(sheets[-1]["policy"][0])
-    assert np.array_equal(np.asarray(images[0]), drawn)
+    assert_same_image(images[0], drawn)
     assert not np.array_equal(np.asarray(sheets[0]["policy"][0]), drawn), "training changed the image"
 
     # generate.py draws it too, from the run's folder, and other pixels from the base.
@@ -338,7 +339,8 @@ def test_the_exported_model_draws_in_diffusers_the_image_that_the_run_drew(
         assert generate.main(["--model", str(model), *prompts]) == 0
         (made[name],) = (tmp_path / name).rglob("*.png")
     trained, base = (np.asarray(watch.Image.open(made[name])) for name in ("trained", "base"))
-    assert np.array_equal(trained, drawn) and not np.array_equal(base, drawn)
+    assert_same_image(trained, drawn)
+    assert not np.array_equal(base, drawn)
 
 
 def test_an_adapter_that_is_off_leaves_the_base_to_the_bit(xl_pipeline):
