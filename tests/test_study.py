@@ -24,7 +24,9 @@ from xdpo.files import StorageError, is_untouched
 from xdpo.images.reading import Picture
 from xdpo.study import analysis, build, power, report
 from xdpo.study.build import StudyPlan, _pixels, build_study
-from xdpo.study.folder import QUESTIONS, Key, Links, Study, StudyError
+from xdpo.study.findings import find
+from xdpo.study.folder import Key, Links, Study, StudyError
+from xdpo.study.form import QUESTIONS
 from xdpo.study.server import Ballots
 from xdpo.study.static import export, import_votes
 from xdpo.study.votes import ConflictError, Vote, VoteStore
@@ -277,7 +279,7 @@ def test_images_are_shown_as_they_are_scored(tmp_path, folders, name):
     exif[ExifTags.Base.Orientation] = 6
     images["turned.jpg"].paste((0, 0, 255), (0, 0, 16, 8))  # the sky, above until it is turned
     images[name].save(picture.path, **({"exif": exif, "quality": 100} if name == "turned.jpg" else {}))
-    shown = _pixels(picture)
+    shown = _pixels(picture.path)
     expected = {"deep.png": (128, 128, 128), "clear.png": (255, 255, 255), "turned.jpg": (254, 0, 0)}[name]
     assert np.abs(np.subtract(shown.getpixel((3, 3)), expected)).max() <= 2
     assert shown.info == {} and not shown.getexif()
@@ -316,7 +318,7 @@ def test_a_study_that_another_has_built_meanwhile_is_left_alone(tmp_path, folder
 
 def test_a_full_disk_is_said_of_a_study_and_of_its_report(tmp_path, folders, study, full_disk, monkeypatch):
     with pytest.raises(StorageError, match=r"could not write .*win_rates\.png: the disk is full"):
-        report.write(report.find(study, Key.load(study), [], 0.25), tmp_path / "report")
+        report.write(find(study, Key.load(study), [], 0.25), tmp_path / "report")
     monkeypatch.setattr(build, "_write_images", failing(errno.ENOSPC))
     monkeypatch.setattr(files, "aside_of", lambda path: path.with_name(f"{path.name}.0.part"))
     with pytest.raises(StorageError, match=r"could not write .*new: the disk is full"):
@@ -412,7 +414,8 @@ def saved_file(tmp_path, study, number, votes, study_id=None):
     rows = [{"task": v.task, "answers": dict(v.answers), "seconds": v.seconds, "at": v.at} for v in votes]
     path = tmp_path / f"votes-{number}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"study": study_id or study.id, "annotator": number, "votes": rows}))
+    agreed = {"agreed": "2026-01-01T00:00:00Z"} if study.form.introduction else {}
+    path.write_text(json.dumps({"study": study_id or study.id, "annotator": number, "votes": rows} | agreed))
     return path
 
 
@@ -443,7 +446,7 @@ def test_a_study_in_a_folder_with_brackets_is_built_exported_and_analysed(tmp_pa
     named = [(name, folder.rename(folder.with_name(f"{name}[1]"))) for name, folder in folders]
     study = build_study(tmp_path / "of[1] *?" / "study[a]", named[0], named[1:], PLAN)
     assert len(export(study, tmp_path / "static[b]")) == 4
-    findings = report.find(study, Key.load(study), VoteStore(study).all(), 0.25)
+    findings = find(study, Key.load(study), VoteStore(study).all(), 0.25)
     assert report.write(findings, tmp_path / "report[c]").is_file()
 
 
@@ -452,7 +455,7 @@ def test_only_the_secrets_of_a_study_are_for_their_owner_alone(tmp_path, folders
     try:
         study = build_study(tmp_path / "study", folders[0], [folders[1]], PLAN)
         export(study, tmp_path / "static")
-        report.write(report.find(study, Key.load(study), [], 0.25), tmp_path / "report")
+        report.write(find(study, Key.load(study), [], 0.25), tmp_path / "report")
     finally:
         os.umask(before)
     secret = {study.folder / "key.json", study.folder / "links.json"}
@@ -633,7 +636,7 @@ def test_results_equal_an_independent_count_of_the_table_of_votes(tmp_path, stud
     key, rng = Key.load(study), np.random.default_rng(5)
     votes = vote_for(study, key, lambda number, item, question: rng.choice(list(item.images.values())))
     votes = [votes[place] for place in sorted(rng.permutation(len(votes))[:24])]
-    findings = report.find(study, key, votes, 0.25)
+    findings = find(study, key, votes, 0.25)
     report.write(findings, tmp_path / "report")
     table = pq.read_table(tmp_path / "report" / "votes.parquet").to_pylist()
     assert {(r.benchmark, r.category) for r in findings.results} == {
@@ -679,7 +682,7 @@ def test_failed_checks_are_counted_and_the_inattentive_left_out_once(study):
     checks = analysis.attention(study, key, votes)
     assert [(c.obvious, c.obvious_failed, c.repeats, c.repeats_failed) for c in checks[:3]] == [(1, 0, 2, 0)] * 3
     assert (checks[3].repeats, checks[3].repeats_failed) == (2, 2)  # always left: a repeat has its sides exchanged
-    findings = report.find(study, key, votes, allowed_share=0.25)
+    findings = find(study, key, votes, allowed_share=0.25)
     assert findings.excluded == [4]
     assert sum(r.votes for r in findings.without_inattentive) < sum(r.votes for r in findings.results)
     assert all(result.losses == 0 for result in findings.without_inattentive)
@@ -691,11 +694,12 @@ def test_the_report_has_a_table_a_figure_and_every_vote(tmp_path, study):
 
     key = Key.load(study)
     votes = vote_for(study, key, lambda number, item, question: {"pair": "theirs", "obvious": "right"}[item.kind])
-    path = report.write(report.find(study, key, votes, 0.25), tmp_path / "report")
+    path = report.write(find(study, key, votes, 0.25), tmp_path / "report")
     table = pq.read_table(tmp_path / "report" / "votes.parquet").to_pylist()
     assert len(table) == 2 * len(votes) and {row["kind"] for row in table} == {"pair", "repeat", "obvious"}
     assert (tmp_path / "report" / "win_rates.png").stat().st_size > 5000
-    assert "| preference | theirs |" in path.read_text() and "76.4 %" in path.read_text()
+    text = path.with_suffix(".md").read_text()
+    assert "| preference | theirs |" in text and "76.4 %" in text
 
 
 def test_the_bars_are_the_win_rates_and_the_diamonds_the_published_ones_and_both_are_named(tmp_path):
@@ -708,7 +712,7 @@ def test_the_bars_are_the_win_rates_and_the_diamonds_the_published_ones_and_both
     def wanted(number, item, question):
         return item.baseline if (question, item.baseline, item.benchmark, item.key) in lost else "xdpo"
 
-    figure = report.win_rate_bars(report.find(study, key, vote_for(study, key, wanted), 0.25))
+    figure = report.win_rate_bars(find(study, key, vote_for(study, key, wanted), 0.25))
     panels = {axes.get_title(loc="left") or axes.get_title(): axes for axes in figure.axes}
     assert list(panels) == ["xdpo: all prompts", "xdpo: hpsv2", "xdpo: partiprompts"]
     widths = [[bar.get_width() for bar in axes.patches] for axes in figure.axes]
@@ -727,7 +731,7 @@ def test_a_study_that_one_model_wins_or_loses_throughout_is_drawn(tmp_path, prom
     study = build_study(tmp_path / "study", folders[0], folders[1:], StudyPlan(None, 0, 1, 1, 0, 0, None))
     key = Key.load(study)
     for winner in ("ours", "theirs"):
-        findings = report.find(study, key, vote_for(study, key, lambda *_, winner=winner: winner), 0.25)
+        findings = find(study, key, vote_for(study, key, lambda *_, winner=winner: winner), 0.25)
         assert {result.win_rate for result in findings.results} == {float(winner == "ours")}
         assert report.write(findings, tmp_path / winner).is_file()
 
@@ -794,7 +798,7 @@ def test_the_commands_from_folders_to_a_report(tmp_path, folders, capsys):
     assert "4 pairs, 2 votes each, 3 annotators with 4 or 5 tasks" in capsys.readouterr().out
     built = Study.load(Path(study))
     key = Key.load(built)
-    assert (key.model, key.baselines, built.questions) == ("xdpo", ["theirs", "others"], list(QUESTIONS))
+    assert (key.model, key.baselines, built.form.questions) == ("xdpo", ["theirs", "others"], list(QUESTIONS))
     assert Counter(item.benchmark for item in key.items.values() if item.kind == "pair") == {"set_a": 2, "set_b": 2}
 
     assert user_study.main(["export", study, "--static", str(tmp_path / "out"), "--annotator", "2"]) == 0

@@ -17,7 +17,8 @@ from browser import needs_browser, start
 from PIL import Image, ImageDraw
 
 from xdpo.study.build import StudyPlan, build_study
-from xdpo.study.folder import QUESTIONS, Key, Links
+from xdpo.study.folder import Key, Links
+from xdpo.study.form import QUESTIONS
 from xdpo.study.server import application
 from xdpo.study.static import export, import_votes
 from xdpo.study.votes import VoteStore
@@ -489,16 +490,40 @@ def test_both_images_have_the_same_size_and_fit_a_phone(page, served):
     assert served.votes(1) == [("left", "right")]
 
 
-def test_it_is_readable_in_the_dark(page, served):
-    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
-    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": dark})
+def contrast(one, other):
+    """WCAG's contrast of two CSS colours."""
+
+    def luminance(colour):
+        red, green, blue = (int(part) / 255 for part in re.findall(r"\d+", colour)[:3])
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted(map(luminance, (one, other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_the_surround_is_the_same_grey_and_everything_readable_in_both_modes(page, served, mode):
+    features = [{"name": "prefers-color-scheme", "value": mode}]
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     page.open(served.links[1])
     page.images()
     page.press("1")
-    page.shot("dark")
-    colours = page.run("const style = getComputedStyle(document.body); return [style.color, style.backgroundColor]")
-    ink, ground = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in colours)
-    assert ink - ground > 450
+    page.shot(mode)
+    assert page.run("return getComputedStyle(document.body).backgroundColor") == "rgb(110, 110, 110)"
+    texts = page.run("""
+        document.getElementById('help').open = true;
+        const behind = (element) => {
+            for (let e = element; e; e = e.parentElement) {
+                const colour = getComputedStyle(e).backgroundColor;
+                if (colour !== 'rgba(0, 0, 0, 0)') return colour;
+            }
+        };
+        return [...document.querySelectorAll('body *')]
+            .filter((e) => e.checkVisibility() && [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()))
+            .map((e) => [e.textContent, getComputedStyle(e).color, behind(e)]);""")
+    assert len(texts) > 15
+    assert [text for text, ink, ground in texts if contrast(ink, ground) < 4.5] == []
 
 
 def test_an_image_is_enlarged_and_switched_in_place(page, served):
