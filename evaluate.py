@@ -196,7 +196,9 @@ def find(options: argparse.Namespace, plan: Plan, state: "PartialState") -> Foun
     from xdpo.scorers.loading import embedder_version, scorer_version
     from xdpo.scores.features import reference_pictures
 
-    pictures, references, problems = [], [], []
+    pictures: list[Picture] = []
+    references: list[Picture] = []
+    problems: list[Problem] = []
     if state.is_main_process:
         pictures, problems = read_models(plan.folders, options.sets)
         references = reference_pictures(options.reference) if options.reference else []
@@ -209,7 +211,8 @@ def find(options: argparse.Namespace, plan: Plan, state: "PartialState") -> Foun
         if options.diversity or options.reference:
             embedder_version(options.weights)
     processes.refuse_differences(versions, "Give every machine the same files")
-    return Found(*processes.agree((pictures, references)), problems, makings, versions)
+    pictures, references = processes.agree((pictures, references))
+    return Found(pictures, references, problems, makings, versions)
 
 
 def score(options: argparse.Namespace, plan: Plan, state: "PartialState", found: Found) -> Scored:

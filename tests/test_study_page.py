@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from xdpo.study.build import StudyPlan, build_study
 from xdpo.study.folder import Key, Links
-from xdpo.study.form import QUESTIONS
+from xdpo.study.form import QUESTIONS, Form, Introduction
 from xdpo.study.server import application
 from xdpo.study.static import export, import_votes
 from xdpo.study.votes import VoteStore
@@ -651,6 +651,75 @@ def test_without_lasting_storage_the_page_says_so_and_still_saves(page, study, f
         assert import_votes(study, downloaded(downloads)) == (1, 0)
     finally:
         page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+
+
+FORM = Form(
+    questions=({"id": "preference", "text": "Which one?"}, {"id": "alignment", "text": "Which matches?"}),
+    tie="About the same",
+    introduction=Introduction(),
+    completion_link="https://example.org/done",
+    completion_code="C1X7",
+)
+
+
+@pytest.fixture
+def formed(study, tmp_path):
+    """The study with a first page, a tie and a code."""
+    (model, *baselines) = [(name, tmp_path / name) for name in MODELS]
+    plan = StudyPlan({"secretbench": 2}, 0, 2, 2, 0, 0, image_side=None, form=FORM)
+    return build_study(tmp_path / "formed", model, baselines, plan)
+
+
+def agree_and_answer(page):
+    """Read the first page, be asked to agree to it, agree; then two pairs by keyboard, each with a tie."""
+    page.wait("return [...document.querySelectorAll('#example img')].every((image) => image.naturalWidth === 512)")
+    page.shot("introduction")
+    assert "a red circle above a blue square" in page.text("introduction") and "2 pairs" in page.text("introduction")
+    page.click("#consent button")
+    assert page.text("message") == "Please tick the box to begin." and page.focused() == "agree"
+    page.press(" ", "\ue007")  # a tick, Enter
+    page.wait("return document.getElementById('ballot').checkVisibility()")
+    for number in (1, 2):
+        page.images()
+        page.press("2")
+        page.press("\ue014" if number == 1 else "\ue015")  # →, ↓
+        assert page.chosen() == ["tie", "right" if number == 1 else "tie"]
+        page.shot("tie")
+        page.press("\ue007")
+        page.wait(f"return document.getElementById('count').innerText.startsWith('{number}')")
+    assert page.text("code") == "C1X7"
+    assert page.run("return document.getElementById('link').href") == FORM.completion_link
+    page.shot("completion")
+
+
+def check_ties(votes):
+    assert [tuple(vote.answers.values()) for vote in votes] == [("right", "tie"), ("tie", "tie")]  # by question's name
+    assert all(vote.display.width == vote.display.height > 200 for vote in votes)
+
+
+def test_the_first_page_a_tie_and_the_code_at_the_end(page, formed):
+    served = Served(formed)
+    try:
+        page.open(served.links[1])
+        agree_and_answer(page)
+        check_ties(served.stored(1))
+        page.open(served.links[2])
+        assert page.shown("introduction")
+        assert page.errors() == []
+    finally:
+        served.stop()
+
+
+def test_the_first_page_without_a_server(page, formed, tmp_path, downloads):
+    (exported,) = export(formed, tmp_path / "exported", [2])
+    page.open(exported.as_uri())
+    agree_and_answer(page)
+    page.open(exported.as_uri())
+    assert page.text("code") == "C1X7"
+    page.click("#save")
+    assert import_votes(formed, downloaded(downloads)) == (2, 0)
+    check_ties(VoteStore(formed).all())
+    assert VoteStore(formed).has_agreed(2)
 
 
 def tells(study):

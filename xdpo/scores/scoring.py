@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -25,6 +25,8 @@ from xdpo.images.reading import Picture, Problem
 from xdpo.scorers.interface import Scorer
 from xdpo.scorers.loading import load_scorer
 from xdpo.scores.table import Placement, ScoreKey, ScoreTable
+
+Key = TypeVar("Key", bound=Hashable)
 
 SAVE_SECONDS = 20  # between parts of the score table: a kill loses at most this much work
 
@@ -165,9 +167,7 @@ class _Prepared(torch.utils.data.Dataset):
         return index, self.preprocess(image)
 
 
-def missing_batches(
-    pictures: Mapping[Hashable, Picture], done: Container[Hashable], batch_size: int
-) -> list[list[Picture]]:
+def missing_batches(pictures: Mapping[Key, Picture], done: Container[Key], batch_size: int) -> list[list[Picture]]:
     """The pictures in batches, without those whose key is done. The first process says what is done."""
     keyed = list(pictures.items())
     batches = [
@@ -183,7 +183,7 @@ def prepared_batches(
     """This process's share of the batches, each as (picture, its preprocessed image or Undecodable)."""
     pictures = [picture for batch in batches for picture in batch]
     starts = [0, *itertools.accumulate(map(len, batches))]
-    dealt = (range(starts[n], starts[n + 1]) for n in processes.deal(f"scoring/{work}", range(len(batches))))
+    dealt = (list(range(starts[n], starts[n + 1])) for n in processes.deal(f"scoring/{work}", range(len(batches))))
     items = _Prepared(preprocess, [picture.path for picture in pictures])
     loader = DataLoader(items, batch_sampler=dealt, num_workers=workers, collate_fn=list)
     with tqdm(total=len(pictures), desc=work, unit="image", disable=processes.rank() > 0) as progress:

@@ -96,7 +96,9 @@ def read_form(path: Path | None) -> Form:
 
     try:
         content, repeated = parse_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise FormError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
         raise FormError(f"{path}: {error}") from None
     if repeated:
         raise FormError(f"{path}: {repeated[0]}")

@@ -67,7 +67,8 @@ def _disputed(findings: StudyFindings) -> str:
     )
     if len(shown) < len(by_item):
         words += f" Shown are {len(shown)}; report.md lists all."
-    return _text(words) + "\n".join(_pair(findings, name, each) for name, each in shown)
+    pairs = "\n".join(_pair(findings, name, each) for name, each in shown)
+    return f'{_text(words)}<div class="disputes">{pairs}</div>'
 
 
 def _pair(findings: StudyFindings, name: str, disputed: Sequence[Dispute]) -> str:
