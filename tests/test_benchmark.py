@@ -472,3 +472,16 @@ def test_the_scorer_is_timed_against_the_bare_work(tmp_path):
 
     measured = json.loads((tmp_path / "score.json").read_text(encoding="utf-8"))["measurements"]
     assert set(measured["seconds_per_round"]) == {"scorer", "bare work"}
+
+
+@pytest.mark.slow
+def test_the_reports_size_and_time_to_open_are_measured(tmp_path):
+    from browser import BROWSER, DRIVER
+
+    if not (BROWSER and DRIVER):
+        pytest.skip("needs chromium and chromedriver")
+    options = ["--models", "2", "--prompts", "20", "--metrics", "1", "--rounds", "1", "--embed-mb", "0.1"]
+    assert benchmark.main(["report", *options, "--json", str(tmp_path / "report.json")]) == 0
+    measured = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["measurements"]
+    assert 0.1 < measured["megabytes"] < 10
+    assert measured["first_paint_seconds"][0] > 0 and measured["loaded_seconds"][0] > 0
