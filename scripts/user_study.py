@@ -13,7 +13,6 @@ import argparse
 import sys
 import webbrowser
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from xdpo.arguments import count, positive
@@ -247,8 +246,16 @@ def run_demo(options: argparse.Namespace) -> None:
         folders = [options.images / name for name in ("xdpo", "base", "diffusion_dpo")]
         if absent := [folder for folder in folders if not folder.is_dir()]:
             raise StudyError(f"no images in {absent[0]}; make them with: bash scripts/tiny_chain.sh")
-        plan = StudyPlan({"tinyprompts": 12}, 0, votes_per_pair=2, annotators=2, repeats=2, obvious=2, image_side=256)
-        plan = replace(plan, form=read_form(None))
+        plan = StudyPlan(
+            {"tinyprompts": 12},
+            0,
+            votes_per_pair=2,
+            annotators=2,
+            repeats=2,
+            obvious=2,
+            image_side=256,
+            form=read_form(None),
+        )
         model, *baselines = ((folder.name, folder) for folder in folders)
         tell_built(build_study(options.output, model, baselines, plan))
 

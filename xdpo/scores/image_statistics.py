@@ -119,6 +119,7 @@ def measure_missing(pictures: Sequence[Picture], baseline: str, table: ScoreTabl
                     if time.monotonic() - saved > SAVE_SECONDS:
                         table.save_part()
                         saved = time.monotonic()
+            bar.update(todo - bar.n)  # what other processes measured
     finally:
         table.save_part()
     for found in processes.gather(measured):
