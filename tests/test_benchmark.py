@@ -295,6 +295,22 @@ def test_tensors_without_contents_count_as_those_with(trainable):
     assert count_small(*overrides, fake=True) == count_small(*overrides)
 
 
+def test_frozen_weights_in_bf16_are_counted_as_the_training_holds_them(flux):
+    overrides = ["data.resolution=32", "model.trainable=lora", "model.lora_rank=4"]
+    plain = load_config(BASE_CONFIG, [f"model.pipeline={flux}", *overrides])
+    halved = load_config(BASE_CONFIG, [f"model.pipeline={flux}", *overrides, "model.frozen_precision=bf16"])
+    parts = load_parts(halved.model)
+    policy = make_policy(parts, halved.model, halved.compute)
+    held = [tensor for module in (policy, *parts.encoders) for tensor in (*module.parameters(), *module.buffers())]
+    tokens = {name: len(ids) for name, ids in parts.tokenize("a cat")[0].items()}
+    model = Model("flux", 32, lambda: load_parts(plain.model), tokens)
+    counted = counting.count(halved, model, fake=False)
+    assert counted["start"].at_rest == allocated(held)
+    assert counted["backward"].peak < counting.count(plain, model, fake=False)["backward"].peak
+    small = [*overrides[1:], "model.frozen_precision=bf16"]
+    assert count_small(*small, fake=True) == count_small(*small)
+
+
 def test_what_lies_still_is_what_it_is_on_paper(weights):
     unet, encoders = map(allocated, weights)
     alone, of_two = count_small(), count_small(processes=2)

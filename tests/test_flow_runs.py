@@ -26,6 +26,7 @@ from xdpo.step import inputs_of, measure, preference_loss
 SIZE = ("data.resolution=32", "loss.name=diffusion_dpo", "loss.beta=100", "optim.learning_rate=1e-3")
 SAMPLES = ("samples.every=4", "samples.prompts=[a cat]", "train.max_steps=4", "checkpoint.every=2")
 LORA = ("model.trainable=lora", "model.lora_rank=2", "model.lora_alpha=2")
+HALVED = "model.frozen_precision=bf16"
 each_flow = pytest.mark.parametrize("flow", ["sd3", "flux"])
 sd3_and_slow_flux = pytest.mark.parametrize("flow", ["sd3", pytest.param("flux", marks=pytest.mark.slow)])
 flux_and_slow_sd3 = pytest.mark.parametrize("flow", ["flux", pytest.param("sd3", marks=pytest.mark.slow)])
@@ -95,9 +96,12 @@ def test_adapters_resume_bit_for_bit_and_are_loaded_by_the_library(run, pipeline
     assert np.array_equal(np.asarray(Image.open(image)), np.asarray(policy))
 
 
-@flux_and_slow_sd3
-def test_caches_give_the_same_run_in_bf16(run, pipeline, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("flow", "trained"), [("flux", ()), pytest.param("sd3", (), marks=pytest.mark.slow), ("sd3", (*LORA, HALVED))]
+)
+def test_caches_give_the_same_run_in_bf16(run, pipeline, tmp_path, capsys, trained):
     options = (f"model.pipeline={pipeline}", *SIZE, "train.max_steps=2", "checkpoint.every=2", "compute.precision=bf16")
+    options += trained
     caches = [f"cache.{name}={tmp_path / name}" for name in ("examples", "reference")] + ["cache.dtype=fp32"]
     _, plain = run("plain", *options)
     run("recording", *options, *caches)

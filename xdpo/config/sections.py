@@ -59,6 +59,11 @@ class ModelConfig(Section):
         description="full: the whole UNet, with a frozen copy beside it as the reference; lora: adapters on its "
         "attention, the reference being the same UNet with them off",
     )
+    frozen_precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="number format in which weights that are never trained are kept: the text encoders' and, with "
+        "lora, the base model's; bf16 halves them, and needs a compute.precision below fp32",
+    )
     guidance: NonNegativeNumber | None = Field(
         None,
         description="what a guidance-distilled model (FLUX.1-dev) is told while it trains; 1: no guidance; null: 3.5, "

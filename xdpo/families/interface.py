@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PipelineParts:
-    """The loaded parts of a pipeline, by the names of their folders: all weights float32, nothing trainable."""
+    """The loaded parts of a pipeline, by the names of their folders; nothing is trainable.
+
+    Weights are float32, but for those that model.frozen_precision keeps in bf16.
+    """
 
     family: "Family"
     modules: Mapping[str, "ModelMixin | PreTrainedModel"]  # the denoiser, and unless left out the encoders

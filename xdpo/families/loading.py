@@ -216,7 +216,7 @@ def _problems(pipeline: str, revision: str | None, folder: Path) -> list[str]:
 
 
 def load_parts(config: ModelConfig, *, encoders: bool = True) -> PipelineParts:
-    """Load a pipeline from a hub id or a folder; safetensors only, float32.
+    """Load a pipeline from a hub id or a folder; safetensors only, float32 but for the parts of `held_in_bf16`.
 
     encoders: load the autoencoder and the text encoders too; cached examples need neither. A part that exists only as a
     variant (fp16, …) is loaded from that, and a note is printed. Raises ValueError where the pipeline can't be loaded
@@ -237,7 +237,9 @@ def load_parts(config: ModelConfig, *, encoders: bool = True) -> PipelineParts:
     folder = fetch(config.pipeline, config.revision, (*family.tokenizers, "scheduler"), weights=own)
     if problems := [] if is_local else weight_problems(family, folder, own):
         raise ValueError(f"model.pipeline: could not load {config.pipeline!r}:\n  " + "\n  ".join(problems))
-    options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
+    halved = held_in_bf16(family, config)
+    dtypes = {part: torch.bfloat16 if part in halved else torch.float32 for part in loaded}
+    options: dict[str, Any] = {"use_safetensors": True}
     folders = {part: folder / part for part in loaded}
     if "vae" not in own and "vae" in loaded:
         folders["vae"] = _autoencoder_folder(str(config.vae), weights=True)
@@ -247,15 +249,17 @@ def load_parts(config: ModelConfig, *, encoders: bool = True) -> PipelineParts:
         for part in loaded:
             if part in variants or part not in own:
                 kind = part_class(family, folder, part)
-                given[part] = kind.from_pretrained(folders[part], variant=variants.get(part), **options)
+                given[part] = kind.from_pretrained(
+                    folders[part], variant=variants.get(part), dtype=dtypes[part], **options
+                )
         pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(
-            folder, **family.without_extras, **options, **given
+            folder, dtype={"default": torch.float32, **dtypes}, **family.without_extras, **options, **given
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"model.pipeline: could not load {config.pipeline!r}: {error}") from error
     if variants and processes.rank() == 0:
         shown = ", ".join(f"{part} as {variant}" for part, variant in variants.items())
-        print(f"note: {config.pipeline} holds {shown} alone; loaded from that, as float32", file=sys.stderr)
+        print(f"note: {config.pipeline} holds {shown} alone; loaded from that", file=sys.stderr)
     modules = {name: getattr(pipeline, name) for name in loaded}
     for module in modules.values():
         module.eval().requires_grad_(False)
@@ -266,6 +270,16 @@ def load_parts(config: ModelConfig, *, encoders: bool = True) -> PipelineParts:
         if not name.startswith("_") and not isinstance(value, list | tuple)
     }
     return PipelineParts(family, modules, tokenizers, pipeline.scheduler, arguments, caption_choices(config))
+
+
+def held_in_bf16(family: Family, model: ModelConfig) -> tuple[str, ...]:
+    """The parts whose weights model.frozen_precision keeps in bf16.
+
+    The autoencoder is small and may need float32. A denoiser that is trained whole, and its reference, are float32.
+    """
+    if model.frozen_precision == "fp32":
+        return ()
+    return (*family.text_encoders, *[family.denoiser] * (model.trainable == "lora"))
 
 
 def caption_choices(model: ModelConfig) -> dict[str, str]:

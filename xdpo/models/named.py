@@ -205,7 +205,8 @@ def _resolve_run(name: str, path: Path) -> ResolvedModel:
     run = path.resolve().parents[1] if is_checkpoint else path.resolve().parent if path.name == "export" else path
     if not (run / "config.yaml").is_file():
         raise ValueError(f"model.run: {str(path)!r} is neither a run folder of train_xdpo.py nor a checkpoint of one")
-    base, base_revision = _resolve_base(load_config(run / "config.yaml").model)
+    trained = load_config(run / "config.yaml").model
+    base, base_revision = _resolve_base(trained.model_copy(update={"frozen_precision": "fp32"}))  # sampling has its own
     if is_checkpoint:
         return ResolvedModel(name, base, base_revision, "checkpoint", str(path), None, _local_revision(path))
     denoiser = family_of_pipeline(base).denoiser

@@ -10,13 +10,12 @@ from accelerate import Accelerator
 from xdpo import processes
 from xdpo.cache import CachedPairDataset, CacheError, ExampleCache, ReferenceCache
 from xdpo.cache.examples import is_finished
-from xdpo.compute import precision_of
 from xdpo.config import Config
 from xdpo.data import PairDataset, PairTable, Split, UnpairedDataset, label_images, load_pairs
 from xdpo.data.examples import Tokenize
 from xdpo.families import PipelineParts
 from xdpo.files import is_own, reading, replacing
-from xdpo.precompute.keys import example_key, examples_folder, reference_key, takes_single_images
+from xdpo.precompute.keys import encoders_precision, example_key, examples_folder, reference_key, takes_single_images
 
 Pairs = PairTable | ExampleCache
 Examples = PairDataset | CachedPairDataset | UnpairedDataset
@@ -33,7 +32,7 @@ def open_pairs(settings: Config, accelerator: Accelerator, split: Split) -> Pair
     pairs: Pairs
     if settings.cache.examples:
         pairs = open_examples(settings, accelerator, split)
-        if note := pairs.plan.precision_note(precision_of(settings.compute)):
+        if note := pairs.plan.precision_note(encoders_precision(settings)):
             accelerator.print(f"cache.examples: {pairs.folder}: {note}")
     else:
         pairs = load_table(settings, accelerator, split)
