@@ -186,7 +186,8 @@ class Training:
     """A training's learner on networks without contents, and the phases of a run, each measured."""
 
     def __init__(self, settings: Config, model: Model, processes: int, meter: Meter) -> None:
-        self.settings, self.model, self.processes, self.meter = settings, model, processes, meter
+        self.settings, self.processes, self.meter = settings, processes, meter
+        self.model = model.with_t5_tokens(settings.model.t5_tokens)
         parts = model.build()
         for name in held_in_bf16(parts.family, settings.model):
             keep_in_bf16(parts.modules[name])

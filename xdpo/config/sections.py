@@ -54,6 +54,11 @@ class ModelConfig(Section):
         description="Stable Diffusion XL alone: what an empty caption is encoded as, zeros or the encoders' states of "
         "no words; null: as the pipeline samples",
     )
+    t5_tokens: Annotated[StrictInt, Field(gt=0, le=512)] | None = Field(
+        None,
+        description="Stable Diffusion 3 and FLUX alone: tokens of a caption that T5 reads; fewer make a smaller "
+        "cache.examples and faster steps, and cut long captions; null: as the pipeline samples, 256 and 512",
+    )
     trainable: Literal["full", "lora"] = Field(
         "full",
         description="full: the whole UNet, with a frozen copy beside it as the reference; lora: adapters on its "

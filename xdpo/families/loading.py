@@ -21,7 +21,7 @@ from xdpo.families.checks import (
     weight_problems,
 )
 from xdpo.families.flux import FLUX
-from xdpo.families.interface import Family, PipelineParts
+from xdpo.families.interface import Choices, Family, PipelineParts
 from xdpo.families.pipeline_files import Unreachable, describe_file, fetch, read_json, weight_paths
 from xdpo.families.stable_diffusion import STABLE_DIFFUSION
 from xdpo.families.stable_diffusion_3 import STABLE_DIFFUSION_3
@@ -93,6 +93,11 @@ def family_of_loaded(pipeline: "DiffusionPipeline") -> Family:
     return FAMILIES[type(pipeline).__name__]
 
 
+def choices_of_loaded(pipeline: "DiffusionPipeline") -> Choices:
+    """The choices of a pipeline that `pipeline_with` made."""
+    return pipeline.caption_choices
+
+
 def check_model(model: ModelConfig) -> None:
     """Refuse a config's model before a weight is read: a pipeline that can't be used, or keys that don't fit it.
 
@@ -116,6 +121,7 @@ def check_model(model: ModelConfig) -> None:
     further = {key for other in FAMILIES.values() for key in other.keys} - {*family.keys}
     if given := [key for key in sorted(further) if getattr(model, key) is not None]:
         raise ValueError(f"model.{given[0]}: {family.name} has no such choice; set it to null")
+    family.choices(model, read_json(configs / "model_index.json"))
     family.predict_arguments(configs, model)
 
 
@@ -282,8 +288,8 @@ def held_in_bf16(family: Family, model: ModelConfig) -> tuple[str, ...]:
     return (*family.text_encoders, *[family.denoiser] * (model.trainable == "lora"))
 
 
-def caption_choices(model: ModelConfig) -> dict[str, str]:
-    """What decides a pipeline's encoding of captions besides the files of its parts, by name (see Family.choices)."""
+def caption_choices(model: ModelConfig) -> Choices:
+    """The choices of a config's model."""
     index = read_json(fetch(model.pipeline, model.revision, ()) / "model_index.json")
     return family_of_pipeline(model).choices(model, index)
 
@@ -323,4 +329,5 @@ def pipeline_with(parts: PipelineParts, denoiser: nn.Module, *, encoders: bool =
         **{**parts.options, **family.without_extras},
     )
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.caption_choices = parts.choices
     return pipeline

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from xdpo.batch import Conditioning, LatentMoments, Tokens
 from xdpo.families.captions import padded_ids
-from xdpo.families.interface import Family, PipelineParts
+from xdpo.families.interface import Choices, Family, PipelineParts
 from xdpo.families.processes import diffusion
 from xdpo.families.stable_diffusion_check import TEXT_ENCODERS, denoiser_problems, index_problem, problems
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 TEXT = "text"  # the text encoder's last states, (N, L, D)
 
 
-def tokenize(tokenizers: Mapping[str, "PreTrainedTokenizerBase"], caption: str) -> tuple[Tokens, bool]:
+def tokenize(
+    tokenizers: Mapping[str, "PreTrainedTokenizerBase"], choices: Choices, caption: str
+) -> tuple[Tokens, bool]:
     tokenizer = tokenizers["tokenizer"]
     ids, is_cut = padded_ids(tokenizer, caption, tokenizer.model_max_length)
     return Tokens(input_ids=ids), is_cut

@@ -11,7 +11,7 @@ from xdpo.batch import Conditioning, LatentMoments, Tokens
 from xdpo.config import ModelConfig
 from xdpo.families import stable_diffusion
 from xdpo.families.captions import padded_ids
-from xdpo.families.interface import PipelineParts
+from xdpo.families.interface import Choices, PipelineParts
 from xdpo.families.stable_diffusion import STABLE_DIFFUSION
 from xdpo.families.stable_diffusion_xl_check import TEXT_ENCODERS, denoiser_problems, index_problem, problems
 
@@ -25,12 +25,14 @@ SIZE = "time_ids"  # (N, 6): height and width of the original, top and left of t
 EMPTY_CAPTION = "empty caption"
 
 
-def tokenize(tokenizers: Mapping[str, "PreTrainedTokenizerBase"], caption: str) -> tuple[Tokens, bool]:
+def tokenize(
+    tokenizers: Mapping[str, "PreTrainedTokenizerBase"], choices: Choices, caption: str
+) -> tuple[Tokens, bool]:
     ids = {name: padded_ids(each, caption, each.model_max_length) for name, each in tokenizers.items()}
     return Tokens({name: each for name, (each, _) in ids.items()}), any(is_cut for _, is_cut in ids.values())
 
 
-def choices(model: ModelConfig, index: Mapping[str, Any]) -> dict[str, str]:
+def choices(model: ModelConfig, index: Mapping[str, Any]) -> Choices:
     """How the empty caption is encoded; if the config leaves it open, as the pipeline does that samples."""
     own = "zeros" if index.get("force_zeros_for_empty_prompt", True) else "text"
     return {EMPTY_CAPTION: model.empty_caption or own}
@@ -43,7 +45,7 @@ def encode_captions(parts: PipelineParts, tokens: Tokens) -> Conditioning:
     states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
     pooled = second.text_embeds
     if parts.choices[EMPTY_CAPTION] == "zeros":
-        empty, _ = tokenize(parts.tokenizers, "")
+        empty, _ = parts.tokenize("")
         is_empty = torch.stack([(ids == empty[name].to(ids.device)).all(1) for name, ids in tokens.items()]).all(0)
         states = states.masked_fill(is_empty[:, None, None], 0)
         pooled = pooled.masked_fill(is_empty[:, None], 0)

@@ -69,11 +69,20 @@ class ResolvedModel:
     revision: str | None = None
 
     @property
-    def identity(self) -> dict[str, str | None]:
+    def identity(self) -> dict[str, str | int | None]:
         """What makes two models the same, wherever their files lie."""
         base = "local folder" if Path(self.base.pipeline).is_dir() else self.base.pipeline
-        same = {"base": base, "base_revision": self.base_revision, "kind": self.kind, "revision": self.revision}
-        return same if self.base.vae is None else same | {"vae": part_checksum(self.base, "vae")}
+        same: dict[str, str | int | None] = {
+            "base": base,
+            "base_revision": self.base_revision,
+            "kind": self.kind,
+            "revision": self.revision,
+        }
+        if self.base.vae is not None:
+            same["vae"] = part_checksum(self.base, "vae")
+        if self.base.t5_tokens is not None:
+            same["t5_tokens"] = self.base.t5_tokens
+        return same
 
 
 def read_model_spec(name: str, *, unet: str | None = None, lora: str | None = None) -> tuple[str, ModelSpec]:
