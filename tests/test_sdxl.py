@@ -456,6 +456,7 @@ def other_vae(copy):
     vae = AutoencoderKL.from_pretrained(copy / "vae")
     with torch.no_grad():
         vae.encoder.conv_in.bias.add_(1)
+        vae.decoder.conv_out.bias.add_(0.5)
     vae.save_pretrained(copy.parent / "fixed")
     return copy.parent / "fixed"
 
@@ -480,6 +481,19 @@ def test_a_run_with_another_autoencoder_is_another_model_to_generate_with(run_xl
     assert model.identity["vae"] == part_checksum(model.base, "vae")
     bias = load_file(other_vae / "diffusion_pytorch_model.safetensors")["encoder.conv_in.bias"]
     assert torch.equal(load_model(model).vae.encoder.conv_in.bias, bias)
+
+
+def test_images_are_decoded_by_the_autoencoder_that_generate_is_given(xl_pipeline, other_vae, tmp_path, capsys):
+    arguments = ["--model", xl_pipeline, "--prompts", "tinyprompts", "--limit", "1", "--steps", "1"]
+    for name, options in {"own": [], "other": ["--vae", str(other_vae)]}.items():
+        assert generate.main([*arguments, "--output", str(tmp_path / name), *options]) == 0
+    own, other = (next((tmp_path / name).rglob("*.png")).read_bytes() for name in ("own", "other"))
+    assert own != other
+    assert generate.main([*arguments, "--output", str(tmp_path / "own"), "--vae", str(other_vae)]) == 1
+    assert "holds images made with other settings:\n  model.vae: None there" in capsys.readouterr().err
+    edit(other_vae / "config.json", latent_channels=16)
+    assert generate.main([*arguments, "--output", str(tmp_path / "third"), "--vae", str(other_vae)]) == 1
+    assert "latent_channels is 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
