@@ -43,6 +43,7 @@ class Batch(NamedTuple):
     unreadable: list[int]  # rows whose images could not be read, and that others stand in for
     single: SingleImages | None = None  # None for pairs
     rejected_latents: Tensor | None = None  # (B, C, h, w) as the denoiser takes them, instead of the rejected images
+    sizes: Tensor | None = None  # (2B, 4) float32: see data.images.size_and_crop; None from a cache without them
 
 
 class SingleItem(NamedTuple):
@@ -51,6 +52,7 @@ class SingleItem(NamedTuple):
     image: Tensor | LatentMoments  # pixel values (3, R, R)
     caption: Tokens | Conditioning
     truncated: bool
+    size: Tensor | None = None  # (4,): see Batch
 
 
 Captions = TypeVar("Captions", bound=Tokens | Conditioning)

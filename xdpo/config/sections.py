@@ -54,6 +54,11 @@ class ModelConfig(Section):
         description="Stable Diffusion XL alone: what an empty caption is encoded as, zeros or the encoders' states of "
         "no words; null: as the pipeline samples",
     )
+    size_conditioning: Literal["original"] | None = Field(
+        None,
+        description="Stable Diffusion XL alone: what it is told of each image's size while it trains; original: height "
+        "and width of the file, and what was cropped; null: data.resolution and uncropped, as the pipeline samples",
+    )
     t5_tokens: Annotated[StrictInt, Field(gt=0, le=512)] | None = Field(
         None,
         description="Stable Diffusion 3 and FLUX alone: tokens of a caption that T5 reads; fewer make a smaller "

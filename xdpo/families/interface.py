@@ -101,7 +101,7 @@ def _no_predict_arguments(folder: Path, model: ModelConfig) -> dict[str, Any]:
     return {}
 
 
-def _without_size(conditioning: Conditioning, resolution: int) -> Conditioning:
+def _without_size(conditioning: Conditioning, resolution: int, sizes: Tensor | None = None) -> Conditioning:
     return conditioning
 
 
@@ -159,8 +159,12 @@ class Family(NamedTuple):
     sampling_arguments: Callable[[Choices], dict[str, Any]] = _no_sampling_arguments
     """The pipeline's arguments by which it encodes captions as these choices say."""
 
-    with_size: Callable[[Conditioning, int], Conditioning] = _without_size
-    """Conditioning of N captions → with what the denoiser is told of N square images of this side in pixels."""
+    with_size: Callable[..., Conditioning] = _without_size
+    """Conditioning of N captions, side in pixels → with what the denoiser is told of N square images of this side.
+
+    Its third argument, sizes (N, 4) as data.images.size_and_crop gives them, says what they were cut from; where it is
+    left out they are whole.
+    """
 
     predict_arguments: Callable[[Path, ModelConfig], dict[str, Any]] = _no_predict_arguments
     """Further arguments of `predict`, from a pipeline's configs and a config. Raises ValueError for an idle key."""

@@ -58,11 +58,13 @@ def conditioning_shapes(parts: PipelineParts) -> dict[str, tuple[int, ...]]:
     return {TEXT: (length, first.hidden_size + second.hidden_size), POOLED: (second.projection_dim,)}
 
 
-def with_size(conditioning: Conditioning, resolution: int) -> Conditioning:
-    """Every image as one that was as large as the training's and lost nothing to cropping, as the sampler says it."""
-    side, count = float(resolution), len(conditioning[TEXT])
-    size = torch.tensor([side, side, 0.0, 0.0, side, side], device=conditioning[TEXT].device)
-    return Conditioning({**conditioning, SIZE: size.expand(count, -1)})
+def with_size(conditioning: Conditioning, resolution: int, sizes: Tensor | None = None) -> Conditioning:
+    """Without sizes every image is one that was as large as the training's and whole, as the sampler says it."""
+    side, count, device = float(resolution), len(conditioning[TEXT]), conditioning[TEXT].device
+    if sizes is None:
+        sizes = torch.tensor([side, side, 0.0, 0.0], device=device).expand(count, -1)
+    aimed_at = torch.tensor([side, side], device=device).expand(count, -1)
+    return Conditioning({**conditioning, SIZE: torch.cat([sizes, aimed_at], dim=1)})
 
 
 @contextmanager
@@ -112,7 +114,7 @@ STABLE_DIFFUSION_XL = STABLE_DIFFUSION._replace(
     classes={"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",), **TEXT_ENCODERS},
     without_extras={"feature_extractor": None, "image_encoder": None, "add_watermarker": False},
     guidance=5.0,
-    keys=("empty_caption",),
+    keys=("empty_caption", "size_conditioning"),
     choices=choices,
     index_problem=index_problem,
     problems=problems,

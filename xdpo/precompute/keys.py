@@ -83,6 +83,7 @@ def reference_key(settings: Config, pairs: PairTable | ExampleCache, split: Spli
         else "encoded while training",
         "noise": settings.noise.model_dump(exclude_none=True),
         "pipeline": part_checksum(model, family.denoiser, *family.encoders, *family.tokenizers, "scheduler"),
+        **({} if model.size_conditioning is None else {"size conditioning": model.size_conditioning}),
         **({} if model.guidance is None else {"guidance": model.guidance}),
         **caption_choices(model),
         "precision": precision,
