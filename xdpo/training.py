@@ -70,7 +70,8 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
         accelerator.print(f"margin weights: {margin_weights.train}")
     if held_out_pairs and accelerator.is_main_process:
         note_shared_pairs(train_pairs, held_out_pairs)
-    parts = families.load_parts(settings.model, encoders=not settings.cache.examples or settings.samples.every > 0)
+    needs_encoders = not settings.cache.examples or settings.samples.every > 0 or settings.exports_encoders
+    parts = families.load_parts(settings.model, encoders=needs_encoders)
     processes.wait()  # some may still be downloading
     if options.find_batch:
         return find_batch(settings, accelerator, parts, train_pairs, margin_weights)

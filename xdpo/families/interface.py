@@ -189,6 +189,13 @@ class Family(NamedTuple):
     lora_names: Callable[[dict[str, Tensor]], dict[str, Tensor]] = older_lora_names
     """An adapter's weights by PEFT's names → by those that are exported."""
 
+    single_file: Mapping[str, Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]] = {}
+    """Folder with weights → (its weights, its config) → the same by the original checkpoint's names; {} where unknown.
+    """
+
+    kohyas_layer: Callable[[Mapping[str, Any], str], str] | None = None
+    """(The denoiser's config, an adapted layer) → what kohya's scripts call that layer; None where it is unknown."""
+
     def without(self, lacking: Collection[str]) -> "Family":
         """The record of a pipeline that lacks these of its optional parts."""
         return self._replace(

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import sys
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,7 +129,7 @@ def check_model(model: ModelConfig) -> None:
 def check_config(settings: Config) -> None:
     """Refuse a config that asks for what its pipeline doesn't have, before any weight is read: see `check_model`.
 
-    Beside its model these are its noise, its resolution and its attention.
+    Beside its model these are its noise, its resolution, its attention and its export.
     """
     import diffusers
 
@@ -145,8 +146,23 @@ def check_config(settings: Config) -> None:
             f"data.resolution (got {settings.data.resolution}) must be a multiple of {family.size_multiple} for "
             f"{family.name}"
         )
+    check_formats(family, settings.export.formats, is_adapter=settings.model.trainable == "lora")
     if settings.compute.attention == "eager" and family.use_plain_attention is None:
         raise ValueError(f"compute.attention: eager isn't available for {family.name}; set compute.attention=sdpa")
+
+
+def check_formats(family: Family, formats: Collection[str], *, is_adapter: bool) -> None:
+    """Refuse forms in which a model of this family can't be exported. Raises ValueError."""
+    single = [form for form in formats if not form.startswith("diffusers")]
+    if is_adapter and (whole := [form for form in single if form.startswith("unet")]):
+        raise ValueError(
+            f"export.formats: {whole[0]} is the file of a whole UNet, and this model is an adapter; take single_file"
+        )
+    if single and not (family.kohyas_layer if is_adapter else family.single_file):
+        raise ValueError(
+            f"export.formats: {single[0]} isn't available for {family.name}, whose original names aren't known here; "
+            "take diffusers"
+        )
 
 
 def _check_autoencoder(model: ModelConfig, family: Family) -> None:

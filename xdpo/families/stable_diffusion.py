@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from xdpo.batch import Conditioning, LatentMoments, Tokens
+from xdpo.families import single_file
 from xdpo.families.captions import padded_ids
 from xdpo.families.interface import Choices, Family, PipelineParts
 from xdpo.families.processes import diffusion
@@ -106,4 +107,6 @@ STABLE_DIFFUSION = Family(
     prompt_arguments=prompt_arguments,
     decode=decode,
     use_plain_attention=use_plain_attention,
+    single_file={"unet": single_file.unet, "vae": single_file.vae, "text_encoder": single_file.text_encoder},
+    kohyas_layer=single_file.same_layer,
 )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from xdpo.batch import Conditioning, LatentMoments, Tokens
 from xdpo.config import ModelConfig
-from xdpo.families import stable_diffusion
+from xdpo.families import single_file, stable_diffusion
 from xdpo.families.captions import padded_ids
 from xdpo.families.interface import Choices, PipelineParts
 from xdpo.families.stable_diffusion import STABLE_DIFFUSION
@@ -127,4 +128,11 @@ STABLE_DIFFUSION_XL = STABLE_DIFFUSION._replace(
     predict=predict,
     prompt_arguments=prompt_arguments,
     decode=decode,
+    single_file={
+        "unet": single_file.unet,
+        "vae": single_file.vae,
+        "text_encoder": partial(single_file.clip, "conditioner.embedders.0.transformer."),
+        "text_encoder_2": partial(single_file.open_clip, "conditioner.embedders.1.model."),
+    },
+    kohyas_layer=single_file.unet_layer,
 )

@@ -23,6 +23,7 @@ from xdpo.runs.checkpoints import (
 )
 from xdpo.runs.export import export_model
 from xdpo.runs.folder import check_pairs, check_run_folder, describe_run
+from xdpo.runs.formats import write_model
 from xdpo.runs.optimizer_state import check as check_optimizer
 
 __all__ = [
@@ -39,4 +40,5 @@ __all__ = [
     "save_checkpoint",
     "step_of",
     "weights_checksum",
+    "write_model",
 ]
