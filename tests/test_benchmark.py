@@ -125,6 +125,7 @@ def test_a_record_says_how_to_repeat_it(flops_record):
     }
     assert {"processor", "cores", "threads", "memory_gb"} <= set(flops_record["machine"])
     assert flops_record["versions"]["torch"] == torch.__version__
+    assert flops_record["measurements"]["cache_bytes"] == {"image": 2 * 4 * 64 * 64, "caption": 2 * 77 * 768}
     assert flops_record["table"].count("\n| ") == 1 + 2 * 2 * 3  # the rule below the head, then the modes
 
 
@@ -295,6 +296,22 @@ def test_tensors_without_contents_count_as_those_with(trainable):
     assert count_small(*overrides, fake=True) == count_small(*overrides)
 
 
+def test_frozen_weights_in_bf16_are_counted_as_the_training_holds_them(flux):
+    overrides = ["data.resolution=32", "model.trainable=lora", "model.lora_rank=4"]
+    plain = load_config(BASE_CONFIG, [f"model.pipeline={flux}", *overrides])
+    halved = load_config(BASE_CONFIG, [f"model.pipeline={flux}", *overrides, "model.frozen_precision=bf16"])
+    parts = load_parts(halved.model)
+    policy = make_policy(parts, halved.model, halved.compute)
+    held = [tensor for module in (policy, *parts.encoders) for tensor in (*module.parameters(), *module.buffers())]
+    tokens = {name: len(ids) for name, ids in parts.tokenize("a cat")[0].items()}
+    model = Model("flux", 32, lambda: load_parts(plain.model), tokens)
+    counted = counting.count(halved, model, fake=False)
+    assert counted["start"].at_rest == allocated(held)
+    assert counted["backward"].peak < counting.count(plain, model, fake=False)["backward"].peak
+    small = [*overrides[1:], "model.frozen_precision=bf16"]
+    assert count_small(*small, fake=True) == count_small(*small)
+
+
 def test_what_lies_still_is_what_it_is_on_paper(weights):
     unet, encoders = map(allocated, weights)
     alone, of_two = count_small(), count_small(processes=2)
@@ -391,6 +408,14 @@ def test_a_single_config_is_shown_phase_by_phase(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "any moment" in said and "21.00   aten.mul" in said
     assert "DOES NOT HOLD: xdpo_sd15 on each of 2 GPUs takes at most 20.5 GB" in said
+
+
+def test_the_tokens_that_t5_reads_are_counted():
+    for name, part, tokens in (("flux", "tokenizer_2", 512), ("sd35_medium", "tokenizer_3", 256)):
+        model = TRUE_MODELS[name]
+        lengths = [len(model.with_t5_tokens(count).captions()[part][0]) for count in (None, 100)]
+        assert lengths == [tokens, 100]
+    assert TRUE_MODELS["sd15"].with_t5_tokens(None) == TRUE_MODELS["sd15"]
 
 
 def test_only_known_shapes_are_counted(capsys):

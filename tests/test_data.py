@@ -50,7 +50,7 @@ def data_config(path="unused", **changes):
 
 
 def tokenize_with(tokenizer):
-    return partial(tokenize, {"tokenizer": tokenizer})
+    return partial(tokenize, {"tokenizer": tokenizer}, {})
 
 
 def parquet_table(tmp_path, rows, **changes):

@@ -112,6 +112,7 @@ def batch_of(positions, stds=True):
         images=LatentMoments(means, means / 2 if stds else None, scaling_factor=1.0),
         captions=Tokens(input_ids=torch.tensor(positions).view(-1, 1)),
         truncated=len(positions),
+        sizes=torch.cat([values.view(-1, 1)] * 4, dim=1) if stds else None,
         unreadable=list(positions),
     )
 
@@ -125,6 +126,7 @@ def test_pairs_of_two_batches_are_joined_in_the_order_of_their_positions(stds):
     assert torch.equal(joined.images.means, whole.images.means) and joined.truncated == 4
     assert joined.images.stds is None if not stds else torch.equal(joined.images.stds, whole.images.stds)
     assert torch.equal(joined.captions["input_ids"], whole.captions["input_ids"])
+    assert joined.sizes is None if not stds else torch.equal(joined.sizes, whole.sizes)
 
     taken = take_pairs(whole, [1, 3])
     assert torch.equal(taken.images.means, batch_of([4, 6]).images.means) and taken.pair_ids == ["pair 4", "pair 6"]

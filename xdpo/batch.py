@@ -44,6 +44,7 @@ class Batch(NamedTuple):
     unreadable: list[int]  # rows whose images could not be read, and that others stand in for
     single: SingleImages | None = None  # None for pairs
     rejected_latents: Tensor | None = None  # (B, C, h, w) as the denoiser takes them, instead of the rejected images
+    sizes: Tensor | None = None  # (2B, 4) float32: see data.images.size_and_crop; None from a cache without them
 
 
 class SingleItem(NamedTuple):
@@ -52,6 +53,7 @@ class SingleItem(NamedTuple):
     image: Tensor | LatentMoments  # pixel values (3, R, R)
     caption: Tokens | Conditioning
     truncated: bool
+    size: Tensor | None = None  # (4,): see Batch
 
 
 Captions = TypeVar("Captions", bound=Tokens | Conditioning)
@@ -77,6 +79,7 @@ def take_pairs(batch: Batch, indices: Sequence[int]) -> Batch:
         rows=batch.rows[list(indices)],
         pair_ids=[batch.pair_ids[index] for index in indices],
         images=taken,
+        sizes=None if batch.sizes is None else batch.sizes[both],
         captions=type(batch.captions)({name: value[list(indices)] for name, value in batch.captions.items()}),
     )
 
@@ -97,11 +100,13 @@ def join_pairs(batches: Sequence[Batch]) -> Batch:
     captions = {name: torch.cat([batch.captions[name] for batch in batches]) for name in first.captions}
     means = joined([moment.means for moment in moments])
     stds = [moment.stds for moment in moments if moment.stds is not None]
+    sizes = [batch.sizes for batch in batches if batch.sizes is not None]
     return first._replace(
         positions=torch.cat([batch.positions for batch in batches])[order],
         rows=torch.cat([batch.rows for batch in batches])[order],
         pair_ids=[pair_ids[index] for index in order.tolist()],
         images=moments[0]._replace(means=means, stds=joined(stds) if stds else None),
+        sizes=joined(sizes) if sizes else None,
         captions=type(first.captions)({name: value[order.to(value.device)] for name, value in captions.items()}),
         truncated=sum(batch.truncated for batch in batches),
         unreadable=[row for batch in batches for row in batch.unreadable],

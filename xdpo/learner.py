@@ -233,7 +233,7 @@ class Learner:
         return runs.export_model(
             folder,
             self.policy,
-            self.parts.family,
+            self.parts,
             self.settings,
             is_main=self.accelerator.is_main_process,
             unwrap=self.accelerator.unwrap_model,

@@ -83,8 +83,9 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
 
 
 def needs_encoders(settings: Config) -> bool:
-    """Whether a run encodes its examples, or decodes images: of its sample sheets, or of online rounds."""
-    return not settings.cache.examples or settings.samples.every > 0 or settings.feed.is_online
+    """Whether a run encodes examples, decodes images of sample sheets or online rounds, or exports a whole pipeline."""
+    draws = settings.samples.every > 0 or settings.feed.is_online
+    return not settings.cache.examples or draws or settings.exports_encoders
 
 
 def note_shared_pairs(train_pairs: Pairs, held_out_pairs: Pairs) -> None:

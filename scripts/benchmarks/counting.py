@@ -32,6 +32,7 @@ from xdpo.batch import Batch, Conditioning, LatentMoments, SingleImages
 from xdpo.compute import build_accelerator
 from xdpo.config import Config, accumulation_steps
 from xdpo.data import PairWeights, Split
+from xdpo.families import held_in_bf16
 from xdpo.learner import Learner, build_ema, build_reference
 from xdpo.noise import DiffusionProcess, FlowProcess, Process
 from xdpo.noisy import NoisyBatchMaker
@@ -189,8 +190,11 @@ class Training:
     """A training's learner on networks without contents, and the phases of a run, each measured."""
 
     def __init__(self, settings: Config, model: Model, processes: int, meter: Meter) -> None:
-        self.settings, self.model, self.processes, self.meter = settings, model, processes, meter
+        self.settings, self.processes, self.meter = settings, processes, meter
+        self.model = model.with_t5_tokens(settings.model.t5_tokens)
         parts = model.build()
+        for name in held_in_bf16(parts.family, settings.model):
+            keep_in_bf16(parts.modules[name])
         accelerator = build_accelerator(settings)
         network = None
         if settings.loss.needs_reference and not settings.cache.reference:
@@ -378,6 +382,19 @@ class Training:
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + 2.0 * (conditional - unconditional)  # any scale takes the same memory
         return latents - prediction
+
+
+def keep_in_bf16(module: nn.Module) -> None:
+    """Replace a module's frozen weights and its buffers by bf16 ones. Fake weights can't be moved, as `to` does it."""
+    halved: dict[int, nn.Parameter] = {}  # by the id of the old one: modules may share weights
+    for owner in module.modules():
+        for name, weight in [*owner._parameters.items()]:
+            if weight is not None:
+                new = halved.setdefault(id(weight), nn.Parameter(weight.bfloat16(), requires_grad=False))
+                setattr(owner, name, new)
+        for name, buffer in [*owner._buffers.items()]:
+            if buffer is not None and buffer.is_floating_point():
+                setattr(owner, name, buffer.bfloat16())
 
 
 class FullCache:

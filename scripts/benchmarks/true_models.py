@@ -4,7 +4,7 @@ They are for counting, within `pipelines.without_contents`.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -33,10 +33,17 @@ class Model:
     resolution: int  # that it was made for
     build: Callable[[], PipelineParts]
     tokens: dict[str, int] = field(default_factory=lambda: {"input_ids": TOKENS})  # of a caption, for each tokenizer
+    t5: str | None = None  # its tokenizer's name
 
     def captions(self, count: int = 1) -> Tokens:
         """Token ids of `count` captions, all zero."""
         return Tokens({name: torch.zeros(count, length, dtype=torch.long) for name, length in self.tokens.items()})
+
+    def with_t5_tokens(self, count: int | None) -> "Model":
+        """The model where T5 reads so many tokens; None: as many as the pipeline has it read."""
+        if self.t5 is None or count is None:
+            return self
+        return replace(self, tokens={**self.tokens, self.t5: count})
 
 
 def of_shapes(name: str, shapes: Mapping[str, Mapping[str, Any]]) -> Model:
@@ -156,6 +163,7 @@ TRUE_MODELS: dict[str, Model] = {
             dual_attention_layers=tuple(range(13)),
         ),
         _THREE,
+        "tokenizer_3",
     ),
     "sd35_large": Model(
         "Stable Diffusion 3.5 large",
@@ -168,8 +176,9 @@ TRUE_MODELS: dict[str, Model] = {
             pos_embed_max_size=192,
         ),
         _THREE,
+        "tokenizer_3",
     ),
-    "flux": Model("FLUX.1-dev", 1024, flux_dev, {"tokenizer": TOKENS, "tokenizer_2": 512}),
+    "flux": Model("FLUX.1-dev", 1024, flux_dev, {"tokenizer": TOKENS, "tokenizer_2": 512}, "tokenizer_2"),
 }
 """The published models, at their true shapes."""
 

@@ -54,10 +54,25 @@ class ModelConfig(Section):
         description="Stable Diffusion XL alone: what an empty caption is encoded as, zeros or the encoders' states of "
         "no words; null: as the pipeline samples",
     )
+    size_conditioning: Literal["original"] | None = Field(
+        None,
+        description="Stable Diffusion XL alone: what it is told of each image's size while it trains; original: height "
+        "and width of the file, and what was cropped; null: data.resolution and uncropped, as the pipeline samples",
+    )
+    t5_tokens: Annotated[StrictInt, Field(gt=0, le=512)] | None = Field(
+        None,
+        description="Stable Diffusion 3 and FLUX alone: tokens of a caption that T5 reads; fewer make a smaller "
+        "cache.examples and faster steps, and cut long captions; null: as the pipeline samples, 256 and 512",
+    )
     trainable: Literal["full", "lora"] = Field(
         "full",
         description="full: the whole UNet, with a frozen copy beside it as the reference; lora: adapters on its "
         "attention, the reference being the same UNet with them off",
+    )
+    frozen_precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="number format in which weights that are never trained are kept: the text encoders' and, with "
+        "lora, the base model's; bf16 halves them, and needs a compute.precision below fp32",
     )
     guidance: NonNegativeNumber | None = Field(
         None,
@@ -388,6 +403,25 @@ class CheckpointConfig(Section):
     keep: Count = Field(2, description="how many checkpoints are kept, the newest")
 
 
+class ExportConfig(Section):
+    """In which forms the trained model is written, in export/; scripts/export.py writes them of older runs."""
+
+    formats: tuple[
+        Literal["diffusers", "diffusers_fp16", "single_file", "single_file_fp16", "unet", "unet_fp16"], ...
+    ] = Field(
+        ("diffusers",),
+        description="diffusers: its folder or LoRA file, always written; single_file: a safetensors file for "
+        "ComfyUI, A1111 and Forge, the whole checkpoint or a LoRA in kohya's names; unet: such a file without "
+        "encoders; each again with _fp16, in half precision. Single files are of Stable Diffusion 1.x, 2.x and XL",
+    )
+
+    @model_validator(mode="after")
+    def _diffusers_is_written(self):
+        if "diffusers" not in self.formats:
+            raise ValueError("formats: diffusers is always written, since everything here reads it; add it")
+        return self
+
+
 class LogConfig(Section):
     """Where the numbers go besides metrics.jsonl and the progress bar."""
 
@@ -418,7 +452,23 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     samples: SamplesConfig = SamplesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    export: ExportConfig = ExportConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def exports_encoders(self) -> bool:
+        """Whether the exported model has the encoders' weights too."""
+        is_single = any(form.startswith("single_file") for form in self.export.formats)
+        return is_single and self.model.trainable == "full"
+
+    @model_validator(mode="after")
+    def _whole_checkpoints_are_exact(self):
+        if self.exports_encoders and self.model.frozen_precision != "fp32":
+            raise ValueError(
+                "export.formats: a whole checkpoint would have text encoders rounded to model.frozen_precision "
+                f"{self.model.frozen_precision}; set it to fp32, or convert the finished run by scripts/export.py"
+            )
+        return self
 
     @model_validator(mode="after")
     def _examples_can_be_cached(self):

@@ -177,6 +177,13 @@ class OnlineRounds:
         stds = torch.zeros_like(latents) if self.settings.data.sample_latents else None
         return LatentMoments(latents / vae.scaling_factor + shift, stds, vae.scaling_factor, shift)
 
+    def _whole(self, images: int) -> Tensor | None:
+        """What a denoiser that is told each image's size and crop is told of images that were sampled: all of them."""
+        if self.settings.model.size_conditioning is None:
+            return None
+        side = float(self.settings.data.resolution)
+        return torch.tensor([side, side, 0.0, 0.0]).repeat(images, 1)
+
     def _record(self, round_number: int) -> Path:
         return self.folder / "online" / f"{round_number:05d}.json"
 
@@ -411,6 +418,7 @@ class OnlinePairs(OnlineRounds):
             captions=self._captions(positions, [first + pair.prompt for pair in pairs]),
             truncated=0,
             unreadable=[],
+            sizes=self._whole(2 * len(positions)),
         )
 
 
@@ -445,6 +453,7 @@ class OnlineImages(OnlineRounds):
             captions=self._captions(image_positions, prompts),
             truncated=0,
             unreadable=[],
+            sizes=self._whole(2 * len(positions)),
             single=SingleImages(torch.tensor(image_positions), good > 0.5, good),
         )
 

@@ -17,17 +17,17 @@ from tqdm import tqdm
 from xdpo import processes
 from xdpo.batch import Tokens
 from xdpo.cache import CacheError, ExampleCache, ExamplePlan, Shards
-from xdpo.cache.examples import LATENTS, TABLES, finish, is_finished
+from xdpo.cache.examples import LATENTS, SIZES, TABLES, finish, is_finished
 from xdpo.config import Config
 from xdpo.data import PairTable, Split, finite_scores, local_files, no_scores
 from xdpo.data.examples import Tokenize
 from xdpo.data.identity import file_states
-from xdpo.data.images import UnreadableImageError, decode_rgb, square_pixels
+from xdpo.data.images import UnreadableImageError, decode_rgb, size_and_crop, square_pixels
 from xdpo.data.table import pair_id
 from xdpo.families import PipelineParts, load_parts
 from xdpo.files import appears, file_sha256, is_own, only_run, replacing
 from xdpo.precompute.keys import example_key, examples_folder
-from xdpo.precompute.opening import load_table, source_of
+from xdpo.precompute.opening import load_table, refuse_without_sizes, source_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,6 +54,7 @@ def build_missing_examples(settings: Config, accelerator: Accelerator, say: Say 
             plan.refuse_another(folder, example_key(settings, split))
             if needs_scores and not plan.has_scores:
                 raise no_scores(split)
+            refuse_without_sizes(settings, plan, folder)
         if is_built:
             if processes.agree(is_main and _may_have_changed(plan)):
                 table = load_table(settings, accelerator, split)
@@ -272,6 +273,7 @@ def _plan(
         shift_factor=parts.vae.config.shift_factor or 0.0,
         dtype={"fp16": "float16", "fp32": "float32"}[settings.cache.dtype],
         has_scores="chosen_score" in pairs.column_names,
+        has_sizes="size_conditioning" in parts.family.keys,
         sources=file_states(local_files(settings.data, **source_of(settings, split))),
     )
 
@@ -286,7 +288,7 @@ def _refuse_small_disk(folder: Path, plan: ExamplePlan) -> None:
 
 
 class _Images(Dataset):
-    """Pixels of the distinct images, (orientations, 3, R, R) each."""
+    """Pixels of the distinct images, (orientations, 3, R, R) each, and their sizes, (orientations, 4)."""
 
     def __init__(self, table: PairTable, rows: np.ndarray, sides: np.ndarray, resolution: int, orientations: int):
         self.columns = [table.dataset.select_columns([name]) for name in ("jpg_0", "jpg_1")]
@@ -294,15 +296,16 @@ class _Images(Dataset):
         self.resolution, self.orientations = resolution, orientations
 
     def __getitem__(self, record: int) -> dict[str, Any]:
-        readable = True
+        readable, flips = True, range(self.orientations)
         try:
             (cell,) = self.columns[self.sides[record]][int(self.rows[record])].values()
             image = decode_rgb(cell)
-            views = [square_pixels(image, self.resolution, flip=bool(flip)) for flip in range(self.orientations)]
-            pixels = torch.stack(views)
+            pixels = torch.stack([square_pixels(image, self.resolution, flip=bool(flip)) for flip in flips])
+            sizes = torch.stack([size_and_crop(image, self.resolution, flip=bool(flip)) for flip in flips])
         except UnreadableImageError:
             readable, pixels = False, torch.zeros(self.orientations, 3, self.resolution, self.resolution)
-        return {"record": record, "readable": readable, "pixel_values": pixels}
+            sizes = torch.zeros(self.orientations, 4)
+        return {"record": record, "readable": readable, "pixel_values": pixels, SIZES: sizes}
 
 
 class _Captions(Dataset):
@@ -385,9 +388,9 @@ def _kinds(
     return [
         _Kind(
             "latents",
-            {LATENTS: plan.latents(folder)},
+            plan.images(folder),
             images,
-            lambda batch: {LATENTS: _encode_images(parts, batch, plan, accelerator)},
+            lambda batch: _encode_images(parts, batch, plan, accelerator),
             images_at_once,
         ),
         _Kind(
@@ -400,8 +403,10 @@ def _kinds(
     ]
 
 
-def _encode_images(parts: PipelineParts, batch: dict, plan: ExamplePlan, accelerator: Accelerator) -> np.ndarray:
-    """(N, orientations, moments, C, h, w) float32."""
+def _encode_images(
+    parts: PipelineParts, batch: dict, plan: ExamplePlan, accelerator: Accelerator
+) -> dict[str, np.ndarray]:
+    """Latents (N, orientations, moments, C, h, w) and, where the plan has them, sizes (N, orientations, 4), float32."""
     pixels = batch["pixel_values"]
     with accelerator.autocast():
         moments = parts.encode_images(pixels.flatten(0, 1).to(accelerator.device))
@@ -412,7 +417,8 @@ def _encode_images(parts: PipelineParts, batch: dict, plan: ExamplePlan, acceler
             f"the autoencoder gives latents that are not finite for image records {batch['record'].tolist()}; "
             "set compute.precision to bf16 or fp32"
         )
-    return latents.unflatten(0, pixels.shape[:2]).numpy()
+    sizes = {SIZES: batch[SIZES].numpy()} if plan.has_sizes else {}
+    return {LATENTS: latents.unflatten(0, pixels.shape[:2]).numpy(), **sizes}
 
 
 def _encode_captions(parts: PipelineParts, batch: dict, accelerator: Accelerator) -> dict[str, np.ndarray]:

@@ -46,8 +46,14 @@ def example_key(settings: Config, split: Split) -> dict[str, Any]:
         "autoencoder": part_checksum(model, "vae"),
         "text encoder": part_checksum(model, *family.text_encoders, *family.tokenizers),
         **caption_choices(model),
-        PRECISION: precision_of(settings.compute),
+        PRECISION: encoders_precision(settings),
     }
+
+
+def encoders_precision(settings: Config) -> str:
+    """In what images and captions are encoded, which decides their rounding alone."""
+    precision, held_in = precision_of(settings.compute), settings.model.frozen_precision
+    return precision if held_in == "fp32" else f"{precision}, text encoders held in {held_in}"
 
 
 def reference_key(settings: Config, pairs: PairTable | ExampleCache, split: Split, precision: str) -> dict[str, Any]:
@@ -77,9 +83,11 @@ def reference_key(settings: Config, pairs: PairTable | ExampleCache, split: Spli
         else "encoded while training",
         "noise": settings.noise.model_dump(exclude_none=True),
         "pipeline": part_checksum(model, family.denoiser, *family.encoders, *family.tokenizers, "scheduler"),
+        **({} if model.size_conditioning is None else {"size conditioning": model.size_conditioning}),
         **({} if model.guidance is None else {"guidance": model.guidance}),
         **caption_choices(model),
         "precision": precision,
+        **({} if model.frozen_precision == "fp32" else {"frozen weights": model.frozen_precision}),
         "device": device_kind(),
         "kernels": compute.model_dump(include={"tf32", "attention", "channels_last", "deterministic"}),
         "compiled": graph,

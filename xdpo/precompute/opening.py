@@ -8,15 +8,14 @@ from typing import Any
 from accelerate import Accelerator
 
 from xdpo import processes
-from xdpo.cache import CachedPairDataset, CacheError, ExampleCache, ReferenceCache
+from xdpo.cache import CachedPairDataset, CacheError, ExampleCache, ExamplePlan, ReferenceCache
 from xdpo.cache.examples import is_finished
-from xdpo.compute import precision_of
 from xdpo.config import Config
 from xdpo.data import PairDataset, PairTable, Split, UnpairedDataset, label_images, load_pairs
 from xdpo.data.examples import Tokenize
 from xdpo.families import PipelineParts
 from xdpo.files import is_own, reading, replacing
-from xdpo.precompute.keys import example_key, examples_folder, reference_key, takes_single_images
+from xdpo.precompute.keys import encoders_precision, example_key, examples_folder, reference_key, takes_single_images
 
 Pairs = PairTable | ExampleCache
 Examples = PairDataset | CachedPairDataset | UnpairedDataset
@@ -33,7 +32,8 @@ def open_pairs(settings: Config, accelerator: Accelerator, split: Split) -> Pair
     pairs: Pairs
     if settings.cache.examples:
         pairs = open_examples(settings, accelerator, split)
-        if note := pairs.plan.precision_note(precision_of(settings.compute)):
+        refuse_without_sizes(settings, pairs.plan, pairs.folder)
+        if note := pairs.plan.precision_note(encoders_precision(settings)):
             accelerator.print(f"cache.examples: {pairs.folder}: {note}")
     else:
         pairs = load_table(settings, accelerator, split)
@@ -114,6 +114,15 @@ def open_examples(settings: Config, accelerator: Accelerator, split: Split) -> E
                 f"cache.local_copy: {copy} is not a copy of {folder} as it is now; remove it, to copy it anew"
             )
     return ExampleCache(copy, key)
+
+
+def refuse_without_sizes(settings: Config, plan: ExamplePlan, folder: Path) -> None:
+    """Raise CacheError where the denoiser is to be told each image's size, and a cache holds none."""
+    if settings.model.size_conditioning is not None and not plan.has_sizes:
+        raise CacheError(
+            f"cache.examples: {folder} was made before caches held the images' sizes, which model.size_conditioning="
+            f"{settings.model.size_conditioning} needs; remove it, or name another folder"
+        )
 
 
 def copy_examples(source: Path, target: Path) -> None:
