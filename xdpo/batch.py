@@ -106,7 +106,7 @@ def join_pairs(batches: Sequence[Batch]) -> Batch:
         rows=torch.cat([batch.rows for batch in batches])[order],
         pair_ids=[pair_ids[index] for index in order.tolist()],
         images=moments[0]._replace(means=means, stds=joined(stds) if stds else None),
-        sizes=joined(sizes) if sizes else None,
+        sizes=joined(sizes) if len(sizes) == len(batches) else None,
         captions=type(first.captions)({name: value[order.to(value.device)] for name, value in captions.items()}),
         truncated=sum(batch.truncated for batch in batches),
         unreadable=[row for batch in batches for row in batch.unreadable],

@@ -177,10 +177,8 @@ class OnlineRounds:
         stds = torch.zeros_like(latents) if self.settings.data.sample_latents else None
         return LatentMoments(latents / vae.scaling_factor + shift, stds, vae.scaling_factor, shift)
 
-    def _whole(self, images: int) -> Tensor | None:
-        """What a denoiser that is told each image's size and crop is told of images that were sampled: all of them."""
-        if self.settings.model.size_conditioning is None:
-            return None
+    def _whole(self, images: int) -> Tensor:
+        """Sizes and crops (N, 4) of sampled images, as a Batch has them: they are whole images."""
         side = float(self.settings.data.resolution)
         return torch.tensor([side, side, 0.0, 0.0]).repeat(images, 1)
 
