@@ -42,10 +42,14 @@ def test_links_lead_to_files_and_headings_that_are_there(page):
 
 
 def commands_of(page):
-    """The lines of a page's shell blocks, continued ones joined, without comments."""
+    """The lines of a page's shell blocks, continued ones joined, without comments.
+
+    Those on robust_dpo are left out: docs/adding_an_objective.md adds it first.
+    """
     for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            if words := shlex.split(line, comments=True):
+            words = shlex.split(line, comments=True)
+            if words and "robust_dpo" not in line:
                 yield words
 
 
@@ -61,8 +65,7 @@ def test_commands_name_programs_and_configs_that_are_there_and_keys_that_exist(p
             key = word.partition("=")[0]
             if "=" in word and re.fullmatch(r"[a-z_]+\.[a-z_0-9]+", key):
                 assert key in KEYS, f"{' '.join(words)}: there is no key {key}"
-        is_example = "loss.name=robust_dpo" in words  # which docs/adding_an_objective.md adds
-        if named and not is_example and any(word.endswith(("train_xdpo.py", "train_sd15.sh")) for word in words):
+        if named and any(word.endswith(("train_xdpo.py", "train_sd15.sh")) for word in words):
             try:
                 load_config(ROOT / named[0], overrides)
             except ConfigError as error:
