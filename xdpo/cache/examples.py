@@ -274,7 +274,7 @@ class CachedPairDataset(Dataset):
         )
         latent_rows = latents.numpy()
         caption_rows = [(shards, captions[name].numpy()) for name, shards in cache.conditioning.items()]
-        sizes = None if cache.sizes is None else torch.empty(2, len(positions), 4)
+        size_shards, sizes = cache.sizes, torch.empty(2, len(positions), 4)
         rows, truncated, unreadable = [], 0, []
         for slot, position in enumerate(positions):
             index = self.order[position]
@@ -284,8 +284,8 @@ class CachedPairDataset(Dataset):
             flip, prompt = self._draw(index, position)
             for side, image in enumerate(cache.records_of(index)):
                 cache.latents.read(image, int(flip), out=latent_rows[side, slot])
-                if sizes is not None:
-                    cache.sizes.read(image, int(flip), out=sizes[side, slot].numpy())
+                if size_shards is not None:
+                    size_shards.read(image, int(flip), out=sizes[side, slot].numpy())
             for shards, records in caption_rows:
                 shards.read(prompt, out=records[slot])
             rows.append(int(cache.rows[index]))
@@ -300,7 +300,7 @@ class CachedPairDataset(Dataset):
             captions=captions,
             truncated=truncated,
             unreadable=unreadable,
-            sizes=None if sizes is None else sizes.flatten(0, 1),
+            sizes=None if size_shards is None else sizes.flatten(0, 1),
         )
 
     __getitems__ = batch  # what a DataLoader calls
