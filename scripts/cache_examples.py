@@ -53,7 +53,7 @@ def verify(settings: Config, accelerator: "Accelerator") -> None:
     parts = families.load_parts(settings.model)
     for split in Split.of(settings):
         cache = precompute.open_examples(settings, accelerator, split)
-        table = precompute.load_table(settings, accelerator, split)
+        table = precompute.load_table(settings, accelerator, split, in_order=True)
         differences = precompute.verify_examples(cache, table, parts, settings, accelerator)
         shown = ", ".join(f"{difference:.2g} ({name})" for name, difference in differences.items())
         accelerator.print(

@@ -56,14 +56,14 @@ def build_missing_examples(settings: Config, accelerator: Accelerator, say: Say 
                 raise no_scores(split)
         if is_built:
             if processes.agree(is_main and _may_have_changed(plan)):
-                table = load_table(settings, accelerator, split)
+                table = load_table(settings, accelerator, split, in_order=True)
                 if table.fingerprint != plan.fingerprint:
                     raise CacheError(
                         f"cache.examples: {folder} was encoded from other images or captions than {settings.data.path} "
                         "has now. Remove it, and it is made again, or put the data back"
                     )
             continue
-        missing[split] = load_table(settings, accelerator, split)
+        missing[split] = load_table(settings, accelerator, split, in_order=True)
         if needs_scores:
             finite_scores(missing[split], split)
     if not missing:
@@ -289,15 +289,13 @@ class _Images(Dataset):
     """Pixels of the distinct images, (orientations, 3, R, R) each."""
 
     def __init__(self, table: PairTable, rows: np.ndarray, sides: np.ndarray, resolution: int, orientations: int):
-        self.columns = [table.dataset.select_columns([name]) for name in ("jpg_0", "jpg_1")]
-        self.rows, self.sides = rows, sides
+        self.images, self.rows, self.sides = table.dataset.images, rows, sides
         self.resolution, self.orientations = resolution, orientations
 
     def __getitem__(self, record: int) -> dict[str, Any]:
         readable = True
         try:
-            (cell,) = self.columns[self.sides[record]][int(self.rows[record])].values()
-            image = decode_rgb(cell)
+            image = decode_rgb(self.images.cell(int(self.rows[record]), int(self.sides[record])))
             views = [square_pixels(image, self.resolution, flip=bool(flip)) for flip in range(self.orientations)]
             pixels = torch.stack(views)
         except UnreadableImageError:

@@ -36,7 +36,7 @@ def open_pairs(settings: Config, accelerator: Accelerator, split: Split) -> Pair
         if note := pairs.plan.precision_note(precision_of(settings.compute)):
             accelerator.print(f"cache.examples: {pairs.folder}: {note}")
     else:
-        pairs = load_table(settings, accelerator, split)
+        pairs = load_table(settings, accelerator, split, in_order=split.is_held_out)
     if takes_single_images(settings, split):
         label_images(*pairs.image_names())  # refuses data in which all images have one label
     return pairs
@@ -82,16 +82,17 @@ def latent_shape(pairs: Pairs, parts: PipelineParts, settings: Config) -> tuple[
     return parts.latent_shape(settings.data.resolution)
 
 
-def load_table(settings: Config, accelerator: Accelerator, split: Split) -> PairTable:
+def load_table(settings: Config, accelerator: Accelerator, split: Split, *, in_order: bool) -> PairTable:
     """The pairs of the `data` section, or the held-out ones of the `eval` section, from their source.
 
-    Every process calls it, and all return together.
+    in_order: whether their images will be read in the order of their rows. Every process calls it, and all return
+    together.
     """
     max_pairs = settings.eval.pairs if split.is_held_out else None
     with processes.one_first(
         accelerator.is_main_process
-    ):  # the first process converts the files, the others find them converted
-        return load_pairs(settings.data, **source_of(settings, split), max_pairs=max_pairs)
+    ):  # the first process indexes or converts the files, the others find it done
+        return load_pairs(settings.data, **source_of(settings, split), max_pairs=max_pairs, in_order=in_order)
 
 
 def source_of(settings: Config, split: Split) -> dict[str, Any]:
