@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 SHARD_BYTES = 128 * 2**20
 LATENTS = "latents"  # the images' shards; the others have the names of the conditioning's entries
 PRECISION = "encoders' precision"  # in a plan's key
+SOURCE = "source"  # folder of remote files that a cache is filled from; see data.streaming
 TABLES = ("pairs.parquet", "images.parquet", "prompts.parquet")
 
 

@@ -152,6 +152,11 @@ class CacheConfig(Section):
         True,
         description="encode what is missing in cache.examples before training; or ahead: scripts/cache_examples.py",
     )
+    keep_source: StrictBool = Field(
+        False,
+        description="keep the files that were fetched for encoding, in a folder of cache.examples; false: let each go "
+        "when its images are encoded, so that the disk holds the cache and a few files",
+    )
     dtype: Literal["fp16", "fp32"] = Field(
         "fp16",
         description="number format of cache.examples; fp32: twice the size, and the very bits of a run without a cache",

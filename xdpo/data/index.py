@@ -71,7 +71,7 @@ def parquet_rows_in_place(groups: Sequence[Alike], num_proc: int | None) -> Rows
         check_images({column: types[column] for column in IMAGE_COLUMNS}, group.files[0])
         own = {column: name for name, column in names.items()}
         for file in group.files:
-            parts.append(ParquetPart(file, _group_rows(file), (own["jpg_0"], own["jpg_1"])))
+            parts.append(ParquetPart(file, group_rows(_parquet(file)), (own["jpg_0"], own["jpg_1"])))
             files.append((file, group.features))
     ends = np.cumsum([sum(part.groups) for part in parts]).tolist()
 
@@ -82,10 +82,10 @@ def parquet_rows_in_place(groups: Sequence[Alike], num_proc: int | None) -> Rows
             file, features = files[number]
             with _named(file, "parquet", len(files)):
                 texts = parquet_texts(file, features)
-                measured = measure_parquet(parts[number], _within(sampled, ends, number))
+                measured = measure_parquet(parts[number], within(sampled, ends, number))
             return texts, measured
 
-        indexed = _each(of_part, len(parts), num_proc)
+        indexed = each(of_part, len(parts), num_proc)
         table = pa.concat_tables([texts for texts, _ in indexed], promote_options="default")
         return with_sizes(table, [measured for _, measured in indexed]), ends
 
@@ -134,7 +134,7 @@ def measure_parquet(part: ParquetPart, sampled: Mapping[int, int]) -> Measured:
             cells = batch.column(0)
             found.append(sizes_of(cells))
             for place in range(len(cells)):
-                if row + place in sampled and found[-1][place] >= 0:
+                if row + place in sampled and found[-1][place] >= 0:  # a file elsewhere may change
                     digests[side][str(sampled[row + place])] = image_sha256(cells[place].as_py())
             row += len(cells)
         sizes.append(np.concatenate(found))
@@ -147,9 +147,9 @@ def _parquet(file: Any) -> "pq.ParquetFile":
     return pq.ParquetFile(file, pre_buffer=False, buffer_size=BUFFER_BYTES)
 
 
-def _group_rows(file: str) -> tuple[int, ...]:
-    metadata = _parquet(file).metadata
-    return tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
+def group_rows(file: "pq.ParquetFile") -> tuple[int, ...]:
+    """The rows of each row group."""
+    return tuple(file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups))
 
 
 # --- tars ----------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def tar_rows_in_place(files: Sequence[str], num_proc: int | None) -> Rows | None
             with _named(files[number], "webdataset", len(files)):
                 return tar_table(files[number], names)
 
-        tables = _each(of_part, len(files), num_proc)
+        tables = each(of_part, len(files), num_proc)
         ends = np.cumsum([len(table) for table in tables]).tolist()
         try:
             table = pa.concat_tables(tables, promote_options="permissive")
@@ -326,13 +326,13 @@ def _texts(index: "Dataset") -> "Dataset":
     return index.select_columns([name for name in index.column_names if name not in PLACES])
 
 
-def _within(sampled: np.ndarray, ends: Sequence[int], number: int) -> dict[int, int]:
+def within(sampled: np.ndarray, ends: Sequence[int], number: int) -> dict[int, int]:
     """Rows of a data set that lie in its file `number`: row within the file → row of the data set."""
     start = ends[number - 1] if number else 0
     return {row - start: row for row in sampled.tolist() if start <= row < ends[number]}
 
 
-def _each(of_part: Callable[[int], Any], count: int, num_proc: int | None) -> list[Any]:
+def each(of_part: Callable[[int], Any], count: int, num_proc: int | None) -> list[Any]:
     """The result for each number, in order, from up to num_proc threads; the first error ends it."""
     with ThreadPoolExecutor(num_proc or 1) as pool:
         try:

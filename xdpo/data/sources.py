@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from xdpo import processes
 from xdpo.config import DataConfig
 from xdpo.data.index import MOST_GROUP_BYTES, largest_group, names_in_place, parquet_rows_in_place, tar_rows_in_place
+from xdpo.data.remote import is_remote
 from xdpo.data.rows import Rows
 from xdpo.data.shards import alike, file_at_fault, first_line, read_parquet, read_tar, with_members
 from xdpo.data.table import (
@@ -61,6 +62,7 @@ def load_pairs(
     split: str | None = None,
     max_pairs: int | None = None,
     in_order: bool = False,
+    streamed_into: Path | None = None,
     num_proc: int | None = None,
 ) -> PairTable:
     """Load the pairs that the `data` section of a config describes.
@@ -71,6 +73,7 @@ def load_pairs(
     `train/*.parquet`); files that are named themselves are all used.
     in_order: whether images will be read in the order of their rows, as for caches and held-out pairs. num_proc:
     processes that index or convert files on their first use. Neither changes rows or their order.
+    streamed_into: a folder into which remote files are read one by one (data.streaming), while their images are used.
 
     Raises DataError: nothing at that path, columns missing, invalid labels, no pair left, or an unknown source.
     """
@@ -80,12 +83,36 @@ def load_pairs(
     paths = _paths(data_config, path)
     where = f"{data_config.source} data at {', '.join(paths)}"
     try:
-        rows = loaders[data_config.source](paths, split or data_config.split, data_config.revision, in_order, num_proc)
+        rows = _streamed(data_config, paths, split, streamed_into) or loaders[data_config.source](
+            paths, split or data_config.split, data_config.revision, in_order, num_proc
+        )
     except TableError as error:
         raise DataError(str(error)) from error
     if not isinstance(rows, Rows):
         rows = in_arrow(with_canonical_columns(rows, where))
     return usable_pairs(rows, data_config.max_pairs if max_pairs is None else max_pairs, where)
+
+
+def _streamed(data_config: DataConfig, paths: list[str], split: str | None, folder: Path | None) -> Rows | None:
+    """The rows of remote files, read file by file into a folder; None where the source isn't read so."""
+    from xdpo.data.streaming import stream_parquet
+
+    if data_config.source == "folder" or (data_config.source == "hub" and folder is None):
+        return None
+    if data_config.source == "hub":
+        paths = source_files(data_config, path=paths, split=split)
+    remote = [path for path in paths if is_remote(path)]
+    if not remote:
+        return None
+    if len(remote) < len(paths):
+        raise DataError(f"data.path mixes files here with remote ones ({remote[0]} for one); name either")
+    if folder is None:
+        raise DataError(
+            f"{remote[0]} is remote: such files are read once, into a cache. Set cache.examples, or download the files"
+        )
+    if all(path.endswith(".parquet") for path in paths):
+        return stream_parquet(paths, folder)
+    return None
 
 
 def source_files(
@@ -121,7 +148,7 @@ def local_files(data_config: DataConfig, *, path: str | list[str] | None = None,
     if data_config.source == "folder":
         return [str(_listing(paths, split).absolute())]
     files = [] if data_config.source == "hub" else source_files(data_config, path=path, split=split)
-    return [os.path.abspath(file) for file in files]
+    return [os.path.abspath(file) for file in files if not is_remote(file)]
 
 
 def _paths(data_config: DataConfig, path: str | list[str] | None) -> list[str]:
@@ -300,6 +327,9 @@ def _matching_files(paths: list[str], suffix: str, split: str) -> list[str]:
     """The files that paths, globs and folders match, in order, each once. Each of `paths` must match at least one."""
     files: list[str] = []
     for path in paths:
+        if is_remote(path):
+            files.append(path)
+            continue
         folder = user_path(path)
         if folder.is_dir():
             inside = sorted(folder.rglob(f"*{suffix}"))

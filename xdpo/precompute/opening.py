@@ -16,7 +16,7 @@ from xdpo.data import PairDataset, PairTable, Split, UnpairedDataset, label_imag
 from xdpo.data.examples import Tokenize
 from xdpo.families import PipelineParts
 from xdpo.files import is_own, reading, replacing
-from xdpo.precompute.keys import example_key, examples_folder, reference_key, takes_single_images
+from xdpo.precompute.keys import example_key, examples_folder, reference_key, source_folder, takes_single_images
 
 Pairs = PairTable | ExampleCache
 Examples = PairDataset | CachedPairDataset | UnpairedDataset
@@ -89,10 +89,17 @@ def load_table(settings: Config, accelerator: Accelerator, split: Split, *, in_o
     together.
     """
     max_pairs = settings.eval.pairs if split.is_held_out else None
+    streamed_into = source_folder(settings, split) if settings.cache.examples else None
     with processes.one_first(
         accelerator.is_main_process
     ):  # the first process indexes or converts the files, the others find it done
-        return load_pairs(settings.data, **source_of(settings, split), max_pairs=max_pairs, in_order=in_order)
+        return load_pairs(
+            settings.data,
+            **source_of(settings, split),
+            max_pairs=max_pairs,
+            in_order=in_order,
+            streamed_into=streamed_into,
+        )
 
 
 def source_of(settings: Config, split: Split) -> dict[str, Any]:
@@ -122,7 +129,7 @@ def copy_examples(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir(), key=lambda path: path.name == MANIFEST):
         copied = target / path.name
-        if is_own(path) or (copied.is_file() and copied.stat().st_size == path.stat().st_size):
+        if is_own(path) or path.is_dir() or (copied.is_file() and copied.stat().st_size == path.stat().st_size):
             continue
         with replacing(copied, "wb") as out:
             for piece in _pieces(path):
