@@ -15,7 +15,7 @@ from conftest import encoded_image
 from test_data import data_config, tokenize_with
 from test_shards import sample
 
-from xdpo.data import PairDataset, load_pairs, make_loader, sources
+from xdpo.data import DataError, PairDataset, load_pairs, make_loader, sources
 from xdpo.data.rows import ParquetImages, TarImages
 from xdpo.files import StorageError
 
@@ -106,6 +106,14 @@ def test_tars_give_the_pairs_of_an_arrow_copy(tmp_path, monkeypatch):
     found = load_pairs(settings)
     assert isinstance(found.dataset.images, TarImages)
     assert_same_pairs(found, expected)
+
+
+def test_a_tar_with_a_damaged_header_does_not_end_there(tmp_path):
+    settings = write_tars(tmp_path)
+    path = tmp_path / "train-1.tar"
+    path.write_bytes(path.read_bytes().replace(b"006.caption.txt", b"006.caption.tXt"))
+    with pytest.raises(DataError, match=r"train-1\.tar: the header at byte [\d,]+ is damaged"):
+        load_pairs(settings)
 
 
 def test_compressed_tars_are_unpacked_as_ever(tmp_path, monkeypatch):

@@ -1,12 +1,14 @@
 """Caches filled from remote files: what is in them, what a bad network costs, and what lies on the disk meanwhile."""
 
 import json
+import tarfile
 from functools import partial
 
 import pyarrow.parquet as pq
 import pytest
 from conftest import encoded_image, forget_accelerators, pick_a_pic_row, write_pick_a_pic
 from file_server import serving
+from test_in_place import write_tars
 from training_runs import ROOT
 
 from xdpo import precompute
@@ -99,7 +101,7 @@ def content_of(folder):
 
 def test_a_cache_of_remote_files_is_that_of_local_ones_and_leaves_nothing_else(fill, server, expected):
     assert len([name for name in expected if name.startswith("latents") and name.endswith(".npy")]) >= 5
-    folder = fill("streamed", server.urls())
+    folder = fill("streamed", server.urls(), "data.num_workers=2")
     assert content_of(folder) == expected
     assert not (folder / "source").exists()
     for path in server.folder.iterdir():
@@ -197,3 +199,29 @@ def test_files_of_other_protocols_are_read_by_fsspec(fill, server, expected):
         memory.pipe(f"/pairs/{path.name}", path.read_bytes())
     urls = [f"memory://pairs/{path.name}" for path in sorted(server.folder.iterdir())]
     assert content_of(fill("streamed", urls)) == expected
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_cache_of_remote_tars_is_that_of_local_ones(fill, server, tmp_path, keep):
+    write_tars(server.folder, count=3, samples=3)
+    with tarfile.open(server.folder / "train-00.tar", "w"):
+        pass  # an empty one
+    local = content_of(fill("local", str(server.folder / "*.tar"), "data.source=webdataset"))
+    for name in ("train-1.tar", "train-2.tar"):
+        server.faults[name] += ["cut", 500, None, "cut"]
+    options = ["data.source=webdataset", f"cache.keep_source={keep}"]
+    folder = fill("streamed", server.urls("*.tar"), *options)
+    assert content_of(folder) == local
+    assert len(list(folder.glob("source/*.shard"))) == (4 if keep else 0)
+    read = sum(server.requests["train-2.tar"])
+    size = (server.folder / "train-2.tar").stat().st_size
+    assert size <= read < (1 if keep else 2) * size + 4000, "once for the plan, and once more where it was let go"
+
+
+def test_a_remote_tar_with_other_members_is_named(fill, server):
+    write_tars(server.folder, count=2)
+    (other := server.folder / "other").mkdir()
+    write_tars(other, count=1, **{"jpg_0.png": None, "jpg_0.gif": encoded_image(format="GIF")})
+    (other / "train-0.tar").replace(server.folder / "train-1.tar")
+    with pytest.raises(DataError, match=r"/train-1\.tar: its samples hold jpg_0\.gif, but jpg_0\.png in http"):
+        fill("streamed", server.urls("*.tar"), "data.source=webdataset")

@@ -90,7 +90,7 @@ def parquet_rows_in_place(groups: Sequence[Alike], num_proc: int | None) -> Rows
         return with_sizes(table, [measured for _, measured in indexed]), ends
 
     index, digests, _ = _opened([part.path for part in parts], str([features for _, features in files]), make)
-    return Rows(_texts(index), ParquetImages(index, digests, parts))
+    return Rows(texts_of(index), ParquetImages(index, digests, parts))
 
 
 def largest_group(files: Iterable[Alike]) -> int:
@@ -188,7 +188,7 @@ def tar_rows_in_place(files: Sequence[str], num_proc: int | None) -> Rows | None
 
     index, digests, ends = _opened(files, str(names), make)
     parts = [TarPart(file, end) for file, end in zip(files, ends, strict=True)]
-    return Rows(_texts(index), TarImages(index, digests, parts, (own["jpg_0"], own["jpg_1"])))
+    return Rows(texts_of(index), TarImages(index, digests, parts, (own["jpg_0"], own["jpg_1"])))
 
 
 def names_in_place(files: Sequence[str]) -> dict[str, str] | None:
@@ -220,6 +220,9 @@ def tar_table(file: str, names: Mapping[str, str]) -> "pa.Table":
             for side, column in enumerate(IMAGE_COLUMNS):
                 places[f"size_{side}"].append(found[column].size if column in found else -1)
                 places[f"offset_{side}"].append(found[column].offset_data if column in found else -1)
+        tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header for the end, which is a block of zeros
+        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.ReadError(f"the header at byte {tar.offset:,} is damaged; download the tar again")
     whole_numbers = {name: pa.array(values, pa.int64()) for name, values in places.items()}
     return pa.table({name: pa.array(values) for name, values in columns.items()} | whole_numbers)
 
@@ -322,7 +325,7 @@ def _with_digests(table: "pa.Table", digests: Digests) -> "pa.Table":
     return table.replace_schema_metadata({b"digests": json.dumps(digests)})
 
 
-def _texts(index: "Dataset") -> "Dataset":
+def texts_of(index: "Dataset") -> "Dataset":
     return index.select_columns([name for name in index.column_names if name not in PLACES])
 
 

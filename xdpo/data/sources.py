@@ -63,6 +63,7 @@ def load_pairs(
     max_pairs: int | None = None,
     in_order: bool = False,
     streamed_into: Path | None = None,
+    keep_source: bool = False,
     num_proc: int | None = None,
 ) -> PairTable:
     """Load the pairs that the `data` section of a config describes.
@@ -74,6 +75,7 @@ def load_pairs(
     in_order: whether images will be read in the order of their rows, as for caches and held-out pairs. num_proc:
     processes that index or convert files on their first use. Neither changes rows or their order.
     streamed_into: a folder into which remote files are read one by one (data.streaming), while their images are used.
+    keep_source: whether their copies stay there.
 
     Raises DataError: nothing at that path, columns missing, invalid labels, no pair left, or an unknown source.
     """
@@ -83,7 +85,7 @@ def load_pairs(
     paths = _paths(data_config, path)
     where = f"{data_config.source} data at {', '.join(paths)}"
     try:
-        rows = _streamed(data_config, paths, split, streamed_into) or loaders[data_config.source](
+        rows = _streamed(data_config, paths, split, streamed_into, keep_source) or loaders[data_config.source](
             paths, split or data_config.split, data_config.revision, in_order, num_proc
         )
     except TableError as error:
@@ -93,9 +95,11 @@ def load_pairs(
     return usable_pairs(rows, data_config.max_pairs if max_pairs is None else max_pairs, where)
 
 
-def _streamed(data_config: DataConfig, paths: list[str], split: str | None, folder: Path | None) -> Rows | None:
+def _streamed(
+    data_config: DataConfig, paths: list[str], split: str | None, folder: Path | None, keep_source: bool
+) -> Rows | None:
     """The rows of remote files, read file by file into a folder; None where the source isn't read so."""
-    from xdpo.data.streaming import stream_parquet
+    from xdpo.data.streaming import stream_parquet, stream_tars
 
     if data_config.source == "folder" or (data_config.source == "hub" and folder is None):
         return None
@@ -112,7 +116,11 @@ def _streamed(data_config: DataConfig, paths: list[str], split: str | None, fold
         )
     if all(path.endswith(".parquet") for path in paths):
         return stream_parquet(paths, folder)
-    return None
+    if all(path.endswith(".tar") for path in paths):
+        return stream_tars(paths, folder, keep_source=keep_source)
+    if data_config.source == "hub":
+        return None  # JSON or the like
+    raise DataError(f"remote files must end in .parquet or in .tar, all alike; data.path has {listed(paths[:3])}")
 
 
 def source_files(

@@ -30,12 +30,15 @@ from xdpo.data.index import (
     each,
     group_rows,
     measure_parquet,
+    names_in_place,
     parquet_texts,
+    tar_table,
+    texts_of,
     within,
 )
 from xdpo.data.remote import Remote, RemoteError, RemoteFile, State
-from xdpo.data.rows import IMAGE_COLUMNS, ParquetImages, ParquetPart, Rows, TarImages
-from xdpo.data.shards import alike, first_line
+from xdpo.data.rows import IMAGE_COLUMNS, ParquetImages, ParquetPart, Rows, TarImages, TarPart
+from xdpo.data.shards import alike, first_line, members_of, refuse_other_members
 from xdpo.data.table import DataError, canonical_names, check_images, kind_of, require_columns
 from xdpo.files import StorageError, one_at_a_time, reading, replacing, writing
 from xdpo.tables import TableError
@@ -195,7 +198,7 @@ def stream_parquet(urls: Sequence[str], folder: Path) -> Rows:
     from datasets import Dataset
 
     _first_pass(urls, folder, _keep_parquet, READ_AT_ONCE)
-    with _urls_named(urls, folder):
+    with _named_instead([(str(_kept(folder, number)), url) for number, url in enumerate(urls)]):
         groups = alike([str(_kept(folder, number)) for number in range(len(urls))])
         tables, files, parts = [], [], []
         for group in groups:
@@ -239,6 +242,62 @@ def _keep_parquet(url: str, kept: Path) -> None:
     notes = {"url": url, "state": asdict(remote.state), "groups": group_rows(file)}
     metadata = (schema.metadata or {}) | {NOTES: json.dumps(notes)}
     _write(pa.table(columns).replace_schema_metadata(metadata), kept)
+
+
+def stream_tars(urls: Sequence[str], folder: Path, *, keep_source: bool) -> Rows:
+    """The rows of remote tars, as stream_parquet. The first pass reads all of them; keep_source keeps the copies."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Dataset
+
+    first: dict[str, Any] = {}  # names: member → column of the tars' samples; required: column → member; url
+
+    def keep_tar(url: str, kept: Path) -> None:
+        remote, copy = Remote(url), kept.with_suffix(".shard")
+        fetch(remote, copy)
+        with _named_instead([(str(copy), url)]):
+            members = members_of(str(copy))
+            if members and not first:
+                names = names_in_place([str(copy)])
+                if names is None:
+                    raise DataError(
+                        f"{url} is compressed, or has members in rare formats; download the tars and name them"
+                    )
+                first.update(names=names, required={}, url=url)
+            if members:
+                refuse_other_members(first["required"], members, url, first["url"])
+            table = tar_table(str(copy), first["names"]) if members else pa.table({})
+        notes = {"url": url, "state": asdict(remote.state), "first": first}
+        _write(table.replace_schema_metadata({NOTES: json.dumps(notes)}), kept)
+        if not keep_source:
+            copy.unlink(missing_ok=True)
+
+    for count in range(1, len(urls) + 1):  # up to the first that isn't empty, which decides what is read
+        _first_pass(urls[:count], folder, keep_tar, 1)
+        first.update(_notes(_kept(folder, count - 1))["first"])
+        if first:
+            break
+    else:
+        raise DataError(f"no tar holds a sample, {urls[0]} for one")
+    _first_pass(urls, folder, keep_tar, FETCHED_AT_ONCE)
+    tables, files, parts = [], [], []
+    for number in range(len(urls)):
+        table = pq.read_table(_kept(folder, number)).replace_schema_metadata(None)
+        if len(table):
+            tables.append(table)
+            files.append(_streamed(_kept(folder, number), files, len(table)))
+            parts.append(TarPart(str(files[-1].copy), files[-1].end))
+    rows = Dataset(pa.concat_tables(tables, promote_options="permissive"))
+    own = {column: name for name, column in first["names"].items()}
+    images = TarImages(rows, ({}, {}), parts, (own["jpg_0"], own["jpg_1"]))
+    sampled, ends = sampled_rows(len(rows)), [file.end for file in files]
+
+    def measure(number: int) -> Measured:
+        rows_here = within(sampled, ends, number).values()
+        digests = [{str(row): image_sha256(images.cell(row, side)) for row in rows_here} for side in (0, 1)]
+        return Measured([images.sizes(side)[files[number].start : files[number].end] for side in (0, 1)], digests)
+
+    return Rows(texts_of(rows), StreamedImages(files, images, measure))
 
 
 def _write(table: "pa.Table", kept: Path) -> None:
@@ -299,12 +358,12 @@ def _streamed(kept: Path, before: Sequence[Streamed], rows: int) -> Streamed:
 
 
 @contextmanager
-def _urls_named(urls: Sequence[str], folder: Path) -> Iterator[None]:
-    """Have errors in a block name the remote files instead of what is kept of them."""
+def _named_instead(names: Sequence[tuple[str, str]]) -> Iterator[None]:
+    """Have errors in a block name remote files instead of what is kept of them."""
     try:
         yield
     except (DataError, TableError) as error:
         text = str(error)
-        for number, url in enumerate(urls):
-            text = text.replace(str(_kept(folder, number)), url)
+        for kept, url in names:
+            text = text.replace(kept, url)
         raise DataError(text) from error

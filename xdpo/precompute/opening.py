@@ -99,6 +99,7 @@ def load_table(settings: Config, accelerator: Accelerator, split: Split, *, in_o
             max_pairs=max_pairs,
             in_order=in_order,
             streamed_into=streamed_into,
+            keep_source=settings.cache.keep_source,
         )
 
 
