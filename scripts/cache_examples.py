@@ -4,8 +4,9 @@
         data.horizontal_flip=false data.sample_latents=false
     python scripts/cache_examples.py --config …  --verify      check all of it, and encode a sample again
 
-It runs on any number of processes; the same command resumes after a kill. Training with the same settings then needs
-neither encoders nor the data.
+It runs on any number of processes; the same command resumes after a kill. Files of a hub data set, or at URLs, are
+fetched one by one, and let go when their images are encoded (cache.keep_source: kept). Training with the same settings
+then needs neither encoders nor the data.
 """
 
 import os

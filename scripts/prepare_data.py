@@ -40,7 +40,11 @@ def prepare(settings: Config, split: "Split") -> None:
 
     title, source = split.title, precompute.source_of(settings, split)
     in_order = split.is_held_out or settings.cache.examples is not None
-    if files := data.source_files(settings.data, **source):
+    files = data.source_files(settings.data, **source)
+    if settings.cache.examples and any("://" in file for file in files):
+        print(f"{title}: {len(files):,} remote files; scripts/cache_examples.py reads them into cache.examples itself")
+        return
+    if files:
         copied = data.is_converted(settings.data, files, in_order=in_order)
         print(f"{title}: {describe(files, copied)}", flush=True)
     # As many processes as there are cores, each with files of its own.

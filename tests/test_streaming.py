@@ -1,21 +1,27 @@
 """Caches filled from remote files: what is in them, what a bad network costs, and what lies on the disk meanwhile."""
 
 import json
+import os
+import random
 import tarfile
+import time
 from functools import partial
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import encoded_image, forget_accelerators, pick_a_pic_row, write_pick_a_pic
 from file_server import serving
+from forks import fork, launch, ranks
 from test_in_place import write_tars
 from training_runs import ROOT
 
-from xdpo import precompute
+from xdpo import families, precompute
+from xdpo.cache import CacheError
 from xdpo.compute import build_accelerator
 from xdpo.config import load_config
-from xdpo.data import DataError, load_pairs, remote, streaming
-from xdpo.data.remote import Remote, RemoteError
+from xdpo.data import DataError, Split, load_pairs, remote, sources, streaming
+from xdpo.data.remote import Remote, RemoteError, State
 
 FILES = 6
 SHARD_BYTES = 2 * 4 * 8 * 8 * 2 * 3  # three images without mirror images
@@ -92,27 +98,45 @@ def settings_of(pipeline, paths, folder, *overrides):
 
 def content_of(folder):
     """Every file of a cache; of its plan what does not name the source."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.suffix != ".lock"}
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.suffix != ".part"}
     plan = json.loads(files.pop("plan.json"))
-    del files["manifest.json"], plan["sources"], plan["key"]["data.path"], plan["key"]["data.source"]
-    files.pop("lock", None)
+    del files["manifest.json"], files["lock"], plan["sources"], plan["key"]["data.path"], plan["key"]["data.source"]
     return files | {"plan": plan}
 
 
-def test_a_cache_of_remote_files_is_that_of_local_ones_and_leaves_nothing_else(fill, server, expected):
+def test_a_cache_of_remote_files_is_that_of_local_ones_and_leaves_nothing_else(fill, server, expected, monkeypatch):
     assert len([name for name in expected if name.startswith("latents") and name.endswith(".npy")]) >= 5
+    fetched, fetch = [], streaming.fetch
+    monkeypatch.setattr(streaming, "fetch", lambda remote, path: fetched.append(remote.url) or fetch(remote, path))
     folder = fill("streamed", server.urls(), "data.num_workers=2")
     assert content_of(folder) == expected
+    assert sorted(fetched) == server.urls(), "each once"
     assert not (folder / "source").exists()
-    for path in server.folder.iterdir():
-        assert sum(server.requests[path.name]) < 3 * path.stat().st_size, "fetched twice"
-    before = sum(map(len, server.requests.values()))
+    server.requests.clear()
     fill("streamed", server.urls())
-    assert sum(map(len, server.requests.values())) == before, "a finished cache asks for nothing"
+    assert not server.requests, "a finished cache asks for nothing"
     kept = fill("kept", server.urls(), "cache.keep_source=true")
     assert content_of(kept) == expected
     copies = [path.read_bytes() for path in sorted((kept / "source").glob("*.shard"))]
     assert copies == [path.read_bytes() for path in sorted(server.folder.iterdir())]
+
+
+def test_a_cache_of_remote_files_is_verified_by_a_sample_of_them(fill, server, small_pipeline, tmp_path):
+    folder = fill("streamed", server.urls())
+    settings = settings_of(small_pipeline, server.urls(), folder.parent)
+    accelerator = build_accelerator(settings)
+    cache = precompute.open_examples(settings, accelerator, Split.TRAIN)
+    parts = families.load_parts(settings.model)
+
+    def verify():
+        table = precompute.load_table(settings, accelerator, Split.TRAIN, in_order=True)
+        return precompute.verify_examples(cache, table, parts, settings, accelerator)
+
+    assert max(verify().values()) < 0.01  # rounded to fp16
+    assert not (folder / "source").exists()
+    cache.latents.write(0, np.zeros_like(np.load(cache.latents.path(0))))
+    with pytest.raises(CacheError, match="encoded again differ"):
+        verify()
 
 
 def test_few_copies_lie_on_the_disk_at_once(fill, server, monkeypatch):
@@ -191,6 +215,20 @@ def test_remote_files_that_do_not_fit_are_refused_in_words(fill, server, tmp_pat
         fill("lacking", urls)
 
 
+def test_the_files_of_a_hub_data_set_are_streamed_too_and_none_that_its_cache_has(fill, server, tmp_path, monkeypatch):
+    urls = server.urls()
+    monkeypatch.setattr(sources, "_hub_files", lambda *_: urls)
+    assert content_of(fill("streamed", "who/pairs", "data.source=hub"))["plan"]["num_images"] > 0
+
+    snapshot = tmp_path / "hub" / "datasets--who--pairs" / "snapshots" / ("a" * 40)
+    path = snapshot / "data" / "train-0.parquet"
+    write_pick_a_pic(path, rows_of_file(0))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    url = f"hf://datasets/who/pairs@{'a' * 40}/data/train-0.parquet"
+    streaming.fetch(Remote(url, State(path.stat().st_size, "x")), tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == path.read_bytes()
+
+
 def test_files_of_other_protocols_are_read_by_fsspec(fill, server, expected):
     import fsspec
 
@@ -225,3 +263,46 @@ def test_a_remote_tar_with_other_members_is_named(fill, server):
     (other / "train-0.tar").replace(server.folder / "train-1.tar")
     with pytest.raises(DataError, match=r"/train-1\.tar: its samples hold jpg_0\.gif, but jpg_0\.png in http"):
         fill("streamed", server.urls("*.tar"), "data.source=webdataset")
+
+
+FILLING = """
+import sys, time
+sys.path.append("tests")
+from pathlib import Path
+from test_streaming import fill_cache
+from xdpo.families import PipelineParts
+encode = PipelineParts.encode_images
+PipelineParts.encode_images = lambda parts, pixels: time.sleep(0.05) or encode(parts, pixels)
+fill_cache(sys.argv[1], sys.argv[3:], Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_killed_at_any_moment_go_on_to_the_same_cache(server, expected, small_pipeline, tmp_path, processes):
+    """SIGKILL of all processes at once, a random time after a file has come or gone, on a network that is bad too."""
+    chance, kills, folder = random.Random(processes), 0, tmp_path / "cache" / "train"
+    arguments = [small_pipeline, folder.parent, *server.urls()]
+
+    def files():
+        return {path.name for path in folder.rglob("*") if path.suffix != ".part"}
+
+    for _ in range(8):
+        for url in server.urls():
+            server.faults[url.rpartition("/")[2]] = [None, chance.choice([429, 500, "cut", "slow"])] * 2
+        before = files()
+        begun = [fork(FILLING, arguments, os.devnull, **rank) for rank in (ranks(2) if processes == 2 else [{}])]
+        while files() - before <= {"lock"} and all(process.is_alive() for process in begun):
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.3))
+        kills += all(process.is_alive() for process in begun)
+        for process in begun:
+            process.kill()
+            process.join()
+        if (folder / "manifest.json").exists():
+            break
+    assert kills >= 3
+    ended = launch(FILLING, arguments, processes)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert content_of(folder) == expected
+    assert not (folder / "source").exists()

@@ -112,8 +112,8 @@ class DataConfig(Section):
     source: Literal["hub", "parquet", "webdataset", "folder"] = Field("hub", description="what path points to")
     path: Paths = Field(
         "liuhuohuo2/pick-a-pic-v2",
-        description="hub id; or files or globs (a list for several); or a folder. This is a copy of Pick-a-Pic v2: the "
-        "original, yuvalkirstain/pickapic_v2, is gone",
+        description="hub id; or files, globs or, to fill cache.examples, URLs (a list for several); or a folder. This "
+        "is a copy of Pick-a-Pic v2: the original, yuvalkirstain/pickapic_v2, is gone",
     )
     revision: Text | None = Field(None, description="hub branch, tag or commit of the data set")
     split: Text = Field("train", description="split of a hub data set")

@@ -75,7 +75,7 @@ def parquet_rows_in_place(groups: Sequence[Alike], num_proc: int | None) -> Rows
             files.append((file, group.features))
     ends = np.cumsum([sum(part.groups) for part in parts]).tolist()
 
-    def make() -> "tuple[pa.Table, Digests, list[int]]":
+    def make() -> "tuple[pa.Table, list[int]]":
         sampled = sampled_rows(ends[-1])
 
         def of_part(number: int) -> tuple[pa.Table, Measured]:
@@ -208,15 +208,17 @@ def tar_table(file: str, names: Mapping[str, str]) -> "pa.Table":
 
     texts = [column for column in names.values() if column not in IMAGE_COLUMNS]
     columns: dict[str, list] = {name: [] for name in (*texts, "__key__")}
-    places = {f"{what}_{side}": [] for what in ("size", "offset") for side in (0, 1)}
+    places: dict[str, list[int]] = {f"{what}_{side}": [] for what in ("size", "offset") for side in (0, 1)}
     with tarfile.open(file, "r:") as tar:
         for key, members in _samples(tar):
             columns["__key__"].append(key)
             found = {column: members[name] for name, column in names.items() if name in members}
             for column in texts:
-                content = tar.extractfile(found[column]).read() if column in found else None
-                name = found[column].name if column in found else ""
-                columns[column].append(None if content is None else WebDataset.DECODERS[_ending(name)](content))
+                opened = tar.extractfile(found[column]) if column in found else None
+                if opened is None:
+                    columns[column].append(None)
+                else:
+                    columns[column].append(WebDataset.DECODERS[_ending(found[column].name)](opened.read()))
             for side, column in enumerate(IMAGE_COLUMNS):
                 places[f"size_{side}"].append(found[column].size if column in found else -1)
                 places[f"offset_{side}"].append(found[column].offset_data if column in found else -1)
@@ -231,7 +233,8 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarI
     """(key, members by their names behind the key) of consecutive files of one key, as WebDataset has them."""
     from datasets.packaged_modules.webdataset.webdataset import base_plus_ext
 
-    current, members = None, {}
+    current = ""
+    members: dict[str, tarfile.TarInfo] = {}
     for member in tar:
         key, name = base_plus_ext(member.name)
         if not member.isreg() or key is None or member.name.rpartition("/")[2].startswith((".", "__")):
@@ -242,7 +245,7 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarI
         if name in members:
             raise ValueError(f"the sample {key} has two members {name}")
         current, members[name] = key, member
-        tar.members = []  # else it keeps every header in memory
+        tar.members = []  # type: ignore[attr-defined]  # else it keeps every header in memory
     if members:
         yield current, members
 

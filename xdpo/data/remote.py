@@ -5,6 +5,8 @@ http and https are read by the standard library, any other protocol (`hf`, `s3`,
 
 import http.client
 import io
+import re
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -12,9 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from email.message import Message
 from functools import cached_property
+from pathlib import Path
 from typing import IO, Any
 
 from xdpo.data.table import DataError
+from xdpo.files import reading
 
 ATTEMPTS = 7  # in a row without a byte
 FIRST_WAIT = 1.0  # seconds before the second attempt; twice as many before each further one
@@ -22,6 +26,7 @@ LONGEST_WAIT = 120.0  # seconds
 SILENCE = 60.0  # seconds without a byte, after which a connection counts as lost
 PIECE = 2**16
 FETCHED_AT_ONCE = 16 * 2**20
+VERSIONS = ("blob_id", "ETag", "mtime", "created")  # what fsspec's protocols call it
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers of a server that may be another one later
 
 
@@ -80,6 +85,10 @@ class Remote:
 
     def fetch(self, file: IO[bytes]) -> None:
         """Write all of it into a file. Raises RemoteError."""
+        if (cached := self._in_the_hubs_cache) is not None:
+            with reading(cached), cached.open("rb") as found:
+                shutil.copyfileobj(found, file)
+            return
         for start in range(0, self.state.size, FETCHED_AT_ONCE):
             file.write(self.read(start, min(start + FETCHED_AT_ONCE, self.state.size)))
 
@@ -104,11 +113,32 @@ class Remote:
 
     def _by_fsspec(self, start: int, stop: int) -> bytes:
         system, path = self._fsspec
-        if self._state is None or start == 0:
-            facts = system.info(path)
-            version = next((str(facts[name]) for name in ("blob_id", "ETag", "mtime", "created") if name in facts), "")
-            self._check(State(facts["size"], version))
-        return system.cat_file(path, start=start, end=stop)
+        try:
+            if self._state is None or start == 0:
+                facts = system.info(path)
+                version = next((str(facts[name]) for name in VERSIONS if facts.get(name)), "")
+                self._check(State(facts["size"], version))
+            return system.cat_file(path, start=start, end=stop, cache_type="none")  # reads no more than is asked for
+        except RemoteError:
+            raise
+        except Exception as error:  # each protocol's library has its own
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if isinstance(error, FileNotFoundError | PermissionError) or (status and status not in PASSING):
+                raise RemoteError(f"{self.url}: {error}") from error
+            raise OSError(f"{type(error).__name__}: {error}") from error
+
+    @property
+    def _in_the_hubs_cache(self) -> Path | None:
+        """The file, where the hub's own cache has it from an earlier download."""
+        match = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)@([^/]+)/(.+)", self.url)
+        if match is None:
+            return None
+        from huggingface_hub import try_to_load_from_cache
+
+        name, revision, file = match.groups()
+        found = try_to_load_from_cache(name, file, revision=revision, repo_type="dataset")
+        is_whole = isinstance(found, str) and Path(found).stat().st_size == self.state.size
+        return Path(str(found)) if is_whole else None
 
     @cached_property
     def _fsspec(self) -> tuple[Any, str]:

@@ -15,6 +15,7 @@ from xdpo.files import StorageError, reading
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
     from datasets import Dataset
 
 IMAGE_COLUMNS = ("jpg_0", "jpg_1")
@@ -227,16 +228,19 @@ class _ColumnReader:
     before: the reader that this one replaces, whose footer need not be read again where the file is the same.
     """
 
+    footer: "pq.FileMetaData"
+
     def __init__(self, path: str, group: int, column: str, place: int, before: "_ColumnReader | None"):
         import pyarrow.parquet as pq
 
         self._path, self._place, self._pid = path, place, os.getpid()
         self._start, self._batch = 0, None
-        footer = before._file.metadata if before is not None and before._path == path else None
+        known = before.footer if before is not None and before._path == path else None
         with reading(path):
             # One thread, and nothing read ahead: no state that a fork would cut in two.
-            self._file = pq.ParquetFile(path, metadata=footer, pre_buffer=False, buffer_size=BUFFER_BYTES)
-        self._batches = self._file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[column], use_threads=False)
+            file = pq.ParquetFile(path, metadata=known, pre_buffer=False, buffer_size=BUFFER_BYTES)
+        self.footer = file.metadata
+        self._batches = file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[column], use_threads=False)
 
     def reaches(self, place: int, row: int) -> bool:
         return (place, os.getpid()) == (self._place, self._pid) and row >= self._start

@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,8 +135,8 @@ class StreamedImages:
                 file.copy.unlink(missing_ok=True)
                 raise RemoteError(f"{file.url}: its copy can't be read: {first_line(error)}") from error
             with replacing(file.measured, "wb") as opened:
-                sizes = {f"sizes_{side}": sizes for side, sizes in enumerate(measured.sizes)}
-                np.savez(opened, digests=json.dumps(measured.digests), **sizes)
+                one, other = measured.sizes
+                np.savez(opened, sizes_0=one, sizes_1=other, digests=json.dumps(measured.digests))
 
     def fetch_ahead(self, after: int, is_needed: Callable[[int], bool]) -> None:
         """Fetch the files that are needed next, behind file `after`, in the background, while others are encoded.
@@ -149,7 +150,7 @@ class StreamedImages:
         def fetch() -> None:
             for number in range(after + 1, min(after + 1 + AHEAD, len(self.files))):
                 try:
-                    self._fetch(number, lambda number=number: is_needed(number))
+                    self._fetch(number, partial(is_needed, number))
                 except (RemoteError, StorageError):
                     return
 
@@ -200,7 +201,8 @@ def stream_parquet(urls: Sequence[str], folder: Path) -> Rows:
     _first_pass(urls, folder, _keep_parquet, READ_AT_ONCE)
     with _named_instead([(str(_kept(folder, number)), url) for number, url in enumerate(urls)]):
         groups = alike([str(_kept(folder, number)) for number in range(len(urls))])
-        tables, files, parts = [], [], []
+        files: list[Streamed] = []
+        tables, parts = [], []
         for group in groups:
             names = canonical_names(group.features)
             types = {names[field.name]: field.type for field in group.features.arrow_schema if field.name in names}
@@ -280,7 +282,8 @@ def stream_tars(urls: Sequence[str], folder: Path, *, keep_source: bool) -> Rows
     else:
         raise DataError(f"no tar holds a sample, {urls[0]} for one")
     _first_pass(urls, folder, keep_tar, FETCHED_AT_ONCE)
-    tables, files, parts = [], [], []
+    files: list[Streamed] = []
+    tables, parts = [], []
     for number in range(len(urls)):
         table = pq.read_table(_kept(folder, number)).replace_schema_metadata(None)
         if len(table):

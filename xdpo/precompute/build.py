@@ -27,7 +27,7 @@ from xdpo.data.remote import RemoteError
 from xdpo.data.streaming import MOST_FAILURES, StreamedImages, not_all_read
 from xdpo.data.table import pair_id
 from xdpo.families import PipelineParts, load_parts
-from xdpo.files import appears, file_sha256, is_own, only_run, replacing
+from xdpo.files import PART, appears, file_sha256, is_own, only_run, replacing, sweep
 from xdpo.precompute.keys import example_key, examples_folder
 from xdpo.precompute.opening import load_table, source_of
 
@@ -109,6 +109,7 @@ def build_examples(
     """
     plan, is_main = None, accelerator.is_main_process
     if is_main:
+        sweep(folder / SOURCE, f"*{PART}")  # what a killed run was fetching; this run is the only one here
         plan = ExamplePlan.load(folder)
         if plan is None:
             plan = _begin(folder, table, parts, settings, split, shard_bytes=shard_bytes)
@@ -218,7 +219,8 @@ def verify_examples(
         for start in range(0, len(sample), kind.batch_size):
             kind.bring(batch := sample[start : start + kind.batch_size])
             encoded_again += [encoded for encoded, _ in kind.encoded(batch)]
-            kind.let_go()
+            if processes.count() == 1:  # several read the same sample
+                kind.let_go()
         for name, shards in kind.shards.items():
             shards.verify(partial(tqdm, desc=f"checksums of {name}", unit="shard"))
             again = np.concatenate([encoded[name] for encoded in encoded_again])
@@ -230,6 +232,9 @@ def verify_examples(
                     "remove the folder and build it again"
                 )
             differences[name] = difference
+    processes.wait()
+    if isinstance(table.dataset.images, StreamedImages) and not settings.cache.keep_source:
+        shutil.rmtree(cache.folder / SOURCE, ignore_errors=True)
     return differences
 
 
