@@ -2,12 +2,14 @@
 
 import json
 import os
+import pickle
 import random
 import tarfile
 import time
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import encoded_image, forget_accelerators, pick_a_pic_row, write_pick_a_pic
@@ -132,6 +134,8 @@ def test_a_cache_of_remote_files_is_verified_by_a_sample_of_them(fill, server, s
         table = precompute.load_table(settings, accelerator, Split.TRAIN, in_order=True)
         return precompute.verify_examples(cache, table, parts, settings, accelerator)
 
+    again = pickle.loads(pickle.dumps(precompute.load_table(settings, accelerator, Split.TRAIN, in_order=True)))
+    assert again.pair_id(3) == "1003", "as a spawned worker gets it"
     assert max(verify().values()) < 0.01  # rounded to fp16
     assert not (folder / "source").exists()
     cache.latents.write(0, np.zeros_like(np.load(cache.latents.path(0))))
@@ -215,10 +219,17 @@ def test_remote_files_that_do_not_fit_are_refused_in_words(fill, server, tmp_pat
         fill("lacking", urls)
 
 
-def test_the_files_of_a_hub_data_set_are_streamed_too_and_none_that_its_cache_has(fill, server, tmp_path, monkeypatch):
-    urls = server.urls()
-    monkeypatch.setattr(sources, "_hub_files", lambda *_: urls)
-    assert content_of(fill("streamed", "who/pairs", "data.source=hub"))["plan"]["num_images"] > 0
+def test_the_files_of_a_hub_data_set_are_streamed_too_and_none_that_its_cache_has(
+    fill, server, expected, tmp_path, monkeypatch
+):
+    for path in server.folder.iterdir():  # images as the hub has them
+        table = pq.read_table(path)
+        for name in ("jpg_0", "jpg_1"):
+            cells = pa.array([{"bytes": content, "path": "x.jpg"} for content in table[name].to_pylist()])
+            table = table.set_column(table.column_names.index(name), name, cells)
+        pq.write_table(table, path, row_group_size=3)
+    monkeypatch.setattr(sources, "_hub_files", lambda *_: server.urls())
+    assert content_of(fill("streamed", "who/pairs", "data.source=hub")) == expected
 
     snapshot = tmp_path / "hub" / "datasets--who--pairs" / "snapshots" / ("a" * 40)
     path = snapshot / "data" / "train-0.parquet"

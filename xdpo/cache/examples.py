@@ -46,7 +46,7 @@ class ExamplePlan:
     """What a cache holds, fixed before the first image is encoded.
 
     key: everything that decides the content, by name; a run with another key must not use the cache.
-    counts: as data.PairCounts. fingerprint: of the pairs, from data.PairTable.
+    counts: as data.PairCounts. fingerprint: of the pairs, from data.PairTable; of remote files it is known at the end.
     """
 
     key: Mapping[str, Any]

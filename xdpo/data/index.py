@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 VERSION = 1  # of the index's layout
 PLACES = ("size_0", "size_1", "offset_0", "offset_1")  # columns of the index that are no columns of the source
 TEXT_MEMBERS = ("txt", "text", "transcript", "cls", "cls2", "index", "inx", "id", "json", "jsn")
+INDEXED_AT_ONCE = 4  # files, on as many cores
 MOST_GROUP_BYTES = 32 * 2**20
 """The largest row group, of the images of one side, from which single images are read in place at random."""
 
@@ -339,8 +340,8 @@ def within(sampled: np.ndarray, ends: Sequence[int], number: int) -> dict[int, i
 
 
 def each(of_part: Callable[[int], Any], count: int, num_proc: int | None) -> list[Any]:
-    """The result for each number, in order, from up to num_proc threads; the first error ends it."""
-    with ThreadPoolExecutor(num_proc or 1) as pool:
+    """The result for each number, in order, from num_proc threads, None: some; the first error ends it."""
+    with ThreadPoolExecutor(num_proc or min(count, os.cpu_count() or 1, INDEXED_AT_ONCE)) as pool:
         try:
             return list(pool.map(of_part, range(count)))
         finally:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from xdpo.data.identity import image_sha256, sampled_rows
 from xdpo.data.index import (
@@ -74,7 +75,7 @@ class Streamed:
 
 
 class StreamedImages:
-    """Images of remote files, read from copies, which `at_hand` fetches.
+    """Images of remote files, read from copies, which `bring` fetches.
 
     images: reads the copies as if all were there. measure: of a copy, by the number of its file.
     """
@@ -181,7 +182,8 @@ class StreamedImages:
             return content[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_threads": defaultdict(threading.Lock), "_ahead": None}
+        """For a loading process, which reads copies and fetches none."""
+        return self.__dict__ | {"_measure": None, "_threads": defaultdict(threading.Lock), "_ahead": None}
 
 
 def fetch(remote: Remote, path: Path) -> None:
@@ -318,11 +320,10 @@ def _first_pass(urls: Sequence[str], folder: Path, keep: Callable[[str, Path], N
     failures: list[str] = []
 
     def of_file(number: int) -> None:
-        kept = _kept(folder, number)
-        if len(failures) >= MOST_FAILURES or (kept.is_file() and _notes(kept)["url"] == urls[number]):
+        if len(failures) >= MOST_FAILURES:
             return
         try:
-            keep(urls[number], kept)
+            keep(urls[number], _kept(folder, number))
         except RemoteError as error:
             failures.append(str(error))
         except (DataError, StorageError):
@@ -330,7 +331,9 @@ def _first_pass(urls: Sequence[str], folder: Path, keep: Callable[[str, Path], N
         except Exception as error:  # pyarrow and tarfile have no error in common
             failures.append(f"{urls[number]}: {first_line(error)}")
 
-    each(of_file, len(urls), at_once)
+    missing = [number for number, url in enumerate(urls) if not _is_kept(_kept(folder, number), url)]
+    with tqdm(total=len(missing), desc="captions and labels", unit="file", disable=not missing) as bar:
+        each(lambda place: (of_file(missing[place]), bar.update()), len(missing), at_once)
     if failures:
         raise not_all_read(failures, len(urls))
 
@@ -346,6 +349,10 @@ def not_all_read(failures: Sequence[str], count: int) -> RemoteError:
 
 def _kept(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.parquet"
+
+
+def _is_kept(kept: Path, url: str) -> bool:
+    return kept.is_file() and _notes(kept)["url"] == url
 
 
 def _notes(kept: Path) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def build_examples(
             bar.update(bar.total - bar.n)
     images = table.dataset.images
     if isinstance(images, StreamedImages):
-        _measure_rest(images, kinds[0], failures)
+        _measure_rest(folder.name, images, kinds[0], failures)
     processes.wait()
     if is_main and not is_finished(folder):
         for shards in plan.shards(folder):  # other processes wrote them, perhaps on other machines
@@ -165,13 +165,14 @@ def _fingerprints(table: PairTable) -> tuple[str, ...]:
     return (images.begun_as, table.fingerprint) if are_known else (images.begun_as,)
 
 
-def _measure_rest(images: StreamedImages, kind: "_Kind", failures: set[str]) -> None:
+def _measure_rest(name: str, images: StreamedImages, kind: "_Kind", failures: set[str]) -> None:
     """Read the files without an image to encode, which count in the fingerprint too.
 
     Raises RemoteError for all files that no process could read, the `failures` of each. Every process calls it.
     """
     every = range(len(images.files))
-    for number in processes.deal("measured", processes.agree([n for n in every if not images.is_measured(n)])):
+    unmeasured = processes.agree([number for number in every if not images.is_measured(number)])
+    for number in processes.deal(f"examples/{name}/unmeasured", unmeasured):
         if len(failures) >= MOST_FAILURES:
             break
         try:
