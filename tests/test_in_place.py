@@ -99,6 +99,22 @@ def test_images_of_every_kind_of_column_are_those_of_an_arrow_copy(tmp_path, mon
     assert load_pairs(settings).fingerprint != found.fingerprint
 
 
+@pytest.mark.parametrize("kind", ["dictionary", "view", "large", "fixed"])
+def test_bytes_of_every_kind_are_measured(tmp_path, kind):
+    content = [encoded_image("red"), encoded_image("lime"), encoded_image("red")]
+    plain = pa.array(content, pa.binary())
+    fixed = pa.array([cell.ljust(99) for cell in content], pa.binary(99))
+    kinds = {"view": pa.binary_view(), "large": pa.large_binary()}
+    cells = {"dictionary": plain.dictionary_encode(), "fixed": fixed} | {
+        name: plain.cast(kinds[name]) for name in kinds
+    }
+    columns = {"jpg_0": cells[kind], "jpg_1": plain, "label_0": [1, 0, 1], "caption": ["x", "y", "z"]}
+    pq.write_table(pa.table(columns), tmp_path / "train-0.parquet")
+    images = load_pairs(data_config(str(tmp_path))).dataset.images
+    assert [images.cell(row, 0) for row in range(3)] == cells[kind].to_pylist()
+    assert images.sizes(0).tolist() == [len(cell) for cell in cells[kind].to_pylist()]
+
+
 def test_tars_give_the_pairs_of_an_arrow_copy(tmp_path, monkeypatch):
     settings = write_tars(tmp_path, **{"label_0.json": b"0.5", "label_0.txt": None, "ranking_id.cls": b"7"})
     expected = by_datasets(monkeypatch, write_tars(tmp_path))

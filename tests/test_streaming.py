@@ -298,7 +298,7 @@ def test_processes_killed_at_any_moment_go_on_to_the_same_cache(server, expected
     def files():
         return {path.name for path in folder.rglob("*") if path.suffix != ".part"}
 
-    for _ in range(8):
+    for _ in range(5):
         for url in server.urls():
             server.faults[url.rpartition("/")[2]] = [None, chance.choice([429, 500, "cut", "slow"])] * 2
         before = files()

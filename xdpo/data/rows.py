@@ -97,10 +97,12 @@ def sizes_of(images: "pa.Array") -> np.ndarray:
     import pyarrow.compute as pc
 
     content = pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
+    if pa.types.is_dictionary(content.type):
+        content = content.dictionary_decode()
+    if pa.types.is_fixed_size_binary(content.type) or pa.types.is_binary_view(content.type):
+        content = content.cast(pa.large_binary())
     if not (pa.types.is_binary(content.type) or pa.types.is_large_binary(content.type)):
-        if not pa.types.is_fixed_size_binary(content.type):
-            return np.full(len(content), -1)  # paths, or nothing at all
-        content = content.cast(pa.binary())
+        return np.full(len(content), -1)  # paths, or nothing at all
     return pc.fill_null(pc.binary_length(content), -1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 

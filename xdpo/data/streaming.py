@@ -317,13 +317,16 @@ def _first_pass(urls: Sequence[str], folder: Path, keep: Callable[[str, Path], N
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
+    missing = [number for number, url in enumerate(urls) if not _is_kept(_kept(folder, number), url)]
     failures: list[str] = []
 
-    def of_file(number: int) -> None:
+    def of_file(place: int) -> None:
+        number = missing[place]
         if len(failures) >= MOST_FAILURES:
             return
         try:
             keep(urls[number], _kept(folder, number))
+            bar.update()
         except RemoteError as error:
             failures.append(str(error))
         except (DataError, StorageError):
@@ -331,9 +334,8 @@ def _first_pass(urls: Sequence[str], folder: Path, keep: Callable[[str, Path], N
         except Exception as error:  # pyarrow and tarfile have no error in common
             failures.append(f"{urls[number]}: {first_line(error)}")
 
-    missing = [number for number, url in enumerate(urls) if not _is_kept(_kept(folder, number), url)]
     with tqdm(total=len(missing), desc="captions and labels", unit="file", disable=not missing) as bar:
-        each(lambda place: (of_file(missing[place]), bar.update()), len(missing), at_once)
+        each(of_file, len(missing), at_once)
     if failures:
         raise not_all_read(failures, len(urls))
 
