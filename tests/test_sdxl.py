@@ -318,7 +318,7 @@ def world(xl_pipeline, small_pairs):
     overrides = [*SMALL_RUN, *paths, "train.total_batch_pairs=2"]
     settings = load_config(ROOT / "configs" / "base.yaml", overrides)
     accelerator = build_accelerator(settings)
-    return accelerator, overrides, precompute.load_table(settings, accelerator, Split.TRAIN)
+    return accelerator, overrides, precompute.load_table(settings, accelerator, Split.TRAIN, in_order=True)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -67,7 +67,7 @@ def begin(small_pipeline, small_pairs, tmp_path, monkeypatch):
         settings = load_config("configs/base.yaml", [*SMALL_RUN, *paths, *rounds, *overrides])
         accelerator = build_accelerator(settings)
         parts = families.load_parts(settings.model)
-        pairs = precompute.load_table(settings, accelerator, Split.TRAIN)
+        pairs = precompute.load_table(settings, accelerator, Split.TRAIN, in_order=True)
         reference = models.make_reference(parts, settings.model, settings.compute)
         reference = accelerator.prepare_model(reference, evaluation_mode=True)
         dataset = precompute.make_dataset(pairs, parts.tokenize, settings, Split.TRAIN)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 SHARD_BYTES = 128 * 2**20
 LATENTS, SIZES = "latents", "sizes"  # the images' shards; the others have the names of the conditioning's entries
 PRECISION = "encoders' precision"  # in a plan's key
+SOURCE = "source"  # folder of remote files that a cache is filled from; see data.streaming
 TABLES = ("pairs.parquet", "images.parquet", "prompts.parquet")
 
 
@@ -47,7 +48,7 @@ class ExamplePlan:
     """What a cache holds, fixed before the first image is encoded.
 
     key: everything that decides the content, by name; a run with another key must not use the cache.
-    counts: as data.PairCounts. fingerprint: of the pairs, from data.PairTable.
+    counts: as data.PairCounts. fingerprint: of the pairs, from data.PairTable; of remote files it is known at the end.
     """
 
     key: Mapping[str, Any]

@@ -127,8 +127,8 @@ class DataConfig(Section):
     source: Literal["hub", "parquet", "webdataset", "folder"] = Field("hub", description="what path points to")
     path: Paths = Field(
         "liuhuohuo2/pick-a-pic-v2",
-        description="hub id; or files or globs (a list for several); or a folder. This is a copy of Pick-a-Pic v2: the "
-        "original, yuvalkirstain/pickapic_v2, is gone",
+        description="hub id; or files, globs or, to fill cache.examples, URLs (a list for several); or a folder. This "
+        "is a copy of Pick-a-Pic v2: the original, yuvalkirstain/pickapic_v2, is gone",
     )
     revision: Text | None = Field(None, description="hub branch, tag or commit of the data set")
     split: Text = Field("train", description="split of a hub data set")
@@ -166,6 +166,11 @@ class CacheConfig(Section):
     build: StrictBool = Field(
         True,
         description="encode what is missing in cache.examples before training; or ahead: scripts/cache_examples.py",
+    )
+    keep_source: StrictBool = Field(
+        False,
+        description="keep the files that were fetched for encoding, in a folder of cache.examples; false: let each go "
+        "when its images are encoded, so that the disk holds the cache and a few files",
     )
     dtype: Literal["fp16", "fp32"] = Field(
         "fp16",

@@ -110,12 +110,12 @@ class PairDataset(Dataset):
 
     def image(self, index: int, side: int, position: int) -> SingleItem | None:
         """One image of a pair, the chosen one at side 0, with the draws of `position`; None where it is unreadable."""
-        record = self.table.dataset[int(self.table.rows[index])]
+        cell = self.table.dataset.images.cell(int(self.table.rows[index]), int(self.table.chosen_side[index]) ^ side)
         try:
-            image = decode_rgb(record[f"jpg_{int(self.table.chosen_side[index]) ^ side}"])
+            image = decode_rgb(cell)
         except UnreadableImageError:
             return None
-        tokens, truncated = self.tokenize("" if self._drops_caption(position) else record["caption"])
+        tokens, truncated = self.tokenize("" if self._drops_caption(position) else self.table.caption(index))
         pixel_values, sizes = self._transform([image], position)
         return SingleItem(pixel_values[0], tokens, truncated, sizes[0])
 

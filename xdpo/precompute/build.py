@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +17,17 @@ from tqdm import tqdm
 from xdpo import processes
 from xdpo.batch import Tokens
 from xdpo.cache import CacheError, ExampleCache, ExamplePlan, Shards
-from xdpo.cache.examples import LATENTS, SIZES, TABLES, finish, is_finished
+from xdpo.cache.examples import LATENTS, SIZES, SOURCE, TABLES, finish, is_finished
 from xdpo.config import Config
 from xdpo.data import PairTable, Split, finite_scores, local_files, no_scores
 from xdpo.data.examples import Tokenize
 from xdpo.data.identity import file_states
 from xdpo.data.images import UnreadableImageError, decode_rgb, size_and_crop, square_pixels
+from xdpo.data.remote import RemoteError
+from xdpo.data.streaming import MOST_FAILURES, StreamedImages, not_all_read
 from xdpo.data.table import pair_id
 from xdpo.families import PipelineParts, load_parts
-from xdpo.files import appears, file_sha256, is_own, only_run, replacing
+from xdpo.files import PART, appears, file_sha256, is_own, only_run, replacing, sweep
 from xdpo.precompute.keys import example_key, examples_folder
 from xdpo.precompute.opening import load_table, refuse_without_sizes, source_of
 
@@ -57,14 +59,14 @@ def build_missing_examples(settings: Config, accelerator: Accelerator, say: Say 
             refuse_without_sizes(settings, plan, folder)
         if is_built:
             if processes.agree(is_main and _may_have_changed(plan)):
-                table = load_table(settings, accelerator, split)
+                table = load_table(settings, accelerator, split, in_order=True)
                 if table.fingerprint != plan.fingerprint:
                     raise CacheError(
                         f"cache.examples: {folder} was encoded from other images or captions than {settings.data.path} "
                         "has now. Remove it, and it is made again, or put the data back"
                     )
             continue
-        missing[split] = load_table(settings, accelerator, split)
+        missing[split] = load_table(settings, accelerator, split, in_order=True)
         if needs_scores:
             finite_scores(missing[split], split)
     if not missing:
@@ -108,16 +110,18 @@ def build_examples(
     """
     plan, is_main = None, accelerator.is_main_process
     if is_main:
+        sweep(folder / SOURCE, f"*{PART}")  # what a killed run was fetching; this run is the only one here
         plan = ExamplePlan.load(folder)
         if plan is None:
             plan = _begin(folder, table, parts, settings, split, shard_bytes=shard_bytes)
         plan.refuse_another(folder, example_key(settings, split))
-        if plan.fingerprint != table.fingerprint:
+        if plan.fingerprint not in _fingerprints(table):
             raise CacheError(f"cache.examples: {folder} was begun with other pairs; remove it, or name another folder")
     plan = processes.agree(plan)
     kinds = _kinds(folder, table, plan, parts, settings, accelerator)
     if is_main:
         say(_estimate(folder, plan, kinds, accelerator.num_processes))
+    failures: set[str] = set()
     for kind in kinds:
         unfinished = processes.agree(kind.unfinished() if is_main else None)
         before = np.cumsum([0, *(len(kind.records_of(shard)) for shard in unfinished)]).tolist()
@@ -125,21 +129,67 @@ def build_examples(
         with tqdm(total=before[-1], desc=name, unit="record", disable=not is_main) as bar:
             for number in processes.deal(f"examples/{name}", range(len(unfinished))):
                 bar.update(before[number] - bar.n)  # earlier shards are done, or being written by other processes
-                _write_shard(kind, unfinished[number], settings.data.num_workers, bar)
+                try:
+                    _write_shard(kind, unfinished[number], settings.data.num_workers, bar)
+                except RemoteError as error:
+                    failures.add(str(error))
+                    if len(failures) >= MOST_FAILURES:
+                        break
             bar.update(bar.total - bar.n)
+    images = table.dataset.images
+    if isinstance(images, StreamedImages):
+        _measure_rest(folder.name, images, kinds[0], failures)
     processes.wait()
     if is_main and not is_finished(folder):
         for shards in plan.shards(folder):  # other processes wrote them, perhaps on other machines
             for shard in range(len(shards)):
                 appears(shards.checksum_path(shard))
+        if isinstance(images, StreamedImages):
+            plan = replace(plan, fingerprint=table.fingerprint)
+            plan.save(folder)
         finish(folder, plan)
+        if not settings.cache.keep_source:
+            shutil.rmtree(folder / SOURCE, ignore_errors=True)
         say(f"{folder}: finished; {len(plan.latents(folder).unreadable())} unreadable images")
     processes.wait()
+
+
+def _fingerprints(table: PairTable) -> tuple[str, ...]:
+    """What the plan of a cache of these pairs may have as their fingerprint, first what it has when it is begun.
+
+    The fingerprint of streamed pairs covers images that have not been read then.
+    """
+    images = table.dataset.images
+    if not isinstance(images, StreamedImages):
+        return (table.fingerprint,)
+    are_known = all(map(images.is_measured, range(len(images.files))))
+    return (images.begun_as, table.fingerprint) if are_known else (images.begun_as,)
+
+
+def _measure_rest(name: str, images: StreamedImages, kind: "_Kind", failures: set[str]) -> None:
+    """Read the files without an image to encode, which count in the fingerprint too.
+
+    Raises RemoteError for all files that no process could read, the `failures` of each. Every process calls it.
+    """
+    every = range(len(images.files))
+    unmeasured = processes.agree([number for number in every if not images.is_measured(number)])
+    for number in processes.deal(f"examples/{name}/unmeasured", unmeasured):
+        if len(failures) >= MOST_FAILURES:
+            break
+        try:
+            images.bring([number])
+        except RemoteError as error:
+            failures.add(str(error))
+        kind.let_go()
+    images.wait()
+    if everyone := sorted(set().union(*processes.gather(failures))):
+        raise not_all_read(everyone, len(every))
 
 
 def _write_shard(kind: "_Kind", shard: int, num_workers: int, bar: tqdm) -> None:
     """Encode a shard's records into memory of their final size and type, and write them."""
     record_ids, filled = list(kind.records_of(shard)), 0
+    kind.bring(record_ids)
     unreadable: list[int] = []
     records = {
         name: np.empty((len(record_ids), *shards.shape), dtype=shards.dtype) for name, shards in kind.shards.items()
@@ -154,6 +204,7 @@ def _write_shard(kind: "_Kind", shard: int, num_workers: int, bar: tqdm) -> None
         bar.update(len(batch["record"]))
     for name, shards in kind.shards.items():
         shards.write(shard, records[name], unreadable)
+    kind.let_go()
 
 
 def verify_examples(
@@ -166,7 +217,12 @@ def verify_examples(
     differences = {}
     for kind in _kinds(cache.folder, table, cache.plan, parts, settings, accelerator):
         sample = sorted(np.random.default_rng(0).permutation(kind.count)[:VERIFIED].tolist())
-        encoded_again = [encoded for encoded, _ in kind.encoded(sample)]
+        encoded_again = []
+        for start in range(0, len(sample), kind.batch_size):
+            kind.bring(batch := sample[start : start + kind.batch_size])
+            encoded_again += [encoded for encoded, _ in kind.encoded(batch)]
+            if processes.count() == 1:  # several read the same sample
+                kind.let_go()
         for name, shards in kind.shards.items():
             shards.verify(partial(tqdm, desc=f"checksums of {name}", unit="shard"))
             again = np.concatenate([encoded[name] for encoded in encoded_again])
@@ -178,6 +234,9 @@ def verify_examples(
                     "remove the folder and build it again"
                 )
             differences[name] = difference
+    processes.wait()
+    if isinstance(table.dataset.images, StreamedImages) and not settings.cache.keep_source:
+        shutil.rmtree(cache.folder / SOURCE, ignore_errors=True)
     return differences
 
 
@@ -196,7 +255,7 @@ def _begin(
     """
     import pyarrow.parquet as pq
 
-    if folder.is_dir() and any(not is_own(path) and path.name not in TABLES for path in folder.iterdir()):
+    if folder.is_dir() and any(not is_own(path) and path.name not in (*TABLES, SOURCE) for path in folder.iterdir()):
         raise CacheError(f"cache.examples: {folder} holds something that is no cache; name another folder")
     pairs, images, prompts = _tables(table, parts)
     plan = _plan(table, pairs, images, prompts, parts, settings, split)
@@ -258,7 +317,7 @@ def _plan(
     """A new cache's plan, but for the checksums of its tables."""
     return ExamplePlan(
         key=example_key(settings, split),
-        fingerprint=table.fingerprint,
+        fingerprint=_fingerprints(table)[0],
         counts=asdict(table.counts),
         num_pairs=len(table),
         num_images=len(images),
@@ -291,15 +350,13 @@ class _Images(Dataset):
     """Pixels of the distinct images, (orientations, 3, R, R) each, and their sizes, (orientations, 4)."""
 
     def __init__(self, table: PairTable, rows: np.ndarray, sides: np.ndarray, resolution: int, orientations: int):
-        self.columns = [table.dataset.select_columns([name]) for name in ("jpg_0", "jpg_1")]
-        self.rows, self.sides = rows, sides
+        self.images, self.rows, self.sides = table.dataset.images, rows, sides
         self.resolution, self.orientations = resolution, orientations
 
     def __getitem__(self, record: int) -> dict[str, Any]:
         readable, flips = True, range(self.orientations)
         try:
-            (cell,) = self.columns[self.sides[record]][int(self.rows[record])].values()
-            image = decode_rgb(cell)
+            image = decode_rgb(self.images.cell(int(self.rows[record]), int(self.sides[record])))
             pixels = torch.stack([square_pixels(image, self.resolution, flip=bool(flip)) for flip in flips])
             sizes = torch.stack([size_and_crop(image, self.resolution, flip=bool(flip)) for flip in flips])
         except UnreadableImageError:
@@ -321,6 +378,44 @@ class _Captions(Dataset):
 
 
 @dataclass(frozen=True)
+class _Copies:
+    """Which copies of remote files are needed, while their images are encoded into shards.
+
+    rows: of each record, ascending. keep: whether copies stay when they aren't needed any more.
+    """
+
+    images: StreamedImages
+    rows: np.ndarray
+    shards: Shards
+    keep: bool
+    failures: dict[int, RemoteError] = field(default_factory=dict)  # by file; not tried twice in one start
+
+    def bring(self, record_ids: list[int]) -> None:
+        """Have the files of some records here, and fetch the next ones in the background. Raises RemoteError."""
+        numbers = sorted({self.images.file_of(row) for row in self.rows[record_ids].tolist()})
+        for number in numbers:
+            if number in self.failures:
+                raise self.failures[number]
+            try:
+                self.images.bring([number])
+            except RemoteError as error:
+                self.failures[number] = error
+                raise
+        self.images.fetch_ahead(numbers[-1], self.is_needed)
+
+    def is_needed(self, number: int) -> bool:
+        """Whether a shard that isn't finished has an image of a file."""
+        file = self.images.files[number]
+        first, end = np.searchsorted(self.rows, [file.start, file.end]).tolist()
+        shards = range(first // self.shards.per_shard, -(-end // self.shards.per_shard)) if end > first else range(0)
+        return not all(map(self.shards.is_finished, shards))
+
+    def let_go(self) -> None:
+        if not self.keep:
+            self.images.let_go(self.is_needed)
+
+
+@dataclass(frozen=True)
 class _Kind:
     """What is encoded at once, images or captions: the shards of each encoding, the data, the encoder, its batch size.
 
@@ -332,6 +427,17 @@ class _Kind:
     records: Dataset
     encode: Callable[[dict[str, Any]], dict[str, np.ndarray]]
     batch_size: int
+    copies: _Copies | None = None  # of remote files
+
+    def bring(self, record_ids: list[int]) -> None:
+        """Have what some records are encoded from at hand. Raises RemoteError."""
+        if self.copies is not None:
+            self.copies.bring(record_ids)
+
+    def let_go(self) -> None:
+        """Let go what is not needed any more."""
+        if self.copies is not None:
+            self.copies.let_go()
 
     @property
     def count(self) -> int:
@@ -385,13 +491,17 @@ def _kinds(
     images = _Images(table, rows, sides, settings.data.resolution, orientations)
     captions = _Captions(folder, parts.tokenize)
     images_at_once = max(1, 2 * pairs_at_once // orientations)
+    shards, copies = plan.images(folder), None
+    if isinstance(table.dataset.images, StreamedImages):
+        copies = _Copies(table.dataset.images, rows, shards[LATENTS], settings.cache.keep_source)
     return [
         _Kind(
             "latents",
-            plan.images(folder),
+            shards,
             images,
             lambda batch: _encode_images(parts, batch, plan, accelerator),
             images_at_once,
+            copies,
         ),
         _Kind(
             "text",
@@ -432,7 +542,7 @@ def _encode_captions(parts: PipelineParts, batch: dict, accelerator: Accelerator
 def _estimate(folder: Path, plan: ExamplePlan, kinds: list[_Kind], num_processes: int) -> str:
     """A line with a cache's gigabytes and hours. One batch of each kind is timed, after another that warms up."""
     seconds = 0.0
-    for kind in kinds:
+    for kind in kinds if kinds[0].copies is None else ():
         unfinished = kind.unfinished()
         one_batch = list(range(min(kind.batch_size, kind.count)))
         for _ in range(2 if unfinished else 0):
@@ -444,8 +554,11 @@ def _estimate(folder: Path, plan: ExamplePlan, kinds: list[_Kind], num_processes
             seconds += missing * elapsed / len(one_batch) / num_processes
     latents, text = (kind.num_bytes / 1e9 for kind in kinds)
     duration = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
+    time_needed = f"about {duration} from here on {num_processes} processes (one batch timed, decoding included)"
+    if kinds[0].copies is not None:
+        count, kept = len(kinds[0].copies.images.files), "kept" if kinds[0].copies.keep else "each let go when encoded"
+        time_needed = f"from {count:,} remote files, {kept}"
     return (
         f"example cache in {folder}: {plan.num_images:,} images, {plan.num_prompts:,} captions of {plan.num_pairs:,} "
-        f"pairs; {latents:.3g} GB of latents, {text:.3g} GB of text states; about {duration} from here on "
-        f"{num_processes} processes (one batch timed, decoding included)"
+        f"pairs; {latents:.3g} GB of latents, {text:.3g} GB of text states; {time_needed}"
     )

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from xdpo.cache import ExampleCache
-from xdpo.cache.examples import PRECISION
+from xdpo.cache.examples import PRECISION, SOURCE
 from xdpo.compute import device_kind, precision_of
 from xdpo.config import Config
 from xdpo.data import PairTable, Split
@@ -21,6 +21,11 @@ def examples_folder(settings: Config, split: Split) -> Path:
     if settings.cache.examples is None:
         raise ValueError("cache.examples is null: this run has no example cache")
     return Path(settings.cache.examples) / split.value
+
+
+def source_folder(settings: Config, split: Split) -> Path:
+    """Where remote files are read into while a cache is filled from them."""
+    return examples_folder(settings, split) / SOURCE
 
 
 def example_key(settings: Config, split: Split) -> dict[str, Any]:

@@ -15,7 +15,14 @@ from xdpo.data import PairDataset, PairTable, Split, UnpairedDataset, label_imag
 from xdpo.data.examples import Tokenize
 from xdpo.families import PipelineParts
 from xdpo.files import is_own, reading, replacing
-from xdpo.precompute.keys import encoders_precision, example_key, examples_folder, reference_key, takes_single_images
+from xdpo.precompute.keys import (
+    encoders_precision,
+    example_key,
+    examples_folder,
+    reference_key,
+    source_folder,
+    takes_single_images,
+)
 
 Pairs = PairTable | ExampleCache
 Examples = PairDataset | CachedPairDataset | UnpairedDataset
@@ -36,7 +43,7 @@ def open_pairs(settings: Config, accelerator: Accelerator, split: Split) -> Pair
         if note := pairs.plan.precision_note(encoders_precision(settings)):
             accelerator.print(f"cache.examples: {pairs.folder}: {note}")
     else:
-        pairs = load_table(settings, accelerator, split)
+        pairs = load_table(settings, accelerator, split, in_order=split.is_held_out)
     if takes_single_images(settings, split):
         label_images(*pairs.image_names())  # refuses data in which all images have one label
     return pairs
@@ -82,16 +89,25 @@ def latent_shape(pairs: Pairs, parts: PipelineParts, settings: Config) -> tuple[
     return parts.latent_shape(settings.data.resolution)
 
 
-def load_table(settings: Config, accelerator: Accelerator, split: Split) -> PairTable:
+def load_table(settings: Config, accelerator: Accelerator, split: Split, *, in_order: bool) -> PairTable:
     """The pairs of the `data` section, or the held-out ones of the `eval` section, from their source.
 
-    Every process calls it, and all return together.
+    in_order: whether their images will be read in the order of their rows. Every process calls it, and all return
+    together.
     """
     max_pairs = settings.eval.pairs if split.is_held_out else None
+    streamed_into = source_folder(settings, split) if settings.cache.examples else None
     with processes.one_first(
         accelerator.is_main_process
-    ):  # the first process converts the files, the others find them converted
-        return load_pairs(settings.data, **source_of(settings, split), max_pairs=max_pairs)
+    ):  # the first process indexes or converts the files, the others find it done
+        return load_pairs(
+            settings.data,
+            **source_of(settings, split),
+            max_pairs=max_pairs,
+            in_order=in_order,
+            streamed_into=streamed_into,
+            keep_source=settings.cache.keep_source,
+        )
 
 
 def source_of(settings: Config, split: Split) -> dict[str, Any]:
@@ -130,7 +146,7 @@ def copy_examples(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir(), key=lambda path: path.name == MANIFEST):
         copied = target / path.name
-        if is_own(path) or (copied.is_file() and copied.stat().st_size == path.stat().st_size):
+        if is_own(path) or path.is_dir() or (copied.is_file() and copied.stat().st_size == path.stat().st_size):
             continue
         with replacing(copied, "wb") as out:
             for piece in _pieces(path):
