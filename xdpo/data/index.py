@@ -1,7 +1,7 @@
 """Parquet files and tars read in place: an index of what lies where, made once for a set of files.
 
 The index holds the columns without images, each image's size and, for tars, where it begins; a million pairs take some
-300 MB. It lies in the `datasets` cache (HF_DATASETS_CACHE), mapped into memory, and is made anew when a file changes.
+200 MB. It lies in the `datasets` cache (HF_DATASETS_CACHE), mapped into memory, and is made anew when a file changes.
 Making it reads parquet files whole, since an image's size stands beside the image, and of tars the headers and texts.
 """
 
