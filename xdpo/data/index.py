@@ -1,7 +1,7 @@
 """Parquet files and tars read in place: an index of what lies where, made once for a set of files.
 
 The index holds the columns without images, each image's size and, for tars, where it begins; a million pairs take some
-300 MB. It lies in the `datasets` cache (HF_DATASETS_CACHE), mapped into memory, and is made anew when a file changes.
+200 MB. It lies in the `datasets` cache (HF_DATASETS_CACHE), mapped into memory, and is made anew when a file changes.
 Making it reads parquet files whole, since an image's size stands beside the image, and of tars the headers and texts.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from xdpo.data import identity
 from xdpo.data.identity import file_states, image_sha256, sampled_rows
@@ -45,6 +46,7 @@ VERSION = 1  # of the index's layout
 PLACES = ("size_0", "size_1", "offset_0", "offset_1")  # columns of the index that are no columns of the source
 TEXT_MEMBERS = ("txt", "text", "transcript", "cls", "cls2", "index", "inx", "id", "json", "jsn")
 INDEXED_AT_ONCE = 4  # files, on as many cores
+BAR_AFTER = 5.0  # seconds
 MOST_GROUP_BYTES = 32 * 2**20
 """The largest row group, of the images of one side, from which single images are read in place at random."""
 
@@ -86,7 +88,7 @@ def parquet_rows_in_place(groups: Sequence[Alike], num_proc: int | None) -> Rows
                 measured = measure_parquet(parts[number], within(sampled, ends, number))
             return texts, measured
 
-        indexed = each(of_part, len(parts), num_proc)
+        indexed = each(of_part, len(parts), num_proc, "index")
         table = pa.concat_tables([texts for texts, _ in indexed], promote_options="default")
         return with_sizes(table, [measured for _, measured in indexed]), ends
 
@@ -172,7 +174,7 @@ def tar_rows_in_place(files: Sequence[str], num_proc: int | None) -> Rows | None
             with _named(files[number], "webdataset", len(files)):
                 return tar_table(files[number], names)
 
-        tables = each(of_part, len(files), num_proc)
+        tables = each(of_part, len(files), num_proc, "index")
         ends = np.cumsum([len(table) for table in tables]).tolist()
         try:
             table = pa.concat_tables(tables, promote_options="permissive")
@@ -339,13 +341,23 @@ def within(sampled: np.ndarray, ends: Sequence[int], number: int) -> dict[int, i
     return {row - start: row for row in sampled.tolist() if start <= row < ends[number]}
 
 
-def each(of_part: Callable[[int], Any], count: int, num_proc: int | None) -> list[Any]:
-    """The result for each number, in order, from num_proc threads, None: some; the first error ends it."""
-    with ThreadPoolExecutor(num_proc or min(count, os.cpu_count() or 1, INDEXED_AT_ONCE)) as pool:
+def each(of_part: Callable[[int], Any], count: int, num_proc: int | None, what: str) -> list[Any]:
+    """The result for each number, in order, from num_proc threads, None: some; the first error ends it.
+
+    what: is done, for the progress bar that is shown where it takes long.
+    """
+    with (
+        ThreadPoolExecutor(num_proc or min(count, os.cpu_count() or 1, INDEXED_AT_ONCE) or 1) as pool,
+        tqdm(total=count, desc=what, unit="file", delay=BAR_AFTER) as bar,
+    ):
+        results = []
         try:
-            return list(pool.map(of_part, range(count)))
+            for result in pool.map(of_part, range(count)):
+                results.append(result)
+                bar.update()
         finally:
             pool.shutdown(cancel_futures=True)
+    return results
 
 
 @contextmanager

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from xdpo.data.identity import image_sha256, sampled_rows
 from xdpo.data.index import (
@@ -326,7 +325,6 @@ def _first_pass(urls: Sequence[str], folder: Path, keep: Callable[[str, Path], N
             return
         try:
             keep(urls[number], _kept(folder, number))
-            bar.update()
         except RemoteError as error:
             failures.append(str(error))
         except (DataError, StorageError):
@@ -334,8 +332,7 @@ def _first_pass(urls: Sequence[str], folder: Path, keep: Callable[[str, Path], N
         except Exception as error:  # pyarrow and tarfile have no error in common
             failures.append(f"{urls[number]}: {first_line(error)}")
 
-    with tqdm(total=len(missing), desc="captions and labels", unit="file", disable=not missing) as bar:
-        each(of_file, len(missing), at_once)
+    each(of_file, len(missing), at_once, "captions and labels")
     if failures:
         raise not_all_read(failures, len(urls))
 
