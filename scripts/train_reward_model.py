@@ -120,8 +120,8 @@ def train(settings: Config, options: argparse.Namespace, accelerator: "Accelerat
     folder: Path = options.output
     torch.manual_seed(settings.seed)
     model, preparation = build(options, settings)
-    table = precompute.load_table(settings, accelerator, Split.TRAIN)
-    held_out = precompute.load_table(settings, accelerator, Split.HELD_OUT)
+    table = precompute.load_table(settings, accelerator, Split.TRAIN, in_order=False)
+    held_out = precompute.load_table(settings, accelerator, Split.HELD_OUT, in_order=True)
     accelerator.print(f"{len(table):,} pairs to train on, {len(held_out):,} held out")
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=0.0)
     prepared, optimizer = accelerator.prepare(model, optimizer)

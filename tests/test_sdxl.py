@@ -219,7 +219,7 @@ def test_each_image_of_a_pair_is_told_its_own_size(run_xl, xl_pipeline, uneven_p
     arguments = command(xl_pipeline, uneven_pairs, tmp_path / "x", ORIGINAL)
     settings = load_config(arguments[1], arguments[2:])
     parts, accelerator = load_parts(settings.model), build_accelerator(settings)
-    table = precompute.load_table(settings, accelerator, Split.TRAIN)
+    table = precompute.load_table(settings, accelerator, Split.TRAIN, in_order=False)
     with_cache = settings.model_copy(
         update={"cache": settings.cache.model_copy(update={"examples": str(tmp_path / "cache"), "dtype": "fp32"})}
     )
