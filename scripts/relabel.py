@@ -26,7 +26,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 
 from xdpo import ending, processes
 from xdpo.arguments import positive
@@ -34,6 +33,7 @@ from xdpo.data.images import UnreadableImageError, decode_rgb
 from xdpo.data.table import check_images, kind_of
 from xdpo.files import check_writable, only_run, reading, replacing
 from xdpo.paths import expanded, matching, user_path
+from xdpo.progress import Progress
 from xdpo.scorers.interface import Scorer
 from xdpo.scorers.loading import load_scorer, scorer_version
 from xdpo.scores.scoring import choose_device
@@ -86,7 +86,7 @@ def relabel_missing(options: argparse.Namespace, state: PartialState) -> None:
             device = choose_device(options.device, state.device)
             scorer = load_scorer(options.scorer, device, options.weights)
             order = list(todo)
-            with tqdm(desc="relabel", total=len(todo), unit="file", disable=not state.is_main_process) as progress:
+            with Progress(desc="relabel", total=len(todo), unit="file", disable=not state.is_main_process) as progress:
                 for number in processes.deal("files", range(len(order))):
                     file = order[number]
                     try:

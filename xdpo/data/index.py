@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from xdpo.data import identity
 from xdpo.data.identity import file_states, image_sha256, sampled_rows
@@ -36,6 +35,7 @@ from xdpo.data.rows import (
 from xdpo.data.shards import Alike, first_line
 from xdpo.data.table import DataError, canonical_names, check_images, require_columns
 from xdpo.files import StorageError, reading, replacing, storage_fault, writing
+from xdpo.progress import Progress
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -348,7 +348,7 @@ def each(of_part: Callable[[int], Any], count: int, num_proc: int | None, what: 
     """
     with (
         ThreadPoolExecutor(num_proc or min(count, os.cpu_count() or 1, INDEXED_AT_ONCE) or 1) as pool,
-        tqdm(total=count, desc=what, unit="file", delay=BAR_AFTER) as bar,
+        Progress(total=count, desc=what, unit="file", delay=BAR_AFTER) as bar,
     ):
         results = []
         try:

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from xdpo import processes
 from xdpo.batch import Conditioning, Tokens
 from xdpo.cache import Shards
 from xdpo.families import PipelineParts, pipeline_with
 from xdpo.files import StorageError, storage_fault, write_text
+from xdpo.progress import Progress
 from xdpo.runs import finished_checkpoints, step_of
 
 
@@ -89,7 +89,7 @@ class SampledRounds:
         latents, first = self.latents(round_number), round_number * self.count
         is_main = self.accelerator.is_main_process
         missing = processes.agree(self._prepare_folder(latents, round_number, made_from) if is_main else None)
-        bar = tqdm(total=len(missing), desc=self.title, unit="batch", leave=False, disable=not is_main)
+        bar = Progress(total=len(missing), desc=self.title, unit="batch", leave=False, disable=not is_main)
         with bar, self.accelerator.autocast():
             written = 0
             for number in processes.deal(f"{self.title}/{round_number}", range(len(missing)), self.is_asked_to_stop):

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from xdpo import processes
 from xdpo.batch import Tokens
@@ -30,6 +29,7 @@ from xdpo.families import PipelineParts, load_parts
 from xdpo.files import PART, appears, file_sha256, is_own, only_run, replacing, sweep
 from xdpo.precompute.keys import example_key, examples_folder
 from xdpo.precompute.opening import load_table, refuse_without_sizes, source_of
+from xdpo.progress import Progress
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -126,7 +126,7 @@ def build_examples(
         unfinished = processes.agree(kind.unfinished() if is_main else None)
         before = np.cumsum([0, *(len(kind.records_of(shard)) for shard in unfinished)]).tolist()
         name = f"{folder.name}/{kind.name}"
-        with tqdm(total=before[-1], desc=name, unit="record", disable=not is_main) as bar:
+        with Progress(total=before[-1], desc=name, unit="record", disable=not is_main) as bar:
             for number in processes.deal(f"examples/{name}", range(len(unfinished))):
                 bar.update(before[number] - bar.n)  # earlier shards are done, or being written by other processes
                 try:
@@ -186,7 +186,7 @@ def _measure_rest(name: str, images: StreamedImages, kind: "_Kind", failures: se
         raise not_all_read(everyone, len(every))
 
 
-def _write_shard(kind: "_Kind", shard: int, num_workers: int, bar: tqdm) -> None:
+def _write_shard(kind: "_Kind", shard: int, num_workers: int, bar: Progress) -> None:
     """Encode a shard's records into memory of their final size and type, and write them."""
     record_ids, filled = list(kind.records_of(shard)), 0
     kind.bring(record_ids)
@@ -224,7 +224,7 @@ def verify_examples(
             if processes.count() == 1:  # several read the same sample
                 kind.let_go()
         for name, shards in kind.shards.items():
-            shards.verify(partial(tqdm, desc=f"checksums of {name}", unit="shard"))
+            shards.verify(partial(Progress, desc=f"checksums of {name}", unit="shard"))
             again = np.concatenate([encoded[name] for encoded in encoded_again])
             cached = np.stack([[shards.read(record, part) for part in range(shards.shape[0])] for record in sample])
             difference = float(np.linalg.norm(again - cached.astype(np.float32)) / np.linalg.norm(again))

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from xdpo import processes
 from xdpo.data.images import UnreadableImageError, decode_rgb
 from xdpo.images.reading import Picture
+from xdpo.progress import Progress
 from xdpo.scores.scoring import SAVE_SECONDS
 from xdpo.scores.table import ScoreKey, ScoreTable
 
@@ -108,7 +108,7 @@ def measure_missing(pictures: Sequence[Picture], baseline: str, table: ScoreTabl
     try:
         with (
             ThreadPoolExecutor() as pool,
-            tqdm(total=todo, desc="statistics", unit="image", disable=not (todo and is_first)) as bar,
+            Progress(total=todo, desc="statistics", unit="image", disable=not (todo and is_first)) as bar,
         ):
             for start in processes.deal("statistics", range(0, len(order), SHARE)):
                 share = order[start : start + SHARE]

@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from xdpo import processes
 from xdpo.data.images import UnreadableImageError, decode_rgb
 from xdpo.images.reading import Picture, Problem
+from xdpo.progress import Progress
 from xdpo.scorers.interface import Scorer
 from xdpo.scorers.loading import load_scorer
 from xdpo.scores.table import Placement, ScoreKey, ScoreTable
@@ -186,7 +186,7 @@ def prepared_batches(
     dealt = (list(range(starts[n], starts[n + 1])) for n in processes.deal(f"scoring/{work}", range(len(batches))))
     items = _Prepared(preprocess, [picture.path for picture in pictures])
     loader = DataLoader(items, batch_sampler=dealt, num_workers=workers, collate_fn=list)
-    with tqdm(total=len(pictures), desc=work, unit="image", disable=processes.rank() > 0) as progress:
+    with Progress(total=len(pictures), desc=work, unit="image", disable=processes.rank() > 0) as progress:
         for batch in loader:
             yield [(pictures[index], item) for index, item in batch]
             progress.update(batch[-1][0] + 1 - progress.n)  # earlier ones are another process's, or done
