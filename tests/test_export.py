@@ -110,11 +110,7 @@ def test_a_run_writes_its_whole_checkpoint_from_its_moving_average_and_other_aut
 
 @pytest.mark.parametrize(("model", "counts"), [("sd15", (686, 248, 196)), ("sdxl", (1680, 248, 196, 389))])
 def test_names_are_those_of_the_published_checkpoints(model, counts):
-    """The library turns them back into its own, with the same shapes.
-
-    The published files have 1,131 and 2,515 weights, which are these with each CLIP's position_ids and OpenCLIP's
-    logit_scale, which nobody reads.
-    """
+    """The library turns them back into its own, with the same shapes."""
     with torch.device("meta"):
         parts = TRUE_MODELS[model].build()
     found = []
