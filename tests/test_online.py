@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from tolerances import assert_same_but_for_rounding
 from training_runs import assert_same_run, command, rows_of
 
 from xdpo.batch import Batch, LatentMoments, Tokens, join_pairs, take_pairs
@@ -146,8 +147,9 @@ def rewards(tmp_path_factory):
 
 @pytest.fixture
 def online(rewards):
-    """Overrides of a run with three rounds of three prompts with three images each, sampled four at a time."""
+    """Overrides of a run with two rounds of three prompts with three images each, sampled four at a time."""
     return [
+        "train.max_steps=4",
         "feed.name=online_pairs",
         "online.every=2",
         "online.prompts_per_round=3",
@@ -176,10 +178,10 @@ def trained(monkeypatch):
 def test_a_run_trains_on_the_best_and_the_worst_of_its_own_images(run, online, rewards, trained):
     status, folder = run("run", *online)
     assert status == 0
-    records = [json.loads((folder / "online" / f"{number:05d}.json").read_text()) for number in range(3)]
+    records = [json.loads((folder / "online" / f"{number:05d}.json").read_text()) for number in range(2)]
     red = [np.array(record["scores"][f"{rewards}:Red"]).reshape(3, 3) for record in records]
     assert records[0]["prompts"] != records[1]["prompts"]  # rounds go on through the captions
-    assert len(trained) == 6 * 2
+    assert len(trained) == 4 * 2
     for round_number, batch, _ in trained:
         for name in batch.pair_ids:
             words = name.replace(",", "").split()
@@ -187,22 +189,22 @@ def test_a_run_trains_on_the_best_and_the_worst_of_its_own_images(run, online, r
             group = red[round_number][prompt]
             assert words[1] == str(round_number + 1) and group[chosen] == group.max() > group[rejected] == group.min()
     rounds = [row for row in rows_of(folder) if "online/items" in row]
-    assert [row["step"] for row in rounds] == [1, 3, 5]
+    assert [row["step"] for row in rounds] == [1, 3]
     for row, scores, record in zip(rounds, red, records, strict=True):
         assert row[f"online/reward/{rewards}:Red"] == pytest.approx(scores.mean())
         assert row[f"online/reward_spread/{rewards}:Red"] == pytest.approx(scores.std(axis=1).mean())
         lengths = [len(prompt) for prompt in record["prompts"]]
         assert row[f"online/held_out_reward/{rewards}:Long"] == pytest.approx(np.mean(lengths))
-    assert (folder / "samples" / "round_00002.png").is_file() and not (folder / "online_samples").exists()
+    assert (folder / "samples" / "round_00001.png").is_file() and not (folder / "online_samples").exists()
 
 
 def test_the_moments_of_a_round_are_those_of_all_rounds_so_far(run, online, rewards):
     _, folder = run("run", *online)
-    records = [json.loads((folder / "online" / f"{number:05d}.json").read_text()) for number in range(3)]
+    records = [json.loads((folder / "online" / f"{number:05d}.json").read_text()) for number in range(2)]
     name = f"{rewards}:Red"
     so_far = np.concatenate([record["scores"][name] for record in records])
-    count, mean, squares = records[2]["moments"][name]
-    assert (count, mean) == (27, pytest.approx(so_far.mean())) and squares == pytest.approx(so_far.var() * 27)
+    count, mean, squares = records[1]["moments"][name]
+    assert (count, mean) == (18, pytest.approx(so_far.mean())) and squares == pytest.approx(so_far.var() * 18)
 
 
 def test_a_run_that_ends_within_a_round_resumes_bit_for_bit(run, online):
@@ -232,22 +234,21 @@ def test_a_run_killed_while_it_makes_a_round_makes_the_rest_and_ends_the_same(ru
     assert status == 0
     assert_same_run(whole, parts)
     # Whatever was finished isn't made again: 3 batches a round are sampled and scored, and a sheet drawn.
-    every = {"_sample": 3 * 3, "_images": 3 * 4, "_write_record": 3}[place]
+    every = {"_sample": 2 * 3, "_images": 2 * 4, "_write_record": 2}[place]
     assert made + len(calls[made:]) == every + 1
 
 
 @pytest.mark.slow
 def test_one_process_and_two_make_the_same_rounds(run, online, small_pipeline, small_pairs, tmp_path):
-    from conftest import launch
+    from forks import launch
 
-    online = [*online, "train.micro_batch_pairs=1", "train.max_steps=4"]
+    online = [*online, "train.micro_batch_pairs=1"]
     _, one = run("one", *online)
     ended = launch("train_xdpo.py", command(small_pipeline, small_pairs, tmp_path / "two", *online), processes=2)
     assert ended.returncode == 0, ended.stderr[-3000:]
     first, second = ((folder / "online" / "00000.json").read_bytes() for folder in (one, tmp_path / "two"))
     assert first == second
-    figures = [[row["loss"] for row in rows_of(folder) if "loss" in row] for folder in (one, tmp_path / "two")]
-    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+    assert_same_but_for_rounding(one, tmp_path / "two")
 
 
 def test_a_share_of_the_pairs_can_be_the_datas(run, online, monkeypatch):
@@ -262,15 +263,15 @@ def test_a_share_of_the_pairs_can_be_the_datas(run, online, monkeypatch):
     monkeypatch.setattr(Learner, "micro_step", see)
     status, _ = run("run", *online, "online.offline_share=0.5", "train.total_batch_pairs=8")
     sampled = [name for name in seen if name.startswith("round ")]
-    assert status == 0 and len(seen) == 48 and 12 < len(sampled) < 36
+    assert status == 0 and len(seen) == 32 and 8 < len(sampled) < 24
 
 
 def test_a_renewed_reference_is_the_policy_where_a_round_begins(run, online):
     _, folder = run("run", *online, "online.renew_reference=true", "optim.learning_rate=1e-3")
     rows = [row for row in rows_of(folder) if "margin" in row]
-    assert [row["margin"] == 0 for row in rows] == [True, False] * 3
+    assert [row["margin"] == 0 for row in rows] == [True, False] * 2
     _, fixed = run("fixed", *online, "optim.learning_rate=1e-3")
-    assert [row["margin"] == 0 for row in rows_of(fixed) if "margin" in row] == [True] + [False] * 5
+    assert [row["margin"] == 0 for row in rows_of(fixed) if "margin" in row] == [True] + [False] * 3
 
 
 def test_a_renewed_reference_is_resumed(run, online):
@@ -327,7 +328,7 @@ def test_images_are_trained_on_one_by_one_each_as_good_as_its_reward(run, images
 
     monkeypatch.setattr(OnlineImages, "batch", see)
     status, folder = run("run", *images_of)
-    assert status == 0 and len(batches) == 12
+    assert status == 0 and len(batches) == 8
     for round_number, batch in batches:
         record = json.loads((folder / "online" / f"{round_number:05d}.json").read_text())
         scores = np.array(record["scores"][f"{rewards}:Red"]).reshape(3, 3)
@@ -336,7 +337,7 @@ def test_images_are_trained_on_one_by_one_each_as_good_as_its_reward(run, images
         numbers = [int(name.split()[1]) for name in names]
         assert batch.single.optimality.tolist() == pytest.approx(expected[numbers], rel=1e-6)
         assert batch.single.desirable.tolist() == [bool(value > 0.5) for value in expected[numbers]]
-    assert [row["online/items"] for row in rows_of(folder) if "online/items" in row] == [9, 9, 9]
+    assert [row["online/items"] for row in rows_of(folder) if "online/items" in row] == [9, 9]
 
 
 @pytest.mark.parametrize("objective", ["diffusion_nft", "diffusion_kto"])
@@ -374,7 +375,7 @@ def test_rewards_that_give_no_pair_end_the_run_and_say_so(run, online, rewards, 
 def test_images_whose_reward_is_not_finite_are_in_no_pair_and_counted(run, online, rewards):
     status, folder = run("run", *online, f"online.rewards=[{rewards}:Sometimes]", "online.images_per_prompt=6")
     rounds = [row for row in rows_of(folder) if "online/items" in row]
-    records = [json.loads((folder / "online" / f"{number:05d}.json").read_text()) for number in range(3)]
+    records = [json.loads((folder / "online" / f"{number:05d}.json").read_text()) for number in range(2)]
     assert status == 0
     for row, record in zip(rounds, records, strict=True):
         assert row["online/not_finite"] == sum(np.isnan(record["scores"][f"{rewards}:Sometimes"]))

@@ -59,9 +59,13 @@ def test_every_key_that_is_a_path_expands_the_home_folder(home, tmp_path):
     for key in keys:
         section, name = key.split(".")
         assert getattr(getattr(config, section), name) == str(home / "x"), key
+    online = ["online.prompts", "online.scorer_weights"]
+    section = load_config("~/child.yaml", ["feed.name=online_pairs", *(f"{key}=~/x" for key in online)]).online
+    assert section.prompts == section.scorer_weights == str(home / "x")
     about_places = ("path", "folder")
     told = [key for key, field in KEYS.items() if any(word in field.description for word in about_places)]
-    assert set(told) - {"output_dir", "data.path", "data.source", *keys} == set(), "a new key that may be a path"
+    others = {"output_dir", "data.path", "data.source", "cache.keep_source", "export.formats"}
+    assert set(told) - {*others, *keys, *online} == set(), "a new key that may be a path"
 
 
 def test_command_lines_expand_the_home_folder(home):

@@ -717,10 +717,13 @@ def test_every_embedded_config_runs_two_steps(path, tmp_path, monkeypatch):
     draws = path.stem in ("xdpo", "xdpo_lora")
     samples = ["samples.num_inference_steps=2", "eval.every=2", f"samples.every={2 * draws}", "log.trackers=[]"]
     samples += ["self_play.every=1", "self_play.buffer_pairs=4", "self_play.num_inference_steps=2"]
+    if load_config(path).feed.is_online:
+        samples += ["online.every=1", "online.prompts_per_round=2", "online.images_per_prompt=2"]
+        samples += ["online.num_inference_steps=2", "online.batch_size=4"]
     status = train_xdpo.main(["--config", str(path), f"output_dir={tmp_path / 'run'}", *small, *samples])
 
     assert status == 0
-    loss = rows_of(tmp_path / "run")[1]["loss"]
+    loss = next(row["loss"] for row in rows_of(tmp_path / "run") if "loss" in row)
     if load_config(path).loss.name in ("xdpo", "diffusion_dpo", "chipo", "f_dpo", "seppo"):
         assert loss == pytest.approx(math.log(2))
     assert math.isfinite(loss)

@@ -95,8 +95,8 @@ def family_of_loaded(pipeline: "DiffusionPipeline") -> Family:
 
 
 def choices_of_loaded(pipeline: "DiffusionPipeline") -> Choices:
-    """The choices of a pipeline that `pipeline_with` made."""
-    return pipeline.caption_choices
+    """The choices of a pipeline that `pipeline_with` made; none of one that the library loaded."""
+    return getattr(pipeline, "caption_choices", {})
 
 
 def check_model(model: ModelConfig) -> None:
