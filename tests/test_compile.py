@@ -165,8 +165,7 @@ def test_the_transformers_of_flows_are_one_graph_too(request, flow, trainable, c
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("trainable", ["full", "lora"])
+@pytest.mark.parametrize(("trainable", "checkpointing"), [("full", True), ("lora", False)])
 def test_the_first_margin_is_0_to_the_bit_where_the_compiler_fuses(trainable, checkpointing, compiling):
     """inductor rounds a forward that saves activations differently from one that doesn't."""
     check_one_arithmetic(trainable, checkpointing, compiling("inductor"))
