@@ -201,12 +201,12 @@ class OnlineRounds:
         return True
 
     def _refuse_lost_round(self, round_number: int, step_number: int) -> None:
-        latents = self.samples.latents(round_number)
-        if not (self._record(round_number).is_file() and all(map(latents.is_finished, range(len(latents))))):
+        if not (self._record(round_number).is_file() and self.samples.is_whole(round_number)):
             start = round_number * self.settings.online.every
+            folder = self.samples.latents(round_number).folder
             raise runs.CheckpointError(
                 f"the run goes on from step {step_number}, within the round that began at step {start}, and images of "
-                f"that round are gone from {latents.folder}, or its record {self._record(round_number)}. Put them "
+                f"that round are gone from {folder}, or its record {self._record(round_number)}. Put them "
                 f"back, or remove the checkpoints after step {start}"
             )
 

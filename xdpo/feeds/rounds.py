@@ -69,12 +69,8 @@ class SampledRounds:
             self._opened = round_number, shards
         return self._opened[1]
 
-    def made_from(self, round_number: int) -> dict[str, Any] | None:
-        """What a round's latents were made from, as it was given to `fill`; None where there are none."""
-        record = self._record(round_number)
-        return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
-
     def is_whole(self, round_number: int) -> bool:
+        """Whether all images of a round are on the disk."""
         latents = self.latents(round_number)
         return all(latents.is_finished(shard) for shard in range(len(latents)))
 
@@ -114,12 +110,9 @@ class SampledRounds:
         for path in others:
             shutil.rmtree(path, ignore_errors=True)
 
-    def _record(self, round_number: int) -> Path:
-        return self.latents(round_number).folder / "made_from.json"
-
     def _prepare_folder(self, latents: Shards, round_number: int, made_from: Mapping[str, Any]) -> list[int]:
         """Create a round's folder, or resume it. Returns the missing shards; one process calls it."""
-        record, written = self._record(round_number), json.dumps(made_from, indent=2) + "\n"
+        record, written = latents.folder / "made_from.json", json.dumps(made_from, indent=2) + "\n"
         try:
             if not record.is_file() or record.read_text(encoding="utf-8") != written:
                 if latents.folder.exists():
