@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
 
-from xdpo.arguments import positive
+from xdpo.arguments import count, positive
 from xdpo.config import Config, config_parser, load_config
 from xdpo.paths import user_path
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from PIL import Image
     from torch import Tensor
 
     from xdpo.data import PairTable
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=positive, default=4000, help="optimizer steps (default: 4000)")
     parser.add_argument("--batch", type=positive, default=128, help="pairs of an optimizer step (default: 128)")
     parser.add_argument("--learning-rate", type=float, default=3e-6, help="after the warm-up (default: 3e-6)")
-    parser.add_argument("--warmup-steps", type=int, default=500, help="at most an eighth of the steps (default: 500)")
+    parser.add_argument("--warmup-steps", type=count, default=500, help="at most an eighth of the steps (default: 500)")
     parser.add_argument("--checkpoint-every", type=positive, default=200, help="default: 200 steps")
     options = parser.parse_intermixed_args(arguments)
     try:
@@ -59,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
         accelerator = build_accelerator(settings)
         if options.batch % accelerator.num_processes:
             raise ValueError(f"--batch {options.batch} can't be divided among {accelerator.num_processes} processes")
+        if not options.learning_rate > 0:
+            raise ValueError(f"--learning-rate must be above 0, got {options.learning_rate}")
         with ending.together():
             train(settings, options, accelerator)
     except ValueError as error:
@@ -73,6 +76,7 @@ class PairBatch(NamedTuple):
     pixels: "Tensor"  # (2, B, 3, R, R), chosen first
     tokens: "dict[str, Tensor]"  # (B, L) each
     weights: "Tensor"  # (B,)
+    unreadable: list[int]  # rows whose images could not be read, and that others stand in for
 
 
 class RewardPairs:
@@ -91,12 +95,15 @@ class RewardPairs:
     def __getitems__(self, positions: Sequence[int]) -> PairBatch:
         import torch
 
-        found = [self._readable(self.order[position]) for position in positions]
+        unreadable: list[int] = []
+        found = [self._readable(self.order[position], unreadable) for position in positions]
         sides = [torch.stack([self.preparation.pixels(images[side]) for _, images in found]) for side in (0, 1)]
         tokens = self.preparation.tokens([self.table.caption(index) for index, _ in found])
-        return PairBatch(torch.stack(sides), tokens, torch.tensor([self.weights[index] for index, _ in found]))
+        weights = torch.tensor([self.weights[index] for index, _ in found])
+        return PairBatch(torch.stack(sides), tokens, weights, unreadable)
 
-    def _readable(self, index: int) -> tuple:
+    def _readable(self, index: int, unreadable: list[int]) -> "tuple[int, list[Image.Image]]":
+        """A pair's index and two images, or the next pair's that can be read. Adds the rows of those that can't."""
         from xdpo.data.images import UnreadableImageError, decode_rgb
 
         for step in range(len(self)):
@@ -104,14 +111,13 @@ class RewardPairs:
             try:
                 return candidate, [decode_rgb(image) for image in self.table.images_of(candidate)]
             except UnreadableImageError:
-                continue
+                unreadable.append(int(self.table.rows[candidate]))
         raise ValueError("no pair has two readable images")
 
 
 def train(settings: Config, options: argparse.Namespace, accelerator: "Accelerator") -> None:
     """Train from the newest checkpoint on, then measure and write the model."""
     import torch
-    from torch.nn.functional import logsigmoid
 
     from xdpo import data, noise, precompute, runs
     from xdpo.data import Split
@@ -126,10 +132,13 @@ def train(settings: Config, options: argparse.Namespace, accelerator: "Accelerat
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=0.0)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     with only_run([folder], "a training of a reward model", is_main=accelerator.is_main_process):
-        start = 0
+        start, decides = 0, what_decides(options, settings, table.fingerprint)
         if resume_from := runs.agree_on_checkpoint(folder):
-            start = runs.load_checkpoint(resume_from, accelerator.unwrap_model(prepared), optimizer)["step"]
+            progress = runs.load_checkpoint(resume_from, accelerator.unwrap_model(prepared), optimizer)
+            refuse_others(folder, progress["extra"], decides)
+            start = progress["step"]
             accelerator.print(f"resumed from {resume_from}")
+        unreadable = data.UnreadableTracker(table, settings.data.max_unreadable_share)
         pairs = RewardPairs(table, preparation, noise.SampleOrder(settings.seed, len(table), shuffle=True))
         sampler = data.StepSampler(
             start_step=start,
@@ -141,13 +150,14 @@ def train(settings: Config, options: argparse.Namespace, accelerator: "Accelerat
         loader = data.make_loader(cast(Any, pairs), sampler, num_workers=settings.data.num_workers)
         warmup = min(options.warmup_steps, options.steps // 8)
         for step, batch in zip(range(start, options.steps), loader, strict=False):
+            unreadable.update(len(batch.weights), batch.unreadable)
             share = min((step + 1) / max(warmup, 1), (options.steps - step) / max(options.steps - warmup, 1))
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * share
             with accelerator.autocast():
                 chosen, rejected = rewards_of(prepared, batch, accelerator.device)
             margin = (chosen - rejected).float()
-            loss = -(batch.weights.to(margin.device) * logsigmoid(margin)).mean()
+            loss = bradley_terry(margin, batch.weights.to(margin.device))
             if not math.isfinite(loss.item()):
                 raise ValueError(f"step {step + 1}: the loss is not finite; try a smaller --learning-rate")
             accelerator.backward(loss)
@@ -160,9 +170,32 @@ def train(settings: Config, options: argparse.Namespace, accelerator: "Accelerat
             if (step + 1) % options.checkpoint_every == 0 or step + 1 == options.steps:
                 bare = accelerator.unwrap_model(prepared)
                 is_main = accelerator.is_main_process
-                runs.save_checkpoint(folder, step + 1, bare, optimizer, is_main=is_main, keep=1)
+                runs.save_checkpoint(folder, step + 1, bare, optimizer, is_main=is_main, keep=1, extra=decides)
         if accelerator.is_main_process:
-            finish(accelerator.unwrap_model(prepared), preparation, held_out, options, accelerator, table.fingerprint)
+            finish(accelerator.unwrap_model(prepared), preparation, held_out, options, accelerator, decides)
+
+
+def what_decides(options: argparse.Namespace, settings: Config, pairs: str) -> dict[str, Any]:
+    """Everything that decides the trained weights, as a checkpoint and the model's record keep it."""
+    names = ("base", "recipe", "steps", "batch", "learning_rate", "warmup_steps")
+    return {"pairs": pairs, "seed": settings.seed} | {name: getattr(options, name) for name in names}
+
+
+def refuse_others(folder: Path, saved: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise ValueError where a checkpoint is of another training than the one that is asked for."""
+    changed = [f"{name}: {saved.get(name)} → {value}" for name, value in asked.items() if saved.get(name) != value]
+    if changed:
+        raise ValueError(
+            f"--output: {folder} holds another training ({', '.join(changed)}); repeat its command, or name a folder "
+            "of its own"
+        )
+
+
+def bradley_terry(margin: "Tensor", weights: "Tensor") -> "Tensor":
+    """Mean of w · −log σ(r(x_w, c) − r(x_l, c)) over pairs (the paper's Eq. 2). margin, weights: (B,)."""
+    from xdpo.loss import negative_log_sigmoid
+
+    return (weights * negative_log_sigmoid(margin)).mean()
 
 
 def build(options: argparse.Namespace, settings: Config) -> "tuple[RewardModel, Preparation]":
@@ -203,7 +236,7 @@ def finish(
     held_out: "PairTable",
     options: argparse.Namespace,
     accelerator: "Accelerator",
-    fingerprint: str,
+    decides: dict[str, Any],
 ) -> None:
     """Measure a trained model on the held-out pairs, and write it."""
     import torch
@@ -220,15 +253,7 @@ def finish(
             right += (chosen > rejected).sum().item() + 0.5 * (chosen == rejected).sum().item()
     low, high = wilson_interval(right, len(pairs))
     accuracy = right / len(pairs)
-    record = {
-        "recipe": options.recipe,
-        "base": str(options.base),
-        "training_pairs": fingerprint,
-        "steps": options.steps,
-        "batch": options.batch,
-        "learning_rate": options.learning_rate,
-        "held_out": {"pairs": len(pairs), "accuracy": accuracy, "interval": [low, high]},
-    }
+    record = {**decides, "held_out": {"pairs": len(pairs), "accuracy": accuracy, "interval": [low, high]}}
     folder = options.output / "reward_model"
     save_reward_model(model.cpu(), preparation, record, folder)
     print(f"{accuracy:.1%} [{low:.1%}, {high:.1%}] of {len(pairs)} held-out pairs ranked as labelled")

@@ -1,6 +1,7 @@
 """A reward model learns what pairs say, resumes, and is a scorer like the others."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -40,8 +41,10 @@ def train(pairs, small_pipeline, tmp_path, monkeypatch):
         options = ["--config", "configs/base.yaml", *SMALL_RUN, *paths, "--output", str(output)]
         given = {"--base": "scratch", "--steps": "6", "--batch": "4", "--learning-rate": "3e-3"}
         given |= {"--checkpoint-every": "3", "--warmup-steps": "1"}
-        given |= dict(zip(arguments[::2], arguments[1::2], strict=True))
-        return program.main([*options, *(word for item in given.items() for word in item)]), output
+        overrides = [word for word in arguments if "=" in word]
+        flags = [word for word in arguments if "=" not in word]
+        given |= dict(zip(flags[::2], flags[1::2], strict=True))
+        return program.main([*options, *overrides, *(word for item in given.items() for word in item)]), output
 
     return call
 
@@ -63,19 +66,48 @@ def test_it_learns_which_image_is_preferred_and_scores_as_evaluate_does(train, c
     assert scorer.version == scorer_version(str(folder / "reward_model"))
 
 
-def test_its_loss_is_bradley_terry_with_each_prompt_counted_once(train, monkeypatch):
-    seen = []
-    original = program.rewards_of
+def test_its_loss_is_bradley_terrys_by_hand():
+    margin, weights = torch.tensor([0.0, 2.0, -1.0]), torch.tensor([1.0, 0.5, 1.5])
+    expected = (math.log(2) + 0.5 * math.log(1 + math.exp(-2)) + 1.5 * math.log(1 + math.exp(1))) / 3
+    assert program.bradley_terry(margin, weights).item() == pytest.approx(expected, rel=1e-6)
 
-    def see(model, batch, device):
-        seen.append((batch, original(model, batch, device)))
-        return seen[-1][1]
 
-    monkeypatch.setattr(program, "rewards_of", see)
-    train("run", "--steps", "1")
-    batch, (chosen, rejected) = seen[0]
-    assert batch.pixels.shape[:2] == (2, 4) and torch.equal(batch.weights, torch.ones(4))  # four pairs of each prompt
-    assert chosen.shape == rejected.shape == (4,)
+def test_the_first_step_goes_down_that_loss(train, monkeypatch):
+    """The loss of a step is that of the rewards of its own images, the preferred ones first."""
+    seen, rewards_of, bradley_terry = [], program.rewards_of, program.bradley_terry
+
+    def see_rewards(*arguments):
+        seen.append(rewards_of(*arguments))
+        return seen[-1]
+
+    def see_loss(margin, weights):
+        seen.append((margin, weights))
+        return bradley_terry(margin, weights)
+
+    monkeypatch.setattr(program, "rewards_of", see_rewards)
+    monkeypatch.setattr(program, "bradley_terry", see_loss)
+    assert train("run", "--steps", "1")[0] == 0
+    (chosen, rejected), (margin, weights) = seen[:2]
+    assert torch.equal(margin, chosen - rejected) and torch.equal(weights, torch.ones(4))  # four pairs of each prompt
+
+
+def test_unreadable_pairs_are_counted_and_too_many_end_it(train, tmp_path, capsys):
+    rows = [pick_a_pic_row(number, jpg_0=b"no image") for number in range(4)]
+    rows += [pick_a_pic_row(number, jpg_1=encoded_image(BLUES[number % 4])) for number in range(4, 8)]
+    path = write_pick_a_pic(tmp_path / "damaged.parquet", rows)
+    status, _ = train("run", f"data.path={path}")
+    assert (
+        status == 1
+        and "pairs read have unreadable images, more than data.max_unreadable_share" in capsys.readouterr().err
+    )
+    assert train("allowed", f"data.path={path}", "data.max_unreadable_share=1")[0] == 0
+
+
+def test_the_folder_of_another_training_is_not_gone_on_with(train, capsys):
+    train("run", "--steps", "3")
+    status, _ = train("run", "--steps", "3", "--learning-rate", "1e-4")
+    assert status == 1 and "holds another training (learning_rate: 0.003 → 0.0001)" in capsys.readouterr().err
+    assert train("run", "--steps", "3")[0] == 0  # measured and written again
 
 
 def test_prompts_with_many_pairs_weigh_less():
@@ -137,6 +169,7 @@ def test_a_reward_model_is_the_cosine_of_the_library():
     ("arguments", "message"),
     [
         (("--base", "gone/clip"), "no CLIP in transformers' format at gone/clip"),
+        (("--learning-rate", "-1"), "--learning-rate must be above 0, got -1.0"),
         (("--learning-rate", "1e30"), "the loss is not finite; try a smaller --learning-rate"),
     ],
 )
