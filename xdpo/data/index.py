@@ -63,18 +63,24 @@ class Measured(NamedTuple):
 # --- parquet -------------------------------------------------------------------------------------------
 
 
+def own_image_columns(group: Alike) -> tuple[str, str]:
+    """The names that files of one kind give to the two images. Raises DataError where they hold no images."""
+    names = canonical_names(group.features)
+    types = {names[field.name]: field.type for field in group.features.arrow_schema if field.name in names}
+    check_images({column: types[column] for column in IMAGE_COLUMNS}, group.files[0])
+    own = {column: name for name, column in names.items()}
+    return own["jpg_0"], own["jpg_1"]
+
+
 def parquet_rows_in_place(groups: Sequence[Alike], num_proc: int | None) -> Rows:
     """The rows of parquet files. num_proc: threads that index files. Raises DataError for a file that can't be read."""
     import pyarrow as pa
 
     parts, files = [], []
     for group in groups:
-        names = canonical_names(group.features)
-        types = {names[field.name]: field.type for field in group.features.arrow_schema if field.name in names}
-        check_images({column: types[column] for column in IMAGE_COLUMNS}, group.files[0])
-        own = {column: name for name, column in names.items()}
+        columns = own_image_columns(group)
         for file in group.files:
-            parts.append(ParquetPart(file, group_rows(_parquet(file)), (own["jpg_0"], own["jpg_1"])))
+            parts.append(ParquetPart(file, group_rows(_parquet(file)), columns))
             files.append((file, group.features))
     ends = np.cumsum([sum(part.groups) for part in parts]).tolist()
 

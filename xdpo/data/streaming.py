@@ -32,6 +32,7 @@ from xdpo.data.index import (
     group_rows,
     measure_parquet,
     names_in_place,
+    own_image_columns,
     parquet_texts,
     tar_table,
     texts_of,
@@ -40,7 +41,7 @@ from xdpo.data.index import (
 from xdpo.data.remote import Remote, RemoteError, RemoteFile, State
 from xdpo.data.rows import IMAGE_COLUMNS, ParquetImages, ParquetPart, Rows, TarImages, TarPart
 from xdpo.data.shards import alike, first_line, members_of, refuse_other_members
-from xdpo.data.table import DataError, canonical_names, check_images, kind_of, require_columns
+from xdpo.data.table import DataError, canonical_names, kind_of, require_columns
 from xdpo.files import StorageError, one_at_a_time, reading, replacing, writing
 from xdpo.tables import TableError
 
@@ -205,15 +206,12 @@ def stream_parquet(urls: Sequence[str], folder: Path) -> Rows:
         files: list[Streamed] = []
         tables, parts = [], []
         for group in groups:
-            names = canonical_names(group.features)
-            types = {names[field.name]: field.type for field in group.features.arrow_schema if field.name in names}
-            check_images({column: types[column] for column in IMAGE_COLUMNS}, group.files[0])
-            own = {column: name for name, column in names.items()}
+            columns = own_image_columns(group)
             for kept in group.files:
                 tables.append(parquet_texts(kept, group.features))
                 files.append(_streamed(Path(kept), files, len(tables[-1])))
                 copy = str(files[-1].copy)
-                parts.append(ParquetPart(copy, tuple(_notes(Path(kept))["groups"]), (own["jpg_0"], own["jpg_1"])))
+                parts.append(ParquetPart(copy, tuple(_notes(Path(kept))["groups"]), columns))
     sampled, ends = sampled_rows(files[-1].end), [file.end for file in files]
     images = ParquetImages(None, (), parts)
 
