@@ -411,6 +411,16 @@ def test_a_round_whose_images_are_gone_is_not_resumed_within(run, online, tmp_pa
     assert run("run", *online)[0] == 0
 
 
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_record_that_is_gone_or_damaged_is_named(run, online, capsys, content):
+    _, folder = run("run", *online, "train.max_steps=2")
+    record = folder / "online" / "00000.json"
+    record.unlink() if content is None else record.write_text(content)
+    status, _ = run("run", *online)  # the next round is normalised by it
+    error = capsys.readouterr().err
+    assert status == 1 and "gone or damaged" in error and str(record) in error and "after step 0" in error
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

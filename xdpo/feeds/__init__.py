@@ -6,7 +6,8 @@ from pathlib import Path
 from xdpo.data import StepSampler, UnpairedDataset
 from xdpo.feeds.interface import Feed
 from xdpo.feeds.offline import OfflineFeed
-from xdpo.feeds.online import OnlineFeed, OnlineImages, OnlinePairs, check_online
+from xdpo.feeds.online import OnlineFeed, OnlineImages, OnlinePairs
+from xdpo.feeds.online_rounds import check_online
 from xdpo.feeds.self_play import SelfPlay, SelfPlayFeed, check_snapshots
 from xdpo.learner import Learner
 from xdpo.precompute import Examples, Pairs, latent_shape

@@ -12,6 +12,7 @@ the samples that exist, and gives the same result.
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,20 @@ from xdpo.families import PipelineParts, pipeline_with
 from xdpo.files import StorageError, storage_fault, write_text
 from xdpo.progress import Progress
 from xdpo.runs import finished_checkpoints, step_of
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Maps a position of the training order to its round and its slot among what the round has."""
+
+    steps: int  # optimizer steps of a round
+    positions: int  # pairs trained on in a round, or images
+    slots: int  # what a round has; if fewer than positions, each is used several times, at other (t, ε)
+
+    def slot(self, position: int) -> tuple[int, int]:
+        """(round, slot) of a position."""
+        round_number, within = divmod(position, self.positions)
+        return round_number, within % self.slots
 
 
 class SampledRounds:

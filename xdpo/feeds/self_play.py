@@ -9,7 +9,6 @@ Snapshots are kept as `output_dir/snapshots/00003/unet.safetensors`, named like 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +25,15 @@ from xdpo.config import Config
 from xdpo.data import PairExamples
 from xdpo.families import PipelineParts
 from xdpo.feeds.offline import OfflineFeed
-from xdpo.feeds.rounds import SampledRounds, encode_on, sample_latents
+from xdpo.feeds.rounds import Rounds, SampledRounds, encode_on, sample_latents
 from xdpo.files import file_sha256, replacing_folder
 from xdpo.runs import CheckpointError
 
 
-@dataclass(frozen=True)
-class Rounds:
-    """Maps a position of the training order to its round and its slot in the round's buffer."""
-
-    steps: int  # optimizer steps of a round
-    positions: int  # pairs trained on in a round
-    slots: int  # images sampled in a round; if fewer than positions, each is used several times, at other (t, ε)
-
-    @classmethod
-    def of(cls, settings: Config) -> "Rounds":
-        positions = settings.self_play.every * settings.train.total_batch_pairs
-        return cls(settings.self_play.every, positions, min(settings.self_play.buffer_pairs or positions, positions))
-
-    def slot(self, position: int) -> tuple[int, int]:
-        """(round, slot) of a position."""
-        round_number, within = divmod(position, self.positions)
-        return round_number, within % self.slots
+def rounds_of(settings: Config) -> Rounds:
+    """The rounds of a config, each with an image for every pair, or for self_play.buffer_pairs of them."""
+    positions = settings.self_play.every * settings.train.total_batch_pairs
+    return Rounds(settings.self_play.every, positions, min(settings.self_play.buffer_pairs or positions, positions))
 
 
 class RoundOrder:
@@ -98,7 +84,7 @@ class SelfPlay:
         self.settings, self.accelerator, self.parts = settings, accelerator, parts
         self.dataset, self.order, self.latent_shape = dataset, dataset.order, latent_shape
         self.reference, self.folder, self.say = reference, folder, say
-        self.rounds = Rounds.of(settings)
+        self.rounds = rounds_of(settings)
         dataset.order = RoundOrder(self.order, self.rounds)
         self.round_number = -1
         self.samples = SampledRounds(
