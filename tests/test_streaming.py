@@ -7,6 +7,7 @@ import random
 import tarfile
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -280,6 +281,7 @@ FILLING = """
 import sys, time
 sys.path.append("tests")
 from pathlib import Path
+from types import SimpleNamespace
 from test_streaming import fill_cache
 from xdpo.families import PipelineParts
 encode = PipelineParts.encode_images
@@ -317,3 +319,17 @@ def test_processes_killed_at_any_moment_go_on_to_the_same_cache(server, expected
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert content_of(folder) == expected
     assert not (folder / "source").exists()
+
+
+def test_a_copy_is_needed_until_every_encoding_of_its_images_is_there():
+    """XL's caches hold sizes beside latents; a kill may fall between the two."""
+    from xdpo.precompute.kinds import _Copies
+
+    def shards(*finished):
+        return SimpleNamespace(per_shard=2, is_finished=lambda number: number in finished)
+
+    files = [SimpleNamespace(start=0, end=3), SimpleNamespace(start=3, end=9), SimpleNamespace(start=9, end=12)]
+    rows = np.array([0, 1, 4, 8])  # of two shards; no image of the third file is encoded
+    latents, sizes = shards(0, 1), shards(0)
+    copies = _Copies(SimpleNamespace(files=files), rows, (latents, sizes), keep=False)
+    assert [copies.is_needed(number) for number in range(3)] == [False, True, False]

@@ -2,32 +2,28 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Dataset
 
 from xdpo import processes
-from xdpo.batch import Tokens
-from xdpo.cache import CacheError, ExampleCache, ExamplePlan, Shards
-from xdpo.cache.examples import LATENTS, SIZES, SOURCE, TABLES, finish, is_finished
+from xdpo.cache import CacheError, ExampleCache, ExamplePlan
+from xdpo.cache.examples import SOURCE, TABLES, finish, is_finished
 from xdpo.config import Config
 from xdpo.data import PairTable, Split, finite_scores, local_files, no_scores
-from xdpo.data.examples import Tokenize
 from xdpo.data.identity import file_states
-from xdpo.data.images import UnreadableImageError, decode_rgb, size_and_crop, square_pixels
 from xdpo.data.remote import RemoteError
 from xdpo.data.streaming import MOST_FAILURES, StreamedImages, not_all_read
 from xdpo.data.table import pair_id
 from xdpo.families import PipelineParts, load_parts
 from xdpo.files import PART, appears, file_sha256, is_own, only_run, replacing, sweep
 from xdpo.precompute.keys import example_key, examples_folder
+from xdpo.precompute.kinds import Kind, kinds_of
 from xdpo.precompute.opening import load_table, refuse_without_sizes, source_of
 from xdpo.progress import Progress
 
@@ -118,7 +114,7 @@ def build_examples(
         if plan.fingerprint not in _fingerprints(table):
             raise CacheError(f"cache.examples: {folder} was begun with other pairs; remove it, or name another folder")
     plan = processes.agree(plan)
-    kinds = _kinds(folder, table, plan, parts, settings, accelerator)
+    kinds = kinds_of(folder, table, plan, parts, settings, accelerator)
     if is_main:
         say(_estimate(folder, plan, kinds, accelerator.num_processes))
     failures: set[str] = set()
@@ -166,7 +162,7 @@ def _fingerprints(table: PairTable) -> tuple[str, ...]:
     return (images.begun_as, table.fingerprint) if are_known else (images.begun_as,)
 
 
-def _measure_rest(name: str, images: StreamedImages, kind: "_Kind", failures: set[str]) -> None:
+def _measure_rest(name: str, images: StreamedImages, kind: Kind, failures: set[str]) -> None:
     """Read the files without an image to encode, which count in the fingerprint too.
 
     Raises RemoteError for all files that no process could read, the `failures` of each. Every process calls it.
@@ -186,7 +182,7 @@ def _measure_rest(name: str, images: StreamedImages, kind: "_Kind", failures: se
         raise not_all_read(everyone, len(every))
 
 
-def _write_shard(kind: "_Kind", shard: int, num_workers: int, bar: Progress) -> None:
+def _write_shard(kind: Kind, shard: int, num_workers: int, bar: Progress) -> None:
     """Encode a shard's records into memory of their final size and type, and write them."""
     record_ids, filled = list(kind.records_of(shard)), 0
     kind.bring(record_ids)
@@ -215,7 +211,7 @@ def verify_examples(
     Raises CacheError for damage, or where a sample differs by more than rounding.
     """
     differences = {}
-    for kind in _kinds(cache.folder, table, cache.plan, parts, settings, accelerator):
+    for kind in kinds_of(cache.folder, table, cache.plan, parts, settings, accelerator):
         sample = sorted(np.random.default_rng(0).permutation(kind.count)[:VERIFIED].tolist())
         encoded_again = []
         for start in range(0, len(sample), kind.batch_size):
@@ -346,200 +342,7 @@ def _refuse_small_disk(folder: Path, plan: ExamplePlan) -> None:
         )
 
 
-class _Images(Dataset):
-    """Pixels of the distinct images, (orientations, 3, R, R) each, and their sizes, (orientations, 4)."""
-
-    def __init__(self, table: PairTable, rows: np.ndarray, sides: np.ndarray, resolution: int, orientations: int):
-        self.images, self.rows, self.sides = table.dataset.images, rows, sides
-        self.resolution, self.orientations = resolution, orientations
-
-    def __getitem__(self, record: int) -> dict[str, Any]:
-        readable, flips = True, range(self.orientations)
-        try:
-            image = decode_rgb(self.images.cell(int(self.rows[record]), int(self.sides[record])))
-            pixels = torch.stack([square_pixels(image, self.resolution, flip=bool(flip)) for flip in flips])
-            sizes = torch.stack([size_and_crop(image, self.resolution, flip=bool(flip)) for flip in flips])
-        except UnreadableImageError:
-            readable, pixels = False, torch.zeros(self.orientations, 3, self.resolution, self.resolution)
-            sizes = torch.zeros(self.orientations, 4)
-        return {"record": record, "readable": readable, "pixel_values": pixels, SIZES: sizes}
-
-
-class _Captions(Dataset):
-    """Token ids of the distinct captions, (L,) each."""
-
-    def __init__(self, folder: Path, tokenize: Tokenize):
-        import pyarrow.parquet as pq
-
-        self.captions, self.tokenize = pq.read_table(folder / "prompts.parquet")["caption"].combine_chunks(), tokenize
-
-    def __getitem__(self, record: int) -> dict[str, Any]:
-        return {"record": record, "readable": True, "tokens": self.tokenize(self.captions[record].as_py())[0]}
-
-
-@dataclass(frozen=True)
-class _Copies:
-    """Which copies of remote files are needed, while their images are encoded into shards.
-
-    rows: of each record, ascending. keep: whether copies stay when they aren't needed any more.
-    """
-
-    images: StreamedImages
-    rows: np.ndarray
-    shards: Shards
-    keep: bool
-    failures: dict[int, RemoteError] = field(default_factory=dict)  # by file; not tried twice in one start
-
-    def bring(self, record_ids: list[int]) -> None:
-        """Have the files of some records here, and fetch the next ones in the background. Raises RemoteError."""
-        numbers = sorted({self.images.file_of(row) for row in self.rows[record_ids].tolist()})
-        for number in numbers:
-            if number in self.failures:
-                raise self.failures[number]
-            try:
-                self.images.bring([number])
-            except RemoteError as error:
-                self.failures[number] = error
-                raise
-        self.images.fetch_ahead(numbers[-1], self.is_needed)
-
-    def is_needed(self, number: int) -> bool:
-        """Whether a shard that isn't finished has an image of a file."""
-        file = self.images.files[number]
-        first, end = np.searchsorted(self.rows, [file.start, file.end]).tolist()
-        shards = range(first // self.shards.per_shard, -(-end // self.shards.per_shard)) if end > first else range(0)
-        return not all(map(self.shards.is_finished, shards))
-
-    def let_go(self) -> None:
-        if not self.keep:
-            self.images.let_go(self.is_needed)
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What is encoded at once, images or captions: the shards of each encoding, the data, the encoder, its batch size.
-
-    The shards are those of the same records, and equally many.
-    """
-
-    name: str
-    shards: Mapping[str, Shards]
-    records: Dataset
-    encode: Callable[[dict[str, Any]], dict[str, np.ndarray]]
-    batch_size: int
-    copies: _Copies | None = None  # of remote files
-
-    def bring(self, record_ids: list[int]) -> None:
-        """Have what some records are encoded from at hand. Raises RemoteError."""
-        if self.copies is not None:
-            self.copies.bring(record_ids)
-
-    def let_go(self) -> None:
-        """Let go what is not needed any more."""
-        if self.copies is not None:
-            self.copies.let_go()
-
-    @property
-    def count(self) -> int:
-        return self._any.count
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(shards.num_bytes for shards in self.shards.values())
-
-    @property
-    def _any(self) -> Shards:
-        return next(iter(self.shards.values()))
-
-    def records_of(self, shard: int) -> range:
-        return self._any.records_of(shard)
-
-    def unfinished(self) -> list[int]:
-        """The numbers at which a shard is missing."""
-        numbers = range(len(self._any))
-        return [number for number in numbers if not all(kind.is_finished(number) for kind in self.shards.values())]
-
-    def encoded(
-        self, record_ids: list[int], num_workers: int = 0
-    ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Any]]]:
-        """Encodings of some records, batch by batch, each with `record` and `readable` of its rows."""
-        batches = [record_ids[start : start + self.batch_size] for start in range(0, len(record_ids), self.batch_size)]
-        # The last batch is filled up, because rounding depends on the batch's shape.
-        full = [batch + batch[-1:] * (self.batch_size - len(batch)) for batch in batches]
-        loader = DataLoader(self.records, batch_sampler=full, num_workers=num_workers, generator=torch.Generator())
-        for batch, records in zip(loader, batches, strict=True):
-            rows = slice(len(records))
-            encoded = {name: values[rows] for name, values in self.encode(batch).items()}
-            yield encoded, {"record": records, "readable": batch["readable"][rows].tolist()}
-
-
-def _kinds(
-    folder: Path,
-    table: PairTable,
-    plan: ExamplePlan,
-    parts: PipelineParts,
-    settings: Config,
-    accelerator: Accelerator,
-) -> list[_Kind]:
-    import pyarrow.parquet as pq
-
-    for module in parts.encoders:
-        module.to(accelerator.device)
-    names = pq.read_table(folder / "images.parquet")
-    rows, sides = names["row"].to_numpy(), names["side"].to_numpy()
-    orientations, pairs_at_once = plan.latent_shape[0], settings.train.micro_batch_pairs
-    images = _Images(table, rows, sides, settings.data.resolution, orientations)
-    captions = _Captions(folder, parts.tokenize)
-    images_at_once = max(1, 2 * pairs_at_once // orientations)
-    shards, copies = plan.images(folder), None
-    if isinstance(table.dataset.images, StreamedImages):
-        copies = _Copies(table.dataset.images, rows, shards[LATENTS], settings.cache.keep_source)
-    return [
-        _Kind(
-            "latents",
-            shards,
-            images,
-            lambda batch: _encode_images(parts, batch, plan, accelerator),
-            images_at_once,
-            copies,
-        ),
-        _Kind(
-            "text",
-            plan.conditioning(folder),
-            captions,
-            lambda batch: _encode_captions(parts, batch, accelerator),
-            pairs_at_once,
-        ),
-    ]
-
-
-def _encode_images(
-    parts: PipelineParts, batch: dict, plan: ExamplePlan, accelerator: Accelerator
-) -> dict[str, np.ndarray]:
-    """Latents (N, orientations, moments, C, h, w) and, where the plan has them, sizes (N, orientations, 4), float32."""
-    pixels = batch["pixel_values"]
-    with accelerator.autocast():
-        moments = parts.encode_images(pixels.flatten(0, 1).to(accelerator.device))
-    present = [moment for moment in (moments.means, moments.stds) if moment is not None]
-    latents = torch.stack(present[: plan.latent_shape[1]], dim=1).cpu()
-    if not torch.isfinite(latents).all():
-        raise CacheError(
-            f"the autoencoder gives latents that are not finite for image records {batch['record'].tolist()}; "
-            "set compute.precision to bf16 or fp32"
-        )
-    sizes = {SIZES: batch[SIZES].numpy()} if plan.has_sizes else {}
-    return {LATENTS: latents.unflatten(0, pixels.shape[:2]).numpy(), **sizes}
-
-
-def _encode_captions(parts: PipelineParts, batch: dict, accelerator: Accelerator) -> dict[str, np.ndarray]:
-    """(N, 1, …) float32 for each entry."""
-    with accelerator.autocast():
-        tokens = Tokens({name: ids.to(accelerator.device) for name, ids in batch["tokens"].items()})
-        conditioning = parts.encode_captions(tokens)
-    return {name: values.float().cpu().unsqueeze(1).numpy() for name, values in conditioning.items()}
-
-
-def _estimate(folder: Path, plan: ExamplePlan, kinds: list[_Kind], num_processes: int) -> str:
+def _estimate(folder: Path, plan: ExamplePlan, kinds: list[Kind], num_processes: int) -> str:
     """A line with a cache's gigabytes and hours. One batch of each kind is timed, after another that warms up."""
     seconds = 0.0
     for kind in kinds if kinds[0].copies is None else ():
