@@ -291,7 +291,7 @@ def test_a_meter_adds_up_what_is_alive():
     assert meter.phases["less"] == counting.Phase(0, 2 * 4096, "at rest")
 
 
-@pytest.mark.parametrize("trainable", ["full", "lora"])
+@pytest.mark.parametrize("trainable", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_tensors_without_contents_count_as_those_with(trainable):
     overrides = [f"model.trainable={trainable}", "model.lora_rank=4"]
     assert count_small(*overrides, fake=True) == count_small(*overrides)

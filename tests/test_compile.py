@@ -226,6 +226,7 @@ def test_a_policy_within_ddp_has_the_whole_graph_that_its_reference_has(compilin
     assert torch.equal(torch.cat(errors[:2]), torch.cat(errors[2:])) and len(graphs) == 1
 
 
+@pytest.mark.slow
 def test_a_run_compiles_one_graph_however_often_it_evaluates_and_samples(
     run, compiling, small_pipeline, small_pairs, tmp_path
 ):

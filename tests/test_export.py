@@ -32,6 +32,11 @@ def draw(pipeline):
     return pipeline(["a cat"], generator=torch.Generator().manual_seed(0), **options).images
 
 
+def same(one, other):
+    """Two images that one network made in different memory, whose sums may be rounded otherwise: within a level."""
+    return np.abs(one - other).max() < 1 / 255
+
+
 @each_family
 def test_a_whole_checkpoint_in_one_file_draws_what_the_pipeline_draws(pipelines, name, tmp_path, capsys):
     folder, forms = pipelines[name], ["single_file", "single_file_fp16", "unet", "diffusers_fp16"]
@@ -47,12 +52,12 @@ def test_a_whole_checkpoint_in_one_file_draws_what_the_pipeline_draws(pipelines,
     own = CLASSES[name].from_pretrained(folder)
     expected = draw(own)
     whole = CLASSES[name].from_single_file(str(single / "mine.safetensors"), config=folder)
-    assert np.array_equal(draw(whole), expected)
+    assert same(draw(whole), expected)
     half = CLASSES[name].from_single_file(str(single / "mine_fp16.safetensors"), config=folder, dtype=torch.float32)
     assert np.abs(draw(half) - expected).max() < 0.01
     options = {"config": folder, "subfolder": "unet"}
     own.unet = UNet2DConditionModel.from_single_file(str(single / "mine_unet.safetensors"), **options)
-    assert np.array_equal(draw(own), expected)
+    assert same(draw(own), expected)
     own.unet = UNet2DConditionModel.from_pretrained(tmp_path / "out" / "fp16", subfolder="unet")
     assert own.unet.dtype == torch.float32 and np.abs(draw(own) - expected).max() < 0.01
     weights = load_file(tmp_path / "out" / "fp16" / "unet" / "diffusion_pytorch_model.safetensors")
@@ -75,7 +80,7 @@ def test_a_run_exports_its_adapter_in_kohyas_names_with_its_alpha(run, pipelines
     export = folder / "export"
     expected = drawn(export, "pytorch_lora_weights.safetensors")
     assert not np.allclose(expected, drawn())
-    assert np.array_equal(drawn(export / "single_file", "mine.safetensors"), expected)
+    assert same(drawn(export / "single_file", "mine.safetensors"), expected)
     for place, file in (("single_file", "mine_fp16.safetensors"), ("fp16", "pytorch_lora_weights.safetensors")):
         assert np.abs(drawn(export / place, file) - expected).max() < 0.01
     weights = load_file(export / "single_file" / "mine.safetensors")
@@ -93,7 +98,7 @@ def test_a_run_exports_its_adapter_in_kohyas_names_with_its_alpha(run, pipelines
     assert old.keys() == weights.keys() and all(torch.equal(old[name], weights[name]) for name in old)
     file = export / "single_file" / "mine.safetensors"
     loaded = load_model(resolve_model(*read_model_spec(pipelines[name], lora=str(file))))
-    assert np.array_equal(draw(loaded), expected)
+    assert same(draw(loaded), expected)
 
 
 def test_a_run_writes_its_whole_checkpoint_from_its_moving_average_and_other_autoencoder(run, small_pipeline, tmp_path):
@@ -105,7 +110,7 @@ def test_a_run_writes_its_whole_checkpoint_from_its_moving_average_and_other_aut
     single = StableDiffusionPipeline.from_single_file(
         str(folder / "export" / "single_file" / "mine.safetensors"), config=small_pipeline
     )
-    assert np.array_equal(draw(single), draw(load_model(resolve_model(*read_model_spec(str(folder))))))
+    assert same(draw(single), draw(load_model(resolve_model(*read_model_spec(str(folder))))))
 
 
 @pytest.mark.parametrize(("model", "counts"), [("sd15", (686, 248, 196)), ("sdxl", (1680, 248, 196, 389))])

@@ -12,7 +12,7 @@ from conftest import forget_accelerators, held_elsewhere
 from forks import launch
 from PIL import Image
 from tolerances import ELEMENT, assert_same_output
-from training_runs import ROOT
+from training_runs import ROOT, slow_but
 
 import generate
 import train_xdpo
@@ -379,7 +379,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("overrides", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("overrides", slow_but(("lora",), RUNS))
 def test_a_run_its_export_and_its_last_checkpoint_are_one_model(small_pipeline, small_pairs, tmp_path, overrides):
     run = train(small_pipeline, small_pairs, tmp_path / "run", *overrides)
     base, first, last = (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tolerances import assert_same_but_for_rounding
-from training_runs import assert_same_run, command, rows_of
+from training_runs import assert_same_run, command, rows_of, slow_but
 
 from xdpo.batch import Batch, LatentMoments, Tokens, join_pairs, take_pairs
 from xdpo.config import ConfigError, load_config
@@ -215,7 +215,7 @@ def test_a_run_that_ends_within_a_round_resumes_bit_for_bit(run, online):
     assert_same_run(whole, parts)
 
 
-@pytest.mark.parametrize("place", ["_sample", "_images", "_write_record"])
+@pytest.mark.parametrize("place", slow_but(("_images",), ("_sample", "_images", "_write_record")))
 def test_a_run_killed_while_it_makes_a_round_makes_the_rest_and_ends_the_same(run, online, monkeypatch, place):
     _, whole = run("whole", *online)
     original, calls = getattr(OnlinePairs, place), []
@@ -274,6 +274,7 @@ def test_a_renewed_reference_is_the_policy_where_a_round_begins(run, online):
     assert [row["margin"] == 0 for row in rows_of(fixed) if "margin" in row] == [True] + [False] * 3
 
 
+@pytest.mark.slow
 def test_a_renewed_reference_is_resumed(run, online):
     online = [*online, "online.renew_reference=true"]
     _, whole = run("whole", *online)
@@ -282,6 +283,7 @@ def test_a_renewed_reference_is_resumed(run, online):
     assert_same_run(whole, parts)
 
 
+@pytest.mark.slow
 def test_the_average_of_the_weights_can_sample_and_training_goes_on_with_the_policy(run, online):
     options = ["model.ema_decay=0.9", "optim.learning_rate=1e-2"]
     _, policy = run("policy", *online, *options)
@@ -293,7 +295,7 @@ def test_the_average_of_the_weights_can_sample_and_training_goes_on_with_the_pol
     assert_same_run(average, again)
 
 
-@pytest.mark.parametrize("objective", ["diffusion_dpo", "ipo", "mapo", "sft"])
+@pytest.mark.parametrize("objective", slow_but(("mapo",), ("diffusion_dpo", "ipo", "mapo", "sft")))
 def test_any_objective_on_pairs_trains_online(run, online, objective):
     status, folder = run("run", *online, f"loss.name={objective}", "train.max_steps=2")
     assert status == 0 and all(np.isfinite(row["loss"]) for row in rows_of(folder) if "loss" in row)
@@ -340,7 +342,7 @@ def test_images_are_trained_on_one_by_one_each_as_good_as_its_reward(run, images
     assert [row["online/items"] for row in rows_of(folder) if "online/items" in row] == [9, 9]
 
 
-@pytest.mark.parametrize("objective", ["diffusion_nft", "diffusion_kto"])
+@pytest.mark.parametrize("objective", slow_but(("diffusion_nft",), ("diffusion_nft", "diffusion_kto")))
 def test_a_decayed_old_policy_can_sample_and_a_run_on_images_resumes_bit_for_bit(run, images_of, objective):
     moving = ["model.reference_decay=0.5", "online.sampler=reference", "optim.learning_rate=1e-2"]
     options = [*images_of, *moving, f"loss.name={objective}"]
