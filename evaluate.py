@@ -4,25 +4,30 @@
     python evaluate.py --output results --table2 --table3      the paper's tables, from the scores that are there
 
 Every score is kept in OUTPUT/scores.parquet by image checksum, prompt and scorer version. Another model or metric costs
-only the new scores, and a killed run resumes.
+only the new scores, and a killed run resumes. `accelerate launch evaluate.py …` shares the scoring out to several GPUs.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
 
 from xdpo.arguments import positive
 from xdpo.files import check_writable, write_text
-from xdpo.images.making import differences, makings_of
-from xdpo.images.reading import Problem, by_prompt, name_folders, read_models
+from xdpo.images.making import Making, differences, makings_of
+from xdpo.images.reading import Picture, Problem, by_prompt, name_folders, read_models
 from xdpo.paths import expanded, user_path
 from xdpo.scorers import DEFAULT_SCORERS, PAPER_SCORERS, SCORER_NAMES, check_name
 
 if TYPE_CHECKING:
+    import numpy as np
+    from accelerate import PartialState
+
     from xdpo.report.sections import Evaluation
     from xdpo.scores.table import ScoreTable
 
@@ -108,8 +113,39 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def evaluate(options: argparse.Namespace) -> int:
-    """Check what is cheap to check, score what is new, write the report. Returns 0."""
+@dataclass(frozen=True)
+class Plan:
+    """What the options name, checked: models' folders, scorers, models to compare with, scorers used in training."""
+
+    folders: Mapping[str, Path]
+    scorers: Sequence[str]
+    baselines: Sequence[str]
+    trained_on: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is there before anything is scored. Problems and makings are those of the first process."""
+
+    pictures: Sequence[Picture]
+    references: Sequence[Picture]
+    problems: Sequence[Problem]
+    makings: Sequence[Making]
+    versions: Mapping[str, str]  # scorer → version
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The score table, checksums of broken pictures, the pictures that are whole, features by checksum."""
+
+    table: "ScoreTable"
+    broken: set[str]
+    whole: Sequence[Picture]
+    vectors: Mapping[str, "np.ndarray"]
+
+
+def check(options: argparse.Namespace) -> Plan:
+    """Raises ValueError for whatever can be refused without a look at images or weights."""
     check_writable(options.output, "--output")
     folders = name_folders(options.images)
     scorers = list(dict.fromkeys(expanded(name.strip()) for name in options.scorers.split(",") if name.strip()))
@@ -127,91 +163,127 @@ def evaluate(options: argparse.Namespace) -> int:
             raise ValueError(f"--trained-on {name} is none of --scorers; choose from {', '.join(scorers)}")
     if options.reference and not options.reference.is_dir():
         raise ValueError(f"--reference: no folder {options.reference}")
+    return Plan(folders, scorers, baselines, trained_on)
 
-    # The images come first: a mistyped folder costs no download of weights.
-    pictures, problems = read_models(folders, options.sets)
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Check what is cheap to check, score what is new, write the report. Returns 0.
+
+    Every process calls it and scores its share. The first one reads and writes everything else.
+    """
+    plan = check(options)
+
+    import torch
+    from accelerate import PartialState
+
+    from xdpo import ending, processes
+    from xdpo.files import only_run
+
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=processes.COLLECTIVE_TIMEOUT)
+    processes.connect()
+    with ending.together():
+        found = find(options, plan, state)
+        with only_run([options.output], "evaluate.py", is_main=state.is_main_process):
+            scored = score(options, plan, state, found)
+            if state.is_main_process:
+                report(options, plan, found, scored)
+    return 0
+
+
+def find(options: argparse.Namespace, plan: Plan, state: "PartialState") -> Found:
+    """Read the image folders, then find the scorers' weights: a mistyped folder costs no download."""
+    from xdpo import processes
+    from xdpo.scorers.loading import embedder_version, scorer_version
+    from xdpo.scores.features import reference_pictures
+
+    pictures: list[Picture] = []
+    references: list[Picture] = []
+    problems: list[Problem] = []
+    if state.is_main_process:
+        pictures, problems = read_models(plan.folders, options.sets)
+        references = reference_pictures(options.reference) if options.reference else []
     makings = makings_of(pictures)
     problems += differences(makings)
     for problem in problems:
         print(f"note: {problem.describe()}", file=sys.stderr)
+    with processes.one_first(state.is_main_process):  # it downloads, the others find the files
+        versions = {name: scorer_version(name, options.weights) for name in plan.scorers}
+        if options.diversity or options.reference:
+            embedder_version(options.weights)
+    processes.refuse_differences(versions, "Give every machine the same files")
+    pictures, references = processes.agree((pictures, references))
+    return Found(pictures, references, problems, makings, versions)
 
+
+def score(options: argparse.Namespace, plan: Plan, state: "PartialState", found: Found) -> Scored:
+    """Compute what is not there yet. On the first process the table is complete and on the disk."""
+    from xdpo.scores import features, image_statistics, scoring
+    from xdpo.scores.table import ScoreTable
+
+    how = {
+        "device": scoring.choose_device(options.device, state.device),
+        "batch_size": options.batch_size,
+        "workers": options.workers,
+        "weights": options.weights,
+    }
+    table = ScoreTable(options.output, read=state.is_main_process)
+    broken = scoring.score_missing(found.pictures, found.versions, table, **how)
+    whole = [picture for picture in found.pictures if picture.sha256 not in broken]
+    statistic_keys = image_statistics.measure_missing(whole, plan.baselines[0], table)
+    if state.is_main_process:
+        keys = [*scoring.keys_of(found.pictures, found.versions), *statistic_keys]
+        scoring.close(table, keys, (*found.versions, *image_statistics.NAMES))
+    vectors = {}
+    if options.diversity or options.reference:
+        vectors = features.image_features([*whole, *found.references], options.output, **how)
+    return Scored(table, broken, whole, vectors)
+
+
+def report(options: argparse.Namespace, plan: Plan, found: Found, scored: Scored) -> None:
+    """Compare the models, write the report, print the tables. Raises ValueError where nothing can be compared."""
     from xdpo.report import curves, grids
     from xdpo.report.sections import Evaluation
     from xdpo.runlog import read_rows
-    from xdpo.scorers.loading import scorer_version
     from xdpo.scores import features, image_statistics, scoring
     from xdpo.scores.results import benchmarks_of
-    from xdpo.scores.table import ScoreTable
 
-    device = scoring.choose_device(options.device)
-    versions = {name: scorer_version(name, options.weights) for name in scorers}
-    references = features.reference_pictures(options.reference) if options.reference else []
-    if options.diversity or references:
-        features.embedder_version(options.weights)  # finds what is missing before the scoring
-    table = ScoreTable(options.output, for_writing=True)
-    broken = scoring.score_missing(
-        pictures,
-        versions,
-        table,
-        device=device,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        weights=options.weights,
-    )
-    whole = [picture for picture in pictures if picture.sha256 not in broken]
-    statistic_keys = image_statistics.measure_missing(whole, baselines[0], table)
-    statistic_names = (*image_statistics.STATISTICS, image_statistics.DISTANCE)
-    scoring.close(table, [*scoring.keys_of(pictures, versions), *statistic_keys], (*versions, *statistic_names))
-    problems += scoring.left_out(pictures, broken, versions, table)
+    placed, models, baselines = scored.table.placed, list(plan.folders), plan.baselines
+    problems = [*found.problems, *scoring.left_out(found.pictures, scored.broken, found.versions, scored.table)]
 
     # What is compared.
-    sets = list(dict.fromkeys(picture.prompt_set for picture in pictures))
-    benchmarks = [each for each in benchmarks_of(table.placed, list(folders), scorers) if each.name in sets]
+    sets = list(dict.fromkeys(picture.prompt_set for picture in found.pictures))
+    benchmarks = [each for each in benchmarks_of(placed, models, plan.scorers) if each.name in sets]
     compared = {benchmark.name for benchmark in benchmarks}
     none_in_common = "left out: no prompt has scored images of all of them"
     problems += [Problem("all models", name, none_in_common) for name in sets if name not in compared]
     if not benchmarks:
         raise ValueError("nothing to compare:\n  " + "\n  ".join(problem.describe() for problem in problems))
-    sources = {picture.model: picture.source for picture in reversed(pictures)}
+    sources = {picture.model: picture.source for picture in reversed(found.pictures)}
     by_run = [curves.curve(run, read_rows(run / "metrics.jsonl"), sources, baselines[0]) for run in options.runs]
-    drawn = [curve for curve in by_run if curve]
-    shown = by_prompt(whole)
-    statistics = {each.name: each for each in benchmarks_of(table.placed, list(folders), statistic_names)}
-
-    # Diversity and drift.
-    diversity, drifts = [], []
-    if options.diversity or references:
-        vectors = features.image_features(
-            [*whole, *references],
-            options.output,
-            device=device,
-            batch_size=options.batch_size,
-            workers=options.workers,
-            weights=options.weights,
-        )
-        diversity = [features.diversity(each, shown, vectors) for each in benchmarks] if options.diversity else []
-        drifts = features.drift(shown, references, vectors) if references else []
+    shown = by_prompt(scored.whole)
+    diversity = [features.diversity(each, shown, scored.vectors) for each in benchmarks] if options.diversity else []
 
     # The report.
     evaluation = Evaluation(
         benchmarks,
         baselines,
         problems,
-        drawn,
+        [curve for curve in by_run if curve],
         shown,
-        versions,
-        makings,
+        found.versions,
+        found.makings,
         diversity=[each for each in diversity if each],
-        drifts=drifts,
-        statistics=statistics,
-        trained_on=trained_on,
+        drifts=features.drift(shown, found.references, scored.vectors) if found.references else [],
+        statistics={each.name: each for each in benchmarks_of(placed, models, image_statistics.NAMES)},
+        trained_on=plan.trained_on,
+        placed=placed,
     )
     write_report(options, evaluation)
     if options.table2 or options.table3:
-        return print_tables(options, table)
+        print_tables(options, scored.table)
+        return
     for benchmark in benchmarks:
         print("\n" + grids.to_text(grids.overview(benchmark)))
-    return 0
 
 
 def write_report(options: argparse.Namespace, evaluation: "Evaluation") -> None:

@@ -62,6 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--unet", type=expanded, help="hub id or folder of a UNet that takes the place of the pipeline's"
     )
     replacing.add_argument("--lora", type=expanded, help="file, folder or hub id of LoRA weights on the pipeline")
+    model.add_argument(
+        "--vae", type=expanded, help="hub id or folder of an autoencoder that takes the place of the model's"
+    )
     what = parser.add_argument_group("prompts and images")
     what.add_argument("--prompts", required=True, nargs="+", help=f"{', '.join(PROMPT_SETS)}, or files of your own")
     what.add_argument("--prompts-path", help="file or folder of the one set in --prompts, in place of the cache")
@@ -164,7 +167,8 @@ def make_missing(options: argparse.Namespace, settings: SamplingSettings, state:
             )
             for name in options.prompts
         ]
-        model = models.resolve_model(*models.read_model_spec(options.model, unet=options.unet, lora=options.lora))
+        replacing = {"unet": options.unet, "lora": options.lora, "vae": options.vae}
+        model = models.resolve_model(*models.read_model_spec(options.model, **replacing))
         family = families.family_of_pipeline(model.base)
     settings = settings_of_family(settings, options, family)
     jobs = [

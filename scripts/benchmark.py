@@ -13,7 +13,7 @@ import sys
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
 
-from benchmarks import flops, loading, memory, results, sampling, scoring, steps
+from benchmarks import flops, loading, memory, reports, results, sampling, scoring, steps
 
 from xdpo.paths import user_path
 
@@ -24,6 +24,7 @@ BENCHMARKS = {
     "loader": loading,
     "sample": sampling,
     "score": scoring,
+    "report": reports,
 }
 
 

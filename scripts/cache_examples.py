@@ -4,8 +4,9 @@
         data.horizontal_flip=false data.sample_latents=false
     python scripts/cache_examples.py --config …  --verify      check all of it, and encode a sample again
 
-It runs on any number of processes; the same command resumes after a kill. Training with the same settings then needs
-neither encoders nor the data.
+It runs on any number of processes; the same command resumes after a kill. Files of a hub data set, or at URLs, are
+fetched one by one, and let go when their images are encoded (cache.keep_source: kept). Training with the same settings
+then needs neither encoders nor the data.
 """
 
 import os
@@ -53,7 +54,7 @@ def verify(settings: Config, accelerator: "Accelerator") -> None:
     parts = families.load_parts(settings.model)
     for split in Split.of(settings):
         cache = precompute.open_examples(settings, accelerator, split)
-        table = precompute.load_table(settings, accelerator, split)
+        table = precompute.load_table(settings, accelerator, split, in_order=True)
         differences = precompute.verify_examples(cache, table, parts, settings, accelerator)
         shown = ", ".join(f"{difference:.2g} ({name})" for name, difference in differences.items())
         accelerator.print(

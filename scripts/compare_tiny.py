@@ -57,6 +57,8 @@ def draw_curve(run: Path, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from xdpo.report.figures import CHOSEN_COLOUR, REJECTED_COLOUR
+
     rows = read_rows(run / "metrics.jsonl")
     training = [row for row in rows if "loss" in row]
     held_out = [row for row in rows if "eval/margin" in row]
@@ -69,7 +71,7 @@ def draw_curve(run: Path, path: Path) -> None:
     middle.plot([row["step"] for row in held_out], [row["eval/implicit_accuracy"] for row in held_out], marker="o")
     middle.axhline(0.5, color="grey", linestyle=":")
     middle.set(title="implicit accuracy, held-out pairs", xlabel="optimizer step")
-    for side, colour in (("chosen", "tab:green"), ("rejected", "tab:red")):
+    for side, colour in (("chosen", CHOSEN_COLOUR), ("rejected", REJECTED_COLOUR)):
         right.plot(
             [row["step"] for row in held_out], [row[f"eval/d_{side}"] for row in held_out], color=colour, label=side
         )

@@ -1,4 +1,4 @@
-"""Download and convert a config's pairs ahead of its training, in one process without a GPU.
+"""Download, index or convert a config's pairs ahead of its training, in one process without a GPU.
 
     python scripts/prepare_data.py --config configs/xdpo_sd15.yaml
 
@@ -39,21 +39,29 @@ def prepare(settings: Config, split: "Split") -> None:
     from xdpo import data, precompute
 
     title, source = split.title, precompute.source_of(settings, split)
-    if files := data.files_to_convert(settings.data, **source):
-        print(f"{title}: {describe(files)}", flush=True)
+    in_order = split.is_held_out or settings.cache.examples is not None
+    files = data.source_files(settings.data, **source)
+    if settings.cache.examples and any("://" in file for file in files):
+        print(f"{title}: {len(files):,} remote files; scripts/cache_examples.py reads them into cache.examples itself")
+        return
+    if files:
+        copied = data.is_converted(settings.data, files, in_order=in_order)
+        print(f"{title}: {describe(files, copied)}", flush=True)
     # As many processes as there are cores, each with files of its own.
     num_proc = min(len(files), os.cpu_count() or 1) or None
-    table = data.load_pairs(settings.data, **source, num_proc=num_proc)
+    table = data.load_pairs(settings.data, **source, in_order=in_order, num_proc=num_proc)
     print(f"{title}: {table.counts}", flush=True)
 
 
-def describe(files: list[str]) -> str:
-    """The number of files and gigabytes, where they go, and the free space there."""
+def describe(files: list[str], copied: bool) -> str:
+    """The number of files and gigabytes, where they or their index go, and the free space there."""
     from datasets.config import HF_DATASETS_CACHE
     from huggingface_hub.constants import HF_HUB_CACHE
 
     size = sum(sizes_of(files))
     lines = [f"{len(files):,} files, {size / 1e9:.3g} GB"]
+    if not copied:
+        return f"{lines[0]}, read where they are; their index goes into {HF_DATASETS_CACHE}"
     folders = {"converted": Path(HF_DATASETS_CACHE)}
     if "://" in files[0]:
         folders = {"fetched": Path(HF_HUB_CACHE)} | folders

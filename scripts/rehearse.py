@@ -30,7 +30,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file
-from tqdm import tqdm
 
 from xdpo import runs
 from xdpo.cache import ExamplePlan
@@ -40,6 +39,7 @@ from xdpo.data import Split
 from xdpo.files import file_sha256, replacing
 from xdpo.paths import user_path
 from xdpo.precompute import example_key, examples_folder
+from xdpo.progress import Progress
 from xdpo.runlog import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -282,7 +282,7 @@ def make_cache(settings: Config, num_pairs: int, split: Split) -> None:
     )
     plan.save(folder)
     for shards in plan.shards(folder):
-        for shard in tqdm(range(len(shards)), desc=f"{shards.name} of {num_pairs:,} pairs", unit="shard"):
+        for shard in Progress(range(len(shards)), desc=f"{shards.name} of {num_pairs:,} pairs", unit="shard"):
             shape = (len(shards.records_of(shard)), *shards.shape)
             shards.write(shard, rng.standard_normal(shape, dtype=np.float32).astype(np.float16))
     finish(folder, plan)

@@ -6,7 +6,8 @@
 The image with the higher score becomes the preferred one of its pair (Diffusion-DPO's AI feedback, Section 5.3). New
 columns are score_0 and score_1, which loss.margin_weight uses, and human_label_0 and human_label_1, the earlier labels.
 Scores that differ by at most --tie-threshold are a tie, and so is a pair with an unreadable image; training leaves ties
-out. The same command resumes: a file is whole or absent.
+out. The same command resumes: a file is whole or absent. `accelerate launch scripts/relabel.py …` shares the files out
+to several GPUs.
 """
 
 import argparse
@@ -24,15 +25,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from tqdm import tqdm
+from accelerate import PartialState
 
+from xdpo import ending, processes
 from xdpo.arguments import positive
 from xdpo.data.images import UnreadableImageError, decode_rgb
 from xdpo.data.table import check_images, kind_of
-from xdpo.files import check_writable, only_writer, reading, replacing
+from xdpo.files import check_writable, only_run, reading, replacing
 from xdpo.paths import expanded, matching, user_path
+from xdpo.progress import Progress
 from xdpo.scorers.interface import Scorer
 from xdpo.scorers.loading import load_scorer, scorer_version
+from xdpo.scores.scoring import choose_device
 from xdpo.tables import parquet_rows, parquet_schema
 
 IMAGES = ("jpg_0", "jpg_1")
@@ -55,28 +59,48 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         check_writable(options.output, "--output")
-        files = input_files(options.data, options.output)
-        version = scorer_version(options.scorer, options.weights)
-        counts: Counter[str] = Counter()
-        with only_writer(options.output, "relabel.py"):
-            made_by = {file: origin(file, version, options.tie_threshold) for file in files}
-            todo = [file for file in files if not is_done(options.output / file.name, made_by[file])]
-            if todo:
-                device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-                scorer = load_scorer(options.scorer, device, options.weights)
-                for file in tqdm(todo, desc="relabel", unit="file"):
-                    try:
-                        counts += relabel(file, options.output / file.name, scorer, made_by[file], options.batch_size)
-                    except (pa.ArrowException, UnicodeDecodeError) as error:
-                        raise ValueError(f"{file} can't be read: {error}") from error
-        print(f"{len(files)} files in {options.output}, {len(todo)} of them made now")
-        for name in ("chosen by score", "tie", "unreadable", "agrees with the label", "contradicts the label"):
-            if todo:
-                print(f"  {name}: {counts[name]:,}")
+        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=processes.COLLECTIVE_TIMEOUT)
+        processes.connect()
+        with ending.together():
+            relabel_missing(options, state)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def relabel_missing(options: argparse.Namespace, state: PartialState) -> None:
+    """Relabel every file that isn't there yet. Every process calls it and makes its share of the files."""
+    files = processes.agree(input_files(options.data, options.output) if state.is_main_process else None)
+    with processes.one_first(state.is_main_process):  # it downloads, the others find the files
+        version = scorer_version(options.scorer, options.weights)
+    processes.refuse_differences({options.scorer: version}, "Give every machine the same files")
+    with only_run([options.output], "relabel.py", is_main=state.is_main_process):
+        todo: dict[Path, dict] = {}
+        if state.is_main_process:
+            made_by = {file: origin(file, version, options.tie_threshold) for file in files}
+            todo = {file: by for file, by in made_by.items() if not is_done(options.output / file.name, by)}
+        todo = processes.agree(todo)
+        counts: Counter[str] = Counter()
+        if todo:
+            device = choose_device(options.device, state.device)
+            scorer = load_scorer(options.scorer, device, options.weights)
+            order = list(todo)
+            with Progress(desc="relabel", total=len(todo), unit="file", disable=not state.is_main_process) as progress:
+                for number in processes.deal("files", range(len(order))):
+                    file = order[number]
+                    try:
+                        counts += relabel(file, options.output / file.name, scorer, todo[file], options.batch_size)
+                    except (pa.ArrowException, UnicodeDecodeError) as error:
+                        raise ValueError(f"{file} can't be read: {error}") from error
+                    progress.update(number + 1 - progress.n)  # earlier ones are another process's, or done
+                progress.update(len(order) - progress.n)
+        counts = sum(processes.gather(counts), Counter())
+    if state.is_main_process:
+        print(f"{len(files)} files in {options.output}, {len(todo)} of them made now")
+        for name in ("chosen by score", "tie", "unreadable", "agrees with the label", "contradicts the label"):
+            if todo:
+                print(f"  {name}: {counts[name]:,}")
 
 
 def input_files(patterns: list[str], output: Path) -> list[Path]:

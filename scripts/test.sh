@@ -14,5 +14,6 @@ fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy  # of what pyproject.toml lists
-# As many tests at once as there are cores, and one thread for each: several start two processes of their own.
+# As many tests at once as there are cores, and one thread for each: several start two processes of their own. With one
+# more, tests that stop a launcher came near their time limits.
 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false "$PYTHON" -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal "$@"

@@ -19,6 +19,7 @@ from xdpo.arguments import count, positive
 from xdpo.paths import user_path
 from xdpo.report.grids import Cell, Grid, percent, to_text
 from xdpo.study.folder import DEFAULT_TITLE, Key, Links, Study, StudyError
+from xdpo.study.form import read_form
 from xdpo.study.votes import VoteStore
 
 # Imported by the commands that need them: a server starts in a moment, without the libraries of the others.
@@ -70,6 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also if the models' images were made with other steps, guidance, sizes or the like",
     )
+    build.add_argument(
+        "--config",
+        type=user_path,
+        metavar="FILE",
+        help="YAML: questions, a tie, the first page, a completion code (default: the paper's questions, no tie)",
+    )
     build.add_argument("--title", default=DEFAULT_TITLE, help=f"on the page (default: {DEFAULT_TITLE})")
     build.set_defaults(run=run_build)
 
@@ -89,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     back.add_argument("files", type=user_path, nargs="+", metavar="FILE", help="votes-….json")
     back.set_defaults(run=run_import)
 
-    analyze = commands.add_parser("analyze", help="count the votes: report.md, a figure, votes.parquet")
+    analyze = commands.add_parser("analyze", help="count the votes: report.html, report.md, a figure, votes.parquet")
     add_study(analyze)
     analyze.add_argument("--output", type=user_path, metavar="DIR", help="default: STUDY/report")
     analyze.add_argument(
@@ -144,6 +151,7 @@ def run_build(options: argparse.Namespace) -> None:
         obvious=options.obvious,
         image_side=options.image_side,
         title=options.title,
+        form=read_form(options.config),
         allow_different_settings=options.allow_different_settings,
     )
     baselines = [_named(word) for word in (*options.b, *options.c, *options.d, *options.e)]
@@ -192,15 +200,16 @@ def run_import(options: argparse.Namespace) -> None:
 
 
 def run_analyze(options: argparse.Namespace) -> None:
-    from xdpo.study import report
+    from xdpo.study import findings as tables
+    from xdpo.study.report import write
 
     study = Study.load(options.study)
-    findings = report.find(study, Key.load(study), VoteStore(study).all(), options.allow_failed)
-    path = report.write(findings, options.output or options.study / "report")
-    print(to_text(report.overview(study, findings.results)))
+    findings = tables.find(study, Key.load(study), VoteStore(study).all(), options.allow_failed)
+    path = write(findings, options.output or options.study / "report")
+    print(to_text(tables.overview(study, findings.results)))
     if findings.excluded:
         print(f"annotators {', '.join(map(str, findings.excluded))} failed too many checks; without them:")
-        print(to_text(report.overview(study, findings.without_inattentive)))
+        print(to_text(tables.overview(study, findings.without_inattentive)))
     print(f"report: {path}")
 
 
@@ -237,7 +246,16 @@ def run_demo(options: argparse.Namespace) -> None:
         folders = [options.images / name for name in ("xdpo", "base", "diffusion_dpo")]
         if absent := [folder for folder in folders if not folder.is_dir()]:
             raise StudyError(f"no images in {absent[0]}; make them with: bash scripts/tiny_chain.sh")
-        plan = StudyPlan({"tinyprompts": 12}, 0, votes_per_pair=2, annotators=2, repeats=2, obvious=2, image_side=256)
+        plan = StudyPlan(
+            {"tinyprompts": 12},
+            0,
+            votes_per_pair=2,
+            annotators=2,
+            repeats=2,
+            obvious=2,
+            image_side=256,
+            form=read_form(None),
+        )
         model, *baselines = ((folder.name, folder) for folder in folders)
         tell_built(build_study(options.output, model, baselines, plan))
 

@@ -2,26 +2,27 @@
 
 import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import benchmark
 import pytest
 import torch
-from benchmarks import counting, flops, loading, memory, steps
+from benchmarks import counting, flops, loading, memory, reports, steps
 from benchmarks.folders import working_folder
 from benchmarks.modes import BASE_CONFIG, MODES, call, set_up
 from benchmarks.pairs import WRITERS, make_pairs
 from benchmarks.pipelines import (
     DOWNSCALING,
     LATENT_CHANNELS,
-    PIPELINES,
     TOKENS,
     build_networks,
     thin_shapes,
     without_contents,
 )
 from benchmarks.results import Criterion, Spread, ratios, time_in_turn
-from benchmarks.true_models import TRUE_MODELS
+from benchmarks.true_models import COUNTABLE, TRUE_MODELS, Model, of_shapes
+from test_sdxl import build_xl_pipeline
 from training_runs import BITSANDBYTES
 
 from xdpo import step
@@ -29,6 +30,7 @@ from xdpo.batch import Batch, Conditioning, LatentMoments, Tokens
 from xdpo.compute import build_accelerator
 from xdpo.config import load_config
 from xdpo.data import load_pairs
+from xdpo.families import load_parts
 from xdpo.learner import build_reference
 from xdpo.models import make_policy, make_reference
 from xdpo.noise import DiffusionProcess
@@ -124,12 +126,13 @@ def test_a_record_says_how_to_repeat_it(flops_record):
     }
     assert {"processor", "cores", "threads", "memory_gb"} <= set(flops_record["machine"])
     assert flops_record["versions"]["torch"] == torch.__version__
+    assert flops_record["measurements"]["cache_bytes"] == {"image": 2 * 4 * 64 * 64, "caption": 2 * 77 * 768}
     assert flops_record["table"].count("\n| ") == 1 + 2 * 2 * 3  # the rule below the head, then the modes
 
 
 @pytest.fixture(scope="module")
 def thin_parts():
-    caption = TRUE_MODELS["sd15"].caption()
+    caption = TRUE_MODELS["sd15"].captions()
     return flops.count_parts(build_networks(thin_shapes()), caption, resolution=64, lora_rank=4)
 
 
@@ -256,7 +259,7 @@ SMALL = {
 
 def count_small(*overrides, config="xdpo_sd15.yaml", processes=1, fake=False):
     settings = load_config(CONFIGS / config, ["data.resolution=16", "train.total_batch_pairs=4", *overrides])
-    return counting.count(settings, SMALL, processes, fake=fake)
+    return counting.count(settings, of_shapes("small", SMALL), processes, fake=fake)
 
 
 @pytest.fixture(scope="module")
@@ -288,10 +291,26 @@ def test_a_meter_adds_up_what_is_alive():
     assert meter.phases["less"] == counting.Phase(0, 2 * 4096, "at rest")
 
 
-@pytest.mark.parametrize("trainable", ["full", "lora"])
+@pytest.mark.parametrize("trainable", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_tensors_without_contents_count_as_those_with(trainable):
     overrides = [f"model.trainable={trainable}", "model.lora_rank=4"]
     assert count_small(*overrides, fake=True) == count_small(*overrides)
+
+
+def test_frozen_weights_in_bf16_are_counted_as_the_training_holds_them(flux):
+    overrides = ["data.resolution=32", "model.trainable=lora", "model.lora_rank=4"]
+    plain = load_config(BASE_CONFIG, [f"model.pipeline={flux}", *overrides])
+    halved = load_config(BASE_CONFIG, [f"model.pipeline={flux}", *overrides, "model.frozen_precision=bf16"])
+    parts = load_parts(halved.model)
+    policy = make_policy(parts, halved.model, halved.compute)
+    held = [tensor for module in (policy, *parts.encoders) for tensor in (*module.parameters(), *module.buffers())]
+    tokens = {name: len(ids) for name, ids in parts.tokenize("a cat")[0].items()}
+    model = Model("flux", 32, lambda: load_parts(plain.model), tokens)
+    counted = counting.count(halved, model, fake=False)
+    assert counted["start"].at_rest == allocated(held)
+    assert counted["backward"].peak < counting.count(plain, model, fake=False)["backward"].peak
+    small = [*overrides[1:], "model.frozen_precision=bf16"]
+    assert count_small(*small, fake=True) == count_small(*small)
 
 
 def test_what_lies_still_is_what_it_is_on_paper(weights):
@@ -313,6 +332,24 @@ def test_what_the_config_adds_or_saves_is_counted(weights):
     cached = count_small("cache.examples=cache", "cache.reference=cache")
     assert plain - cached["save"].at_rest == unet + encoders
     assert cached["samples"].peak - cached["save"].at_rest > encoders  # they visit the device
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux", "xl"])
+def test_the_memory_of_other_families_is_counted_in_every_phase(request, tiny_tokenizer, tmp_path, family):
+    folder = build_xl_pipeline(tmp_path / "xl", tiny_tokenizer) if family == "xl" else request.getfixturevalue(family)
+    overrides = [f"model.pipeline={folder}", "data.resolution=32", "train.micro_batch_pairs=2"]
+    settings = load_config(BASE_CONFIG, overrides)
+    parts = load_parts(settings.model)
+    tokens = {name: len(ids) for name, ids in parts.tokenize("a cat")[0].items()}
+    phases = counting.count(settings, Model(family, 32, lambda: load_parts(settings.model), tokens), fake=False)
+
+    policy, encoders = (
+        allocated([tensor for module in modules for tensor in (*module.parameters(), *module.buffers())])
+        for modules in ((parts.denoiser,), parts.encoders)
+    )
+    assert phases["start"].at_rest == 2 * policy + encoders  # the policy and its reference
+    assert phases["backward"].peak > phases["save"].at_rest > 3 * policy + encoders  # and the moments
+    assert phases["samples"].peak > phases["save"].at_rest
 
 
 @pytest.mark.parametrize("name", ["diffusion_kto", "seppo", "sft", "diffusion_sdpo"])
@@ -346,8 +383,9 @@ def test_eight_bit_moments_are_of_the_size_of_bitsandbytes_own(monkeypatch):
 
 def test_configs_that_take_the_same_memory_share_a_row(tmp_path, capsys, monkeypatch):
     configs = [str(CONFIGS / name) for name in ("xdpo_sd15.yaml", "diffusion_dpo_sd15.yaml")]
-    monkeypatch.setitem(PIPELINES, "small", SMALL)
-    here = lambda settings, pipeline, processes: counting.count(settings, SMALL, processes, fake=False)  # noqa: E731
+    small = of_shapes("small", SMALL)
+    monkeypatch.setitem(COUNTABLE, "small", small)
+    here = lambda settings, pipeline, processes: counting.count(settings, small, processes, fake=False)  # noqa: E731
     monkeypatch.setattr(counting, "count_apart", here)  # the same, sooner
     arguments = ["memory", "--pipeline", "small", "--count", *configs, "--grid", "train.micro_batch_pairs=1,2"]
     path = tmp_path / "memory.json"
@@ -373,16 +411,25 @@ def test_a_single_config_is_shown_phase_by_phase(monkeypatch, capsys):
     assert "DOES NOT HOLD: xdpo_sd15 on each of 2 GPUs takes at most 20.5 GB" in said
 
 
+def test_the_tokens_that_t5_reads_are_counted():
+    for name, part, tokens in (("flux", "tokenizer_2", 512), ("sd35_medium", "tokenizer_3", 256)):
+        model = TRUE_MODELS[name]
+        lengths = [len(model.with_t5_tokens(count).captions()[part][0]) for count in (None, 100)]
+        assert lengths == [tokens, 100]
+    assert TRUE_MODELS["sd15"].with_t5_tokens(None) == TRUE_MODELS["sd15"]
+
+
 def test_only_known_shapes_are_counted(capsys):
     arguments = ["memory", "--pipeline", "owner/name", "--count", str(CONFIGS / "base.yaml")]
     assert benchmark.main(arguments) == 1
-    assert "--count knows the shapes of sd15, quarter, thin, tiny and not of 'owner/name'" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--count knows the shapes of sd15, " in error and ", flux and not of 'owner/name'" in error
 
 
 @pytest.mark.slow
 def test_what_is_counted_is_what_the_training_takes(tmp_path):
-    arguments = ["memory", "--pipeline", "quarter", "--modes", "full", "--json", str(tmp_path / "memory.json")]
-    assert benchmark.main(arguments) == 0
+    arguments = ["memory", "--pipeline", "quarter", "--modes", "full", "--resolution", "128"]  # in half the time of 256
+    assert benchmark.main([*arguments, "--json", str(tmp_path / "memory.json")]) == 0
     (criterion,) = json.loads((tmp_path / "memory.json").read_text(encoding="utf-8"))["criteria"]
     assert criterion["holds"], criterion
 
@@ -451,3 +498,14 @@ def test_the_scorer_is_timed_against_the_bare_work(tmp_path):
 
     measured = json.loads((tmp_path / "score.json").read_text(encoding="utf-8"))["measurements"]
     assert set(measured["seconds_per_round"]) == {"scorer", "bare work"}
+
+
+@pytest.mark.slow
+def test_the_reports_size_and_time_to_open_are_measured(tmp_path):
+    if not any(map(shutil.which, reports.BROWSERS)):
+        pytest.skip("needs chromium or chrome")
+    options = ["--models", "2", "--prompts", "20", "--metrics", "1", "--rounds", "1", "--embed-mb", "0.1"]
+    assert benchmark.main(["report", *options, "--json", str(tmp_path / "report.json")]) == 0
+    measured = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["measurements"]
+    assert 0.1 < measured["megabytes"] < 10
+    assert measured["loaded_seconds"][0] > 0

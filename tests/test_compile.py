@@ -14,10 +14,10 @@ from conftest import forget_accelerators
 from training_runs import assert_same_run, command, rows_of
 
 import generate
-from xdpo.batch import Conditioning
+from xdpo.batch import Conditioning, stack
 from xdpo.compute import check_compiler
 from xdpo.config import ComputeConfig, ModelConfig, load_config
-from xdpo.families import PipelineParts
+from xdpo.families import PipelineParts, load_parts
 from xdpo.families.stable_diffusion import STABLE_DIFFUSION
 from xdpo.models import make_policy, make_reference
 from xdpo.noisy import NoisyBatch
@@ -68,12 +68,30 @@ def build_unet():
     return unet.eval().requires_grad_(False)
 
 
+def unet_on_a_pair():
+    """The parts of a pipeline that training compiled needs, and the inputs of one pair."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 4, 8, 8), (2, 8, 16), (2, 4, 8, 8)
+    latents, states, targets = (torch.randn(shape, generator=generator) for shape in shapes)
+    times, weights, conditioning = torch.tensor([10, 10]), torch.ones(2), Conditioning(text=states)
+    parts = PipelineParts(STABLE_DIFFUSION, {"unet": build_unet()}, {}, None)
+    return parts, NoisyBatch(STABLE_DIFFUSION, [0], latents, times, conditioning, targets, weights)
+
+
+def transformer_on_a_pair(pipeline):
+    """The same of a flow's pipeline."""
+    generator, parts = torch.Generator().manual_seed(0), load_parts(ModelConfig(pipeline=pipeline))
+    latents, targets = (torch.randn(2, *parts.latent_shape(32), generator=generator) for _ in range(2))
+    conditioning = parts.encode_captions(stack([parts.tokenize(caption)[0] for caption in ("a cat", "a cat")]))
+    return parts, NoisyBatch(parts.family, [0], latents, torch.full((2,), 500.0), conditioning, targets, torch.ones(2))
+
+
 class Training:
     """Policy and reference as a training in bf16 has them, on one pair."""
 
-    def __init__(self, trainable, **compute):
+    def __init__(self, trainable, pair=None, **compute):
         model, compute = ModelConfig(trainable=trainable, lora_rank=4), ComputeConfig(compile=True, **compute)
-        parts = PipelineParts(STABLE_DIFFUSION, {"unet": build_unet()}, {}, None)
+        parts, self.noisy = pair or unet_on_a_pair()
         network = make_reference(parts, model, compute)
         cache = AutocastKwargs(cache_enabled=False)  # as compute.build_accelerator
         forget_accelerators()
@@ -82,12 +100,6 @@ class Training:
         self.reference = AdapterOff(self.policy)
         if network is not None:
             self.reference = Frozen(self.accelerator.prepare_model(network, evaluation_mode=True))
-        generator = torch.Generator().manual_seed(0)
-        shapes = (2, 4, 8, 8), (2, 8, 16), (2, 4, 8, 8)
-        latents, states, targets = (torch.randn(shape, generator=generator) for shape in shapes)
-        times, weights = torch.tensor([10, 10]), torch.ones(2)
-        conditioning = Conditioning(text=states)
-        self.noisy = NoisyBatch(STABLE_DIFFUSION, [0], latents, times, conditioning, targets, weights)
 
     def measure(self):
         """The errors of one micro-step, or of an evaluation without gradients: policy's, reference's."""
@@ -105,9 +117,9 @@ class Training:
                     parameter.sub_(0.01 * parameter.grad.sign())
 
 
-def check_one_arithmetic(trainable, checkpointing, graphs):
+def check_one_arithmetic(trainable, checkpointing, graphs, pair=None):
     """First margin 0 to the bit, in one graph; later the reference still says what it said."""
-    training = Training(trainable, gradient_checkpointing=checkpointing)
+    training = Training(trainable, pair, gradient_checkpointing=checkpointing)
     with torch.no_grad():
         training.measure()
     assert not graphs, "evaluation runs as written"
@@ -137,10 +149,23 @@ def test_compiled_policy_and_reference_share_a_graph(trainable, checkpointing, c
     check_one_arithmetic(trainable, checkpointing, compiling("aot_eager"))
 
 
+@pytest.mark.parametrize(
+    ("flow", "trainable"),
+    [
+        ("sd3", "lora"),
+        pytest.param("sd3", "full", marks=pytest.mark.slow),
+        pytest.param("flux", "lora", marks=pytest.mark.slow),
+        pytest.param("flux", "full", marks=pytest.mark.slow),
+    ],
+)
+def test_the_transformers_of_flows_are_one_graph_too(request, flow, trainable, compiling):
+    pair = transformer_on_a_pair(request.getfixturevalue(flow))
+    check_one_arithmetic(trainable, True, compiling("aot_eager"), pair)
+
+
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("trainable", ["full", "lora"])
+@pytest.mark.parametrize(("trainable", "checkpointing"), [("full", True), ("lora", False)])
 def test_the_first_margin_is_0_to_the_bit_where_the_compiler_fuses(trainable, checkpointing, compiling):
     """inductor rounds a forward that saves activations differently from one that doesn't."""
     check_one_arithmetic(trainable, checkpointing, compiling("inductor"))
@@ -201,6 +226,7 @@ def test_a_policy_within_ddp_has_the_whole_graph_that_its_reference_has(compilin
     assert torch.equal(torch.cat(errors[:2]), torch.cat(errors[2:])) and len(graphs) == 1
 
 
+@pytest.mark.slow
 def test_a_run_compiles_one_graph_however_often_it_evaluates_and_samples(
     run, compiling, small_pipeline, small_pairs, tmp_path
 ):

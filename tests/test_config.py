@@ -159,6 +159,12 @@ def test_a_bad_override_is_told_what_it_must_be_and_what_it_was(override, proble
     assert "1 problem\n" in message
 
 
+@pytest.mark.parametrize("key", ["betas=[0.5, 0.75]", "eps=1e-6"])
+def test_numbers_of_adamw_are_refused_beside_adafactor(key):
+    message = error_of(ROOT / "configs" / "base.yaml", "optim.name=adafactor", f"optim.{key}")
+    assert f"{key.partition('=')[0]} is AdamW's, and optim.name is adafactor" in message
+
+
 def test_all_problems_are_reported_at_once_with_the_file_they_are_in(write):
     write("output_dir: out\nseed: -1\noptim: {lerning_rate: 1}\n", "parent.yaml")
     file = write("inherits: parent.yaml\nloss: {bta: 1000, n: six}\ncompute: {tf32: 1}\ntrain: 5\n")
@@ -232,8 +238,10 @@ def test_what_is_said_of_a_key_names_where_it_acts_and_what_is_published():
     assert said["max_reward"] == "chipo: bound R of the reward; null: 10"
     assert said["kappa"].startswith("chipo, f_dpo: ") and said["kappa"].endswith("; null: 1")
     assert said["alpha"].endswith("; null: f_dpo 0.5, dmpo 0.01, alpha_dpo 0.9999")
-    assert said["safeguard"].startswith("all but sft, diffusion_kto: ")
-    assert said["name"].endswith("; without a reference: mapo, sft; self-play: seppo; on single images: diffusion_kto")
+    assert said["safeguard"].startswith("all but sft, diffusion_kto, diffusion_nft: ")
+    assert said["name"].endswith(
+        "; without a reference: mapo, sft; self-play: seppo; on single images: diffusion_kto, diffusion_nft"
+    )
 
 
 def test_the_page_of_objectives_has_the_numbers_that_are_published():
@@ -260,7 +268,7 @@ def test_effective_beta_is_a_number_or_none_for_every_objective():
         (["loss.name=seppo", "model.trainable=lora"], "loss.name: seppo moves the reference"),
         (["loss.name=seppo", "cache.reference=x"], "its errors can't be kept; set cache.reference=null"),
         (["model.reference_decay=0.9", "cache.reference=x"], "model.reference_decay moves the reference"),
-        (["loss.name=seppo", "model.reference_decay=0.9"], "seppo draws its own reference"),
+        (["loss.name=seppo", "model.reference_decay=0.9"], "both decide what the reference is"),
         (["loss.name=dspo", "cache.reference=x"], "dspo needs the reference's predictions"),
     ],
 )

@@ -29,6 +29,7 @@ from xdpo.data import (
 )
 from xdpo.data.images import UnreadableImageError, decode_rgb, square_pixels
 from xdpo.families.stable_diffusion import tokenize
+from xdpo.files import StorageError
 
 LIME, RED = [-1, 1, -1], [1, -1, -1]
 
@@ -50,7 +51,7 @@ def data_config(path="unused", **changes):
 
 
 def tokenize_with(tokenizer):
-    return partial(tokenize, {"tokenizer": tokenizer})
+    return partial(tokenize, {"tokenizer": tokenizer}, {})
 
 
 def parquet_table(tmp_path, rows, **changes):
@@ -122,7 +123,7 @@ def test_a_missing_ranking_id_falls_back_to_the_uids_then_to_the_row(tmp_path):
     assert parquet_table(tmp_path / "bare", [bare]).pair_id(0) == "0"
 
 
-def test_names_and_captions_choose_the_columns_of_the_source_once(tmp_path, tiny_tokenizer, monkeypatch):
+def test_names_and_captions_choose_no_columns_of_the_source_anew(tmp_path, tiny_tokenizer, monkeypatch):
     dataset = parquet_dataset(tmp_path, [pick_a_pic_row(number) for number in range(5)], tiny_tokenizer, shuffle=False)
     calls, choose = [], datasets.Dataset.select_columns
 
@@ -133,7 +134,7 @@ def test_names_and_captions_choose_the_columns_of_the_source_once(tmp_path, tiny
     monkeypatch.setattr(datasets.Dataset, "select_columns", counted)
     names = [dataset.table.pair_id(int(row)) for row in dataset.table.rows]
     captions = [dataset.caption(index)["input_ids"] for index in range(5)]
-    assert len(calls) == 1
+    assert not calls
     assert names == [dataset[index].pair_id for index in range(5)] and len(set(names)) == 5
     assert all(torch.equal(captions[index], dataset[index].tokens["input_ids"]) for index in range(5))
 
@@ -512,7 +513,13 @@ def test_a_cache_of_datasets_that_cannot_be_written_is_named(tmp_path, monkeypat
     for raising in (fail, failing(number)):
         monkeypatch.setattr("datasets.load_dataset", raising)
         with pytest.raises(DataError, match=rf"into the cache {HF_DATASETS_CACHE} \(HF_DATASETS_CACHE names .*{words}"):
-            load_pairs(data_config(str(tmp_path)))
+            load_pairs(data_config(str(tmp_path), source="hub"))
+
+
+def test_an_index_that_cannot_be_written_is_named(tmp_path, full_disk):
+    write_pick_a_pic(tmp_path / "train.parquet", [pick_a_pic_row(0)])
+    with pytest.raises(StorageError, match=r"could not write .*/xdpo/\w+\.arrow: the disk is full .* make room"):
+        load_pairs(data_config(str(tmp_path)))
 
 
 def test_a_line_that_is_not_json_is_named(tmp_path):

@@ -26,18 +26,25 @@ SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "SIGHUP": signal.
 TO_ALL = "to the process group"
 
 
+USUAL = {
+    ("torchrun", "SIGTERM", "to the launcher"),
+    ("accelerate launch", "SIGTERM", "to the launcher"),
+    ("python", "SIGINT", TO_ALL),
+}
+
+
 def every_case():
-    """The launcher that is signalled alone, and the whole group; the slow ones beside the two that lost runs."""
-    for launcher in LAUNCHERS:
-        for name in SIGNALS:
-            for whom in ("to the launcher", TO_ALL):
-                usual = (launcher, name, whom) in {
-                    ("torchrun", "SIGTERM", "to the launcher"),
-                    ("accelerate launch", "SIGTERM", "to the launcher"),
-                    ("python", "SIGINT", TO_ALL),
-                }
-                marks = () if usual else (pytest.mark.slow,)
-                yield pytest.param(launcher, name, whom, marks=marks, id=f"{launcher}, {name} {whom}")
+    """Every signal to every launcher, in turn to the launcher alone and to its whole process group.
+
+    All but the usual three are slow; beside the three are the two that once lost runs.
+    """
+    for row, launcher in enumerate(LAUNCHERS):
+        for column, name in enumerate(SIGNALS):
+            whom = (TO_ALL, "to the launcher")[(row + column) % 2]
+            cases = {(launcher, name, whom), *(case for case in USUAL if case[:2] == (launcher, name))}
+            for case in sorted(cases):
+                marks = () if case in USUAL else (pytest.mark.slow,)
+                yield pytest.param(*case, marks=marks, id=f"{launcher}, {name} {case[2]}")
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for processes in /proc")

@@ -5,11 +5,13 @@ import io
 import json
 import os
 import re
+import signal
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from conftest import held_elsewhere
+from conftest import ROOT, held_elsewhere
+from forks import launch
 from PIL import ExifTags, Image, features
 
 import evaluate
@@ -244,7 +246,7 @@ def test_a_thumbnail_shows_what_was_scored(tmp_path):
     turned, exif = tmp_path / "turned.jpg", Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     Image.new("RGB", (600, 300)).save(turned, exif=exif)
-    assert shown(turned).size == (128, 256)
+    assert (shown(turned).size, shown(turned).format) == ((128, 256), "WEBP")
     small = tmp_path / "small.png"  # a JPEG by its content
     Image.new("RGB", (16, 16)).save(small, "JPEG")
     assert shown(small).size == (16, 16)
@@ -427,6 +429,79 @@ def test_killed_and_restarted_it_goes_on_where_it_was(world, monkeypatch, capsys
     assert len(placed(world.output)) == 12
 
 
+# Each process scores only when both have begun, and dies after the third call where told to.
+SHARED = """
+import os, signal, time
+from pathlib import Path
+import numpy as np
+
+FOLDER = Path({folder!r})
+
+class Red:
+    def score(self, images, prompts):
+        (FOLDER / f"begun-{{os.getpid()}}").touch()
+        deadline = time.monotonic() + 60
+        while len(list(FOLDER.glob("begun-*"))) < int(os.environ.get("WORLD_SIZE", 1)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with (FOLDER / "calls").open("a") as file:
+            file.write(f"{{os.environ.get('RANK')}} {{len(images)}}\\n")
+        if (FOLDER / "deadly").exists() and len((FOLDER / "calls").read_text().splitlines()) > 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [float(np.asarray(image)[..., 0].mean()) for image in images]
+"""
+IMPATIENT = """
+import sys
+import evaluate
+from xdpo.scores import scoring
+scoring.SAVE_SECONDS = -1
+sys.exit(evaluate.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_resumed_write_what_one_writes_and_score_nothing_twice(tmp_path, metric_weights):
+    (tmp_path / "red.py").write_text(SHARED.format(folder=str(tmp_path)))
+    for model, red in MODELS.items():
+        make_model(tmp_path / "images" / model, red, count=8)
+    (tmp_path / "images" / "sd15" / "mine" / "cats" / "00001.png").write_bytes(b"no image")
+
+    def run(output, processes, program=ROOT / "evaluate.py"):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        for begun in tmp_path.glob("begun-*"):
+            begun.unlink()
+        images = [str(tmp_path / "images" / model) for model in MODELS]
+        options = ["--scorers", f"{tmp_path}/red.py:Red", "--batch-size", "2", "--output", output]
+        more = ["--weights", str(metric_weights), "--reference", images[0]]
+        return launch(program, ["--images", *images, *options, *more], processes=processes, cwd=tmp_path)
+
+    def calls():
+        """Rank and number of images of every call of the scorer."""
+        return [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+
+    def written(output):
+        paths = [path for path in (tmp_path / output).rglob("*") if path.is_file() and not is_own(path)]
+        return {str(path.relative_to(tmp_path / output)): path.read_bytes() for path in paths}
+
+    (tmp_path / "deadly").touch()
+    killed = run("two", 2, IMPATIENT)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    saved = ScoreTable(tmp_path / "two").scores
+    assert not (tmp_path / "two" / "scores.parquet").exists() and 0 < len(saved) < 15
+
+    (tmp_path / "deadly").unlink()
+    resumed = run("two", 2)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert {rank for rank, _ in calls()} == {"0", "1"}
+    assert sum(int(images) for _, images in calls()) == 15 - len(saved)
+    assert resumed.stdout.count("report: ") == 1 and resumed.stderr.count("1 left out: cannot be decoded") == 1
+
+    one = run("one", 1)
+    assert one.returncode == 0, one.stderr[-3000:]
+    expected, of_two = written("one"), written("two")
+    assert {"scores.parquet", "report.html", "report.md", "features.npz"} < expected.keys() == of_two.keys()
+    assert [name for name, content in expected.items() if of_two[name] != content] == []
+
+
 def test_images_are_scored_as_training_sees_them(world):
     """Turned upright, transparency over white: the same pixels as everywhere."""
     path = world.folder / "images" / "sd15" / "mine" / "cats" / "00000.png"
@@ -563,8 +638,8 @@ def test_images_beyond_the_budget_are_links_beside_the_page(world):
     data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1])
     assert 0 < len(data["embedded"]) < 12
     images = [image for prompt in data["sets"][0]["prompts"] for model in prompt["images"] for image in model]
-    assert sum(number >= 0 for number, _ in images) == len(data["embedded"])
-    assert all((world.output / link).is_file() for _, link in images)
+    assert sum(number >= 0 for number, _, _ in images) == len(data["embedded"])
+    assert all((world.output / link).is_file() for _, link, _ in images)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def small_config(tmp_path, small_pipeline, small_pairs):
     return path
 
 
+@pytest.mark.slow
 def test_a_sweep_shares_its_caches_skips_what_is_done_and_names_what_failed(small_config, tmp_path, capsys):
     arguments = ["--configs", str(small_config), "--grid", "loss.beta=500,1000", "--output", str(tmp_path / "sweep")]
     assert sweep.main([*arguments, "--jobs", "2"]) == 0

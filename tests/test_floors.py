@@ -12,7 +12,7 @@ from xdpo.loss import OBJECTIVES
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: {"arguments", "files", "loss", "paths", "processes", "provenance", "tables"},
+    0: {"arguments", "files", "loss", "paths", "processes", "progress", "provenance", "tables"},
     1: {"__init__", "batch", "config", "ending", "noise", "prompts", "runlog"},
     2: {"cache", "compute", "data", "families", "non_finite", "scorers", "tiny"},
     3: {"images", "models", "noisy", "precompute", "runs"},

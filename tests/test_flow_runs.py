@@ -6,26 +6,30 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from flow_pipelines import sd3_pipeline
 from forks import launch
 from PIL import Image
-from tolerances import assert_same_but_for_rounding
+from tolerances import assert_same_but_for_rounding, assert_same_image
 from training_runs import SMALL_RUN, assert_same_run, command, rows_of
 
 import generate
-from xdpo import families, watch
-from xdpo.batch import Batch
-from xdpo.config import load_config
-from xdpo.families import check_config, load_parts
+from xdpo import families, precompute, watch
+from xdpo.batch import Batch, stack
+from xdpo.config import ModelConfig, load_config
+from xdpo.data import Split
+from xdpo.families import check_config, check_model, load_parts
 from xdpo.families.flux import FLUX
 from xdpo.loss import OBJECTIVES
-from xdpo.models import make_policy, make_reference
+from xdpo.models import load_model, make_policy, make_reference, read_model_spec, resolve_model
 from xdpo.noisy import NoisyBatchMaker
 from xdpo.reference import AdapterOff, Frozen
+from xdpo.sampling.images import is_truncated, sample_images
 from xdpo.step import inputs_of, measure, preference_loss
 
 SIZE = ("data.resolution=32", "loss.name=diffusion_dpo", "loss.beta=100", "optim.learning_rate=1e-3")
 SAMPLES = ("samples.every=4", "samples.prompts=[a cat]", "train.max_steps=4", "checkpoint.every=2")
 LORA = ("model.trainable=lora", "model.lora_rank=2", "model.lora_alpha=2")
+HALVED = "model.frozen_precision=bf16"
 each_flow = pytest.mark.parametrize("flow", ["sd3", "flux"])
 sd3_and_slow_flux = pytest.mark.parametrize("flow", ["sd3", pytest.param("flux", marks=pytest.mark.slow)])
 flux_and_slow_sd3 = pytest.mark.parametrize("flow", ["flux", pytest.param("sd3", marks=pytest.mark.slow)])
@@ -62,11 +66,13 @@ def test_a_full_training_starts_at_ln_2_and_its_export_draws_what_it_drew(run, p
 
     (reference,), (policy,) = samples[-2:]
     base = diffusers.DiffusionPipeline.from_pretrained(pipeline)
-    assert np.array_equal(draw(base), np.asarray(reference))
+    assert_same_image(draw(base), reference)
     kind = type(base.transformer)
     base.transformer = kind.from_pretrained(folder / "export", subfolder="transformer")
     drawn = draw(base)
-    assert np.array_equal(drawn, np.asarray(policy)) and not np.array_equal(drawn, np.asarray(reference))
+    assert_same_image(drawn, policy)
+    with pytest.raises(AssertionError):
+        assert_same_image(drawn, reference)
 
 
 @sd3_and_slow_flux
@@ -81,9 +87,9 @@ def test_adapters_resume_bit_for_bit_and_are_loaded_by_the_library(run, pipeline
 
     (reference,), (policy,) = samples[-2:]
     base = diffusers.DiffusionPipeline.from_pretrained(pipeline)
-    assert np.array_equal(draw(base), np.asarray(reference)), "with its adapter off it is the base"
+    assert_same_image(draw(base), reference)  # with its adapter off it is the base
     base.load_lora_weights(whole / "export")
-    assert np.array_equal(draw(base), np.asarray(policy))
+    assert_same_image(draw(base), policy)
 
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n")
@@ -92,12 +98,15 @@ def test_adapters_resume_bit_for_bit_and_are_loaded_by_the_library(run, pipeline
     arguments = ["--model", str(whole), "--prompts", str(prompts), "--output", str(output), *quick]
     assert generate.main([*arguments, "--guidance", "7.5"]) == 0
     (image,) = output.rglob("*.png")
-    assert np.array_equal(np.asarray(Image.open(image)), np.asarray(policy))
+    assert_same_image(Image.open(image), policy)
 
 
-@flux_and_slow_sd3
-def test_caches_give_the_same_run_in_bf16(run, pipeline, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("flow", "trained"), [("flux", ()), pytest.param("sd3", (), marks=pytest.mark.slow), ("sd3", (*LORA, HALVED))]
+)
+def test_caches_give_the_same_run_in_bf16(run, pipeline, tmp_path, capsys, trained):
     options = (f"model.pipeline={pipeline}", *SIZE, "train.max_steps=2", "checkpoint.every=2", "compute.precision=bf16")
+    options += trained
     caches = [f"cache.{name}={tmp_path / name}" for name in ("examples", "reference")] + ["cache.dtype=fp32"]
     _, plain = run("plain", *options)
     run("recording", *options, *caches)
@@ -176,6 +185,8 @@ def test_every_objective_takes_a_step(pipeline):
         inputs = dict(measured.inputs)
         if "z0" in inputs_of(config):
             inputs["z0"] = torch.zeros(())
+        if "optimality" in inputs_of(config):
+            inputs["optimality"] = torch.tensor([0.9, 0.2]).repeat_interleave(len(measured.errors.policy_chosen))
         policy.zero_grad()
         preference_loss(measured.errors, config, inputs).loss.mean().backward()
         gradients = [weight.grad for weight in policy.parameters() if weight.grad is not None]
@@ -191,6 +202,58 @@ def test_self_play_samples_with_the_pipeline(run, pipeline):
     latents = [row for row in rows_of(folder) if "loss" in row]
     assert len(latents) == 3 and (folder / "snapshots").is_dir()
 
+
+# --- how much of a caption T5 reads ------------------------------------------------------------------------
+
+
+@each_flow
+def test_t5_reads_as_many_tokens_as_asked_for_in_training_and_sampling(pipeline, flow):
+    caption, length = "word " * 8, 24
+    parts = load_parts(ModelConfig(pipeline=pipeline, t5_tokens=length))
+    sampler = families.pipeline_with(parts, parts.denoiser)
+    tokens, is_cut = parts.tokenize(caption)
+    conditioning = parts.encode_captions(stack([tokens]))
+    prompts = (caption, None, None) if flow == "sd3" else (caption,)
+    states, *_ = sampler.encode_prompt(*prompts, max_sequence_length=length)
+    arguments = parts.family.prompt_arguments(conditioning, conditioning)
+    assert torch.equal(arguments["prompt_embeds"], states) and states.shape[1] == (32 if flow == "sd3" else 24)
+    whole = load_parts(ModelConfig(pipeline=pipeline))
+    assert is_cut and is_truncated(sampler, caption) and not whole.tokenize(caption)[1]
+    shapes = {name: tuple(value.shape[1:]) for name, value in conditioning.items()}
+    assert shapes == parts.family.conditioning_shapes(parts)
+
+    options = {"num_inference_steps": 1, "guidance_scale": 2.0}
+    (drawn,) = sample_images(sampler, [caption], seed=0, image_size=32, chunk_size=1, **options)
+    theirs = diffusers.DiffusionPipeline.from_pretrained(pipeline)
+    generator = [torch.Generator().manual_seed(0)]
+    options |= {"height": 32, "width": 32, "generator": generator, "max_sequence_length": length}
+    assert np.array_equal(np.asarray(theirs([caption], **options).images[0]), np.asarray(drawn))
+
+
+def test_a_cache_of_another_length_is_another_cache(sd3, small_pipeline):
+    """A length that is the pipeline's is no choice: caches from before there was one are its own."""
+    for length, kept in ((None, {}), (256, {}), (24, {"T5 tokens": 24})):
+        assert families.caption_choices(ModelConfig(pipeline=sd3, t5_tokens=length)) == kept
+    settings = load_config("configs/base.yaml", [f"model.pipeline={sd3}", "output_dir=none", "model.t5_tokens=24"])
+    assert precompute.example_key(settings, Split.TRAIN)["T5 tokens"] == 24
+    with pytest.raises(ValueError, match=r"model\.t5_tokens: Stable Diffusion 1\.x and 2\.x has no such choice"):
+        check_model(ModelConfig(pipeline=small_pipeline, t5_tokens=24))
+
+
+def test_without_t5_there_are_no_tokens_to_choose(tmp_path, tiny_tokenizer):
+    folder = sd3_pipeline(tmp_path / "sd3", tiny_tokenizer, t5=False)
+    with pytest.raises(ValueError, match=r"model\.t5_tokens \(got 24\): this pipeline has no T5"):
+        check_model(ModelConfig(pipeline=folder, t5_tokens=24))
+
+
+def test_images_of_a_run_are_made_with_its_tokens(run, sd3):
+    _, folder = run("run", f"model.pipeline={sd3}", *SIZE, *LORA, "model.t5_tokens=24", "train.max_steps=1")
+    model = resolve_model(*read_model_spec(str(folder)))
+    assert model.identity["t5_tokens"] == 24
+    assert load_model(model).caption_choices == {"T5 tokens": 24}
+
+
+# --- what can't be sampled or trained ----------------------------------------------------------------------
 
 GENERATED = {
     "half a token": (["--image-size", "24"], "must be a multiple of 16"),

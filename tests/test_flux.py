@@ -107,7 +107,11 @@ def edit(path, **changes):
 
 
 CONFIGS = {
-    "another transformer": ("transformer", {"_class_name": "SD3Transformer2DModel"}, "where a FluxTransformer2DModel"),
+    "another transformer": (
+        "transformer",
+        {"_class_name": "SD3Transformer2DModel"},
+        "and FluxTransformer2DModel is meant",
+    ),
     "a Fill model": ("transformer", {"in_channels": 96, "out_channels": 16}, "takes 96 channels .* Fill, Canny"),
     "another autoencoder": ("vae", {"latent_channels": 8}, r"takes 16 channels .* have 32"),
     "an autoencoder without a shift": ("vae", {"shift_factor": None}, "no shift_factor"),
@@ -133,6 +137,6 @@ def test_the_distilled_model_is_refused_and_one_without_guidance_is_not_told_any
         check_pipeline_folder(str(folder))
 
     edit(folder / "scheduler" / "scheduler_config.json", use_dynamic_shifting=True)
-    assert FLUX.told(folder, ModelConfig()) == {"guidance": None}
+    assert FLUX.predict_arguments(folder, ModelConfig()) == {"guidance": None}
     with pytest.raises(ValueError, match=r"guidance \(got 3\) is told to a guidance-distilled model"):
-        FLUX.told(folder, ModelConfig(guidance=3))
+        FLUX.predict_arguments(folder, ModelConfig(guidance=3))

@@ -12,6 +12,7 @@ from xdpo.batch import stack
 from xdpo.config import ComputeConfig, ModelConfig
 from xdpo.families import check_pipeline_folder, load_parts, pipeline_with
 from xdpo.models import adapter_off, make_policy, make_reference, trainable_parameters
+from xdpo.runs import weights_checksum
 
 INPUTS = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.randn(2, 8, 16)
 
@@ -141,3 +142,42 @@ def test_a_pipeline_of_another_kind_is_refused(small_pipeline, tmp_path):
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="text encoder NoSuchModel"):
         load_parts(ModelConfig(pipeline=str(folder)))
+
+
+# --- frozen weights in bf16 ----------------------------------------------------------------------------------
+
+HALVED = ModelConfig(trainable="lora", lora_rank=2, frozen_precision="bf16")
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_weights_that_nobody_trains_are_kept_in_bf16_and_no_others(small_pipeline, trainable):
+    model = HALVED.model_copy(update={"pipeline": small_pipeline, "trainable": trainable})
+    parts = load_parts(model)
+    policy = make_policy(parts, model, ComputeConfig())
+    kinds = {name: {weight.dtype for weight in module.parameters()} for name, module in parts.modules.items()}
+    base = {torch.bfloat16, torch.float32} if trainable == "lora" else {torch.float32}
+    assert kinds == {"vae": {torch.float32}, "text_encoder": {torch.bfloat16}, "unet": base}
+    assert {weight.dtype for weight in trainable_parameters(policy)} == {torch.float32}
+
+
+def test_with_its_adapter_off_a_model_in_bf16_is_its_base_in_bf16(small_pipeline):
+    model = HALVED.model_copy(update={"pipeline": small_pipeline})
+    parts = load_parts(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        base = predict(parts.denoiser)
+        policy = make_policy(parts, model, ComputeConfig())
+        with torch.no_grad():
+            for parameter in trainable_parameters(policy):
+                parameter.add_(0.05)
+        assert not torch.equal(predict(policy), base)
+        with adapter_off(policy):
+            assert torch.equal(predict(policy), base)
+    checksum = weights_checksum(policy)
+    with torch.no_grad():
+        next(policy.parameters()).view(torch.int16)[0] ^= 1
+    assert weights_checksum(policy) != checksum
+
+
+def test_weights_in_bf16_are_refused_where_the_networks_run_in_float32(run, capsys):
+    assert run("run", "model.frozen_precision=bf16", "data.path=nowhere")[0] == 1
+    assert "model.frozen_precision: bf16 weights are used where" in capsys.readouterr().err

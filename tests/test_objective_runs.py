@@ -12,7 +12,7 @@ from conftest import encoded_image, pick_a_pic_row, write_pick_a_pic
 from forks import launch
 from safetensors.torch import load_file
 from tolerances import ERROR, assert_same_but_for_rounding, drift, drift_tolerance
-from training_runs import assert_same_run, command, policy_of, rows_of
+from training_runs import assert_same_run, command, policy_of, rows_of, slow_but
 
 from xdpo import families, precompute
 from xdpo.feeds import SelfPlay
@@ -114,7 +114,7 @@ def test_find_batch_weighs_its_pairs_too(run, scored, capsys):
     assert "fastest here" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [KTO, SELF_PLAY], ids=["diffusion_kto", "seppo"])
+@pytest.mark.parametrize("options", slow_but(("diffusion_kto",), {"diffusion_kto": KTO, "seppo": SELF_PLAY}))
 def test_an_objective_with_a_memory_resumes_bit_for_bit(run, options):
     _, whole = run("whole", *options)
     run("parts", *options, "train.max_steps=3")
@@ -124,9 +124,7 @@ def test_an_objective_with_a_memory_resumes_bit_for_bit(run, options):
     assert_same_run(whole, parts)
 
 
-@pytest.mark.parametrize(
-    "options", [pytest.param(KTO, marks=pytest.mark.slow), SELF_PLAY], ids=["diffusion_kto", "seppo"]
-)
+@pytest.mark.parametrize("options", slow_but((), {"diffusion_kto": KTO, "seppo": SELF_PLAY}))
 def test_one_process_and_two_log_the_same_figures(run, small_pipeline, small_pairs, tmp_path, options):
     options = (*options, "train.micro_batch_pairs=1")
     _, one = run("one", *options)
@@ -172,6 +170,7 @@ def test_self_play_draws_its_references_from_the_runs_own_past(run):
     assert all(rows[step]["margin"] != 0 for step in (1, 3, 5))
 
 
+@pytest.mark.slow
 def test_opponents_of_self_play_are_sampled_from_the_cached_captions_too(run, tmp_path):
     _, plain = run("plain", *SELF_PLAY, "data.caption_dropout=0")
     cache = (f"cache.examples={tmp_path / 'examples'}", "cache.dtype=fp32")
@@ -191,7 +190,7 @@ def test_a_buffer_smaller_than_a_round_is_used_again(run, monkeypatch):
     assert sampled == [[0, 1, 2], [3, 4, 5]]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["asked", "killed"])
+@pytest.mark.parametrize("number", slow_but(("killed",), {"asked": signal.SIGTERM, "killed": signal.SIGINT}))
 def test_a_run_that_ends_while_it_samples_goes_on_with_what_it_has(run, monkeypatch, number):
     """In its second round, of two batches; an exception stands for the kill, which no code answers either."""
     sampled, original = [], SelfPlay._sample

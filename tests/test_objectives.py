@@ -561,6 +561,60 @@ def test_a_beta_per_pair_weights_the_margins(name):
     torch.testing.assert_close(weighted, weights * loss_of(name, errors, beta=BETA).margin)
 
 
+# DiffusionNFT
+
+
+def residuals_of_nft(seed=0, images=5):
+    """Residuals v_θ − v and v_old − v of images of three values each, and optimalities."""
+    source = torch.Generator().manual_seed(seed)
+    policy, old = torch.randn(2, images, 3, generator=source, dtype=torch.float64)
+    return policy, old, torch.rand(images, generator=source, dtype=torch.float64)
+
+
+def nft_of(policy, old, better, **numbers):
+    """The objective on residuals (B, D)."""
+    labels = better > 0.5
+    errors = UnpairedErrors(policy.square().mean(1), old.square().mean(1), labels)
+    return loss_of("diffusion_nft", errors, optimality=better, image_dot_reference=(policy * old).mean(1), **numbers)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.3, 2.0])
+def test_nft_is_its_two_implicit_policies(beta):
+    """As printed: v₊ = (1 − β)·v_old + β·v_θ, v₋ = (1 + β)·v_old − β·v_θ, here with the target v = 0."""
+    policy, old, better = residuals_of_nft()
+    positive, negative = (1 - beta) * old + beta * policy, (1 + beta) * old - beta * policy
+    expected = better * positive.square().mean(1) + (1 - better) * negative.square().mean(1)
+    output = nft_of(policy, old, better, beta=beta)
+    torch.testing.assert_close(output.loss, expected, rtol=1e-12, atol=1e-14)
+    gain = old.square().mean(1) - policy.square().mean(1)
+    torch.testing.assert_close(output.margin, (2 * better - 1) * gain, rtol=1e-12, atol=1e-14)
+
+
+def test_nft_by_hand():
+    # One image of one value: v_θ − v = 2, v_old − v = 1, r = ¾, β = ½. v₊ − v = 1.5, v₋ − v = 0.5.
+    values = [torch.tensor([[value]], dtype=torch.float64) for value in (2.0, 1.0)]
+    loss = nft_of(*values, torch.tensor([0.75], dtype=torch.float64), beta=0.5).loss
+    assert loss.item() == pytest.approx(0.75 * 2.25 + 0.25 * 0.25)
+
+
+def test_nft_with_equal_rewards_pulls_to_the_reference_and_with_the_best_is_fine_tuning():
+    policy, old, _ = residuals_of_nft()
+    half = nft_of(policy, old, torch.full((5,), 0.5), beta=0.7).loss
+    distance = 0.49 * (policy - old).square().mean(1)
+    torch.testing.assert_close(half, distance + old.square().mean(1), rtol=1e-12, atol=1e-14)
+    best = nft_of(policy, old, torch.ones(5, dtype=torch.float64), beta=1.0).loss
+    torch.testing.assert_close(best, policy.square().mean(1), rtol=1e-12, atol=1e-14)
+
+
+def test_the_gradient_of_nft_is_that_of_finite_differences_and_leaves_the_reference_alone():
+    policy, old, better = residuals_of_nft()
+    assert torch.autograd.gradcheck(lambda policy: nft_of(policy, old, better, beta=0.6).loss, policy.requires_grad_())
+    errors = UnpairedErrors(policy.square().mean(1), old.square().mean(1).requires_grad_(), better > 0.5)
+    dot = (policy * old).mean(1)
+    loss_of("diffusion_nft", errors, optimality=better, image_dot_reference=dot).loss.sum().backward()
+    assert errors.reference.grad is None
+
+
 # The registry and bad input
 
 
@@ -583,13 +637,15 @@ def test_the_registry_says_what_each_objective_takes():
     assert OBJECTIVES["sft"].keys == {}
     assert "eta" not in OBJECTIVES["diffusion_dpo"].keys
     no_recording = {name for name, objective in OBJECTIVES.items() if not objective.can_reuse_reference}
-    assert no_recording == {"dspo", "mapo", "sft", "seppo"}
+    assert no_recording == {"dspo", "mapo", "sft", "seppo", "diffusion_nft"}
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_every_objective_runs_with_its_published_defaults(name):
     if OBJECTIVES[name].is_unpaired:
-        output = loss_of(name, unpaired([0.1, 0.2], [0.2, 0.1], [True, False]), z0=ZERO)
+        inputs = {"z0": ZERO, "optimality": torch.tensor([0.8, 0.3]), "image_dot_reference": torch.tensor([0.1, 0.1])}
+        given = {key: inputs[key] for key in OBJECTIVES[name].inputs}
+        output = loss_of(name, unpaired([0.1, 0.2], [0.2, 0.1], [True, False]), **given)
     else:
         output = evaluate(name, random_errors(2))
     assert output.loss.shape == output.margin.shape == (2,) and output.loss.isfinite().all()
@@ -617,6 +673,11 @@ def test_bad_unpaired_input_is_refused():
         loss_of("diffusion_kto", errors._replace(desirable=torch.tensor([1, 0])), z0=ZERO)
     with pytest.raises(ValueError, match=r"one shape \(B,\), got"):
         loss_of("diffusion_kto", errors._replace(reference=torch.zeros(2, 1)), z0=ZERO)
+    half = torch.tensor([0.5, 0.5])
+    with pytest.raises(
+        ValueError, match=r"optimality and dots must have the errors' shape \(B,\), got \[\(2,\), \(2, 1\)"
+    ):
+        loss_of("diffusion_nft", errors, optimality=half.unsqueeze(1), image_dot_reference=half)
 
 
 @pytest.mark.parametrize("name", PAIRED)

@@ -52,16 +52,20 @@ def test_every_key_that_is_a_path_expands_the_home_folder(home, tmp_path):
     (home / "parent.yaml").write_text(f"inherits: {ROOT}/configs/base.yaml\noutput_dir: ~/run\n")
     child = home / "child.yaml"
     child.write_text("inherits: ~/parent.yaml\ndata:\n  path: [~/a, '~/b-*.parquet']\n")
-    keys = ["model.pipeline", "cache.examples", "cache.local_copy", "cache.reference", "eval.path"]
+    keys = ["model.pipeline", "model.vae", "cache.examples", "cache.local_copy", "cache.reference", "eval.path"]
     config = load_config("~/child.yaml", [f"{key}=~/x" for key in keys])
     assert config.output_dir == str(home / "run")
     assert config.data.path == (str(home / "a"), str(home / "b-*.parquet"))
     for key in keys:
         section, name = key.split(".")
         assert getattr(getattr(config, section), name) == str(home / "x"), key
+    online = ["online.prompts", "online.scorer_weights"]
+    section = load_config("~/child.yaml", ["feed.name=online_pairs", *(f"{key}=~/x" for key in online)]).online
+    assert section.prompts == section.scorer_weights == str(home / "x")
     about_places = ("path", "folder")
     told = [key for key, field in KEYS.items() if any(word in field.description for word in about_places)]
-    assert set(told) - {"output_dir", "data.path", "data.source", *keys} == set(), "a new key that may be a path"
+    others = {"output_dir", "data.path", "data.source", "cache.keep_source", "export.formats"}
+    assert set(told) - {*others, *keys, *online} == set(), "a new key that may be a path"
 
 
 def test_command_lines_expand_the_home_folder(home):

@@ -63,6 +63,14 @@ CONFIGS = {
     "another network": (
         "unet/config.json", {"_class_name": "UNetSpatioTemporalConditionModel"}, "unet is a UNetSpatioTemporal",
     ),
+    "a distilled UNet": ("unet/config.json", {"time_cond_proj_dim": 256}, r"distilled to few steps \(LCM\)"),
+    "a distilled model": (
+        "scheduler/scheduler_config.json", {"_class_name": "LCMScheduler"}, r"an LCMScheduler, .* few timesteps",
+    ),
+    "Turbo": (
+        "scheduler/scheduler_config.json",
+        {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}, "as SD-Turbo's, which was distilled",
+    ),
     "an inpainting UNet": ("unet/config.json", {"in_channels": 9}, r"takes 9 channels .* have 4.*inpainting"),
     "a UNet with a variance": ("unet/config.json", {"out_channels": 8}, r"gives 8 channels .* have 4"),
     "a wider text encoder": ("unet/config.json", {"cross_attention_dim": 24}, r"states are 16 wide .* attends to 24"),

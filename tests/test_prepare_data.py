@@ -1,6 +1,7 @@
 """Data prepared ahead: what is said of it, and that training finds it."""
 
 import errno
+from pathlib import Path
 
 import prepare_data
 import pyarrow as pa
@@ -35,11 +36,13 @@ def test_training_finds_what_was_prepared_in_its_order(prepare, small_pairs, tmp
     assert prepare(*overrides) == 0
     said = capsys.readouterr().out
     size = sum(path.stat().st_size for path in tmp_path.glob("train-*"))
-    assert f"training pairs: 3 files, {size / 1e9:.3g} GB\n  converted in " in said
-    assert "GB are free" in said and "held-out pairs: 1 files" in said
+    where = {"hub": "\n  converted in ", "parquet": ", read where they are; their index goes into "}[source]
+    assert f"training pairs: 3 files, {size / 1e9:.3g} GB{where}" in said
+    assert ("GB are free" in said) == (source == "hub") and "held-out pairs: 1 files" in said
     assert "kept 10\n" in said and "kept 2\n" in said
 
     no_conversion(monkeypatch)
+    monkeypatch.setattr("xdpo.data.index.parquet_texts", lambda *_: pytest.fail("indexed anew"))
     settings = load_config("configs/base.yaml", overrides)
     found = load_pairs(settings.data)
     assert found.columns("caption")["caption"] == [f"a photo of {number}" for number in range(10)]
@@ -60,9 +63,10 @@ def test_what_relabelling_leaves_is_prepared_and_what_a_run_leaves_is_not(prepar
     assert "train-0.parquet lacks the columns caption, jpg_0" in capsys.readouterr().err
 
 
-def test_a_full_cache_of_datasets_is_named(prepare, small_pairs, monkeypatch, capsys):
+def test_a_full_cache_of_datasets_is_named(prepare, small_pairs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("datasets.load_dataset", failing(errno.ENOSPC))
-    assert prepare("data.source=parquet", f"data.path={small_pairs}", "eval.every=0") == 1
+    (tmp_path / "train.parquet").write_bytes(Path(small_pairs).read_bytes())
+    assert prepare("data.source=hub", f"data.path={tmp_path}", "eval.every=0") == 1
     assert "(HF_DATASETS_CACHE names another): " in (said := capsys.readouterr().err) and "the disk is full" in said
 
 

@@ -78,7 +78,7 @@ def go_through_scenes(folder, overrides):
         print(f"process {accelerator.process_index} went through {scene}\n", end="", flush=True)
 
     busy_at_first(precompute.opening, "load_pairs", accelerator)
-    precompute.load_table(settings, accelerator, Split.TRAIN)
+    precompute.load_table(settings, accelerator, Split.TRAIN, in_order=True)
     through("loading pairs")
 
     busy_at_first(PipelineParts, "encode_images", accelerator)

@@ -1,13 +1,16 @@
 """AI feedback: new labels from a scorer, old ones kept, nothing half written."""
 
 import os
+import shutil
+import signal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import relabel
-from conftest import encoded_image, held_elsewhere, pick_a_pic_row, write_pick_a_pic
+from conftest import ROOT, encoded_image, held_elsewhere, pick_a_pic_row, write_pick_a_pic
+from forks import launch
 from PIL import features
 
 from xdpo.data import load_pairs
@@ -87,6 +90,40 @@ def test_what_is_done_is_kept_and_an_interrupted_file_is_made_again(call, monkey
     assert call() == 0
     assert "2 files in" in (said := capsys.readouterr().out) and "1 of them made now" in said
     assert len(calls) == 3
+
+
+KILLED = """
+import os, signal, sys
+import relabel
+original, calls = relabel.score_pairs, []
+def deadly(*arguments):
+    calls.append(1)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments)
+relabel.score_pairs = deadly
+sys.exit(relabel.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_files_and_killed_or_not_make_what_one_makes(call, tmp_path):
+    for number in (2, 3):
+        shutil.copyfile(call.data / "train-0.parquet", call.data / f"train-{number}.parquet")
+    assert call() == 0
+    arguments = ["--data", f"{call.data}/train-*.parquet", "--output", "two", "--scorer", f"{tmp_path}/red.py:Red"]
+    arguments += ["--tie-threshold", "5"]
+    killed = launch(KILLED, arguments, 2, tmp_path, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'scripts'}")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "two").glob("*.parquet")}
+    assert len(made) == 2  # each process was killed in its second file
+
+    resumed = launch(ROOT / "scripts" / "relabel.py", arguments, 2, tmp_path)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert resumed.stdout.count("4 files in two, 2 of them made now\n  chosen by score: 8\n") == 1
+    assert all(path.stat().st_mtime_ns == time for path, time in made.items())
+    for path in call.output.glob("*.parquet"):
+        assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_another_scorer_into_the_same_folder_is_refused(call, capsys):

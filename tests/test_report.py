@@ -2,14 +2,23 @@
 
 import csv
 import io
+from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from matplotlib import colormaps
+from matplotlib.colors import to_rgb
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from scored_images import rows_of
 
-from xdpo.report import curves, exports, figures, grids, published
+from xdpo.images.reading import Picture
+from xdpo.report import browser, curves, exports, figures, grids, published
 from xdpo.report.grids import Cell, Grid
+from xdpo.report.sections import Evaluation
 from xdpo.scores.results import benchmarks_of
 
 # --- tables ------------------------------------------------------------------------------------------------------
@@ -142,6 +151,163 @@ def test_the_published_tables_are_those_handed_down(request):
     assert [[row[s] for s in scorers] for row in ours["table3"]] == [
         [row[s] for s in scorers] for row in theirs["table3"]
     ]
+
+
+# --- colours -------------------------------------------------------------------------------------------------------
+
+# Machado, Oliveira and Fernandes (2009), full severity, on linear RGB.
+SIGHT = {
+    "normal": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+TO_XYZ = np.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]]
+)
+TOLD_APART = {"normal": 25, "protanopia": 20, "deuteranopia": 20, "tritanopia": 15}  # ΔE of 1976; some 2 is just seen
+
+
+def linear(colour):
+    channels = np.array(to_rgb(colour))
+    return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+
+
+def lab(colour, sight):
+    xyz = TO_XYZ @ np.clip(np.array(SIGHT[sight]) @ linear(colour), 0, 1) / (0.95047, 1, 1.08883)
+    x, y, z = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz * (29 / 6) ** 2 / 3 + 4 / 29)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def contrast(one, other):
+    dark, light = sorted(float(TO_XYZ[1] @ linear(colour)) for colour in (one, other))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+def test_readers_of_every_sight_tell_any_two_models_apart(sight):
+    assert np.linalg.norm(lab("white", sight) - lab("black", sight)) == pytest.approx(100, abs=0.1)
+    colours = [figures.BASELINE_COLOUR, *figures.COLOURS]
+    assert len(colours) == 9
+    apart = {pair: np.linalg.norm(lab(pair[0], sight) - lab(pair[1], sight)) for pair in combinations(colours, 2)}
+    assert min(apart.values()) >= TOLD_APART[sight], min(apart, key=apart.get)
+
+
+def test_marks_have_a_contrast_of_3_with_the_paper_and_texts_one_of_4_5_with_what_they_stand_on():
+    assert contrast("#777777", "white") == pytest.approx(4.48, abs=0.01)
+    assert min(contrast(colour, "white") for colour in (figures.BASELINE_COLOUR, *figures.COLOURS)) >= 3
+    axes = Figure().subplots()
+    for value in np.linspace(-1, 1, 201):
+        figures._cell_text(axes, 0, 0, "1", value, limit=1, bold=False)
+        ground = colormaps[figures._DIVERGING](0.5 + value / 2)[:3]
+        assert contrast(axes.texts[-1].get_color(), ground) >= 4.5
+    (benchmark,) = benchmarks_of(rows_of(THREE), list(THREE), ["clip"])
+    for figure in every_figure(benchmark, "a"):
+        figure.draw_without_rendering()
+        texts = [text for text in figure.findobj(Text) if text.get_text() and text not in cell_texts(figure)]
+        assert len(texts) > 5
+        assert min(contrast(text.get_color(), "white") for text in texts) >= 4.5
+
+
+def every_figure(benchmark, baseline):
+    """One of each kind that shows models, and the heat maps."""
+    colours = figures.colours_of(benchmark.models, baseline)
+    ends = [(curves.Progress(0, 0.0), baseline)]
+    runs = [curves.Curve(m, (*ends, (curves.Progress(9, 1.0), m))) for m in benchmark.models if m != baseline]
+    return [
+        figures.win_rate_bars(benchmark, baseline, colours),
+        figures.metric_bars(benchmark, baseline),
+        figures.score_differences(benchmark, baseline, colours),
+        figures.quality_curves(benchmark, runs, baseline),
+        figures.category_heat_map(benchmark, baseline),
+        figures.win_matrix(benchmark),
+    ]
+
+
+def cell_texts(figure):
+    return [text for axes in figure.axes if axes.images for text in axes.texts]
+
+
+def test_a_model_has_one_colour_in_every_figure():
+    (benchmark,) = benchmarks_of(rows_of(THREE), list(THREE), ["clip"])
+    colours = {m: to_rgb(colour) for m, colour in figures.colours_of(benchmark.models, "a").items()}
+    rates, means, violins, training, *_ = (figure.axes[0] for figure in every_figure(benchmark, "a"))
+
+    def bars(axes):
+        return [to_rgb(bar.get_facecolor()) for bar in axes.patches]
+
+    assert bars(rates) == [colours["b"], colours["c"]]
+    assert bars(means) == [colours["a"], colours["b"], colours["c"]]
+    assert [to_rgb(violin.get_facecolor()[0]) for violin in violins.collections[::2]] == [colours["b"], colours["c"]]
+    assert {line.get_label(): to_rgb(line.lines[0].get_color()) for line in training.containers} == {
+        name: colours[name] for name in ("b", "c")
+    }
+
+
+def test_the_papers_methods_have_their_own_colours_whatever_stands_beside_them():
+    few = figures.colours_of(["sd15", "xdpo"], "sd15")
+    many = figures.colours_of(["one", "xDPO-SD15", "two", "dpo", "three", "xdpo@40", "sd15"], "one")
+    assert list(many) == ["one", "xDPO-SD15", "two", "dpo", "three", "xdpo@40", "sd15"]
+    assert many["xDPO-SD15"] == few["xdpo"] != many["dpo"]
+    assert len(set(many.values())) == 7
+    crowd = figures.colours_of([f"model {n}" for n in range(12)], "model 0")
+    assert len(set(crowd.values())) == 9 and crowd["model 9"] == crowd["model 1"]
+
+
+def test_an_interval_is_seen_over_a_bar_of_any_colour():
+    """It is dark, and its white rim has a contrast of 3 with every colour, as the test above has it."""
+    (benchmark,) = benchmarks_of(rows_of(THREE), list(THREE), ["clip"])
+    for figure in every_figure(benchmark, "a")[:2]:
+        intervals = [part for bar in figure.axes[0].containers if isinstance(bar, ErrorbarContainer) for part in bar[2]]
+        assert len(intervals) == 2
+        for interval in intervals:
+            (rim,) = interval.get_path_effects()
+            assert to_rgb(rim._gc["foreground"]) == (1, 1, 1) and rim._gc["linewidth"] > interval.get_linewidth()[0]
+
+
+def test_a_model_of_a_colour_that_was_used_is_striped():
+    names = [f"m{n}" for n in range(10)]
+    (benchmark,) = benchmarks_of(rows_of({name: {0: 1.0} for name in names}), names, ["clip"])
+    axes = figures.win_rate_bars(benchmark, "m0", figures.colours_of(names, "m0")).axes[0]
+    assert [bool(bar.get_hatch()) for bar in axes.patches] == [False] * 8 + [True]
+
+
+# --- images of the page --------------------------------------------------------------------------------------------
+
+
+def test_images_are_dealt_from_all_sets_metrics_and_models_in_turn():
+    """The first round has every ranking's first prompt, and no prompt's second image comes before all first ones."""
+    count, models, scorers = 40, ["base", "one", "two"], ["clip", "hpsv2"]
+    scores, pictures = np.random.default_rng(0).normal(size=(2, 2, 3, count)), {}
+    benchmarks = []
+    for name, of_set in zip(("large", "small"), scores, strict=True):
+        numbers = range(count if name == "large" else 10)
+        rows = []
+        for scorer, of_scorer in zip(scorers, of_set, strict=True):
+            told = {m: {n: of_model[n] for n in numbers} for m, of_model in zip(models, of_scorer, strict=True)}
+            rows += rows_of(told, scorer=scorer, prompt_set=name)
+        benchmarks += benchmarks_of(rows, models, scorers)
+        for model in models:
+            for n in numbers:
+                paths = [Path(name, model, f"{n}_{repeat}.png") for repeat in range(2)]
+                pictures[name, model, f"anime/{n}"] = [
+                    Picture(model, name, "anime", f"anime/{n}", repeat, path, path.name)
+                    for repeat, path in enumerate(paths)
+                ]
+    evaluation = Evaluation(benchmarks, ["base"], [], [], pictures, {}, [])
+    dealt = list(dict.fromkeys(browser.dealt(evaluation)))
+    assert len(dealt) == 2 * 3 * (count + 10)
+    ends = set()
+    for benchmark in benchmarks:
+        ends.add((benchmark.name, benchmark.prompts[0].key))
+        for scorer in scorers:
+            for model in models[1:]:
+                change = benchmark.of(model, scorer) - benchmark.of("base", scorer)
+                ends |= {(benchmark.name, benchmark.prompts[i].key) for i in (change.argmin(), change.argmax())}
+    first_round = dealt[: len(models) * len(ends)]
+    assert set(first_round) == {pictures[name, model, key][0].path for name, key in ends for model in models}
+    assert {path.stem[-1] for path in dealt[: len(dealt) // 2]} == {"0"}
+    assert {path.parts[0] for path in dealt[len(dealt) // 2 :][: len(models) * len(ends)]} == {"large", "small"}
 
 
 # --- quality against training ------------------------------------------------------------------------------------

@@ -265,7 +265,7 @@ def test_equal_models_are_exported_as_equal_files_that_others_may_read(small_pip
     try:
         for number in range(8):
             folder = tmp_path / str(number)
-            export_model(folder, policy, parts.family, config, is_main=True, unwrap=lambda module: module)
+            export_model(folder, policy, parts, config, is_main=True, unwrap=lambda module: module)
     finally:
         os.umask(umask)
     exports = [sorted(path for path in (tmp_path / str(n)).rglob("*") if path.is_file()) for n in range(8)]

@@ -99,7 +99,11 @@ def edit(path, **changes):
 
 
 CONFIGS = {
-    "another transformer": ("transformer", {"_class_name": "FluxTransformer2DModel"}, "where an SD3Transformer2DModel"),
+    "another transformer": (
+        "transformer",
+        {"_class_name": "FluxTransformer2DModel"},
+        "and SD3Transformer2DModel is meant",
+    ),
     "a transformer with a mask": ("transformer", {"in_channels": 9}, r"takes 9 channels and gives 4 .* have 4"),
     "another autoencoder": ("vae", {"latent_channels": 8}, r"takes 4 channels .* have 8"),
     "an autoencoder without a shift": ("vae", {"shift_factor": None}, "no shift_factor"),

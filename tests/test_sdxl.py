@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import encoded_image, pick_a_pic_row, write_pick_a_pic
 from forks import launch
+from PIL import Image
 from safetensors.torch import load_file
+from tolerances import assert_same_image
 from training_runs import ROOT, SMALL_RUN, assert_same_run, command, rows_of
 
 import generate
@@ -19,7 +22,8 @@ from xdpo import families, models, noise, precompute, step, watch
 from xdpo.batch import Batch, stack
 from xdpo.compute import build_accelerator
 from xdpo.config import ComputeConfig, ModelConfig, load_config
-from xdpo.data import PairWeights, Split
+from xdpo.data import PairWeights, Split, UnpairedDataset
+from xdpo.data.images import size_and_crop
 from xdpo.families import check_model, load_parts, part_checksum, pipeline_with
 from xdpo.learner import RecordedErrors, build_learner
 from xdpo.loss import OBJECTIVES
@@ -176,6 +180,77 @@ def test_the_size_is_told_in_the_order_of_the_pipeline(parts, theirs):
     assert torch.equal(found, expected.expand(2, -1)) and found.dtype == expected.dtype
 
 
+# --- the size of an image ----------------------------------------------------------------------------------
+
+ORIGINAL = "model.size_conditioning=original"
+
+
+@pytest.fixture(scope="module")
+def uneven_pairs(tmp_path_factory):
+    """Four pairs of images of different sizes: chosen ones of 40 × 20, 41 × 20, … pixels, rejected ones of 16 × 24."""
+    rows = [
+        pick_a_pic_row(
+            number,
+            jpg_0=encoded_image(colour, (40 + number, 20)),
+            jpg_1=encoded_image("red", (16, 24)),
+        )
+        for number, colour in enumerate(["lime", "blue", "white", "black"])
+    ]
+    return write_pick_a_pic(tmp_path_factory.mktemp("uneven") / "train.parquet", rows)
+
+
+def test_what_was_cropped_is_told_in_pixels_of_the_resized_image():
+    image = Image.new("RGB", (40, 20))
+    assert size_and_crop(image, 16).tolist() == [20, 40, 0, 8]
+    assert size_and_crop(image, 16, offset=(0.25, 1.0)).tolist() == [20, 40, 0, 4]
+    assert size_and_crop(image, 16, offset=(0.25, 1.0), flip=True).tolist() == [20, 40, 0, 12]
+    assert size_and_crop(Image.new("RGB", (16, 24)), 32, offset=(0.5, 0.25)).tolist() == [24, 16, 4, 0]
+
+
+def test_each_image_of_a_pair_is_told_its_own_size(run_xl, xl_pipeline, uneven_pairs, tmp_path):
+    options = (f"data.path={uneven_pairs}", "loss.name=diffusion_dpo", "model.trainable=lora", "model.lora_rank=2")
+    caches = [f"cache.examples={tmp_path / 'cache'}", "cache.dtype=fp32"]
+    _, constant = run_xl("constant", *options)
+    _, plain = run_xl("plain", *options, ORIGINAL)
+    _, cached = run_xl("cached", *options, ORIGINAL, *caches)
+    assert_same_run(plain, cached)
+    assert rows_of(plain)[0]["policy_error"] != rows_of(constant)[0]["policy_error"]
+
+    arguments = command(xl_pipeline, uneven_pairs, tmp_path / "x", ORIGINAL)
+    settings = load_config(arguments[1], arguments[2:])
+    parts, accelerator = load_parts(settings.model), build_accelerator(settings)
+    table = precompute.load_table(settings, accelerator, Split.TRAIN, in_order=False)
+    with_cache = settings.model_copy(
+        update={"cache": settings.cache.model_copy(update={"examples": str(tmp_path / "cache"), "dtype": "fp32"})}
+    )
+    of_cache = precompute.open_pairs(with_cache, accelerator, Split.TRAIN)
+    process = parts.process(settings.noise)
+    batches = [
+        precompute.make_dataset(pairs, parts.tokenize, settings, Split.TRAIN).batch([0, 1, 2, 3])
+        for pairs in (table, of_cache)
+    ]
+    told = [NoisyBatchMaker(parts, process, settings, CPU)(batch, 0).conditioning["time_ids"] for batch in batches]
+    assert torch.equal(*told)
+    heights, widths, tops, lefts, *aims = told[0].T.tolist()
+    assert heights == [20] * 4 + [24] * 4 and sorted(widths[:4]) == [40, 41, 42, 43] and widths[4:] == [16] * 4
+    assert tops == [0] * 4 + [4] * 4 and lefts[4:] == [0] * 4 and all(left >= 8 for left in lefts[:4])
+    assert aims == [[16] * 8] * 2
+
+    sampled = batches[0]._replace(rejected_latents=torch.zeros(4, 4, 8, 8))
+    told = NoisyBatchMaker(parts, process, settings, CPU)(sampled, 0).conditioning["time_ids"]
+    assert told[4:].tolist() == [[16, 16, 0, 0, 16, 16]] * 4 and told[0, 0] == 20, "what was sampled is whole"
+    singles = [
+        UnpairedDataset(precompute.make_dataset(pairs, parts.tokenize, settings, Split.TRAIN), 0.5).batch([0, 1])
+        for pairs in (table, of_cache)
+    ]
+    assert torch.equal(singles[0].sizes, singles[1].sizes) and {*singles[0].sizes[:, 0].tolist()} <= {20, 24}
+
+    plan = tmp_path / "cache" / "train" / "plan.json"
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"has_sizes": False}))
+    with pytest.raises(ValueError, match=r"was made before caches held the images' sizes"):
+        precompute.build_missing_examples(with_cache, accelerator)
+
+
 def test_images_are_encoded_to_the_bits_of_the_library_in_any_precision(parts):
     pixels = torch.rand(2, 3, SIDE, SIDE) * 2 - 1
     with torch.no_grad():
@@ -236,18 +311,14 @@ def test_the_loss_is_the_formula_in_float64(xl_pipeline, theirs):
     assert (expected - math.log(2)).abs().min() > 0.01
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def world(xl_pipeline, small_pairs):
     """The accelerator of a run, its overrides, and its pairs."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
     paths = [f"model.pipeline={xl_pipeline}", f"data.path={small_pairs}", "output_dir=none"]
     overrides = [*SMALL_RUN, *paths, "train.total_batch_pairs=2"]
     settings = load_config(ROOT / "configs" / "base.yaml", overrides)
     accelerator = build_accelerator(settings)
-    yield accelerator, overrides, precompute.load_table(settings, accelerator, Split.TRAIN)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return accelerator, overrides, precompute.load_table(settings, accelerator, Split.TRAIN, in_order=True)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -319,7 +390,7 @@ def test_the_exported_model_draws_in_diffusers_the_image_that_the_run_drew(
     seeds = [torch.Generator().manual_seed(0) for _ in range(watch.SAMPLE_CHUNK)]
     images = pipeline(["a red square"] * len(seeds), num_inference_steps=2, guidance_scale=7.5, generator=seeds).images
     drawn = np.asarray(sheets[-1]["policy"][0])
-    assert np.array_equal(np.asarray(images[0]), drawn)
+    assert_same_image(images[0], drawn)
     assert not np.array_equal(np.asarray(sheets[0]["policy"][0]), drawn), "training changed the image"
 
     # generate.py draws it too, from the run's folder, and other pixels from the base.
@@ -342,7 +413,8 @@ def test_the_exported_model_draws_in_diffusers_the_image_that_the_run_drew(
         assert generate.main(["--model", str(model), *prompts]) == 0
         (made[name],) = (tmp_path / name).rglob("*.png")
     trained, base = (np.asarray(watch.Image.open(made[name])) for name in ("trained", "base"))
-    assert np.array_equal(trained, drawn) and not np.array_equal(base, drawn)
+    assert_same_image(trained, drawn)
+    assert not np.array_equal(base, drawn)
 
 
 def test_an_adapter_that_is_off_leaves_the_base_to_the_bit(xl_pipeline):
@@ -433,6 +505,10 @@ def test_a_pipeline_saved_for_another_use_is_the_base(copy):
     [
         ({"family": "StableDiffusionXLPipeline"}, r"is for Stable Diffusion XL, and .* is Stable Diffusion 1\.x"),
         ({"family": "sdxl"}, "'sdxl' is none; choose from StableDiffusionPipeline, StableDiffusionXLPipeline"),
+        (
+            {"size_conditioning": "original"},
+            r"model\.size_conditioning: Stable Diffusion 1\.x and 2\.x has no such choice",
+        ),
         ({"empty_caption": "zeros"}, r"model\.empty_caption: Stable Diffusion 1\.x and 2\.x has no such choice"),
     ],
 )
@@ -460,6 +536,7 @@ def other_vae(copy):
     vae = AutoencoderKL.from_pretrained(copy / "vae")
     with torch.no_grad():
         vae.encoder.conv_in.bias.add_(1)
+        vae.decoder.conv_out.bias.add_(0.5)
     vae.save_pretrained(copy.parent / "fixed")
     return copy.parent / "fixed"
 
@@ -484,6 +561,19 @@ def test_a_run_with_another_autoencoder_is_another_model_to_generate_with(run_xl
     assert model.identity["vae"] == part_checksum(model.base, "vae")
     bias = load_file(other_vae / "diffusion_pytorch_model.safetensors")["encoder.conv_in.bias"]
     assert torch.equal(load_model(model).vae.encoder.conv_in.bias, bias)
+
+
+def test_images_are_decoded_by_the_autoencoder_that_generate_is_given(xl_pipeline, other_vae, tmp_path, capsys):
+    arguments = ["--model", xl_pipeline, "--prompts", "tinyprompts", "--limit", "1", "--steps", "1"]
+    for name, options in {"own": [], "other": ["--vae", str(other_vae)]}.items():
+        assert generate.main([*arguments, "--output", str(tmp_path / name), *options]) == 0
+    own, other = (next((tmp_path / name).rglob("*.png")).read_bytes() for name in ("own", "other"))
+    assert own != other
+    assert generate.main([*arguments, "--output", str(tmp_path / "own"), "--vae", str(other_vae)]) == 1
+    assert "holds images made with other settings:\n  model.vae: None there" in capsys.readouterr().err
+    edit(other_vae / "config.json", latent_channels=16)
+    assert generate.main([*arguments, "--output", str(tmp_path / "third"), "--vae", str(other_vae)]) == 1
+    assert "latent_channels is 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -14,23 +14,24 @@ from xdpo import families, models, precompute
 from xdpo.compute import build_accelerator
 from xdpo.config import load_config
 from xdpo.data import Split
-from xdpo.feeds.self_play import RoundOrder, Rounds, SelfPlay, draw_snapshot
+from xdpo.feeds.rounds import Rounds
+from xdpo.feeds.self_play import RoundOrder, SelfPlay, draw_snapshot, rounds_of
 from xdpo.files import StorageError
 from xdpo.noise import SampleOrder
 
 
-def rounds_of(*overrides):
-    return Rounds.of(load_config("configs/base.yaml", ["self_play.every=3", "train.total_batch_pairs=4", *overrides]))
+def rounds_with(*overrides):
+    return rounds_of(load_config("configs/base.yaml", ["self_play.every=3", "train.total_batch_pairs=4", *overrides]))
 
 
 def test_a_round_has_an_image_for_each_of_its_pairs_unless_the_buffer_is_smaller():
-    assert rounds_of() == Rounds(steps=3, positions=12, slots=12)
-    assert rounds_of("self_play.buffer_pairs=5") == Rounds(steps=3, positions=12, slots=5)
-    assert rounds_of("self_play.buffer_pairs=100").slots == 12
+    assert rounds_with() == Rounds(steps=3, positions=12, slots=12)
+    assert rounds_with("self_play.buffer_pairs=5") == Rounds(steps=3, positions=12, slots=5)
+    assert rounds_with("self_play.buffer_pairs=100").slots == 12
 
 
 def test_a_buffer_is_gone_through_again_and_again_within_its_round():
-    rounds = rounds_of("self_play.buffer_pairs=5")
+    rounds = rounds_with("self_play.buffer_pairs=5")
 
     assert [rounds.slot(position) for position in range(12)] == [(0, slot) for slot in (0, 1, 2, 3, 4) * 2 + (0, 1)]
     assert rounds.slot(12) == (1, 0)
@@ -38,10 +39,10 @@ def test_a_buffer_is_gone_through_again_and_again_within_its_round():
 
 def test_rounds_take_their_pairs_one_after_another_from_the_training_order():
     order = SampleOrder(0, 7, shuffle=True)
-    whole = RoundOrder(order, rounds_of())
+    whole = RoundOrder(order, rounds_with())
     assert [whole[position] for position in range(30)] == [order[position] for position in range(30)]
 
-    small = RoundOrder(order, rounds_of("self_play.buffer_pairs=5"))
+    small = RoundOrder(order, rounds_with("self_play.buffer_pairs=5"))
     assert [small[position] for position in range(12, 17)] == [order[position] for position in range(5, 10)]
 
 
@@ -67,7 +68,7 @@ def begin(small_pipeline, small_pairs, tmp_path, monkeypatch):
         settings = load_config("configs/base.yaml", [*SMALL_RUN, *paths, *rounds, *overrides])
         accelerator = build_accelerator(settings)
         parts = families.load_parts(settings.model)
-        pairs = precompute.load_table(settings, accelerator, Split.TRAIN)
+        pairs = precompute.load_table(settings, accelerator, Split.TRAIN, in_order=True)
         reference = models.make_reference(parts, settings.model, settings.compute)
         reference = accelerator.prepare_model(reference, evaluation_mode=True)
         dataset = precompute.make_dataset(pairs, parts.tokenize, settings, Split.TRAIN)

@@ -24,10 +24,12 @@ from xdpo.files import StorageError, is_untouched
 from xdpo.images.reading import Picture
 from xdpo.study import analysis, build, power, report
 from xdpo.study.build import StudyPlan, _pixels, build_study
-from xdpo.study.folder import QUESTIONS, Key, Links, Study, StudyError
+from xdpo.study.findings import find
+from xdpo.study.folder import Key, Links, Study, StudyError
+from xdpo.study.form import QUESTIONS, FormError, read_form
 from xdpo.study.server import Ballots
 from xdpo.study.static import export, import_votes
-from xdpo.study.votes import ConflictError, Vote, VoteStore
+from xdpo.study.votes import ConflictError, Display, Vote, VoteStore
 
 PLAN = StudyPlan(sample=None, seed=0, votes_per_pair=3, annotators=4, repeats=1, obvious=1, image_side=None)
 COLOURS = {"ours": (200, 30, 30), "theirs": (30, 30, 200), "others": (30, 200, 30)}
@@ -277,7 +279,7 @@ def test_images_are_shown_as_they_are_scored(tmp_path, folders, name):
     exif[ExifTags.Base.Orientation] = 6
     images["turned.jpg"].paste((0, 0, 255), (0, 0, 16, 8))  # the sky, above until it is turned
     images[name].save(picture.path, **({"exif": exif, "quality": 100} if name == "turned.jpg" else {}))
-    shown = _pixels(picture)
+    shown = _pixels(picture.path)
     expected = {"deep.png": (128, 128, 128), "clear.png": (255, 255, 255), "turned.jpg": (254, 0, 0)}[name]
     assert np.abs(np.subtract(shown.getpixel((3, 3)), expected)).max() <= 2
     assert shown.info == {} and not shown.getexif()
@@ -316,7 +318,7 @@ def test_a_study_that_another_has_built_meanwhile_is_left_alone(tmp_path, folder
 
 def test_a_full_disk_is_said_of_a_study_and_of_its_report(tmp_path, folders, study, full_disk, monkeypatch):
     with pytest.raises(StorageError, match=r"could not write .*win_rates\.png: the disk is full"):
-        report.write(report.find(study, Key.load(study), [], 0.25), tmp_path / "report")
+        report.write(find(study, Key.load(study), [], 0.25), tmp_path / "report")
     monkeypatch.setattr(build, "_write_images", failing(errno.ENOSPC))
     monkeypatch.setattr(files, "aside_of", lambda path: path.with_name(f"{path.name}.0.part"))
     with pytest.raises(StorageError, match=r"could not write .*new: the disk is full"):
@@ -412,7 +414,8 @@ def saved_file(tmp_path, study, number, votes, study_id=None):
     rows = [{"task": v.task, "answers": dict(v.answers), "seconds": v.seconds, "at": v.at} for v in votes]
     path = tmp_path / f"votes-{number}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"study": study_id or study.id, "annotator": number, "votes": rows}))
+    agreed = {"agreed": "2026-01-01T00:00:00Z"} if study.form.introduction else {}
+    path.write_text(json.dumps({"study": study_id or study.id, "annotator": number, "votes": rows} | agreed))
     return path
 
 
@@ -443,7 +446,7 @@ def test_a_study_in_a_folder_with_brackets_is_built_exported_and_analysed(tmp_pa
     named = [(name, folder.rename(folder.with_name(f"{name}[1]"))) for name, folder in folders]
     study = build_study(tmp_path / "of[1] *?" / "study[a]", named[0], named[1:], PLAN)
     assert len(export(study, tmp_path / "static[b]")) == 4
-    findings = report.find(study, Key.load(study), VoteStore(study).all(), 0.25)
+    findings = find(study, Key.load(study), VoteStore(study).all(), 0.25)
     assert report.write(findings, tmp_path / "report[c]").is_file()
 
 
@@ -452,7 +455,7 @@ def test_only_the_secrets_of_a_study_are_for_their_owner_alone(tmp_path, folders
     try:
         study = build_study(tmp_path / "study", folders[0], [folders[1]], PLAN)
         export(study, tmp_path / "static")
-        report.write(report.find(study, Key.load(study), [], 0.25), tmp_path / "report")
+        report.write(find(study, Key.load(study), [], 0.25), tmp_path / "report")
     finally:
         os.umask(before)
     secret = {study.folder / "key.json", study.folder / "links.json"}
@@ -633,7 +636,7 @@ def test_results_equal_an_independent_count_of_the_table_of_votes(tmp_path, stud
     key, rng = Key.load(study), np.random.default_rng(5)
     votes = vote_for(study, key, lambda number, item, question: rng.choice(list(item.images.values())))
     votes = [votes[place] for place in sorted(rng.permutation(len(votes))[:24])]
-    findings = report.find(study, key, votes, 0.25)
+    findings = find(study, key, votes, 0.25)
     report.write(findings, tmp_path / "report")
     table = pq.read_table(tmp_path / "report" / "votes.parquet").to_pylist()
     assert {(r.benchmark, r.category) for r in findings.results} == {
@@ -679,7 +682,7 @@ def test_failed_checks_are_counted_and_the_inattentive_left_out_once(study):
     checks = analysis.attention(study, key, votes)
     assert [(c.obvious, c.obvious_failed, c.repeats, c.repeats_failed) for c in checks[:3]] == [(1, 0, 2, 0)] * 3
     assert (checks[3].repeats, checks[3].repeats_failed) == (2, 2)  # always left: a repeat has its sides exchanged
-    findings = report.find(study, key, votes, allowed_share=0.25)
+    findings = find(study, key, votes, allowed_share=0.25)
     assert findings.excluded == [4]
     assert sum(r.votes for r in findings.without_inattentive) < sum(r.votes for r in findings.results)
     assert all(result.losses == 0 for result in findings.without_inattentive)
@@ -691,11 +694,12 @@ def test_the_report_has_a_table_a_figure_and_every_vote(tmp_path, study):
 
     key = Key.load(study)
     votes = vote_for(study, key, lambda number, item, question: {"pair": "theirs", "obvious": "right"}[item.kind])
-    path = report.write(report.find(study, key, votes, 0.25), tmp_path / "report")
+    path = report.write(find(study, key, votes, 0.25), tmp_path / "report")
     table = pq.read_table(tmp_path / "report" / "votes.parquet").to_pylist()
     assert len(table) == 2 * len(votes) and {row["kind"] for row in table} == {"pair", "repeat", "obvious"}
     assert (tmp_path / "report" / "win_rates.png").stat().st_size > 5000
-    assert "| preference | theirs |" in path.read_text() and "76.4 %" in path.read_text()
+    text = path.with_suffix(".md").read_text()
+    assert "| preference | theirs |" in text and "76.4 %" in text
 
 
 def test_the_bars_are_the_win_rates_and_the_diamonds_the_published_ones_and_both_are_named(tmp_path):
@@ -708,7 +712,7 @@ def test_the_bars_are_the_win_rates_and_the_diamonds_the_published_ones_and_both
     def wanted(number, item, question):
         return item.baseline if (question, item.baseline, item.benchmark, item.key) in lost else "xdpo"
 
-    figure = report.win_rate_bars(report.find(study, key, vote_for(study, key, wanted), 0.25))
+    figure = report.win_rate_bars(find(study, key, vote_for(study, key, wanted), 0.25))
     panels = {axes.get_title(loc="left") or axes.get_title(): axes for axes in figure.axes}
     assert list(panels) == ["xdpo: all prompts", "xdpo: hpsv2", "xdpo: partiprompts"]
     widths = [[bar.get_width() for bar in axes.patches] for axes in figure.axes]
@@ -727,7 +731,7 @@ def test_a_study_that_one_model_wins_or_loses_throughout_is_drawn(tmp_path, prom
     study = build_study(tmp_path / "study", folders[0], folders[1:], StudyPlan(None, 0, 1, 1, 0, 0, None))
     key = Key.load(study)
     for winner in ("ours", "theirs"):
-        findings = report.find(study, key, vote_for(study, key, lambda *_, winner=winner: winner), 0.25)
+        findings = find(study, key, vote_for(study, key, lambda *_, winner=winner: winner), 0.25)
         assert {result.win_rate for result in findings.results} == {float(winner == "ours")}
         assert report.write(findings, tmp_path / winner).is_file()
 
@@ -739,6 +743,189 @@ def test_the_published_rates_stand_at_their_question_benchmark_and_baseline():
     assert published_user_study("hpsv2", "alignment", "sd15") is None
     assert published_user_study("partiprompts", "preference", "sd15") is None
     assert published_user_study("hpsv2", "preference", "diffusion_kto") is None
+
+
+# --- the form, ties, times -------------------------------------------------------------------------------
+
+FORM = """
+questions:
+  - id: realism
+    text: Which image looks more like a photograph?
+  - id: match
+    text: Which image shows what the text says?
+    check: true
+tie: About the same
+instructions: Look closely.
+consent: I agree.
+example: {prompt: a fox, left: fox.png, right: boat.png, words: The left one is a fox.}
+completion_code: C1X7
+completion_link: https://example.org/done
+"""
+
+
+def read_text_form(tmp_path, text):
+    (tmp_path / "form.yaml").write_text(text)
+    return read_form(tmp_path / "form.yaml")
+
+
+@pytest.fixture
+def formed(tmp_path, folders):
+    """A study by FORM, with three votes on each of two pairs and a check."""
+    for name, colour in (("fox.png", "red"), ("boat.png", "blue")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / name)
+    plan = StudyPlan({"set_a": 2}, 0, 3, 3, 0, 1, None, form=read_text_form(tmp_path, FORM))
+    return build_study(tmp_path / "formed", folders[0], folders[1:2], plan)
+
+
+def test_a_form_says_what_is_asked_and_shown(formed):
+    assert formed.form == Study.load(formed.folder).form and formed.form.check == "match"
+    first = Ballots(formed).state(1)
+    assert [question["id"] for question in first["questions"]] == ["realism", "match"] and first["tie"]
+    assert "check" not in first["questions"][1]
+    assert first["introduction"] == {
+        "instructions": "Look closely.",
+        "consent": "I agree.",
+        "example": {"prompt": "a fox", "words": "The left one is a fox."},
+    }
+    colours = [Image.open(formed.folder / "example" / f"{side}.png").getpixel((0, 0)) for side in ("left", "right")]
+    assert colours == [(255, 0, 0), (0, 0, 255)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tie: true", "tie must be text, got True; put it into quotation marks"),
+        ("ties: same", "unknown key 'ties'; choose from questions, tie, "),
+        ("tie: a\ntie: b", "key 'tie' is given twice"),
+        ("tie: [", "not valid YAML: line 1"),
+        ("questions: []", "questions must be a list, each with id and text"),
+        ("questions: [{id: a}]", "questions, number 1 needs an id and a text"),
+        ("questions: [{id: a b, text: c}]", "an id is one word of letters and digits, got 'a b'"),
+        ("questions: [{id: a, text: c}, {id: a, text: d}]", "two questions have the id 'a'"),
+        ("questions: [{id: a, text: c, check: 'yes'}]", "check must be true or false, got 'yes'"),
+        ("example: {prompt: a fox}", "example needs prompt, words, left and right"),
+        ("completion_link: javascript:alert(1)", "completion_link must begin with https://"),
+        ("- tie", "the file must hold questions, tie, "),
+        ("", "Is a directory"),
+    ],
+)
+def test_a_form_that_cannot_be_used_is_said_in_words(tmp_path, text, message):
+    with pytest.raises(FormError, match=re.escape(message)):
+        read_text_form(tmp_path, text) if text else read_form(tmp_path)
+
+
+def test_an_obvious_pair_needs_a_question_about_the_prompt(tmp_path, folders):
+    form = read_text_form(tmp_path, "questions: [{id: realism, text: Which is real}]")
+    with pytest.raises(StudyError, match=r"add check: true to one that does \(realism\), or set --obvious 0"):
+        build_study(tmp_path / "study", folders[0], folders[1:], replace(PLAN, form=form))
+
+
+def test_the_first_page_comes_before_the_first_vote_and_a_code_after_the_last(formed):
+    ballots = Ballots(formed)
+    ballot = {"answers": {"realism": "tie", "match": "left"}, "display": {"width": 300, "height": 200, "ratio": 2}}
+    with pytest.raises(StudyError, match="first page comes before the first vote"):
+        ballots.vote(1, ballot | {"task": formed.tasks[0][0].task})
+    assert ballots.begin(1)["introduction"] is None and ballots.state(2)["introduction"]
+    for task in formed.tasks[0]:
+        state = ballots.vote(1, ballot | {"task": task.task})
+    assert (state["code"], state["link"]) == ("C1X7", "https://example.org/done")
+    assert {vote.display for vote in VoteStore(formed).all()} == {Display(300, 200, 2)}
+    with pytest.raises(StudyError, match="must be left or right or tie, got 'both'"):
+        formed.check_answers({"realism": "both", "match": "left"})
+
+
+def test_everybody_has_a_code_of_their_own_where_the_form_has_none(study):
+    codes = Links.load(study.folder).codes
+    assert len(set(codes)) == 4 and all(re.fullmatch("[2-9A-Z]{8}", code) for code in codes)
+
+
+def formed_votes(study, answers, display=None):
+    """answers: (key of the prompt, or "obvious", question) → one of "ours", "theirs", "tie" for each annotator."""
+    key, votes = Key.load(study), []
+    for number, tasks in enumerate(study.tasks, start=1):
+        for task in tasks:
+            item = key.items[task.item]
+            given = {}
+            for question in ("realism", "match"):
+                label = answers["obvious" if item.kind == "obvious" else item.key, question][number - 1]
+                sides = {item.images[task.left]: "left", item.images[task.right]: "right", "tie": "tie"}
+                given[question] = sides[label]
+            votes.append(Vote(task.task, number, given, 10.0**number, "2026-01-01T00:00:00Z", display))
+    return votes
+
+
+def test_ties_times_and_disputes_by_hand(tmp_path, formed):
+    answers = {
+        ("style/0", "realism"): ["ours", "ours", "tie"],
+        ("style/1", "realism"): ["tie", "tie", "theirs"],
+        ("style/0", "match"): ["ours", "ours", "ours"],
+        ("style/1", "match"): ["ours", "tie", "theirs"],
+        ("obvious", "realism"): ["right", "right", "right"],
+        ("obvious", "match"): ["right", "wrong", "tie"],
+    }
+    findings = find(formed, Key.load(formed), formed_votes(formed, answers, Display(300, 200, 2)), 0.25)
+    realism, match = (r for r in findings.results if r.category == "all")
+    assert (realism.wins, realism.losses, realism.undecided, realism.votes, realism.ties) == (1, 0, 1, 6, 3)
+    assert (match.wins, match.losses, match.undecided, match.ties) == (1, 0, 1, 1)
+    assert realism.vote_rate == pytest.approx(3.5 / 6)
+    # Fleiss: agreement 1/3 and 1/3; by chance (2/6)² + (1/6)² + (3/6)².
+    assert realism.kappa == pytest.approx((1 / 3 - 14 / 36) / (1 - 14 / 36))
+    assert [(c.obvious_failed, c.seconds, c.width) for c in findings.checks] == [
+        (0, 10.0, 300),
+        (1, 100.0, 300),
+        (1, 1000.0, 300),
+    ]
+    assert analysis.hasty(findings.checks) == [1] and findings.excluded == [2, 3]
+    key = Key.load(formed)
+    disputed = [(key.items[d.item].key, d.question, d.model, d.ties, d.baseline) for d in findings.disputes]
+    assert disputed[0] == ("style/1", "match", 1, 1, 1)
+    assert set(disputed[1:]) == {("style/0", "realism", 2, 1, 0), ("style/1", "realism", 0, 2, 1)}
+
+    path = report.write(findings, tmp_path / "report")
+    html, text = path.read_text(), path.with_suffix(".md").read_text()
+    assert html.count("data:image/png;base64,") == 2 * 2  # two pairs are in dispute, one on both questions
+    assert "Which image shows what the text says? ours <b>1</b>, theirs <b>1</b>, ties <b>1</b>" in html
+    assert "| match | set_a | style/1 | two blue boats | theirs | 1 | 1 | 1 |" in text
+    assert "A pair was on the screen for 100.0 s (median; half of them 10.0 to 1000.0 s)." in text
+    assert "| 1 | 3 | 0 of 1 | 0 of 0 | 10.0 | 300 | fast |" in text
+
+
+def test_a_study_of_before_the_first_page_opens_and_is_analysed(tmp_path, study):
+    """Its study.json has no form, its links no codes, its votes no size."""
+    path = study.folder / "study.json"
+    content = json.loads(path.read_text())
+    for name in ("tie", "introduction", "completion_link"):
+        del content[name]
+    path.write_text(json.dumps(content))
+    links = json.loads((study.folder / "links.json").read_text())
+    del links["codes"]
+    (study.folder / "links.json").write_text(json.dumps(links))
+    task = study.tasks[0][0].task
+    with sqlite3.connect(study.folder / "votes.sqlite") as connection:
+        connection.executescript(
+            "CREATE TABLE study (id TEXT PRIMARY KEY); CREATE TABLE votes (number INTEGER PRIMARY KEY AUTOINCREMENT, "
+            "task TEXT NOT NULL UNIQUE, annotator INTEGER NOT NULL, answers TEXT NOT NULL, seconds REAL, "
+            "at TEXT NOT NULL)"
+        )
+        connection.execute("INSERT INTO study VALUES (?)", [study.id])
+        answers = json.dumps({"alignment": "left", "preference": "right"})
+        row = [task, 1, answers, 2.5, "2026-01-01T00:00:00Z"]
+        connection.execute("INSERT INTO votes (task, annotator, answers, seconds, at) VALUES (?, ?, ?, ?, ?)", row)
+    connection.close()
+
+    old = Study.load(study.folder)
+    ballots = Ballots(old)
+    state = ballots.state(1)
+    assert (state["done"], state["introduction"], state["tie"]) == (1, None, None)
+    for task in old.tasks[0][1:]:
+        answers = {"preference": "left", "alignment": "left"}
+        state = ballots.vote(
+            1, {"task": task.task, "answers": answers, "display": {"width": 5, "height": 5, "ratio": 1}}
+        )
+    assert state["task"] is None and state["code"] is None
+    assert [vote.display for vote in ballots.store.all()[:2]] == [None, Display(5, 5, 1)]
+    assert report.write(find(old, Key.load(old), ballots.store.all(), 0.25), tmp_path / "report").is_file()
+    assert export(old, tmp_path / "static", [2])[0].is_file()
 
 
 # --- planning --------------------------------------------------------------------------------------------
@@ -794,7 +981,7 @@ def test_the_commands_from_folders_to_a_report(tmp_path, folders, capsys):
     assert "4 pairs, 2 votes each, 3 annotators with 4 or 5 tasks" in capsys.readouterr().out
     built = Study.load(Path(study))
     key = Key.load(built)
-    assert (key.model, key.baselines, built.questions) == ("xdpo", ["theirs", "others"], list(QUESTIONS))
+    assert (key.model, key.baselines, built.form.questions) == ("xdpo", ["theirs", "others"], list(QUESTIONS))
     assert Counter(item.benchmark for item in key.items.values() if item.kind == "pair") == {"set_a": 2, "set_b": 2}
 
     assert user_study.main(["export", study, "--static", str(tmp_path / "out"), "--annotator", "2"]) == 0

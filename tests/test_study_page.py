@@ -17,7 +17,8 @@ from browser import needs_browser, start
 from PIL import Image, ImageDraw
 
 from xdpo.study.build import StudyPlan, build_study
-from xdpo.study.folder import QUESTIONS, Key, Links
+from xdpo.study.folder import Key, Links
+from xdpo.study.form import QUESTIONS, Form, Introduction
 from xdpo.study.server import application
 from xdpo.study.static import export, import_votes
 from xdpo.study.votes import VoteStore
@@ -489,16 +490,40 @@ def test_both_images_have_the_same_size_and_fit_a_phone(page, served):
     assert served.votes(1) == [("left", "right")]
 
 
-def test_it_is_readable_in_the_dark(page, served):
-    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
-    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": dark})
+def contrast(one, other):
+    """WCAG's contrast of two CSS colours."""
+
+    def luminance(colour):
+        red, green, blue = (int(part) / 255 for part in re.findall(r"\d+", colour)[:3])
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted(map(luminance, (one, other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_the_surround_is_the_same_grey_and_everything_readable_in_both_modes(page, served, mode):
+    features = [{"name": "prefers-color-scheme", "value": mode}]
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     page.open(served.links[1])
     page.images()
     page.press("1")
-    page.shot("dark")
-    colours = page.run("const style = getComputedStyle(document.body); return [style.color, style.backgroundColor]")
-    ink, ground = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in colours)
-    assert ink - ground > 450
+    page.shot(mode)
+    assert page.run("return getComputedStyle(document.body).backgroundColor") == "rgb(110, 110, 110)"
+    texts = page.run("""
+        document.getElementById('help').open = true;
+        const behind = (element) => {
+            for (let e = element; e; e = e.parentElement) {
+                const colour = getComputedStyle(e).backgroundColor;
+                if (colour !== 'rgba(0, 0, 0, 0)') return colour;
+            }
+        };
+        return [...document.querySelectorAll('body *')]
+            .filter((e) => e.checkVisibility() && [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()))
+            .map((e) => [e.textContent, getComputedStyle(e).color, behind(e)]);""")
+    assert len(texts) > 15
+    assert [text for text, ink, ground in texts if contrast(ink, ground) < 4.5] == []
 
 
 def test_an_image_is_enlarged_and_switched_in_place(page, served):
@@ -626,6 +651,75 @@ def test_without_lasting_storage_the_page_says_so_and_still_saves(page, study, f
         assert import_votes(study, downloaded(downloads)) == (1, 0)
     finally:
         page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+
+
+FORM = Form(
+    questions=({"id": "preference", "text": "Which one?"}, {"id": "alignment", "text": "Which matches?"}),
+    tie="About the same",
+    introduction=Introduction(),
+    completion_link="https://example.org/done",
+    completion_code="C1X7",
+)
+
+
+@pytest.fixture
+def formed(study, tmp_path):
+    """The study with a first page, a tie and a code."""
+    (model, *baselines) = [(name, tmp_path / name) for name in MODELS]
+    plan = StudyPlan({"secretbench": 2}, 0, 2, 2, 0, 0, image_side=None, form=FORM)
+    return build_study(tmp_path / "formed", model, baselines, plan)
+
+
+def agree_and_answer(page):
+    """Read the first page, be asked to agree to it, agree; then two pairs by keyboard, each with a tie."""
+    page.wait("return [...document.querySelectorAll('#example img')].every((image) => image.naturalWidth === 512)")
+    page.shot("introduction")
+    assert "a red circle above a blue square" in page.text("introduction") and "2 pairs" in page.text("introduction")
+    page.click("#consent button")
+    assert page.text("message") == "Please tick the box to begin." and page.focused() == "agree"
+    page.press(" ", "\ue007")  # a tick, Enter
+    page.wait("return document.getElementById('ballot').checkVisibility()")
+    for number in (1, 2):
+        page.images()
+        page.press("2")
+        page.press("\ue014" if number == 1 else "\ue015")  # →, ↓
+        assert page.chosen() == ["tie", "right" if number == 1 else "tie"]
+        page.shot("tie")
+        page.press("\ue007")
+        page.wait(f"return document.getElementById('count').innerText.startsWith('{number}')")
+    assert page.text("code") == "C1X7"
+    assert page.run("return document.getElementById('link').href") == FORM.completion_link
+    page.shot("completion")
+
+
+def check_ties(votes):
+    assert [tuple(vote.answers.values()) for vote in votes] == [("right", "tie"), ("tie", "tie")]  # by question's name
+    assert all(vote.display.width == vote.display.height > 200 for vote in votes)
+
+
+def test_the_first_page_a_tie_and_the_code_at_the_end(page, formed):
+    served = Served(formed)
+    try:
+        page.open(served.links[1])
+        agree_and_answer(page)
+        check_ties(served.stored(1))
+        page.open(served.links[2])
+        assert page.shown("introduction")
+        assert page.errors() == []
+    finally:
+        served.stop()
+
+
+def test_the_first_page_without_a_server(page, formed, tmp_path, downloads):
+    (exported,) = export(formed, tmp_path / "exported", [2])
+    page.open(exported.as_uri())
+    agree_and_answer(page)
+    page.open(exported.as_uri())
+    assert page.text("code") == "C1X7"
+    page.click("#save")
+    assert import_votes(formed, downloaded(downloads)) == (2, 0)
+    check_ties(VoteStore(formed).all())
+    assert VoteStore(formed).has_agreed(2)
 
 
 def tells(study):

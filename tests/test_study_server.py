@@ -162,6 +162,12 @@ def test_every_other_path_and_every_wrong_token_gets_the_same_nothing(serving, p
     assert "server" not in headers and headers["referrer-policy"] == "no-referrer"
 
 
+def test_a_person_with_a_wrong_link_reads_what_to_do(serving):
+    pages = {serving.request(path, Accept="text/html,*/*")[::2] for path in ("/", "/a/wrong", "/key.json")}
+    ((status, content),) = pages
+    assert status == 404 and b"This link is not known" in content
+
+
 def test_an_annotators_link_opens_no_administration_and_path_tricks_no_file(serving, links):
     administrator, (first, _) = links
     token = first.removeprefix("/a/")

@@ -16,7 +16,7 @@ from conftest import held_elsewhere
 from forks import launch
 from safetensors.torch import load_file
 from tolerances import ERROR, assert_same_but_for_rounding, assert_same_figures, drift, drift_tolerance
-from training_runs import BITSANDBYTES, ROOT, assert_same_run, command, policy_of, rows_of
+from training_runs import BITSANDBYTES, ROOT, assert_same_run, command, policy_of, rows_of, slow_but
 
 import train_xdpo
 from xdpo import families, files, find_batch, learner, models, precompute, reference, runs, step
@@ -59,7 +59,7 @@ def assert_the_export_is_the_trained_model(folder, base_folder):
     assert pipeline("a", num_inference_steps=1, output_type="np").images.shape == (1, 16, 16, 3)
 
 
-@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("overrides", slow_but(("full", "lora in bf16", "own noise", "eq10"), VARIANTS))
 def test_each_variant_starts_at_ln_2_trains_and_exports_a_model_that_diffusers_loads(run, small_pipeline, overrides):
     status, folder = run("run", "train.max_steps=2", *overrides)
 
@@ -97,7 +97,10 @@ def test_accumulating_equals_a_larger_micro_batch(run):
     assert_same_but_for_rounding(small, large)
 
 
-@pytest.mark.parametrize("fault", ["other noise", "a pair less", "a micro-batch lost"])
+@pytest.mark.parametrize(
+    "fault",
+    slow_but(("a micro-batch lost",), ("other noise", "a pair less", "a micro-batch lost")),
+)
 def test_a_fault_is_told_from_rounding(run, monkeypatch, fault):
     """What every comparison but for rounding stands on: the smallest fault is far outside of the tolerance."""
     _, right = run("right")
@@ -277,11 +280,18 @@ def test_the_reference_follows_the_policy_as_a_moving_average(run):
 # --- resume ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+RESUMED = {  # pairs in an epoch, and processes that load
+    f"{where}, {workers} workers": (pairs, workers)
+    for where, pairs in {"in the middle of an epoch": 10, "at the end of an epoch": 12, "after several": 4}.items()
+    for workers in (0, 2)
+}
+
+
 @pytest.mark.parametrize(
-    ("where", "pairs"), [("in the middle of an epoch", 10), ("at the end of an epoch", 12), ("after several", 4)]
+    "epoch", slow_but(("in the middle of an epoch, 2 workers", "at the end of an epoch, 0 workers"), RESUMED)
 )
-def test_resumed_equals_uninterrupted(run, where, pairs, workers):
+def test_resumed_equals_uninterrupted(run, epoch):
+    pairs, workers = epoch
     moving = ("model.ema_decay=0.9", "model.reference_decay=0.9")
     common = (f"data.max_pairs={pairs}", f"data.num_workers={workers}", *moving)
     _, whole = run("whole", *common)
@@ -300,7 +310,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("options", slow_but(("lora",), OPTIMIZERS))
 def test_every_layout_of_weights_and_moments_resumes_bit_for_bit(run, options):
     _, whole = run("whole", *options)
     run("parts", *options, "train.max_steps=3")
@@ -460,7 +470,10 @@ def test_other_pairs_under_the_same_path_are_refused_unless_allowed(run, small_p
     assert rows_of(folder)[-1]["step"] == 6
 
 
-@pytest.mark.parametrize("options", [[], ["compute.precision=bf16"], ["model.trainable=lora"]])
+OTHERS = {"full": [], "bf16": ["compute.precision=bf16"], "lora": ["model.trainable=lora"]}
+
+
+@pytest.mark.parametrize("options", slow_but(("bf16",), OTHERS))
 def test_recorded_errors_that_are_not_the_references_are_refused(run, tmp_path, monkeypatch, capsys, options):
     original = ReferenceCache.get
     reference = (f"cache.reference={tmp_path / 'reference'}", *options)
@@ -710,17 +723,23 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
 TINY_CONFIGS = sorted(path for path in (ROOT / "configs" / "tiny").rglob("*.yaml") if path.name != "base.yaml")
 
 
-@pytest.mark.parametrize("path", TINY_CONFIGS, ids=[str(path.relative_to(ROOT)) for path in TINY_CONFIGS])
+USUAL_CONFIGS = [f"configs/tiny/{name}.yaml" for name in ("xdpo", "xdpo_lora", "seppo", "online/xdpo")]
+
+
+@pytest.mark.parametrize("path", slow_but(USUAL_CONFIGS, {str(path.relative_to(ROOT)): path for path in TINY_CONFIGS}))
 def test_every_embedded_config_runs_two_steps(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     small = ["train.max_steps=2", "train.total_batch_pairs=4", "train.micro_batch_pairs=4", "eval.pairs=4"]
     draws = path.stem in ("xdpo", "xdpo_lora")
     samples = ["samples.num_inference_steps=2", "eval.every=2", f"samples.every={2 * draws}", "log.trackers=[]"]
     samples += ["self_play.every=1", "self_play.buffer_pairs=4", "self_play.num_inference_steps=2"]
+    if load_config(path).feed.is_online:
+        samples += ["online.every=1", "online.prompts_per_round=2", "online.images_per_prompt=2"]
+        samples += ["online.num_inference_steps=2", "online.batch_size=4"]
     status = train_xdpo.main(["--config", str(path), f"output_dir={tmp_path / 'run'}", *small, *samples])
 
     assert status == 0
-    loss = rows_of(tmp_path / "run")[1]["loss"]
+    loss = next(row["loss"] for row in rows_of(tmp_path / "run") if "loss" in row)
     if load_config(path).loss.name in ("xdpo", "diffusion_dpo", "chipo", "f_dpo", "seppo"):
         assert loss == pytest.approx(math.log(2))
     assert math.isfinite(loss)

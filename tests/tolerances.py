@@ -8,6 +8,7 @@ What claims equality to the bit compares with torch.equal and needs none of this
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,6 +25,16 @@ ERROR = 4 * EPS  # of a denoising error, relative: a mean over hundreds of eleme
 def assert_same_output(one, other):
     """Two tensors that a network made of the same input, alone or in a batch, differ by its rounding."""
     torch.testing.assert_close(one, other, rtol=0, atol=ELEMENT * other.abs().max().item())
+
+
+def assert_same_image(one, other):
+    """Two images that one network made in different memory, on any number of threads: at most a level apart.
+
+    A product of matrices may be summed in another order where memory is aligned differently, and a value that lies
+    between two of the 255 levels then goes to either.
+    """
+    difference = np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int))
+    assert difference.max() <= 1, f"{(difference > 1).sum()} of {difference.size} values differ, by {difference.max()}"
 
 
 def drift(one, other):

@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -32,6 +33,14 @@ SMALL_RUN = [
     "samples.num_inference_steps=2",
     "log.trackers=[]",
 ]
+
+
+def slow_but(usual, cases):
+    """The parameters of a test, by their names or names themselves, each but the `usual` ones marked slow."""
+    cases = cases if isinstance(cases, dict) else {name: name for name in cases}
+    assert set(usual) <= cases.keys(), "no such case"
+    marks = {name: () if name in usual else pytest.mark.slow for name in cases}
+    return [pytest.param(value, id=name, marks=marks[name]) for name, value in cases.items()]
 
 
 BITSANDBYTES = ROOT / ".venv" / "optional"  # where scripts/test.sh puts it

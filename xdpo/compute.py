@@ -16,8 +16,8 @@ from xdpo.config import ComputeConfig, Config, accumulation_steps
 def build_accelerator(settings: Config) -> Accelerator:
     """Devices, precision, accumulation and trackers, as the config has them; several processes are connected.
 
-    Raises ValueError for fp16 on a CPU, compiling without a compiler, a launch that shards the weights, or a total
-    batch that cannot be split over the processes.
+    Raises ValueError for fp16 on a CPU, bf16 weights without autocast, compiling without a compiler, a launch
+    that shards the weights, or a total batch that cannot be split over the processes.
     """
     compute = settings.compute
     refuse_sharded_launch()
@@ -25,6 +25,12 @@ def build_accelerator(settings: Config) -> Accelerator:
     precision = precision_of(compute)
     if precision == "fp16" and not has_device:
         raise ValueError("compute.precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    if settings.model.frozen_precision == "bf16" and precision == "fp32":
+        raise ValueError(
+            f"model.frozen_precision: bf16 weights are used where the networks run in less than float32, and "
+            f"compute.precision is {compute.precision}, float32 here; set compute.precision=bf16, or "
+            "model.frozen_precision=fp32"
+        )
     if compute.compile:
         check_compiler("compute.compile")
     choose_kernels(compute)

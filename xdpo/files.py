@@ -141,6 +141,17 @@ def only_writer(folder: Path, work: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Hold a lock of this name, after waiting for the process that has it. It excludes no threads."""
+    with writing(path):
+        file = path.open("ab")
+    with file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
 def _is_locked_by_another(file: IO) -> bool:
     """Take a file's lock. Returns True if another process has it."""
     try:

@@ -119,6 +119,8 @@ class Learner:
             inputs["z0"] = self.z0
         if batch.single is not None:
             inputs["desirable"] = batch.single.desirable.to(device, non_blocking=True)
+        if "optimality" in settings.loss.objective.inputs:
+            inputs["optimality"] = step.optimality_of(batch).to(device, non_blocking=True)
         if (weights := self.margin_weights.of(split)) is not None:
             inputs["margin_weights"] = weights.get(batch.rows, device)
         return step.preference_loss(measured.errors, settings.loss, inputs)
@@ -231,7 +233,7 @@ class Learner:
         return runs.export_model(
             folder,
             self.policy,
-            self.parts.family,
+            self.parts,
             self.settings,
             is_main=self.accelerator.is_main_process,
             unwrap=self.accelerator.unwrap_model,
@@ -248,13 +250,25 @@ class Learner:
             for module in self.parts.encoders:
                 module.to("cpu")
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """A context in which the policy has the moving average of its weights, which must be kept."""
+        assert self.ema is not None, "the config asks for no moving average"
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
+
     @property
     def _has_reference_point(self) -> bool:
         return "z0" in self.settings.loss.objective.inputs
 
     def _moving_network(self) -> nn.Module | None:
         """The reference's network if it changes, so that checkpoints must hold it."""
-        return self.reference.network if self.settings.model.reference_decay else None
+        changes = self.settings.model.reference_decay or self.settings.online.renew_reference
+        return self.reference.network if changes else None
 
 
 def build_learner(

@@ -46,7 +46,7 @@ class NoisyBatchMaker:
         drawn_at = positions if batch.single is None else batch.single.positions
         if batch.single is None:
             conditioning = Conditioning({name: torch.cat([value, value]) for name, value in conditioning.items()})
-        conditioning = family.with_size(conditioning, self.settings.data.resolution)
+        conditioning = family.with_size(conditioning, self.settings.data.resolution, self._sizes(batch))
         shape, num_images = moments.means.shape[1:], len(moments.means)
 
         def draw(stream: str, shared: bool) -> Tensor:
@@ -90,6 +90,16 @@ class NoisyBatchMaker:
             tokens = type(captions)({name: self._to_device(value) for name, value in captions.items()})
             captions = self.parts.encode_captions(tokens)
         return images, captions
+
+    def _sizes(self, batch: Batch) -> Tensor | None:
+        """(2B, 4), what the denoiser is told of each image; None where all are said to be whole and alike."""
+        if self.settings.model.size_conditioning is None or batch.sizes is None:
+            return None
+        sizes, side = self._to_device(batch.sizes), float(self.settings.data.resolution)
+        if (sampled := batch.rejected_latents) is not None:  # they were sampled as whole images of the training's size
+            whole = sizes.new_tensor([side, side, 0, 0]).expand(len(sampled), -1)
+            sizes = torch.cat([sizes[: len(sampled)], whole])
+        return sizes
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)

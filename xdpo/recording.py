@@ -5,13 +5,13 @@ from itertools import chain, islice
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from xdpo import families, models, precompute, processes
 from xdpo.cache import ReferenceCache
 from xdpo.config import Config
 from xdpo.data import Split, StepSampler, held_out_batches, make_loader
 from xdpo.noisy import NoisyBatchMaker
+from xdpo.progress import Progress
 from xdpo.reference import AdapterOff, Frozen, Recorded, Reference
 
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def fill_split(
     if missing:
         cache.check_writable()
     dataset = precompute.make_dataset(pairs, make_noisy.parts.tokenize, settings, split)
-    with tqdm(total=len(missing), desc=split.title, unit="batch", disable=not accelerator.is_main_process) as bar:
+    with Progress(total=len(missing), desc=split.title, unit="batch", disable=not accelerator.is_main_process) as bar:
         taken = take_batches(f"reference/{split.title}", missing, bar)
         for batch in make_loader(dataset, taken, num_workers=settings.data.num_workers if missing else 0):
             # A compiled model runs compiled only where gradients are recorded: in training, not in evaluation.
@@ -94,7 +94,7 @@ def training_batches(settings: Config, world_size: int, num_pairs: int, split: S
     return list(islice(sampler, settings.train.max_steps * total // size))
 
 
-def take_batches(name: str, batches: list[list[int]], bar: tqdm) -> Iterator[list[int]]:
+def take_batches(name: str, batches: list[list[int]], bar: Progress) -> Iterator[list[int]]:
     """The batches that this process computes, one by one; `bar` counts those of all processes."""
     for number in processes.deal(name, range(len(batches))):
         bar.update(number + 1 - bar.n)

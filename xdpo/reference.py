@@ -48,6 +48,10 @@ class Reference:
     def after_update(self, policy: nn.Module) -> None:
         """Called when the policy has taken an optimizer step. policy: outside its distributed wrapper."""
 
+    def become(self, policy: nn.Module) -> None:
+        """Take the policy's weights. Raises ValueError where there is no network of its own to take them."""
+        raise ValueError("this reference has no network of its own, so it can't take the policy's weights")
+
     def commit(self) -> None:
         """Called when the errors measured since the last call were seen to be finite, so that they may be kept."""
 
@@ -64,6 +68,10 @@ class Frozen(Reference):
     def running(self) -> Iterator[nn.Module]:
         with torch.set_grad_enabled(_is_compiled(self.network)):
             yield self.network
+
+    @torch.no_grad()
+    def become(self, policy: nn.Module) -> None:
+        torch._foreach_copy_(list(self.network.parameters()), list(policy.parameters()))
 
 
 class Moving(Frozen):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from xdpo.files import reading, write_text, writing
+from xdpo.progress import Progress
 
 
 class RunLog:
@@ -46,7 +46,7 @@ class RunLog:
                 tracker.tracker.add_text("config", "\n".join(f"    {k}: {v}" for k, v in config.items()), start_step)
             else:
                 tracker.store_init_configuration(config)
-        self.bar = tqdm(
+        self.bar = Progress(
             total=max_steps,
             initial=start_step,
             unit="step",
@@ -56,10 +56,9 @@ class RunLog:
         )
 
     def say(self, text: str) -> None:
-        """Print one line above the progress bar."""
+        """Print one line, on a terminal above the progress bar."""
         if self.is_main:
-            self.bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            self.bar.say(text)
 
     def row(self, step: int, metrics: dict[str, float], advance: bool = False) -> None:
         """Log `metrics` at `step`; `advance` moves the bar by one optimizer step."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from xdpo.batch import Batch
 from xdpo.config import LossConfig
 from xdpo.loss import LossOutput, PairErrors, safeguard
 from xdpo.loss.types import are_chosen
@@ -56,7 +57,8 @@ def inputs_of(config: LossConfig) -> frozenset[str]:
 def measure(policy: nn.Module, reference: Reference, noisy: NoisyBatch, config: LossConfig) -> Measured:
     """What the configured objective needs: one forward of policy and reference each, of the same shape and precision.
 
-    Measured inputs are policy_dot and policy_dot_reference, means over (C, h, w) of products of residuals, both (B,).
+    Measured inputs are policy_dot and policy_dot_reference, (B,), and image_dot_reference, (2B,): means over (C, h, w)
+    of products of residuals.
     Raises ValueError where the objective needs the reference's predictions and only its errors were recorded.
     """
     needed = inputs_of(config)
@@ -68,12 +70,22 @@ def measure(policy: nn.Module, reference: Reference, noisy: NoisyBatch, config: 
     inputs = {}
     if "policy_dot" in needed:
         inputs["policy_dot"] = weighted_mean(chosen.detach() * rejected.detach(), noisy)
-    if "policy_dot_reference" in needed:
+    if config.objective.needs_predictions:
         if of_reference is None or of_reference.residuals is None:
             raise ValueError(f"loss.name: {config.name} needs the reference's predictions, not only its errors")
-        inputs["policy_dot_reference"] = weighted_mean(chosen * of_reference.residuals.chunk(2)[0], noisy)
+        if "policy_dot_reference" in needed:
+            inputs["policy_dot_reference"] = weighted_mean(chosen * of_reference.residuals.chunk(2)[0], noisy)
+        if "image_dot_reference" in needed:
+            inputs["image_dot_reference"] = weighted_mean(policy_residuals * of_reference.residuals, noisy)
     reference_chosen, reference_rejected = (None, None) if of_reference is None else of_reference.errors
     return Measured(PairErrors(policy_chosen, policy_rejected, reference_chosen, reference_rejected), inputs)
+
+
+def optimality_of(batch: Batch) -> Tensor:
+    """How good each of a batch's 2B images is, (2B,) float32 from 0 to 1; in a pair the chosen is 1, the other 0."""
+    if batch.single is None:
+        return are_chosen(len(batch.positions), batch.positions.device).float()
+    return batch.single.desirable.float() if batch.single.optimality is None else batch.single.optimality
 
 
 def preference_loss(errors: PairErrors, config: LossConfig, inputs: Mapping[str, Tensor] | None = None) -> StepOutput:

@@ -54,6 +54,8 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
     if settings.loss.samples_rejected:
         feeds.check_snapshots(settings, folder, runs.step_of(resume_from) if resume_from else 0)
     families.check_config(settings)
+    if settings.feed.is_online:
+        feeds.check_online(settings)
     if settings.cache.examples and settings.cache.build:
         precompute.build_missing_examples(settings, accelerator, accelerator.print)
     train_pairs = open_pairs(settings, accelerator, Split.TRAIN)
@@ -70,7 +72,7 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
         accelerator.print(f"margin weights: {margin_weights.train}")
     if held_out_pairs and accelerator.is_main_process:
         note_shared_pairs(train_pairs, held_out_pairs)
-    parts = families.load_parts(settings.model, encoders=not settings.cache.examples or settings.samples.every > 0)
+    parts = families.load_parts(settings.model, encoders=needs_encoders(settings))
     processes.wait()  # some may still be downloading
     if options.find_batch:
         return find_batch(settings, accelerator, parts, train_pairs, margin_weights)
@@ -78,6 +80,12 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
         if runs.agree_on_checkpoint(folder) != resume_from:
             raise ValueError(f"output_dir: another process has just saved in {folder}; run the same command again")
         return train(settings, accelerator, folder, resume_from, parts, train_pairs, held_out_pairs, margin_weights)
+
+
+def needs_encoders(settings: Config) -> bool:
+    """Whether a run encodes examples, decodes images of sample sheets or online rounds, or exports a whole pipeline."""
+    draws = settings.samples.every > 0 or settings.feed.is_online
+    return not settings.cache.examples or draws or settings.exports_encoders
 
 
 def note_shared_pairs(train_pairs: Pairs, held_out_pairs: Pairs) -> None:
@@ -124,7 +132,7 @@ def train(
     stop = ending.StopRequest()
     if (grace := ending.launcher_grace_seconds()) is not None:
         log.say(f"asked to stop, the run finishes its step and saves; the launcher leaves it {grace} s for both")
-    feed = build_feed(learner, train_pairs, dataset, sampler, folder, log.say, lambda: bool(stop.received))
+    feed = build_feed(learner, train_pairs, dataset, sampler, folder, log, lambda: bool(stop.received))
     watch = Watch(learner, held_out_pairs, folder, log)
     if start_step == 0:
         watch.evaluate_and_sample(0)

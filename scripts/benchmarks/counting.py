@@ -9,7 +9,7 @@ backward, and what the allocator loses to fragments.
 import multiprocessing
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
@@ -25,15 +25,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from benchmarks.pipelines import PIPELINES, TOKENS, build_networks, without_contents
+from benchmarks.pipelines import without_contents
+from benchmarks.true_models import COUNTABLE, Model
 from xdpo import learner, models, step
-from xdpo.batch import Batch, Conditioning, LatentMoments, SingleImages, Tokens
+from xdpo.batch import Batch, Conditioning, LatentMoments, SingleImages
 from xdpo.compute import build_accelerator
 from xdpo.config import Config, accumulation_steps
 from xdpo.data import PairWeights, Split
-from xdpo.families.stable_diffusion import TEXT
+from xdpo.families import held_in_bf16
 from xdpo.learner import Learner, build_ema, build_reference
-from xdpo.noise import DiffusionProcess
+from xdpo.noise import DiffusionProcess, FlowProcess, Process
 from xdpo.noisy import NoisyBatchMaker
 from xdpo.non_finite import SkippedSteps
 from xdpo.precompute import takes_single_images
@@ -128,10 +129,8 @@ def without_a_device(fake: bool) -> Iterator[None]:
         yield
 
 
-def count(
-    settings: Config, shapes: Mapping[str, Mapping[str, Any]], processes: int = 1, *, fake: bool = True
-) -> dict[str, Phase]:
-    """The phases of a training on one of `processes` GPUs, in the order of the run; `shapes` one of PIPELINES.
+def count(settings: Config, model: Model, processes: int = 1, *, fake: bool = True) -> dict[str, Phase]:
+    """The phases of a training on one of `processes` GPUs, in the order of the run.
 
     A reference cache is taken to be complete. Raises ValueError for a batch that can't be split over the processes.
     """
@@ -142,7 +141,7 @@ def count(
     settings = settings.model_copy(update={"compute": compute, "log": log})
     meter = Meter()
     with without_a_device(fake):
-        training = Training(settings, shapes, processes, meter)
+        training = Training(settings, model, processes, meter)
         training.start()
         training.update()  # makes the optimizer's moments
         training.micro_step(is_first=accumulation == 1)
@@ -150,6 +149,7 @@ def count(
         training.evaluate()
         training.draw_samples()
         training.sample_rejected()
+        training.sample_online()
         training.save()
         training.resume()
     return meter.phases
@@ -162,7 +162,7 @@ def count_apart(settings: Config, pipeline: str, processes: int = 1) -> dict[str
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(count, settings, PIPELINES[pipeline], processes).result()
+            return pool.submit(count, settings, COUNTABLE[pipeline], processes).result()
         except BrokenProcessPool as error:
             raise ValueError("the process that counts ended abnormally; run the same command again") from error
 
@@ -180,15 +180,21 @@ def shape_of(settings: Config, processes: int) -> tuple:
         (settings.optim.name, settings.train.micro_batch_pairs, accumulation_steps(settings, processes) == 1),
         (settings.eval.every > 0, samples.every > 0, samples.guidance_scale > 1),
         (settings.self_play.batch_size, settings.self_play.guidance_scale > 1) if loss.samples_rejected else None,
+        (settings.online.batch_size, settings.online.guidance_scale > 1, settings.online.offline_share > 0)
+        if settings.feed.is_online
+        else None,
     )
 
 
 class Training:
     """A training's learner on networks without contents, and the phases of a run, each measured."""
 
-    def __init__(self, settings: Config, shapes: Mapping[str, Mapping[str, Any]], processes: int, meter: Meter) -> None:
+    def __init__(self, settings: Config, model: Model, processes: int, meter: Meter) -> None:
         self.settings, self.processes, self.meter = settings, processes, meter
-        parts = build_networks(shapes)
+        self.model = model.with_t5_tokens(settings.model.t5_tokens)
+        parts = model.build()
+        for name in held_in_bf16(parts.family, settings.model):
+            keep_in_bf16(parts.modules[name])
         accelerator = build_accelerator(settings)
         network = None
         if settings.loss.needs_reference and not settings.cache.reference:
@@ -200,7 +206,9 @@ class Training:
         if settings.cache.reference:
             cache = FullCache(settings.train.micro_batch_pairs)
             reference = Recorded(reference, cache, accelerator.device)
-        process = DiffusionProcess(torch.linspace(0.99, 0.01, 1000), "epsilon")
+        process: Process = DiffusionProcess(torch.linspace(0.99, 0.01, 1000), "epsilon")
+        if parts.family.is_flow:
+            process = FlowProcess()
         ones = SimpleNamespace(get=lambda rows, device: torch.ones(len(rows)))
         self.learner = Learner(
             settings=settings,
@@ -217,7 +225,7 @@ class Training:
             skipped_steps=SkippedSteps(None),
         )
         self.latent_shape = parts.latent_shape(settings.data.resolution)
-        self.text_shape = (TOKENS, parts.modules["text_encoder"].config.hidden_size)
+        self.encoded = parts.encode_captions(model.captions())
         self.batch = self._batch()
 
     def start(self) -> None:
@@ -264,40 +272,52 @@ class Training:
 
     @torch.no_grad()
     def draw_samples(self) -> None:
-        """A sheet's two columns. With cached examples the encoders are on the device only for this."""
-        learner, settings = self.learner, self.settings
-        samples, parts = settings.samples, learner.parts
-        if not samples.every:
-            return
-        encoders = _tensors(*parts.encoders)
-        captions = IMAGES_OF_A_SHEET * (2 if samples.guidance_scale > 1 else 1)
-
-        def draw(denoiser: nn.Module | None) -> None:
-            if denoiser is not None:
-                states = parts.encode_captions(Tokens(input_ids=torch.zeros(captions, TOKENS).long()))
-                latents = self._sample(denoiser, states, samples.guidance_scale)
-                parts.vae.decode(latents).sample.add(1).div(2).clamp(0, 1)
-
-        with self.meter, self.meter.phase("samples"):
-            self.meter.place(encoders)
-            parts.vae.enable_slicing()
-            with learner.accelerator.autocast():
+        """A sheet's two columns."""
+        learner, samples = self.learner, self.settings.samples
+        if samples.every:
+            with self._drawing("samples"):
                 with learner.reference.running() as reference:
-                    draw(reference)
-                draw(learner.bare_policy)
-            parts.vae.disable_slicing()
-            if settings.cache.examples:
-                self.meter.remove(encoders)
+                    if reference is not None:
+                        self._draw(reference, IMAGES_OF_A_SHEET, samples.guidance_scale)
+                self._draw(learner.bare_policy, IMAGES_OF_A_SHEET, samples.guidance_scale)
 
     @torch.no_grad()
     def sample_rejected(self) -> None:
         """A batch of a self-play round; its latents are kept on the CPU."""
         if self.settings.loss.samples_rejected:
             sampling = self.settings.self_play
-            captions = sampling.batch_size * (2 if sampling.guidance_scale > 1 else 1)
+            captions = self._captions_at_once(sampling.batch_size, sampling.guidance_scale)
             with self.meter, self.meter.phase("self-play"), self.learner.accelerator.autocast():
-                states = Conditioning({TEXT: torch.zeros(captions, *self.text_shape)})
-                self._sample(self.learner.reference.network, states, sampling.guidance_scale)
+                states = self._conditioning(captions)
+                self._sample(self.learner.reference.network, states, sampling.batch_size)
+
+    @torch.no_grad()
+    def sample_online(self) -> None:
+        """A batch of an online round, to the images that are scored. Scorers are not counted."""
+        if self.settings.feed.is_online:
+            online = self.settings.online
+            with self._drawing("online"):
+                self._draw(self.learner.bare_policy, online.batch_size, online.guidance_scale)
+
+    @contextmanager
+    def _drawing(self, phase: str) -> Iterator[None]:
+        """A phase that decodes images. With cached examples the encoders are on the device only for this."""
+        learner, parts = self.learner, self.learner.parts
+        encoders = _tensors(*parts.encoders)
+        with self.meter, self.meter.phase(phase):
+            self.meter.place(encoders)
+            parts.vae.enable_slicing()
+            with learner.accelerator.autocast():
+                yield
+            parts.vae.disable_slicing()
+            if self.settings.cache.examples:
+                self.meter.remove(encoders)
+
+    def _draw(self, denoiser: nn.Module, images: int, guidance_scale: float) -> None:
+        """Images, as far as their memory goes."""
+        parts = self.learner.parts
+        states = parts.encode_captions(self.model.captions(self._captions_at_once(images, guidance_scale)))
+        parts.vae.decode(self._sample(denoiser, states, images)).sample.add(1).div(2).clamp(0, 1)
 
     def save(self) -> None:
         """Tensors are copied to the CPU one by one: nothing new on the device."""
@@ -321,14 +341,14 @@ class Training:
         settings, pairs, loss = self.settings, self.settings.train.micro_batch_pairs, self.settings.loss
         has_single_images = takes_single_images(settings, Split.TRAIN)
         captions, side = 2 * pairs if has_single_images else pairs, settings.data.resolution
-        if settings.cache.examples:
+        is_online = settings.feed.is_online and not settings.online.offline_share
+        if settings.cache.examples or is_online:
             means = torch.zeros(2 * pairs, *self.latent_shape)
             factor = self.learner.parts.vae.config.scaling_factor
             images = LatentMoments(means, means.clone() if settings.data.sample_latents else None, factor)
-            captioned = Conditioning({TEXT: torch.zeros(captions, *self.text_shape)})
         else:
             images = torch.zeros(2 * pairs, 3, side, side)
-            captioned = Tokens(input_ids=torch.zeros(captions, TOKENS, dtype=torch.long))
+        captioned = self._conditioning(captions) if settings.cache.examples else self.model.captions(captions)
         single = rejected = None
         if has_single_images:
             single = SingleImages(range(2 * pairs), torch.zeros(2 * pairs, dtype=torch.bool))
@@ -341,18 +361,40 @@ class Training:
         captions = type(self.batch.captions)({name: value.clone() for name, value in self.batch.captions.items()})
         return tree_map_only(Tensor, torch.clone, self.batch._replace(captions=captions))
 
-    def _sample(self, denoiser: nn.Module, conditioning: Conditioning, guidance_scale: float) -> Tensor:
-        """Latents of N images after one sampler step. conditioning: of N captions, with guidance of 2N."""
-        is_guided = guidance_scale > 1
-        captions = len(next(iter(conditioning.values())))
-        latents = torch.zeros(captions // (2 if is_guided else 1), *self.latent_shape)
-        noisy = latents.repeat(2, 1, 1, 1) if is_guided else latents
-        times = torch.zeros((), dtype=torch.long)
-        prediction = self.learner.parts.family.predict(denoiser, noisy, times, conditioning)
-        if is_guided:
+    def _captions_at_once(self, images: int, guidance_scale: float) -> int:
+        """Captions that a sampler's pass takes: with guidance, unless the denoiser is told it, the empty one too."""
+        arguments = self.learner.parts.family.prompt_arguments(self.encoded, self.encoded)
+        has_empty = guidance_scale > 1 and any(name.startswith("negative") for name in arguments)
+        return 2 * images if has_empty else images
+
+    def _conditioning(self, captions: int) -> Conditioning:
+        """Encoded captions as a cache gives them."""
+        return Conditioning({name: torch.zeros(captions, *one.shape[1:]) for name, one in self.encoded.items()})
+
+    def _sample(self, denoiser: nn.Module, conditioning: Conditioning, images: int) -> Tensor:
+        """Latents of images after one sampler step. conditioning: of as many captions, or of twice as many."""
+        family, captions = self.learner.parts.family, len(next(iter(conditioning.values())))
+        latents = torch.zeros(images, *self.latent_shape)
+        noisy = latents.repeat(captions // images, 1, 1, 1)
+        conditioning = family.with_size(conditioning, self.settings.data.resolution)
+        prediction = family.predict(denoiser, noisy, torch.zeros(captions), conditioning)
+        if captions > images:
             unconditional, conditional = prediction.chunk(2)
-            prediction = unconditional + guidance_scale * (conditional - unconditional)
+            prediction = unconditional + 2.0 * (conditional - unconditional)  # any scale takes the same memory
         return latents - prediction
+
+
+def keep_in_bf16(module: nn.Module) -> None:
+    """Replace a module's frozen weights and its buffers by bf16 ones. Fake weights can't be moved, as `to` does it."""
+    halved: dict[int, nn.Parameter] = {}  # by the id of the old one: modules may share weights
+    for owner in module.modules():
+        for name, weight in [*owner._parameters.items()]:
+            if weight is not None:
+                new = halved.setdefault(id(weight), nn.Parameter(weight.bfloat16(), requires_grad=False))
+                setattr(owner, name, new)
+        for name, buffer in [*owner._buffers.items()]:
+            if buffer is not None and buffer.is_floating_point():
+                setattr(owner, name, buffer.bfloat16())
 
 
 class FullCache:

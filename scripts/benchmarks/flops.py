@@ -6,6 +6,7 @@ autoencoder's encoder and one of each text encoder, as in Diffusion-DPO's public
 """
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
@@ -79,7 +80,9 @@ def run(options: argparse.Namespace) -> Outcome:
     model = TRUE_MODELS[options.model]
     resolution = options.resolution or model.resolution
     with without_contents(), sdpa_kernel(SDPBackend.MATH):  # the counter doesn't know of a CPU's fused attention
-        parts = count_parts(model.build(), model.caption(), resolution, options.lora_rank)
+        networks = model.build()
+        kept = kept_bytes(networks, model.captions(), resolution)
+        parts = count_parts(networks, model.captions(), resolution, options.lora_rank)
     rows, measured, totals = [], [], {}
     for checkpointing in (False, True):
         for trainable in ("full", "lora"):
@@ -97,6 +100,8 @@ def run(options: argparse.Namespace) -> Outcome:
         "ratio: to the full fine-tune that recomputes everything, with gradient checkpointing likewise on or off. "
         f"One pass: denoiser forward {parts.denoiser_forward:.3f}, with backward {parts.full_forward_backward:.3f}, "
         f"LoRA's {parts.lora_forward_backward:.3f}; autoencoder {parts.autoencoder:.3f}, text {parts.text_encoder:.3f}"
+        f". cache.examples keeps {kept['image']:,} bytes an image (its mean latents) and {kept['caption']:,} a "
+        "caption, in fp16"
     )
     title = f"TFLOP per pair, {model.name} at {resolution} pixels"
     criteria = []
@@ -106,8 +111,19 @@ def run(options: argparse.Namespace) -> Outcome:
         claim = f"{name} with both caches costs at most {limit} of the full step that recomputes everything"
         criteria.append(Criterion(claim, ratio, ratio <= limit))
     return Outcome(
-        Grid(title, columns, tuple(rows), note), {"parts": asdict(parts), "modes": measured}, tuple(criteria)
+        Grid(title, columns, tuple(rows), note),
+        {"parts": asdict(parts), "modes": measured, "cache_bytes": kept},
+        tuple(criteria),
     )
+
+
+def kept_bytes(networks: PipelineParts, caption: Tokens, resolution: int) -> dict[str, int]:
+    """Bytes in cache.examples of an image's mean latents and of a caption, in fp16."""
+    conditioning = networks.encode_captions(caption)
+    return {
+        "image": 2 * math.prod(networks.latent_shape(resolution)),
+        "caption": 2 * sum(states[0].numel() for states in conditioning.values()),
+    }
 
 
 def count_parts(networks: PipelineParts, caption: Tokens, resolution: int, lora_rank: int) -> PartCosts:

@@ -25,6 +25,7 @@ from benchmarks.folders import working_folder
 from benchmarks.modes import BASE_CONFIG, MODES, Bench, Mode, set_up
 from benchmarks.pipelines import PIPELINES
 from benchmarks.results import Criterion, Outcome
+from benchmarks.true_models import COUNTABLE
 from xdpo.arguments import positive
 from xdpo.config import load_config
 from xdpo.paths import user_path
@@ -120,8 +121,8 @@ def count(options: argparse.Namespace) -> Outcome:
     """
     from benchmarks import counting
 
-    if options.pipeline not in PIPELINES:
-        raise ValueError(f"--count knows the shapes of {', '.join(PIPELINES)} and not of {options.pipeline!r}")
+    if options.pipeline not in COUNTABLE:
+        raise ValueError(f"--count knows the shapes of {', '.join(COUNTABLE)} and not of {options.pipeline!r}")
     grid = [[f"{key}={value}" for value in values] for key, values in options.grid]
     names: dict[tuple, list[str]] = {}  # of the configs that count alike, by what the count depends on
     jobs = {}

@@ -2,7 +2,7 @@
 
 import json
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,7 +118,7 @@ def without_contents() -> Iterator[None]:
         yield
 
 
-def build_networks(shapes: dict[str, dict[str, Any]]) -> PipelineParts:
+def build_networks(shapes: Mapping[str, Mapping[str, Any]]) -> PipelineParts:
     """Networks of these shapes, with random weights outside of `without_contents`."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from xdpo.files import write_text
+from xdpo.progress import Progress
 from xdpo.provenance import git_commit, library_versions
 from xdpo.report.grids import Cell, Grid, to_markdown, to_text
 
@@ -69,7 +69,7 @@ def time_in_turn(jobs: Mapping[Name, Callable[[], object]], rounds: int) -> dict
     The jobs take turns, so that a slow minute of the machine affects all of them. A first round warms up, uncounted.
     """
     seconds: dict[Name, list[float]] = {name: [] for name in jobs}
-    for round_number in tqdm(range(rounds + 1), desc="rounds, the first to warm up", unit="round"):
+    for round_number in Progress(range(rounds + 1), desc="rounds, the first to warm up", unit="round"):
         for name, job in jobs.items():
             _wait_for_device()
             started = time.perf_counter()

@@ -3,15 +3,15 @@
 They are for counting, within `pipelines.without_contents`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.pipelines import TOKENS, build_networks, stable_diffusion_shapes
+from benchmarks.pipelines import PIPELINES, TOKENS, build_networks
 from xdpo.batch import Tokens
 from xdpo.families import PipelineParts
 from xdpo.families.flux import FLUX
@@ -26,17 +26,29 @@ CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 3
 
 
 @dataclass(frozen=True)
-class TrueModel:
-    """A published model."""
+class Model:
+    """A model that can be counted."""
 
     name: str  # for people
     resolution: int  # that it was made for
     build: Callable[[], PipelineParts]
     tokens: dict[str, int] = field(default_factory=lambda: {"input_ids": TOKENS})  # of a caption, for each tokenizer
+    t5: str | None = None  # its tokenizer's name
 
-    def caption(self) -> Tokens:
-        """Token ids of one caption, all zero."""
-        return Tokens({name: torch.zeros(1, length, dtype=torch.long) for name, length in self.tokens.items()})
+    def captions(self, count: int = 1) -> Tokens:
+        """Token ids of `count` captions, all zero."""
+        return Tokens({name: torch.zeros(count, length, dtype=torch.long) for name, length in self.tokens.items()})
+
+    def with_t5_tokens(self, count: int | None) -> "Model":
+        """The model where T5 reads so many tokens; None: as many as the pipeline has it read."""
+        if self.t5 is None or count is None:
+            return self
+        return replace(self, tokens={**self.tokens, self.t5: count})
+
+
+def of_shapes(name: str, shapes: Mapping[str, Mapping[str, Any]]) -> Model:
+    """A model of Stable Diffusion's kind with these shapes."""
+    return Model(name, 512, partial(build_networks, shapes))
 
 
 def _parts(family: Family, modules: dict[str, nn.Module], choices: dict[str, str] | None = None) -> PipelineParts:
@@ -136,10 +148,10 @@ def flux_dev() -> PipelineParts:
 
 
 _THREE = {"tokenizer": TOKENS, "tokenizer_2": TOKENS, "tokenizer_3": 256}
-TRUE_MODELS = {
-    "sd15": TrueModel("Stable Diffusion 1.5", 512, lambda: build_networks(stable_diffusion_shapes())),
-    "sdxl": TrueModel("Stable Diffusion XL", 1024, stable_diffusion_xl, {"tokenizer": TOKENS, "tokenizer_2": TOKENS}),
-    "sd35_medium": TrueModel(
+TRUE_MODELS: dict[str, Model] = {
+    "sd15": of_shapes("Stable Diffusion 1.5", PIPELINES["sd15"]),
+    "sdxl": Model("Stable Diffusion XL", 1024, stable_diffusion_xl, {"tokenizer": TOKENS, "tokenizer_2": TOKENS}),
+    "sd35_medium": Model(
         "Stable Diffusion 3.5 medium",
         1024,
         partial(
@@ -151,8 +163,9 @@ TRUE_MODELS = {
             dual_attention_layers=tuple(range(13)),
         ),
         _THREE,
+        "tokenizer_3",
     ),
-    "sd35_large": TrueModel(
+    "sd35_large": Model(
         "Stable Diffusion 3.5 large",
         1024,
         partial(
@@ -163,6 +176,10 @@ TRUE_MODELS = {
             pos_embed_max_size=192,
         ),
         _THREE,
+        "tokenizer_3",
     ),
-    "flux": TrueModel("FLUX.1-dev", 1024, flux_dev, {"tokenizer": TOKENS, "tokenizer_2": 512}),
+    "flux": Model("FLUX.1-dev", 1024, flux_dev, {"tokenizer": TOKENS, "tokenizer_2": 512}, "tokenizer_2"),
 }
+"""The published models, at their true shapes."""
+
+COUNTABLE = {name: of_shapes(name, shapes) for name, shapes in PIPELINES.items()} | TRUE_MODELS

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from benchmarks import counting
 from benchmarks.modes import ROOT
-from benchmarks.pipelines import PIPELINES
+from benchmarks.true_models import COUNTABLE
 
 from gpu_checks import children
 from gpu_checks.children import Launch
@@ -130,7 +130,7 @@ def _count(context: Context, limited: Limited) -> float:
 
 def _highest_peak_gb(settings: Config, pipeline: str) -> float:
     fake = pipeline != "tiny"  # whose tensors have contents: the same count, sooner
-    return max(phase.peak for phase in counting.count(settings, PIPELINES[pipeline], fake=fake).values()) / 1e9
+    return max(phase.peak for phase in counting.count(settings, COUNTABLE[pipeline], fake=fake).values()) / 1e9
 
 
 def check_fits(context: Context, limited: Limited) -> Finding:

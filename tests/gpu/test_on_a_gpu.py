@@ -7,14 +7,20 @@ from pathlib import Path
 
 import check_gpu
 import pytest
+import torch
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="tests of a GPU left out: there is none here"),
+]
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(request, tmp_path_factory):
     """What was found, by claim."""
+    if not (request.config.getoption("--all") or request.config.getoption("-m")):
+        pytest.skip("tests of a GPU left out; pytest -m gpu runs them")
     folder = tmp_path_factory.mktemp("report")
     command = [sys.executable, "scripts/check_gpu.py", "--quick", "--output", str(folder)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

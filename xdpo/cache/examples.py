@@ -5,6 +5,7 @@ FOLDER/
   plan.json            what the cache is made of and how large it is; written first
   pairs.parquet  images.parquet  prompts.parquet     the tables: which image and caption a pair has
   latents_00000.npy …  (images, orientations, moments, C, h, w)
+  sizes_00000.npy …    (images, orientations, 4), of families that may be told them
   text_00000.npy …     (prompts, 1, L, D), and so on: a file for each entry of the family's Conditioning
   manifest.json        checksums of all the small files; written last: the cache is finished
 ```
@@ -17,6 +18,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -35,8 +37,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SHARD_BYTES = 128 * 2**20
-LATENTS = "latents"  # the images' shards; the others have the names of the conditioning's entries
+LATENTS, SIZES = "latents", "sizes"  # the images' shards; the others have the names of the conditioning's entries
 PRECISION = "encoders' precision"  # in a plan's key
+SOURCE = "source"  # folder of remote files that a cache is filled from; see data.streaming
 TABLES = ("pairs.parquet", "images.parquet", "prompts.parquet")
 
 
@@ -45,7 +48,7 @@ class ExamplePlan:
     """What a cache holds, fixed before the first image is encoded.
 
     key: everything that decides the content, by name; a run with another key must not use the cache.
-    counts: as data.PairCounts. fingerprint: of the pairs, from data.PairTable.
+    counts: as data.PairCounts. fingerprint: of the pairs, from data.PairTable; of remote files it is known at the end.
     """
 
     key: Mapping[str, Any]
@@ -60,12 +63,18 @@ class ExamplePlan:
     dtype: str
     shift_factor: float = 0.0  # of the autoencoder; the default is for caches older than this field
     has_scores: bool = False  # in pairs.parquet; the default is for caches older than this field
+    has_sizes: bool = False  # of each image; the default is for caches older than this field
     shard_bytes: int = SHARD_BYTES
     sources: Mapping[str, Sequence[int]] | None = None  # local file → size and time of change; None: unknown
     tables: Mapping[str, str] = field(default_factory=dict)  # file → SHA-256
 
+    def images(self, folder: Path) -> dict[str, Shards]:
+        """The shards of the images' latents, and of their sizes if there are any, as float32."""
+        shapes = {LATENTS: self.latent_shape} | ({SIZES: (self.latent_shape[0], 4)} if self.has_sizes else {})
+        return self._shards(folder, self.num_images, shapes)
+
     def latents(self, folder: Path) -> Shards:
-        return self._shards(folder, self.num_images, {LATENTS: self.latent_shape})[LATENTS]
+        return self.images(folder)[LATENTS]
 
     def conditioning(self, folder: Path) -> dict[str, Shards]:
         """The shards of each entry. A shard of one number holds the same captions in all of them."""
@@ -74,18 +83,22 @@ class ExamplePlan:
 
     def shards(self, folder: Path) -> list[Shards]:
         """All shards of the cache."""
-        return [self.latents(folder), *self.conditioning(folder).values()]
+        return [*self.images(folder).values(), *self.conditioning(folder).values()]
 
     def _shards(self, folder: Path, count: int, shapes: Mapping[str, Sequence[int]]) -> dict[str, Shards]:
-        record_bytes = sum(math.prod(shape) for shape in shapes.values()) * np.dtype(self.dtype).itemsize
+        dtypes = {name: "float32" if name == SIZES else self.dtype for name in shapes}
+        record_bytes = sum(math.prod(shape) * np.dtype(dtypes[name]).itemsize for name, shape in shapes.items())
         per_shard = max(1, self.shard_bytes // record_bytes)
         return {
-            name: Shards(folder, name, count=count, shape=tuple(shape), dtype=self.dtype, per_shard=per_shard)
+            name: Shards(folder, name, count=count, shape=tuple(shape), dtype=dtypes[name], per_shard=per_shard)
             for name, shape in shapes.items()
         }
 
     def save(self, folder: Path) -> None:
-        write_text(folder / "plan.json", json.dumps(asdict(self), indent=2))
+        fields = asdict(self)
+        if not self.has_sizes:  # then the file is as it was before this field: the reference's key depends on its bytes
+            del fields["has_sizes"]
+        write_text(folder / "plan.json", json.dumps(fields, indent=2))
 
     @classmethod
     def load(cls, folder: Path) -> "ExamplePlan | None":
@@ -145,8 +158,9 @@ class ExampleCache:
                 damaged = folder if name in (*TABLES, "plan.json") else folder / name
                 raise CacheError(f"{folder / name} is damaged; remove {damaged} and build the cache again")
         self.folder, self.plan = folder, plan
-        self.latents, self.conditioning = plan.latents(folder), plan.conditioning(folder)
-        for shards in (self.latents, *self.conditioning.values()):
+        images, self.conditioning = plan.images(folder), plan.conditioning(folder)
+        self.latents, self.sizes = images[LATENTS], images.get(SIZES)
+        for shards in plan.shards(folder):
             shards.check_files()
         pairs = _read_table(folder / "pairs.parquet")
         self.rows, self._chosen, self._rejected, self._prompt = (
@@ -187,10 +201,18 @@ class ExampleCache:
 
     def captions(self) -> list[str]:
         """The captions of all pairs."""
+        return self._prompt_texts.take(self._prompt).to_pylist()
+
+    def caption(self, index: int) -> str:
+        """The caption of a pair."""
+        return self._prompt_texts[int(self._prompt[index])].as_py()
+
+    @cached_property
+    def _prompt_texts(self) -> Any:
+        """The captions of all prompts, as an Arrow column."""
         import pyarrow.parquet as pq
 
-        captions = pq.read_table(self.folder / "prompts.parquet", columns=["caption"])["caption"]
-        return captions.take(self._prompt).to_pylist()
+        return pq.read_table(self.folder / "prompts.parquet", columns=["caption"])["caption"]
 
     def images_of(self, index: int) -> tuple[bytes, bytes]:
         """The encodings of a pair's images, not mirrored, chosen first."""
@@ -253,6 +275,7 @@ class CachedPairDataset(Dataset):
         )
         latent_rows = latents.numpy()
         caption_rows = [(shards, captions[name].numpy()) for name, shards in cache.conditioning.items()]
+        size_shards, sizes = cache.sizes, torch.empty(2, len(positions), 4)
         rows, truncated, unreadable = [], 0, []
         for slot, position in enumerate(positions):
             index = self.order[position]
@@ -262,6 +285,8 @@ class CachedPairDataset(Dataset):
             flip, prompt = self._draw(index, position)
             for side, image in enumerate(cache.records_of(index)):
                 cache.latents.read(image, int(flip), out=latent_rows[side, slot])
+                if size_shards is not None:
+                    size_shards.read(image, int(flip), out=sizes[side, slot].numpy())
             for shards, records in caption_rows:
                 shards.read(prompt, out=records[slot])
             rows.append(int(cache.rows[index]))
@@ -276,6 +301,7 @@ class CachedPairDataset(Dataset):
             captions=captions,
             truncated=truncated,
             unreadable=unreadable,
+            sizes=None if size_shards is None else sizes.flatten(0, 1),
         )
 
     __getitems__ = batch  # what a DataLoader calls
@@ -292,6 +318,7 @@ class CachedPairDataset(Dataset):
             LatentMoments(moments[0], stds, cache.plan.scaling_factor, cache.plan.shift_factor),
             self._conditioning(prompt),
             cache.is_truncated(prompt),
+            None if cache.sizes is None else torch.from_numpy(cache.sizes.read(image, int(flip))),
         )
 
     def caption(self, index: int | None) -> Conditioning:
@@ -308,7 +335,7 @@ class CachedPairDataset(Dataset):
         if self.augment:
             coin, _, _ = noise.draw_augmentation(self.seed, position)
             flip = self.data_config.horizontal_flip and coin < 0.5
-            is_dropped = noise.draw_caption_coin(self.seed, position) < self.data_config.caption_dropout
+            is_dropped = noise.draw_coin(self.seed, position, "caption") < self.data_config.caption_dropout
             prompt = 0 if is_dropped else prompt
         return flip, prompt
 

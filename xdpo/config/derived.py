@@ -18,7 +18,7 @@ KEYS_WITHOUT_EFFECT = frozenset(
         "cache.build",
         "cache.local_copy",
         "cache.reference",
-        *(key for key in KEYS if key.partition(".")[0] in ("eval", "samples", "checkpoint", "log")),
+        *(key for key in KEYS if key.partition(".")[0] in ("eval", "samples", "checkpoint", "export", "log")),
     }
 )
 """The keys that may differ between two parts of one run: they change what is shown of it, not what it computes.

@@ -54,10 +54,25 @@ class ModelConfig(Section):
         description="Stable Diffusion XL alone: what an empty caption is encoded as, zeros or the encoders' states of "
         "no words; null: as the pipeline samples",
     )
+    size_conditioning: Literal["original"] | None = Field(
+        None,
+        description="Stable Diffusion XL alone: what it is told of each image's size while it trains; original: height "
+        "and width of the file, and what was cropped; null: data.resolution and uncropped, as the pipeline samples",
+    )
+    t5_tokens: Annotated[StrictInt, Field(gt=0, le=512)] | None = Field(
+        None,
+        description="Stable Diffusion 3 and FLUX alone: tokens of a caption that T5 reads; fewer make a smaller "
+        "cache.examples and faster steps, and cut long captions; null: as the pipeline samples, 256 and 512",
+    )
     trainable: Literal["full", "lora"] = Field(
         "full",
         description="full: the whole UNet, with a frozen copy beside it as the reference; lora: adapters on its "
         "attention, the reference being the same UNet with them off",
+    )
+    frozen_precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="number format in which weights that are never trained are kept: the text encoders' and, with "
+        "lora, the base model's; bf16 halves them, and needs a compute.precision below fp32",
     )
     guidance: NonNegativeNumber | None = Field(
         None,
@@ -112,8 +127,8 @@ class DataConfig(Section):
     source: Literal["hub", "parquet", "webdataset", "folder"] = Field("hub", description="what path points to")
     path: Paths = Field(
         "liuhuohuo2/pick-a-pic-v2",
-        description="hub id; or files or globs (a list for several); or a folder. This is a copy of Pick-a-Pic v2: the "
-        "original, yuvalkirstain/pickapic_v2, is gone",
+        description="hub id; or files, globs or, to fill cache.examples, URLs (a list for several); or a folder. This "
+        "is a copy of Pick-a-Pic v2: the original, yuvalkirstain/pickapic_v2, is gone",
     )
     revision: Text | None = Field(None, description="hub branch, tag or commit of the data set")
     split: Text = Field("train", description="split of a hub data set")
@@ -151,6 +166,11 @@ class CacheConfig(Section):
     build: StrictBool = Field(
         True,
         description="encode what is missing in cache.examples before training; or ahead: scripts/cache_examples.py",
+    )
+    keep_source: StrictBool = Field(
+        False,
+        description="keep the files that were fetched for encoding, in a folder of cache.examples; false: let each go "
+        "when its images are encoded, so that the disk holds the cache and a few files",
     )
     dtype: Literal["fp16", "fp32"] = Field(
         "fp16",
@@ -216,6 +236,92 @@ class SelfPlayConfig(Section):
     batch_size: Count = Field(8, description="images sampled at once; changes results by rounding")
 
 
+class FeedConfig(Section):
+    """What an optimizer step trains on."""
+
+    name: Literal["offline", "online_pairs", "online_images"] = Field(
+        "offline",
+        description="offline: the data's pairs; online_pairs: the policy's own images, ranked by rewards (see online); "
+        "online_images: the same one by one, each as good as its reward says, for objectives on single images",
+    )
+
+    @property
+    def is_online(self) -> bool:
+        return self.name != "offline"
+
+
+class OnlineConfig(Section):
+    """For feed.name=online_pairs and online_images alone; docs/online.md."""
+
+    every: Count = Field(
+        30,
+        description="optimizer steps of a round. Where it begins, the policy samples images, which are scored, paired "
+        "and kept in output_dir/online_samples (66 kB each) until a checkpoint lies behind the round",
+    )
+    prompts: FilePath | None = Field(
+        None, description="a prompt set by its name, or a file of prompts; null: the training pairs' captions"
+    )
+    prompts_per_round: Count = Field(64, description="prompts of a round")
+    images_per_prompt: Annotated[StrictInt, Field(ge=2)] = Field(
+        4, description="images of a prompt, which differ in their starting noise"
+    )
+    rewards: tuple[Text, ...] = Field(
+        ("pickscore",), description="scorers that training maximises, as evaluate.py names them; each is normalised"
+    )
+    reward_weights: tuple[Number, ...] | None = Field(
+        None, description="a factor for each reward, after its normalisation; null: 1 each"
+    )
+    held_out_rewards: tuple[Text, ...] = Field(
+        ("image_reward",), description="scorers that are logged in every round and that training never sees"
+    )
+    scorer_weights: FilePath | None = Field(
+        None, description="folder of {repository}/{file} with the scorers' weights; null: the hub"
+    )
+    keep_scorers: StrictBool = Field(
+        True, description="keep the scorers in memory between rounds; false: load them in each"
+    )
+    pairs: Literal["best_worst", "all"] = Field(
+        "best_worst", description="best_worst: one pair of a prompt; all: every pair that the margin admits"
+    )
+    margin: NonNegativeNumber = Field(
+        0.0, description="a pair's rewards differ by more than this, in the normalised rewards' deviations"
+    )
+    advantage_limit: PositiveNumber = Field(
+        5.0, description="online_images: advantages are cut off at so many deviations, where an image counts fully"
+    )
+    sampler: Literal["policy", "average", "reference"] = Field(
+        "policy",
+        description="which weights sample: the policy's, their moving average (model.ema_decay), or the reference's",
+    )
+    renew_reference: StrictBool = Field(
+        False, description="the reference becomes the policy where a round begins; false: it stays the base model"
+    )
+    offline_share: Annotated[Number, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the pairs that are the data's instead of the round's"
+    )
+    num_inference_steps: Count = Field(20, description="sampler steps")
+    guidance_scale: NonNegativeNumber = Field(7.5, description="classifier-free guidance while sampling; 1: none")
+    batch_size: Count = Field(8, description="images sampled at once; changes results by rounding")
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """A factor for each reward."""
+        return self.reward_weights or (1.0,) * len(self.rewards)
+
+    @model_validator(mode="after")
+    def _rewards_are_weighted_and_held_out(self):
+        if not self.rewards:
+            raise ValueError("rewards is empty; name at least one scorer")
+        if len(self.weights) != len(self.rewards):
+            raise ValueError(f"reward_weights has {len(self.weights)} numbers for {len(self.rewards)} rewards")
+        names = (*self.rewards, *self.held_out_rewards)
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"{repeated[0]} is named twice in rewards and held_out_rewards; a held-out reward is not trained on"
+            )
+        return self
+
+
 class OptimConfig(Section):
     """The optimizer and its learning rate."""
 
@@ -237,6 +343,13 @@ class OptimConfig(Section):
     )
     warmup_steps: CountOrZero = Field(500, description="optimizer steps of linear warm-up from 0")
     max_grad_norm: PositiveNumber | None = Field(1.0, description="clip gradients to this norm; null: no clipping")
+
+    @model_validator(mode="after")
+    def _adafactor_has_its_own_moments(self):
+        idle = [key for key in ("betas", "eps") if getattr(self, key) != type(self).model_fields[key].default]
+        if self.name == "adafactor" and idle:
+            raise ValueError(f"{idle[0]} is AdamW's, and optim.name is adafactor, which has its own; leave it out")
+        return self
 
 
 class TrainConfig(Section):
@@ -295,6 +408,25 @@ class CheckpointConfig(Section):
     keep: Count = Field(2, description="how many checkpoints are kept, the newest")
 
 
+class ExportConfig(Section):
+    """In which forms the trained model is written, in export/; scripts/export.py writes them of older runs."""
+
+    formats: tuple[
+        Literal["diffusers", "diffusers_fp16", "single_file", "single_file_fp16", "unet", "unet_fp16"], ...
+    ] = Field(
+        ("diffusers",),
+        description="diffusers: its folder or LoRA file, always written; single_file: a safetensors file for "
+        "ComfyUI, A1111 and Forge, the whole checkpoint or a LoRA in kohya's names; unet: such a file without "
+        "encoders; each again with _fp16, in half precision. Single files are of Stable Diffusion 1.x, 2.x and XL",
+    )
+
+    @model_validator(mode="after")
+    def _diffusers_is_written(self):
+        if "diffusers" not in self.formats:
+            raise ValueError("formats: diffusers is always written, since everything here reads it; add it")
+        return self
+
+
 class LogConfig(Section):
     """Where the numbers go besides metrics.jsonl and the progress bar."""
 
@@ -318,12 +450,30 @@ class Config(Section):
     noise: NoiseConfig = NoiseConfig()
     loss: LossConfig = LossConfig()
     self_play: SelfPlayConfig = SelfPlayConfig()
+    feed: FeedConfig = FeedConfig()
+    online: OnlineConfig = OnlineConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     samples: SamplesConfig = SamplesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    export: ExportConfig = ExportConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def exports_encoders(self) -> bool:
+        """Whether the exported model has the encoders' weights too."""
+        is_single = any(form.startswith("single_file") for form in self.export.formats)
+        return is_single and self.model.trainable == "full"
+
+    @model_validator(mode="after")
+    def _whole_checkpoints_are_exact(self):
+        if self.exports_encoders and self.model.frozen_precision != "fp32":
+            raise ValueError(
+                "export.formats: a whole checkpoint would have text encoders rounded to model.frozen_precision "
+                f"{self.model.frozen_precision}; set it to fp32, or convert the finished run by scripts/export.py"
+            )
+        return self
 
     @model_validator(mode="after")
     def _examples_can_be_cached(self):
@@ -345,10 +495,14 @@ class Config(Section):
     @model_validator(mode="after")
     def _reference_can_move(self):
         objective = f"loss.name: {self.loss.name}"
-        moves = {"model.reference_decay": self.model.reference_decay, objective: self.loss.samples_rejected}
+        moves = {
+            "model.reference_decay": self.model.reference_decay,
+            "online.renew_reference": self.online.renew_reference,
+            objective: self.loss.samples_rejected,
+        }
         asked = [key for key, value in moves.items() if value]
-        if len(asked) == 2:
-            raise ValueError(f"{objective} draws its own reference; set model.reference_decay=null")
+        if len(asked) > 1:
+            raise ValueError(f"{' and '.join(asked)} both decide what the reference is; choose one")
         if asked and self.model.trainable == "lora":
             raise ValueError(
                 f"{asked[0]} moves the reference, and with model.trainable=lora that is the policy without its "
@@ -356,6 +510,33 @@ class Config(Section):
             )
         if asked and self.cache.reference:
             raise ValueError(f"{asked[0]} moves the reference, so its errors can't be kept; set cache.reference=null")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_can_be_online(self):
+        loss, online = self.loss, self.online
+        if not self.feed.is_online:
+            default = OnlineConfig()
+            given = [key for key in OnlineConfig.model_fields if getattr(online, key) != getattr(default, key)]
+            if given:
+                raise ValueError(f"online.{given[0]} is for online feeds, and feed.name is offline")
+            return self
+        refused = {
+            f"loss.name={loss.name} trains on {loss.objective.takes}": loss.objective.takes
+            != self.feed.name.removeprefix("online_"),
+            f"loss.name={loss.name} samples its own rejected images": loss.samples_rejected,
+            f"loss.name={loss.name} has no reference, which online.renew_reference renews": online.renew_reference
+            and not loss.needs_reference,
+            "loss.margin_weight weighs the data's pairs by their scores": loss.margin_weight is not None,
+            "cache.reference keeps errors on the data's pairs": self.cache.reference,
+            "cache.examples leaves no text encoder for online.prompts": self.cache.examples and online.prompts,
+            "online.sampler=average needs model.ema_decay": online.sampler == "average" and not self.model.ema_decay,
+            "online.sampler=reference needs a reference with weights of its own": online.sampler == "reference"
+            and (self.model.trainable == "lora" or not loss.needs_reference),
+            "online.offline_share mixes pairs with pairs": online.offline_share and self.feed.name != "online_pairs",
+        }
+        if problems := [problem for problem, applies in refused.items() if applies]:
+            raise ValueError(f"feed.name={self.feed.name}: {problems[0]}; change one of the two")
         return self
 
 

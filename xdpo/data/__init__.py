@@ -10,12 +10,20 @@ from xdpo.data.examples import (
 )
 from xdpo.data.interface import PairExamples, PairRows
 from xdpo.data.scores import MarginWeights, PairWeights, finite_scores, no_scores, weigh_pairs
-from xdpo.data.sources import files_to_convert, load_pairs, local_files
+from xdpo.data.sources import is_converted, load_pairs, local_files, source_files
 from xdpo.data.split import Split
 from xdpo.data.table import DataError, PairCounts, PairTable
-from xdpo.data.unpaired import LabelledImages, UnpairedDataset, UnpairedOrder, image_positions_of, label_images
+from xdpo.data.unpaired import (
+    IMAGES_PER_POSITION,
+    LabelledImages,
+    UnpairedDataset,
+    UnpairedOrder,
+    image_positions_of,
+    label_images,
+)
 
 __all__ = [
+    "IMAGES_PER_POSITION",
     "DataError",
     "LabelledImages",
     "MarginWeights",
@@ -31,14 +39,15 @@ __all__ = [
     "UnpairedOrder",
     "UnreadableTracker",
     "collate_pairs",
-    "files_to_convert",
     "finite_scores",
     "held_out_batches",
     "image_positions_of",
+    "is_converted",
     "label_images",
     "load_pairs",
     "local_files",
     "make_loader",
     "no_scores",
+    "source_files",
     "weigh_pairs",
 ]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from xdpo import noise
 from xdpo.batch import Batch, SingleItem, Tokens, stack
 from xdpo.config import DataConfig
-from xdpo.data.images import UnreadableImageError, decode_rgb, square_pixels
+from xdpo.data.images import UnreadableImageError, decode_rgb, size_and_crop, square_pixels
 from xdpo.data.interface import PairRows
 from xdpo.data.table import DataError, PairTable, pair_id
 from xdpo.ending import ignore_signals
@@ -33,6 +33,7 @@ class PairExample(NamedTuple):
     row: int  # of the source
     pair_id: str
     pixel_values: Tensor  # (2, 3, R, R) float32 in [−1, 1], chosen first
+    sizes: Tensor  # (2, 4): see Batch
     tokens: Tokens  # (L,) each
     caption_dropped: bool
     truncated: bool  # whether the caption lost tokens
@@ -94,11 +95,13 @@ class PairDataset(Dataset):
             images.reverse()
         caption, caption_dropped = record["caption"], self._drops_caption(position)
         tokens, truncated = self.tokenize("" if caption_dropped else caption)
+        pixel_values, sizes = self._transform(images, position)
         return PairExample(
             position=position,
             row=row,
             pair_id=pair_id(record, row),
-            pixel_values=self._transform(images, position),
+            pixel_values=pixel_values,
+            sizes=sizes,
             tokens=tokens,
             caption_dropped=caption_dropped,
             truncated=truncated,
@@ -107,13 +110,14 @@ class PairDataset(Dataset):
 
     def image(self, index: int, side: int, position: int) -> SingleItem | None:
         """One image of a pair, the chosen one at side 0, with the draws of `position`; None where it is unreadable."""
-        record = self.table.dataset[int(self.table.rows[index])]
+        cell = self.table.dataset.images.cell(int(self.table.rows[index]), int(self.table.chosen_side[index]) ^ side)
         try:
-            image = decode_rgb(record[f"jpg_{int(self.table.chosen_side[index]) ^ side}"])
+            image = decode_rgb(cell)
         except UnreadableImageError:
             return None
-        tokens, truncated = self.tokenize("" if self._drops_caption(position) else record["caption"])
-        return SingleItem(self._transform([image], position)[0], tokens, truncated)
+        tokens, truncated = self.tokenize("" if self._drops_caption(position) else self.table.caption(index))
+        pixel_values, sizes = self._transform([image], position)
+        return SingleItem(pixel_values[0], tokens, truncated, sizes[0])
 
     def caption(self, index: int | None) -> Tokens:
         """The token ids, (L,) each, of a pair's caption, never dropped; None is the empty caption."""
@@ -125,18 +129,20 @@ class PairDataset(Dataset):
 
     __getitems__ = batch  # what a DataLoader calls
 
-    def _transform(self, images: list[Image.Image], position: int) -> Tensor:
-        """Flip and crop all images of a position, both of a pair, in the same way."""
+    def _transform(self, images: list[Image.Image], position: int) -> tuple[Tensor, Tensor]:
+        """Flip and crop all images of a position, both of a pair, in the same way: pixels, sizes."""
         flip, offset = False, (0.5, 0.5)
         if self.augment:
             coin, across, down = noise.draw_augmentation(self.seed, position)
             flip = self.data_config.horizontal_flip and coin < 0.5
             offset = (across, down) if self.data_config.crop == "random" else offset
         resolution = self.data_config.resolution
-        return torch.stack([square_pixels(image, resolution, offset=offset, flip=flip) for image in images])
+        pixels = [square_pixels(image, resolution, offset=offset, flip=flip) for image in images]
+        sizes = [size_and_crop(image, resolution, offset=offset, flip=flip) for image in images]
+        return torch.stack(pixels), torch.stack(sizes)
 
     def _drops_caption(self, position: int) -> bool:
-        return self.augment and noise.draw_caption_coin(self.seed, position) < self.data_config.caption_dropout
+        return self.augment and noise.draw_coin(self.seed, position, "caption") < self.data_config.caption_dropout
 
 
 class StepSampler:
@@ -177,6 +183,7 @@ def collate_pairs(examples: Sequence[PairExample]) -> Batch:
         captions=stack([example.tokens for example in examples]),
         truncated=sum(example.truncated for example in examples),
         unreadable=[row for example in examples for row in example.unreadable],
+        sizes=torch.stack([example.sizes for example in examples], dim=1).flatten(0, 1),
     )
 
 

@@ -8,27 +8,39 @@ most MOST_FILES are read, and an edit of another file goes unnoticed.
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-    from datasets import Dataset
+from xdpo.data.rows import Images
 
 SAMPLED = 256  # images per column whose bytes are read
 MOST_FILES = 20_000  # files per column whose sizes are read
 
 
-def image_digest(dataset: "Dataset", columns: tuple[str, ...]) -> str:
-    """16 hexadecimal digits of a SHA-256 over the images of some columns, the same wherever the files lie."""
+def image_digest(images: Images) -> str:
+    """16 hexadecimal digits of a SHA-256 over the images of a source, the same wherever the files lie."""
     digest = hashlib.sha256()
-    for name in columns:
-        column = dataset.data.column(name)
-        digest.update(_sizes(column).astype("<i8").tobytes())
-        for row in _evenly(len(column), SAMPLED):
-            digest.update(hashlib.sha256(bytes_of(column[int(row)].as_py())).digest())
+    for side in (0, 1):
+        sizes = images.sizes(side)
+        count = len(sizes)
+        if (sizes < 0).all():  # separate files
+            paths = map(_path_of, images.cells(side, _evenly(count, MOST_FILES)))
+            sizes = np.array([_file_size(path) for path in paths], dtype=np.int64)
+        digest.update(sizes.astype("<i8").tobytes())
+        for row in sampled_rows(count).tolist():
+            digest.update(bytes.fromhex(images.recorded_digest(side, row) or image_sha256(images.cell(row, side))))
     return digest.hexdigest()[:16]
+
+
+def sampled_rows(count: int) -> np.ndarray:
+    """The rows of a source of `count` rows whose images' bytes are read, ascending."""
+    return _evenly(count, SAMPLED)
+
+
+def image_sha256(cell: Any) -> str:
+    """Hexadecimal SHA-256 of an image's encoded file."""
+    return hashlib.sha256(bytes_of(cell)).hexdigest()
 
 
 def file_states(paths: list[str]) -> dict[str, list[int]]:
@@ -39,20 +51,6 @@ def file_states(paths: list[str]) -> dict[str, list[int]]:
             status = os.stat(path)
             states[path] = [status.st_size, status.st_mtime_ns]
     return states
-
-
-def _sizes(column: "pa.ChunkedArray") -> np.ndarray:
-    """Bytes of each image, −1 where there is none; of separate files at most MOST_FILES, evenly spaced."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    is_struct = pa.types.is_struct(column.type)
-    chunks = [pc.struct_field(chunk, "bytes") if is_struct else chunk for chunk in column.chunks]
-    if pa.types.is_string(column.type) or (is_struct and all(chunk.null_count == len(chunk) for chunk in chunks)):
-        cells = (column[int(row)].as_py() for row in _evenly(len(column), MOST_FILES))
-        return np.array([_file_size(_path_of(cell)) for cell in cells], dtype=np.int64)
-    lengths = [pc.fill_null(pc.binary_length(chunk), -1).to_numpy(zero_copy_only=False) for chunk in chunks]
-    return np.concatenate([np.empty(0, np.int64), *lengths])
 
 
 def _evenly(count: int, most: int) -> np.ndarray:

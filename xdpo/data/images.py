@@ -132,3 +132,17 @@ def square_pixels(
     if flip:
         square = ImageOps.mirror(square)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def size_and_crop(
+    image: Image.Image, resolution: int, *, offset: tuple[float, float] = (0.5, 0.5), flip: bool = False
+) -> torch.Tensor:
+    """(4,) float32: an image's height and width, and what `square_pixels` cuts off at the top and at the left.
+
+    What is cut off is in whole pixels of the resized image. The other arguments are those of `square_pixels`.
+    """
+    side = min(image.size)
+    across, down = offset
+    left, top = ((image.width - side) * (1 - across if flip else across), (image.height - side) * down)
+    cut = [float(round(length * resolution / side)) for length in (top, left)]
+    return torch.tensor([float(image.height), float(image.width), *cut])

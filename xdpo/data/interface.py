@@ -33,6 +33,10 @@ class PairRows(Protocol):
         """Name of the pair at a row of the source."""
         ...
 
+    def caption(self, index: int) -> str:
+        """The caption of a pair."""
+        ...
+
     def image_names(self) -> tuple[np.ndarray, np.ndarray]:
         """Names of each pair's chosen and rejected image, equal where the image is the same."""
         ...

@@ -128,31 +128,41 @@ def with_members(files: Sequence[str]) -> list[str]:
     first: dict[str, str] = {}
     filled = []
     for file in files:
-        try:
-            names = _first_sample(file)
-        except (tarfile.TarError, OSError, EOFError) as error:
-            with open(file, "rb") as opened:
-                fault = lfs_pointer(opened.read(40)) or first_line(error)
-            raise DataError(f"{file} is not a readable tar: {fault}") from error
-        if not names:
-            continue
-        filled.append(file)
-        by_column = {column: name for name, column in canonical_names(names).items()}
-        for column, name in by_column.items():
-            if len(clash := [other for other in names if other.split(".")[0] == name.split(".")[0]]) > 1:
-                raise DataError(
-                    f"{file}: its samples hold {' and '.join(clash)}, and {column} can be but one; keep one"
-                )
-        for column in set(REQUIRED_COLUMNS) & set(by_column):
-            expected = first.setdefault(column, by_column[column])
-            if by_column[column] != expected:
-                raise DataError(
-                    f"{file}: its samples hold {by_column[column]}, but {expected} in {files[0]}; pack all tars with "
-                    "the same member names"
-                )
+        if members := members_of(file):
+            filled.append(file)
+            refuse_other_members(first, members, file, files[0])
     if not filled:
         raise DataError(f"no tar holds a sample, {files[0]} for one")
     return filled
+
+
+def members_of(file: str) -> dict[str, str]:
+    """Column → member of a tar's first sample; none in a tar without samples.
+
+    Raises DataError for a file that is no readable tar, and for several members of one column.
+    """
+    try:
+        names = _first_sample(file)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        with open(file, "rb") as opened:
+            fault = lfs_pointer(opened.read(40)) or first_line(error)
+        raise DataError(f"{file} is not a readable tar: {fault}") from error
+    by_column = {column: name for name, column in canonical_names(names).items()}
+    for column, name in by_column.items():
+        if len(clash := [other for other in names if other.split(".")[0] == name.split(".")[0]]) > 1:
+            raise DataError(f"{file}: its samples hold {' and '.join(clash)}, and {column} can be but one; keep one")
+    return by_column
+
+
+def refuse_other_members(first: dict[str, str], members: Mapping[str, str], file: str, first_file: str) -> None:
+    """Raise DataError where required members have other names than before. `first` learns those that are new."""
+    for column in set(REQUIRED_COLUMNS) & set(members):
+        expected = first.setdefault(column, members[column])
+        if members[column] != expected:
+            raise DataError(
+                f"{file}: its samples hold {members[column]}, but {expected} in {first_file}; pack all tars with "
+                "the same member names"
+            )
 
 
 def _first_sample(file: str) -> list[str]:

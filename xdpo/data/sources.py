@@ -1,24 +1,31 @@
 """Where preference pairs come from: a hub data set, parquet files, tars in WebDataset layout, a plain folder.
 
-Rows are memory-mapped Arrow (the `datasets` library), so a table larger than memory costs no memory. Parquet files
-and tars are converted on first use into the `datasets` cache (HF_DATASETS_CACHE), about as large again as the files.
+Parquet files and tars are read where they lie (`index`). Three kinds of files are first converted into memory-mapped
+Arrow by the `datasets` library, in its cache (HF_DATASETS_CACHE), about as large again as the files: a hub data set's;
+tars that are compressed; and parquet files with large row groups, if pairs are read from them in random order.
 """
 
 import errno
 import glob
 import os
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xdpo import processes
 from xdpo.config import DataConfig
+from xdpo.data.index import MOST_GROUP_BYTES, largest_group, names_in_place, parquet_rows_in_place, tar_rows_in_place
+from xdpo.data.remote import is_remote
+from xdpo.data.rows import Rows
 from xdpo.data.shards import alike, file_at_fault, first_line, read_parquet, read_tar, with_members
 from xdpo.data.table import (
     SCORE_COLUMNS,
     DataError,
     PairTable,
+    in_arrow,
     listed,
     require_columns,
     usable_pairs,
@@ -41,12 +48,22 @@ Or use local data, which also needs no network (the hub is asked for its list of
   data.source=folder     data.path=FOLDER   (pairs.csv or pairs.jsonl, and the images)"""
 
 
+_TOO_LARGE = (
+    f"a row group holds more than {MOST_GROUP_BYTES / 1e6:.0f} MB of images, too many to read pairs from it in random "
+    "order. So `datasets` makes a copy as large as the files in HF_DATASETS_CACHE. None is needed with cache.examples, "
+    "nor for files with smaller row groups: docs/performance.md"
+)
+
+
 def load_pairs(
     data_config: DataConfig,
     *,
     path: str | list[str] | None = None,
     split: str | None = None,
     max_pairs: int | None = None,
+    in_order: bool = False,
+    streamed_into: Path | None = None,
+    keep_source: bool = False,
     num_proc: int | None = None,
 ) -> PairTable:
     """Load the pairs that the `data` section of a config describes.
@@ -55,7 +72,10 @@ def load_pairs(
     rows, rows without a caption and pairs of identical images are dropped and counted; then the first max_pairs are
     kept. A split selects files of a hub data set, or within a folder (`train.parquet`, `train-*.parquet`,
     `train/*.parquet`); files that are named themselves are all used.
-    num_proc: processes that convert files that aren't converted yet; it changes neither rows nor their order.
+    in_order: whether images will be read in the order of their rows, as for caches and held-out pairs. num_proc:
+    processes that index or convert files on their first use. Neither changes rows or their order.
+    streamed_into: a folder into which remote files are read one by one (data.streaming), while their images are used.
+    keep_source: whether their copies stay there.
 
     Raises DataError: nothing at that path, columns missing, invalid labels, no pair left, or an unknown source.
     """
@@ -65,20 +85,48 @@ def load_pairs(
     paths = _paths(data_config, path)
     where = f"{data_config.source} data at {', '.join(paths)}"
     try:
-        dataset = loaders[data_config.source](paths, split or data_config.split, data_config.revision, num_proc)
+        rows = _streamed(data_config, paths, split, streamed_into, keep_source) or loaders[data_config.source](
+            paths, split or data_config.split, data_config.revision, in_order, num_proc
+        )
     except TableError as error:
         raise DataError(str(error)) from error
-    dataset = with_canonical_columns(dataset, where)
-    return usable_pairs(dataset, data_config.max_pairs if max_pairs is None else max_pairs, where)
+    if not isinstance(rows, Rows):
+        rows = in_arrow(with_canonical_columns(rows, where))
+    return usable_pairs(rows, data_config.max_pairs if max_pairs is None else max_pairs, where)
 
 
-def files_to_convert(
+def _streamed(
+    data_config: DataConfig, paths: list[str], split: str | None, folder: Path | None, keep_source: bool
+) -> Rows | None:
+    """The rows of remote files, read file by file into a folder; None where the source isn't read so."""
+    from xdpo.data.streaming import stream_parquet, stream_tars
+
+    if data_config.source == "folder" or (data_config.source == "hub" and folder is None):
+        return None
+    if data_config.source == "hub":
+        paths = source_files(data_config, path=paths, split=split)
+    remote = [path for path in paths if is_remote(path)]
+    if not remote:
+        return None
+    if len(remote) < len(paths):
+        raise DataError(f"data.path mixes files here with remote ones ({remote[0]} for one); name either")
+    if folder is None:
+        raise DataError(
+            f"{remote[0]} is remote: such files are read once, into a cache. Set cache.examples, or download the files"
+        )
+    if all(path.endswith(".parquet") for path in paths):
+        return stream_parquet(paths, folder)
+    if all(path.endswith(".tar") for path in paths):
+        return stream_tars(paths, folder, keep_source=keep_source)
+    if data_config.source == "hub":
+        return None  # JSON or the like
+    raise DataError(f"remote files must end in .parquet or in .tar, all alike; data.path has {listed(paths[:3])}")
+
+
+def source_files(
     data_config: DataConfig, *, path: str | list[str] | None = None, split: str | None = None
 ) -> list[str]:
-    """Paths or URLs of the files that `load_pairs` would fetch and convert; none for a folder, which needs neither.
-
-    Raises DataError where there are none.
-    """
+    """Paths or URLs of the files that `load_pairs` would read; none for a folder. Raises DataError where none match."""
     paths, split = _paths(data_config, path), split or data_config.split
     match data_config.source:
         case "hub":
@@ -90,13 +138,25 @@ def files_to_convert(
     return []
 
 
+def is_converted(data_config: DataConfig, files: list[str], *, in_order: bool) -> bool:
+    """Whether `load_pairs` has `datasets` make a copy of these files. in_order: as for load_pairs."""
+    match data_config.source:
+        case "hub":
+            return True
+        case "parquet":
+            return not in_order and largest_group(alike(files)) > MOST_GROUP_BYTES
+        case "webdataset":
+            return names_in_place(files) is None
+    return False
+
+
 def local_files(data_config: DataConfig, *, path: str | list[str] | None = None, split: str | None = None) -> list[str]:
     """This machine's files that `load_pairs` would read; for a folder its listing, for a hub data set none."""
     paths, split = _paths(data_config, path), split or data_config.split
     if data_config.source == "folder":
         return [str(_listing(paths, split).absolute())]
-    files = [] if data_config.source == "hub" else files_to_convert(data_config, path=path, split=split)
-    return [os.path.abspath(file) for file in files]
+    files = [] if data_config.source == "hub" else source_files(data_config, path=path, split=split)
+    return [os.path.abspath(file) for file in files if not is_remote(file)]
 
 
 def _paths(data_config: DataConfig, path: str | list[str] | None) -> list[str]:
@@ -107,10 +167,10 @@ def _paths(data_config: DataConfig, path: str | list[str] | None) -> list[str]:
     return paths
 
 
-# Sources: (paths, split, revision, num_proc) → a Dataset with whatever columns the source has.
+# Sources: (paths, split, revision, in_order, num_proc) → Rows, or a Dataset with whatever columns the source has.
 
 
-def _load_hub(paths: list[str], split: str, revision: str | None, num_proc: int | None) -> "Dataset":
+def _load_hub(paths: list[str], split: str, revision: str | None, in_order: bool, num_proc: int | None) -> "Dataset":
     from datasets import load_dataset
 
     name = _only(paths, "hub")
@@ -148,11 +208,18 @@ def _hub_files(name: str, split: str, revision: str | None) -> list[str]:
     return [str(file) for file in files[split]]
 
 
-def _load_parquet(paths: list[str], split: str, revision: str | None, num_proc: int | None) -> "Dataset":
+def _load_parquet(
+    paths: list[str], split: str, revision: str | None, in_order: bool, num_proc: int | None
+) -> "Dataset | Rows":
     from datasets import concatenate_datasets
 
+    groups = alike(_matching_files(paths, ".parquet", split))
+    if in_order or largest_group(groups) <= MOST_GROUP_BYTES:
+        return parquet_rows_in_place(groups, num_proc)
+    if processes.rank() == 0:
+        print(f"note: {_TOO_LARGE}", file=sys.stderr)
     parts = []
-    for group in alike(_matching_files(paths, ".parquet", split)):
+    for group in groups:
         columns = list(group.features)
         read = partial(read_parquet, columns=columns)
         dataset = _load_files(
@@ -162,9 +229,12 @@ def _load_parquet(paths: list[str], split: str, revision: str | None, num_proc: 
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
-def _load_webdataset(paths: list[str], split: str, revision: str | None, num_proc: int | None) -> "Dataset":
+def _load_webdataset(
+    paths: list[str], split: str, revision: str | None, in_order: bool, num_proc: int | None
+) -> "Dataset | Rows":
     files = with_members(_matching_files(paths, ".tar", split))
-    return _load_files("webdataset", files, split, read_tar, num_proc=num_proc)
+    rows = tar_rows_in_place(files, num_proc)
+    return _load_files("webdataset", files, split, read_tar, num_proc=num_proc) if rows is None else rows
 
 
 def _load_files(builder: str, files: list[str], split: str, read: Callable[[str], None], **settings: Any) -> "Dataset":
@@ -217,7 +287,7 @@ def _listing(paths: list[str], split: str) -> Path:
     raise DataError(f"{folder} holds no pairs.csv or pairs.jsonl (nor does its sub-folder {split!r})")
 
 
-def _load_folder(paths: list[str], split: str, revision: str | None, num_proc: int | None) -> "Dataset":
+def _load_folder(paths: list[str], split: str, revision: str | None, in_order: bool, num_proc: int | None) -> "Dataset":
     """Pairs of FOLDER/SPLIT/pairs.* if there is one, else of FOLDER/pairs.*, in the columns of Pick-a-Pic."""
     from datasets import Dataset, Features, Value
 
@@ -265,6 +335,9 @@ def _matching_files(paths: list[str], suffix: str, split: str) -> list[str]:
     """The files that paths, globs and folders match, in order, each once. Each of `paths` must match at least one."""
     files: list[str] = []
     for path in paths:
+        if is_remote(path):
+            files.append(path)
+            continue
         folder = user_path(path)
         if folder.is_dir():
             inside = sorted(folder.rglob(f"*{suffix}"))

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from xdpo.data.identity import bytes_of, image_digest
+from xdpo.data.rows import IMAGE_COLUMNS, ArrowImages, Rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
-IMAGE_COLUMNS = ("jpg_0", "jpg_1")
 REQUIRED_COLUMNS = (*IMAGE_COLUMNS, "label_0", "caption")
 SCORE_COLUMNS = ("score_0", "score_1")
 OPTIONAL_COLUMNS = (
@@ -59,7 +59,7 @@ class PairTable:
     `chosen_side[index]` (uint8) is 0 where image 0 is the chosen one, 1 where image 1 is.
     """
 
-    dataset: "Dataset"
+    dataset: Rows
     rows: np.ndarray
     chosen_side: np.ndarray
     counts: PairCounts
@@ -69,11 +69,11 @@ class PairTable:
 
     def pair_id(self, row: int) -> str:
         """Name of the pair at a row of the source, without reading its images."""
-        return pair_id(self._without_images[row], row)
+        return pair_id(self.dataset.texts[row], row)
 
     def caption(self, index: int) -> str:
         """A pair's caption, without reading its images."""
-        return self._without_images[int(self.rows[index])]["caption"]
+        return self.dataset.texts[int(self.rows[index])]["caption"]
 
     def captions(self) -> list[str]:
         """The captions of all pairs."""
@@ -81,8 +81,8 @@ class PairTable:
 
     def images_of(self, index: int) -> tuple[bytes, bytes]:
         """The encoded files of a pair's images, chosen first."""
-        record = self.dataset[int(self.rows[index])]
-        one, other = (bytes_of(record[name]) for name in IMAGE_COLUMNS)
+        row = int(self.rows[index])
+        one, other = (bytes_of(self.dataset.images.cell(row, side)) for side in (0, 1))
         return (other, one) if self.chosen_side[index] else (one, other)
 
     def columns(self, *names: str) -> dict[str, list]:
@@ -108,7 +108,7 @@ class PairTable:
         """
         if len(self._present(SCORE_COLUMNS)) < 2:
             return None
-        table = self.dataset.select_columns(list(SCORE_COLUMNS)).with_format("arrow")[:]
+        table = self.dataset.texts.select_columns(list(SCORE_COLUMNS)).with_format("arrow")[:]
         # Of all rows, so that an error names the row.
         scores = np.stack([_numbers(table, name, "the pairs") for name in SCORE_COLUMNS])
         return self._oriented(scores[:, self.rows])
@@ -117,19 +117,10 @@ class PairTable:
     def fingerprint(self) -> str:
         """16 hexadecimal digits of a SHA-256 of the pairs in their order: names, captions, images, which is chosen."""
         digest = hashlib.sha256(self.rows.astype("<i8").tobytes() + self.chosen_side.tobytes())
-        digest.update(image_digest(self.dataset, IMAGE_COLUMNS).encode())
+        digest.update(image_digest(self.dataset.images).encode())
         for name, values in self.columns("caption", *ID_COLUMNS).items():
             digest.update("\0".join([name, *map(str, values)]).encode())
         return digest.hexdigest()[:16]
-
-    @cached_property
-    def _without_images(self) -> "Dataset":
-        """The source's rows without images. Cached: selecting columns of a large source takes as long as a step."""
-        return self.dataset.select_columns([name for name in self.dataset.column_names if name not in IMAGE_COLUMNS])
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the cached rows, which a spawned worker makes itself: a source in memory would be sent twice."""
-        return {name: value for name, value in self.__dict__.items() if name != "_without_images"}
 
     def _oriented(self, sides: np.ndarray) -> np.ndarray:
         """(2, N), image 0 first → (2, N), chosen first."""
@@ -138,10 +129,10 @@ class PairTable:
 
     def _arrow(self, names: Iterable[str]) -> "pa.Table":
         """Columns of the usable pairs as an Arrow table."""
-        return self.dataset.select_columns(list(names)).with_format("arrow")[:].take(self.rows)
+        return self.dataset.texts.select_columns(list(names)).with_format("arrow")[:].take(self.rows)
 
     def _present(self, names: Iterable[str]) -> list[str]:
-        return [name for name in names if name in self.dataset.column_names]
+        return [name for name in names if name in self.dataset.texts.column_names]
 
 
 def pair_id(example: dict[str, Any], row: int) -> str:
@@ -165,6 +156,12 @@ def with_canonical_columns(dataset: "Dataset", where: str) -> "Dataset":
         if isinstance(dataset.features[column], Image):
             dataset = dataset.cast_column(column, Image(decode=False))
     return dataset
+
+
+def in_arrow(dataset: "Dataset") -> Rows:
+    """The rows of a data set with canonical columns."""
+    texts = [name for name in dataset.column_names if name not in IMAGE_COLUMNS]
+    return Rows(dataset.select_columns(texts), ArrowImages(dataset.select_columns(list(IMAGE_COLUMNS))))
 
 
 def check_images(types: Mapping[str, Any], where: str) -> None:
@@ -213,13 +210,12 @@ def kind_of(type: "pa.DataType") -> str:
     return next((kind for kind, tests in kinds.items() if any(test(type) for test in tests)), str(type))
 
 
-def usable_pairs(dataset: "Dataset", max_pairs: int | None, where: str) -> PairTable:
+def usable_pairs(dataset: Rows, max_pairs: int | None, where: str) -> PairTable:
     """Filter and orient by the label columns alone: a million rows take about a second and no image is read."""
-    without_images = [name for name in dataset.column_names if name not in IMAGE_COLUMNS]
-    table = dataset.select_columns(without_images).with_format("arrow")[:]
+    table = dataset.texts.with_format("arrow")[:]
     _check_texts(table, where)
     label_0 = _numbers(table, "label_0", where)
-    label_1 = _numbers(table, "label_1", where) if "label_1" in without_images else 1 - label_0
+    label_1 = _numbers(table, "label_1", where) if "label_1" in table.column_names else 1 - label_0
 
     labelled = _flags(table, "has_label") & ~np.isnan(label_0) & ~np.isnan(label_1)
     tie = label_0 == label_1

@@ -132,6 +132,7 @@ class UnpairedDataset(Dataset):
             truncated=sum(item.truncated for item in items),
             unreadable=unreadable,
             single=SingleImages(torch.tensor(image_positions), torch.from_numpy(self.images.desirable[images])),
+            sizes=None if items[0].size is None else torch.stack([cast(torch.Tensor, item.size) for item in items]),
         )
 
     __getitems__ = batch  # what a DataLoader calls

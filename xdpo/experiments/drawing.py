@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from xdpo.experiments import measures
 from xdpo.experiments.findings import Findings
 from xdpo.loss import KEYS, PairErrors, xdpo_margin
-from xdpo.report.figures import BASELINE_COLOUR, COLOURS, STYLE
+from xdpo.report.figures import BASELINE_COLOUR, CHOSEN_COLOUR, COLOURS, REJECTED_COLOUR, STYLE, colours_of
 from xdpo.report.grids import title_of
 
 FORMS = KEYS["reward"].choices
@@ -30,10 +30,10 @@ def quality(findings: Findings) -> Figure:
         panels = figure.subplots(len(groups), 2, squeeze=False, sharex=True, sharey="col")
         for row, group in zip(panels, groups, strict=True):
             others = [name for name in curves if name != plan.baseline and plan.methods[name].group == group]
-            styles = {plan.baseline: {"color": "#222222"}}
-            for position, name in enumerate(others):  # dashed once the colours repeat
-                dashes = "--" if position >= len(COLOURS) else "-"
-                styles[name] = {"color": COLOURS[position % len(COLOURS)], "linestyle": dashes}
+            styles: dict[str, dict[str, str]] = {}
+            for name, colour in colours_of([plan.baseline, *others], baseline=None).items():
+                repeated = any(style["color"] == colour for style in styles.values())
+                styles[name] = {"color": colour, "linestyle": "--" if repeated else "-"}
             for axes, scorer in zip(row, (plan.score, plan.alignment), strict=True):
                 axes.axhline(0, color=BASELINE_COLOUR, linewidth=0.8)
                 for method, style in styles.items():
@@ -65,7 +65,7 @@ def errors(findings: Findings) -> Figure:
         panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True).flat)
         for axes, method in zip(panels, methods, strict=False):
             axes.axhline(0, color=BASELINE_COLOUR, linewidth=0.8)
-            for side, colour in (("chosen", COLOURS[2]), ("rejected", COLOURS[1])):
+            for side, colour in (("chosen", CHOSEN_COLOUR), ("rejected", REJECTED_COLOUR)):
                 steps, values = findings.logged_curve(method, f"eval/d_{side}")
                 axes.plot(steps, values.mean(axis=0), color=colour, label=side)
                 axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)

@@ -93,11 +93,23 @@ def unet_problems(unet: Mapping[str, Any], families: str) -> list[str]:
     kind = unet.get("_class_name", "UNet2DConditionModel")
     if kind != "UNet2DConditionModel":
         return [f"unet is a {kind} where a UNet2DConditionModel is meant; take one of {families}"]
+    if unet.get("time_cond_proj_dim") is not None:
+        return [
+            "unet has time_cond_proj_dim: it is told the guidance scale, as a model that was distilled to few steps "
+            f"(LCM), which training at all timesteps would undo. Take one of {families} before it was distilled"
+        ]
     return [
         f"unet has {key} {unet[key]!r}: it is told more than a caption, as an upscaler's is. Take one of {families}"
         for key in ("class_embed_type", "num_class_embeds")
         if unet.get(key) is not None
     ]
+
+
+def transformer_problems(transformer: Mapping[str, Any], kind: str, use: str) -> list[str]:
+    """A transformer of another class than `kind`. use: which pipeline to take."""
+    if (found := transformer.get("_class_name", kind)) == kind:
+        return []
+    return [f"transformer is of the kind {found}, and {kind} is meant; {use}"]
 
 
 def channel_problems(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> list[str]:
@@ -167,6 +179,27 @@ def _last_token(tokenizer: Path) -> int | None:
         numbers += vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         numbers += [token["id"] for token in whole.get("added_tokens") or ()]
     return max(numbers, default=None)
+
+
+def distillation_problems(scheduler: Mapping[str, Any], turbo: str, turbos_kind: str, base: str) -> list[str]:
+    """A scheduler as few-step models have it, whose weights and other configs are those of the model before.
+
+    turbo: a model whose scheduler is a `turbos_kind` with trailing timesteps. base: what to take.
+    """
+    kind, spacing = str(scheduler.get("_class_name")), scheduler.get("timestep_spacing")
+    undone = "training at all of them would undo that, and at four alone is not supported"
+    if kind == "LCMScheduler":
+        return [
+            f"scheduler is an {kind}, as a model's that was distilled to few timesteps (LCM): {undone}. Take {base}; "
+            "where this model is not distilled, take its own scheduler"
+        ]
+    if (kind, spacing) != (turbos_kind, "trailing") or scheduler.get("prediction_type", "epsilon") != "epsilon":
+        return []
+    return [
+        f"scheduler is an {kind} with timestep_spacing trailing, as {turbo}'s, which was distilled to four "
+        f"timesteps: {undone}. Take {base}; where "
+        'this model is not distilled, write "leading" for "trailing" into scheduler/scheduler_config.json'
+    ]
 
 
 def diffusion_scheduler_problems(config: Mapping[str, Any]) -> list[str]:

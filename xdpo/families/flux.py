@@ -10,31 +10,37 @@ from torch import Tensor, nn
 
 from xdpo.batch import Conditioning, Tokens
 from xdpo.config import ModelConfig
+from xdpo.families.captions import T5_TOKENS, padded_ids, t5_arguments, t5_choices, t5_states
 from xdpo.families.flux_check import denoiser_problems, problems
-from xdpo.families.interface import Family, PipelineParts, unchanged
+from xdpo.families.interface import Choices, Family, PipelineParts, unchanged
 from xdpo.families.pipeline_files import read_json
 from xdpo.families.processes import flow
 from xdpo.families.stable_diffusion import encode_images, latent_shape, to_latents
-from xdpo.families.t5 import padded_ids, t5_states
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from transformers import PreTrainedTokenizerBase
 
-T5_TOKENS = 512  # of a caption; the pipeline's default
+DEFAULT_T5_TOKENS = 512  # of a caption; the pipeline's default
 GUIDANCE = 3.5  # which FLUX.1-dev samples with
 NUM_TIMESTEPS = 1000  # a time is σ times this, and the transformer is told σ
 # Entries of a Conditioning.
-TEXT = "text"  # T5's states, (N, T5_TOKENS, D)
+TEXT = "text"  # T5's states, (N, T5's tokens, D)
 POOLED = "pooled"  # (N, P)
 
 
-def tokenize(tokenizers: Mapping[str, "PreTrainedTokenizerBase"], caption: str) -> tuple[Tokens, bool]:
+def tokenize(
+    tokenizers: Mapping[str, "PreTrainedTokenizerBase"], choices: Choices, caption: str
+) -> tuple[Tokens, bool]:
     """A caption is truncated where T5 doesn't read all of it: CLIP gives a summary alone."""
     clip = tokenizers["tokenizer"]
     ids, _ = padded_ids(clip, caption, clip.model_max_length)
-    t5_ids, is_cut = padded_ids(tokenizers["tokenizer_2"], caption, T5_TOKENS)
+    t5_ids, is_cut = padded_ids(tokenizers["tokenizer_2"], caption, choices.get(T5_TOKENS, DEFAULT_T5_TOKENS))
     return Tokens({"tokenizer": ids, "tokenizer_2": t5_ids}), is_cut
+
+
+def choices(model: ModelConfig, index: Mapping[str, Any]) -> Choices:
+    return t5_choices(model, DEFAULT_T5_TOKENS)
 
 
 @torch.no_grad()
@@ -48,8 +54,8 @@ def encode_captions(parts: PipelineParts, tokens: Tokens) -> Conditioning:
 
 
 def conditioning_shapes(parts: PipelineParts) -> dict[str, tuple[int, ...]]:
-    config = parts.denoiser.config
-    return {TEXT: (T5_TOKENS, config.joint_attention_dim), POOLED: (config.pooled_projection_dim,)}
+    config, length = parts.denoiser.config, parts.choices.get(T5_TOKENS, DEFAULT_T5_TOKENS)
+    return {TEXT: (length, config.joint_attention_dim), POOLED: (config.pooled_projection_dim,)}
 
 
 def predict(
@@ -74,7 +80,7 @@ def predict(
     return unpack(prediction, height)
 
 
-def told(folder: Path, model: ModelConfig) -> dict[str, Any]:
+def predict_arguments(folder: Path, model: ModelConfig) -> dict[str, Any]:
     """Guidance is told to a transformer that was distilled with it."""
     if not read_json(folder / "transformer" / "config.json").get("guidance_embeds"):
         if model.guidance is not None:
@@ -150,8 +156,10 @@ FLUX = Family(
     lora_names=unchanged,
     is_flow=True,
     guidance=GUIDANCE,
-    keys=("guidance",),
-    told=told,
+    keys=("guidance", "t5_tokens"),
+    choices=choices,
+    sampling_arguments=t5_arguments,
+    predict_arguments=predict_arguments,
     pack=pack,
     unpack=unpack,
 )

@@ -12,10 +12,12 @@ from xdpo.families.checks import (
     flow_scheduler_problems,
     t5_tokenizer_problems,
     tokenizer_problems,
+    transformer_problems,
 )
 from xdpo.families.pipeline_files import read_json
 
 USE = "take a pipeline of FLUX.1-dev"
+KIND = "FluxTransformer2DModel"
 
 
 def problems(folder: Path) -> list[str]:
@@ -27,7 +29,7 @@ def problems(folder: Path) -> list[str]:
     if found := autoencoder_problems(vae):
         return found
     return [
-        *_transformer_problems(transformer),
+        *transformer_problems(transformer, KIND, USE),
         *_fit_problems(transformer, vae, clip, t5),
         *tokenizer_problems(folder / "tokenizer", clip),
         *t5_tokenizer_problems(folder / "tokenizer_2", t5),
@@ -39,14 +41,7 @@ def denoiser_problems(denoiser: Path, base: Path) -> list[str]:
     """What is wrong with the config of a transformer that is to replace that of `base`."""
     transformer = read_json(denoiser / "config.json")
     vae, clip, t5 = (read_json(base / part / "config.json") for part in ("vae", "text_encoder", "text_encoder_2"))
-    return [*_transformer_problems(transformer), *_fit_problems(transformer, vae, clip, t5)]
-
-
-def _transformer_problems(transformer: Mapping[str, Any]) -> list[str]:
-    kind = transformer.get("_class_name", "FluxTransformer2DModel")
-    if kind != "FluxTransformer2DModel":
-        return [f"transformer is a {kind} where a FluxTransformer2DModel is meant; {USE}"]
-    return []
+    return [*transformer_problems(transformer, KIND, USE), *_fit_problems(transformer, vae, clip, t5)]
 
 
 def _distilled(transformer: Mapping[str, Any], scheduler: Mapping[str, Any]) -> list[str]:

@@ -17,16 +17,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+Choices = Mapping[str, Any]
+"""What decides the encoding of captions besides the files of a pipeline's parts, by name; JSON."""
+
+
 @dataclass(frozen=True)
 class PipelineParts:
-    """The loaded parts of a pipeline, by the names of their folders: all weights float32, nothing trainable."""
+    """The loaded parts of a pipeline, by the names of their folders; nothing is trainable.
+
+    Weights are float32, but for those that model.frozen_precision keeps in bf16.
+    """
 
     family: "Family"
     modules: Mapping[str, "ModelMixin | PreTrainedModel"]  # the denoiser, and unless left out the encoders
     tokenizers: Mapping[str, "PreTrainedTokenizerBase"]
     scheduler: "SchedulerMixin"
     options: Mapping[str, Any] = field(default_factory=dict)  # arguments of the pipeline's class that are no parts
-    choices: Mapping[str, str] = field(default_factory=dict)  # see Family
+    choices: Choices = field(default_factory=dict)  # see Family
 
     @property
     def denoiser(self) -> "ModelMixin":
@@ -50,9 +57,9 @@ class PipelineParts:
     def tokenize(self) -> Callable[[str], tuple[Tokens, bool]]:
         """Caption → its token ids, (L,) each, and whether it is longer than the text encoders read.
 
-        A function of the tokenizers alone: data sets keep it, and are sent to processes that load.
+        A function of tokenizers and choices alone: data sets keep it, and are sent to processes that load.
         """
-        return partial(self.family.tokenize, self.tokenizers)
+        return partial(self.family.tokenize, self.tokenizers, self.choices)
 
     def encode_captions(self, tokens: Tokens) -> Conditioning:
         """Token ids (N, L) → the denoiser's inputs from them, (N, …)."""
@@ -82,15 +89,19 @@ def _no_problem(index: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _no_choices(model: ModelConfig, index: Mapping[str, Any]) -> dict[str, str]:
+def _no_choices(model: ModelConfig, index: Mapping[str, Any]) -> Choices:
     return {}
 
 
-def _told_nothing(folder: Path, model: ModelConfig) -> dict[str, Any]:
+def _no_sampling_arguments(choices: Choices) -> dict[str, Any]:
     return {}
 
 
-def _without_size(conditioning: Conditioning, resolution: int) -> Conditioning:
+def _no_predict_arguments(folder: Path, model: ModelConfig) -> dict[str, Any]:
+    return {}
+
+
+def _without_size(conditioning: Conditioning, resolution: int, sizes: Tensor | None = None) -> Conditioning:
     return conditioning
 
 
@@ -113,7 +124,7 @@ class Family(NamedTuple):
     """The same of a denoiser's folder that is to replace that of a checked pipeline, the second folder."""
 
     process: "Callable[[SchedulerMixin, NoiseConfig], Process]"
-    tokenize: "Callable[[Mapping[str, PreTrainedTokenizerBase], str], tuple[Tokens, bool]]"
+    tokenize: "Callable[[Mapping[str, PreTrainedTokenizerBase], Choices, str], tuple[Tokens, bool]]"
     encode_captions: Callable[[PipelineParts, Tokens], Conditioning]
     encode_images: Callable[[PipelineParts, Tensor], LatentMoments]
     latent_shape: Callable[[PipelineParts, int], tuple[int, int, int]]
@@ -126,7 +137,7 @@ class Family(NamedTuple):
     """Latents (N, C, h, w) for the denoiser: a sample of the posterior with this noise, or its mean without noise."""
 
     predict: Callable[..., Tensor]
-    """Denoiser, noisy latents (N, C, h, w), times (N,), conditioning, what `told` gives → prediction (N, C, h, w)."""
+    """Denoiser, noisy latents (N, C, h, w), times (N,), conditioning, `predict_arguments` → prediction (N, C, h, w)."""
 
     prompt_arguments: Callable[[Conditioning, Conditioning], dict[str, Tensor]]
     """The pipeline's arguments for N captions and for N empty ones, which guidance starts from."""
@@ -142,13 +153,20 @@ class Family(NamedTuple):
 
     keys: tuple[str, ...] = ()  # of the config's model section, which must be null in a family without them
 
-    choices: Callable[[ModelConfig, Mapping[str, Any]], dict[str, str]] = _no_choices
-    """What decides the encoding of captions besides the parts' files, by the config and the pipeline's index."""
+    choices: Callable[[ModelConfig, Mapping[str, Any]], Choices] = _no_choices
+    """See Choices; by the config and the pipeline's index. Raises ValueError for an idle key."""
 
-    with_size: Callable[[Conditioning, int], Conditioning] = _without_size
-    """Conditioning of N captions → with what the denoiser is told of N square images of this side in pixels."""
+    sampling_arguments: Callable[[Choices], dict[str, Any]] = _no_sampling_arguments
+    """The pipeline's arguments by which it encodes captions as these choices say."""
 
-    told: Callable[[Path, ModelConfig], dict[str, Any]] = _told_nothing
+    with_size: Callable[..., Conditioning] = _without_size
+    """Conditioning of N captions, side in pixels → with what the denoiser is told of N square images of this side.
+
+    Its third argument, sizes (N, 4) as data.images.size_and_crop gives them, says what they were cut from; where it is
+    left out they are whole.
+    """
+
+    predict_arguments: Callable[[Path, ModelConfig], dict[str, Any]] = _no_predict_arguments
     """Further arguments of `predict`, from a pipeline's configs and a config. Raises ValueError for an idle key."""
 
     optional: tuple[str, ...] = ()
@@ -170,6 +188,13 @@ class Family(NamedTuple):
 
     lora_names: Callable[[dict[str, Tensor]], dict[str, Tensor]] = older_lora_names
     """An adapter's weights by PEFT's names → by those that are exported."""
+
+    single_file: Mapping[str, Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]] = {}
+    """Folder with weights → (its weights, its config) → the same by the original checkpoint's names; {} where unknown.
+    """
+
+    kohyas_layer: Callable[[Mapping[str, Any], str], str] | None = None
+    """(The denoiser's config, an adapted layer) → what kohya's scripts call that layer; None where it is unknown."""
 
     def without(self, lacking: Collection[str]) -> "Family":
         """The record of a pipeline that lacks these of its optional parts."""

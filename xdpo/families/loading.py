@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import sys
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from xdpo.families.checks import (
     weight_problems,
 )
 from xdpo.families.flux import FLUX
-from xdpo.families.interface import Family, PipelineParts
+from xdpo.families.interface import Choices, Family, PipelineParts
 from xdpo.families.pipeline_files import Unreachable, describe_file, fetch, read_json, weight_paths
 from xdpo.families.stable_diffusion import STABLE_DIFFUSION
 from xdpo.families.stable_diffusion_3 import STABLE_DIFFUSION_3
@@ -93,6 +94,11 @@ def family_of_loaded(pipeline: "DiffusionPipeline") -> Family:
     return FAMILIES[type(pipeline).__name__]
 
 
+def choices_of_loaded(pipeline: "DiffusionPipeline") -> Choices:
+    """The choices of a pipeline that `pipeline_with` made; none of one that the library loaded."""
+    return getattr(pipeline, "caption_choices", {})
+
+
 def check_model(model: ModelConfig) -> None:
     """Refuse a config's model before a weight is read: a pipeline that can't be used, or keys that don't fit it.
 
@@ -116,13 +122,14 @@ def check_model(model: ModelConfig) -> None:
     further = {key for other in FAMILIES.values() for key in other.keys} - {*family.keys}
     if given := [key for key in sorted(further) if getattr(model, key) is not None]:
         raise ValueError(f"model.{given[0]}: {family.name} has no such choice; set it to null")
-    family.told(configs, model)
+    family.choices(model, read_json(configs / "model_index.json"))
+    family.predict_arguments(configs, model)
 
 
 def check_config(settings: Config) -> None:
     """Refuse a config that asks for what its pipeline doesn't have, before any weight is read: see `check_model`.
 
-    Beside its model these are its noise, its resolution and its attention.
+    Beside its model these are its noise, its resolution, its attention and its export.
     """
     import diffusers
 
@@ -139,8 +146,23 @@ def check_config(settings: Config) -> None:
             f"data.resolution (got {settings.data.resolution}) must be a multiple of {family.size_multiple} for "
             f"{family.name}"
         )
+    check_formats(family, settings.export.formats, is_adapter=settings.model.trainable == "lora")
     if settings.compute.attention == "eager" and family.use_plain_attention is None:
         raise ValueError(f"compute.attention: eager isn't available for {family.name}; set compute.attention=sdpa")
+
+
+def check_formats(family: Family, formats: Collection[str], *, is_adapter: bool) -> None:
+    """Refuse forms in which a model of this family can't be exported. Raises ValueError."""
+    single = [form for form in formats if not form.startswith("diffusers")]
+    if is_adapter and (whole := [form for form in single if form.startswith("unet")]):
+        raise ValueError(
+            f"export.formats: {whole[0]} is the file of a whole UNet, and this model is an adapter; take single_file"
+        )
+    if single and not (family.kohyas_layer if is_adapter else family.single_file):
+        raise ValueError(
+            f"export.formats: {single[0]} isn't available for {family.name}, whose original names aren't known here; "
+            "take diffusers"
+        )
 
 
 def _check_autoencoder(model: ModelConfig, family: Family) -> None:
@@ -216,7 +238,7 @@ def _problems(pipeline: str, revision: str | None, folder: Path) -> list[str]:
 
 
 def load_parts(config: ModelConfig, *, encoders: bool = True) -> PipelineParts:
-    """Load a pipeline from a hub id or a folder; safetensors only, float32.
+    """Load a pipeline from a hub id or a folder; safetensors only, float32 but for the parts of `held_in_bf16`.
 
     encoders: load the autoencoder and the text encoders too; cached examples need neither. A part that exists only as a
     variant (fp16, …) is loaded from that, and a note is printed. Raises ValueError where the pipeline can't be loaded
@@ -230,14 +252,16 @@ def load_parts(config: ModelConfig, *, encoders: bool = True) -> PipelineParts:
         library.utils.logging.disable_progress_bar()
     is_local = Path(config.pipeline).is_dir()  # then check_pipeline_folder has checked its weights
     family = family_of_pipeline(config)
-    told = family.told(fetch(config.pipeline, config.revision, (family.denoiser,)), config)
-    family = family._replace(predict=partial(family.predict, **told))
+    configs = fetch(config.pipeline, config.revision, (family.denoiser,))
+    family = family._replace(predict=partial(family.predict, **family.predict_arguments(configs, config)))
     loaded = (family.denoiser, *family.encoders * encoders)
     own = [part for part in loaded if part != "vae" or config.vae is None]
     folder = fetch(config.pipeline, config.revision, (*family.tokenizers, "scheduler"), weights=own)
     if problems := [] if is_local else weight_problems(family, folder, own):
         raise ValueError(f"model.pipeline: could not load {config.pipeline!r}:\n  " + "\n  ".join(problems))
-    options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
+    halved = held_in_bf16(family, config)
+    dtypes = {part: torch.bfloat16 if part in halved else torch.float32 for part in loaded}
+    options: dict[str, Any] = {"use_safetensors": True}
     folders = {part: folder / part for part in loaded}
     if "vae" not in own and "vae" in loaded:
         folders["vae"] = _autoencoder_folder(str(config.vae), weights=True)
@@ -247,15 +271,17 @@ def load_parts(config: ModelConfig, *, encoders: bool = True) -> PipelineParts:
         for part in loaded:
             if part in variants or part not in own:
                 kind = part_class(family, folder, part)
-                given[part] = kind.from_pretrained(folders[part], variant=variants.get(part), **options)
+                given[part] = kind.from_pretrained(
+                    folders[part], variant=variants.get(part), dtype=dtypes[part], **options
+                )
         pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(
-            folder, **family.without_extras, **options, **given
+            folder, dtype={"default": torch.float32, **dtypes}, **family.without_extras, **options, **given
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"model.pipeline: could not load {config.pipeline!r}: {error}") from error
     if variants and processes.rank() == 0:
         shown = ", ".join(f"{part} as {variant}" for part, variant in variants.items())
-        print(f"note: {config.pipeline} holds {shown} alone; loaded from that, as float32", file=sys.stderr)
+        print(f"note: {config.pipeline} holds {shown} alone; loaded from that", file=sys.stderr)
     modules = {name: getattr(pipeline, name) for name in loaded}
     for module in modules.values():
         module.eval().requires_grad_(False)
@@ -268,8 +294,18 @@ def load_parts(config: ModelConfig, *, encoders: bool = True) -> PipelineParts:
     return PipelineParts(family, modules, tokenizers, pipeline.scheduler, arguments, caption_choices(config))
 
 
-def caption_choices(model: ModelConfig) -> dict[str, str]:
-    """What decides a pipeline's encoding of captions besides the files of its parts, by name (see Family.choices)."""
+def held_in_bf16(family: Family, model: ModelConfig) -> tuple[str, ...]:
+    """The parts whose weights model.frozen_precision keeps in bf16.
+
+    The autoencoder is small and may need float32. A denoiser that is trained whole, and its reference, are float32.
+    """
+    if model.frozen_precision == "fp32":
+        return ()
+    return (*family.text_encoders, *[family.denoiser] * (model.trainable == "lora"))
+
+
+def caption_choices(model: ModelConfig) -> Choices:
+    """The choices of a config's model."""
     index = read_json(fetch(model.pipeline, model.revision, ()) / "model_index.json")
     return family_of_pipeline(model).choices(model, index)
 
@@ -309,4 +345,5 @@ def pipeline_with(parts: PipelineParts, denoiser: nn.Module, *, encoders: bool =
         **{**parts.options, **family.without_extras},
     )
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.caption_choices = parts.choices
     return pipeline

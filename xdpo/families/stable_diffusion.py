@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from xdpo.batch import Conditioning, LatentMoments, Tokens
-from xdpo.families.interface import Family, PipelineParts
+from xdpo.families import single_file
+from xdpo.families.captions import padded_ids
+from xdpo.families.interface import Choices, Family, PipelineParts
 from xdpo.families.processes import diffusion
 from xdpo.families.stable_diffusion_check import TEXT_ENCODERS, denoiser_problems, index_problem, problems
 
@@ -18,12 +20,12 @@ if TYPE_CHECKING:
 TEXT = "text"  # the text encoder's last states, (N, L, D)
 
 
-def tokenize(tokenizers: Mapping[str, "PreTrainedTokenizerBase"], caption: str) -> tuple[Tokens, bool]:
+def tokenize(
+    tokenizers: Mapping[str, "PreTrainedTokenizerBase"], choices: Choices, caption: str
+) -> tuple[Tokens, bool]:
     tokenizer = tokenizers["tokenizer"]
-    length = tokenizer.model_max_length
-    ids = tokenizer(caption, padding="max_length", truncation=True, max_length=length).input_ids
-    whole = tokenizer(caption, truncation=False, verbose=False).input_ids
-    return Tokens(input_ids=torch.tensor(ids)), len(whole) > length
+    ids, is_cut = padded_ids(tokenizer, caption, tokenizer.model_max_length)
+    return Tokens(input_ids=ids), is_cut
 
 
 @torch.no_grad()
@@ -105,4 +107,6 @@ STABLE_DIFFUSION = Family(
     prompt_arguments=prompt_arguments,
     decode=decode,
     use_plain_attention=use_plain_attention,
+    single_file={"unet": single_file.unet, "vae": single_file.vae, "text_encoder": single_file.text_encoder},
+    kohyas_layer=single_file.same_layer,
 )

@@ -1,35 +1,45 @@
 """Stable Diffusion 3 and 3.5: two CLIP text encoders and, if the pipeline has it, T5; a transformer that is a flow."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from xdpo.batch import Conditioning, Tokens
-from xdpo.families.interface import Family, PipelineParts, unchanged
+from xdpo.config import ModelConfig
+from xdpo.families.captions import T5_TOKENS, padded_ids, t5_arguments, t5_choices, t5_states
+from xdpo.families.interface import Choices, Family, PipelineParts, unchanged
 from xdpo.families.processes import flow
 from xdpo.families.stable_diffusion import encode_images, latent_shape, to_latents
 from xdpo.families.stable_diffusion_3_check import denoiser_problems, problems
-from xdpo.families.t5 import padded_ids, t5_states
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from transformers import PreTrainedTokenizerBase
 
-T5_TOKENS = 256  # of a caption; the pipeline's default
+DEFAULT_T5_TOKENS = 256  # of a caption; the pipeline's default
 # Entries of a Conditioning. T5's are left out where the pipeline has no T5, whose states would all be zero.
 CLIP = "clip"  # (N, L, D), the two encoders' states side by side, zeros up to the transformer's width D
-T5 = "t5"  # (N, T5_TOKENS, D)
+T5 = "t5"  # (N, T5's tokens, D)
 POOLED = "pooled"  # (N, P)
 
 
-def tokenize(tokenizers: Mapping[str, "PreTrainedTokenizerBase"], caption: str) -> tuple[Tokens, bool]:
+def tokenize(
+    tokenizers: Mapping[str, "PreTrainedTokenizerBase"], choices: Choices, caption: str
+) -> tuple[Tokens, bool]:
     """A caption is truncated where no encoder reads all of it: T5 reads more than the two CLIP encoders."""
     length = tokenizers["tokenizer"].model_max_length
-    lengths = {"tokenizer": length, "tokenizer_2": length, "tokenizer_3": T5_TOKENS}
+    lengths = {"tokenizer": length, "tokenizer_2": length, "tokenizer_3": choices.get(T5_TOKENS, DEFAULT_T5_TOKENS)}
     ids = {name: padded_ids(tokenizers[name], caption, lengths[name]) for name in lengths if tokenizers.get(name)}
     return Tokens({name: each for name, (each, _) in ids.items()}), all(is_cut for _, is_cut in ids.values())
+
+
+def choices(model: ModelConfig, index: Mapping[str, Any]) -> Choices:
+    """Raises ValueError for T5's tokens where there is no T5."""
+    if model.t5_tokens is not None and (index.get("text_encoder_3") or [None, None])[1] is None:
+        raise ValueError(f"model.t5_tokens (got {model.t5_tokens}): this pipeline has no T5; set it to null")
+    return t5_choices(model, DEFAULT_T5_TOKENS)
 
 
 @torch.no_grad()
@@ -58,7 +68,7 @@ def conditioning_shapes(parts: PipelineParts) -> dict[str, tuple[int, ...]]:
         POOLED: (config.pooled_projection_dim,),
     }
     if "text_encoder_3" in parts.modules:
-        shapes[T5] = (T5_TOKENS, config.joint_attention_dim)
+        shapes[T5] = (parts.choices.get(T5_TOKENS, DEFAULT_T5_TOKENS), config.joint_attention_dim)
     return shapes
 
 
@@ -81,9 +91,9 @@ def prompt_arguments(captions: Conditioning, empty: Conditioning) -> dict[str, T
 
 
 def _states(conditioning: Conditioning) -> Tensor:
-    """What the transformer attends to, (N, L + T5_TOKENS, D)."""
+    """What the transformer attends to, (N, L + T5's tokens, D)."""
     clip = conditioning[CLIP]
-    t5 = conditioning[T5] if T5 in conditioning else clip.new_zeros(len(clip), T5_TOKENS, clip.shape[-1])
+    t5 = conditioning[T5] if T5 in conditioning else clip.new_zeros(len(clip), DEFAULT_T5_TOKENS, clip.shape[-1])
     return torch.cat([clip, t5], dim=-2)
 
 
@@ -125,5 +135,8 @@ STABLE_DIFFUSION_3 = Family(
     is_flow=True,
     guidance=7.0,
     lora_names=unchanged,
+    keys=("t5_tokens",),
+    choices=choices,
+    sampling_arguments=t5_arguments,
     use_plain_attention=None,  # diffusers has its joint attention in fused kernels alone
 )

@@ -12,10 +12,12 @@ from xdpo.families.checks import (
     flow_scheduler_problems,
     t5_tokenizer_problems,
     tokenizer_problems,
+    transformer_problems,
 )
 from xdpo.families.pipeline_files import read_json
 
 USE = "take a pipeline of Stable Diffusion 3 or 3.5"
+KIND = "SD3Transformer2DModel"
 
 
 def problems(folder: Path) -> list[str]:
@@ -27,7 +29,7 @@ def problems(folder: Path) -> list[str]:
     if found := autoencoder_problems(vae):
         return found
     return [
-        *_transformer_problems(transformer),
+        *transformer_problems(transformer, KIND, USE),
         *_fit_problems(transformer, vae, clip, clip_2, t5),
         *tokenizer_problems(folder / "tokenizer", clip),
         *tokenizer_problems(folder / "tokenizer_2", clip_2),
@@ -40,19 +42,12 @@ def denoiser_problems(denoiser: Path, base: Path) -> list[str]:
     """What is wrong with the config of a transformer that is to replace that of `base`."""
     transformer = read_json(denoiser / "config.json")
     vae, clip, clip_2 = (read_json(base / part / "config.json") for part in ("vae", "text_encoder", "text_encoder_2"))
-    return [*_transformer_problems(transformer), *_fit_problems(transformer, vae, clip, clip_2, _t5(base))]
+    return [*transformer_problems(transformer, KIND, USE), *_fit_problems(transformer, vae, clip, clip_2, _t5(base))]
 
 
 def _t5(folder: Path) -> dict[str, Any] | None:
     config = folder / "text_encoder_3" / "config.json"
     return read_json(config) if config.is_file() else None
-
-
-def _transformer_problems(transformer: Mapping[str, Any]) -> list[str]:
-    kind = transformer.get("_class_name", "SD3Transformer2DModel")
-    if kind != "SD3Transformer2DModel":
-        return [f"transformer is a {kind} where an SD3Transformer2DModel is meant; {USE}"]
-    return []
 
 
 def _fit_problems(

@@ -11,6 +11,7 @@ from xdpo.families.checks import (
     autoencoder_problems,
     channel_problems,
     diffusion_scheduler_problems,
+    distillation_problems,
     shift_problems,
     tokenizer_problems,
     unet_problems,
@@ -38,11 +39,13 @@ def problems(folder: Path) -> list[str]:
     text = text.get("text_config") or text  # of a whole CLIP model
     if found := autoencoder_problems(vae):
         return found
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     return [
         *_unet_problems(unet),
         *_fit_problems(unet, vae, text),
         *tokenizer_problems(folder / "tokenizer", text),
-        *diffusion_scheduler_problems(read_json(folder / "scheduler" / "scheduler_config.json")),
+        *distillation_problems(scheduler, "SD-Turbo", "EulerDiscreteScheduler", f"a pipeline of {OWN}"),
+        *diffusion_scheduler_problems(scheduler),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from xdpo.batch import Conditioning, LatentMoments, Tokens
 from xdpo.config import ModelConfig
-from xdpo.families import stable_diffusion
-from xdpo.families.interface import PipelineParts
+from xdpo.families import single_file, stable_diffusion
+from xdpo.families.captions import padded_ids
+from xdpo.families.interface import Choices, PipelineParts
 from xdpo.families.stable_diffusion import STABLE_DIFFUSION
 from xdpo.families.stable_diffusion_xl_check import TEXT_ENCODERS, denoiser_problems, index_problem, problems
 
@@ -24,16 +26,14 @@ SIZE = "time_ids"  # (N, 6): height and width of the original, top and left of t
 EMPTY_CAPTION = "empty caption"
 
 
-def tokenize(tokenizers: Mapping[str, "PreTrainedTokenizerBase"], caption: str) -> tuple[Tokens, bool]:
-    tokens, truncated = Tokens(), False
-    for name, tokenizer in tokenizers.items():
-        single, is_longer = stable_diffusion.tokenize({"tokenizer": tokenizer}, caption)
-        tokens[name] = single["input_ids"]
-        truncated = truncated or is_longer
-    return tokens, truncated
+def tokenize(
+    tokenizers: Mapping[str, "PreTrainedTokenizerBase"], choices: Choices, caption: str
+) -> tuple[Tokens, bool]:
+    ids = {name: padded_ids(each, caption, each.model_max_length) for name, each in tokenizers.items()}
+    return Tokens({name: each for name, (each, _) in ids.items()}), any(is_cut for _, is_cut in ids.values())
 
 
-def choices(model: ModelConfig, index: Mapping[str, Any]) -> dict[str, str]:
+def choices(model: ModelConfig, index: Mapping[str, Any]) -> Choices:
     """How the empty caption is encoded; if the config leaves it open, as the pipeline does that samples."""
     own = "zeros" if index.get("force_zeros_for_empty_prompt", True) else "text"
     return {EMPTY_CAPTION: model.empty_caption or own}
@@ -46,7 +46,7 @@ def encode_captions(parts: PipelineParts, tokens: Tokens) -> Conditioning:
     states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
     pooled = second.text_embeds
     if parts.choices[EMPTY_CAPTION] == "zeros":
-        empty, _ = tokenize(parts.tokenizers, "")
+        empty, _ = parts.tokenize("")
         is_empty = torch.stack([(ids == empty[name].to(ids.device)).all(1) for name, ids in tokens.items()]).all(0)
         states = states.masked_fill(is_empty[:, None, None], 0)
         pooled = pooled.masked_fill(is_empty[:, None], 0)
@@ -59,11 +59,13 @@ def conditioning_shapes(parts: PipelineParts) -> dict[str, tuple[int, ...]]:
     return {TEXT: (length, first.hidden_size + second.hidden_size), POOLED: (second.projection_dim,)}
 
 
-def with_size(conditioning: Conditioning, resolution: int) -> Conditioning:
-    """Every image as one that was as large as the training's and lost nothing to cropping, as the sampler says it."""
-    side, count = float(resolution), len(conditioning[TEXT])
-    size = torch.tensor([side, side, 0.0, 0.0, side, side], device=conditioning[TEXT].device)
-    return Conditioning({**conditioning, SIZE: size.expand(count, -1)})
+def with_size(conditioning: Conditioning, resolution: int, sizes: Tensor | None = None) -> Conditioning:
+    """Without sizes every image is one that was as large as the training's and whole, as the sampler says it."""
+    side, count, device = float(resolution), len(conditioning[TEXT]), conditioning[TEXT].device
+    if sizes is None:
+        sizes = torch.tensor([side, side, 0.0, 0.0], device=device).expand(count, -1)
+    aimed_at = torch.tensor([side, side], device=device).expand(count, -1)
+    return Conditioning({**conditioning, SIZE: torch.cat([sizes, aimed_at], dim=1)})
 
 
 @contextmanager
@@ -113,7 +115,7 @@ STABLE_DIFFUSION_XL = STABLE_DIFFUSION._replace(
     classes={"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL",), **TEXT_ENCODERS},
     without_extras={"feature_extractor": None, "image_encoder": None, "add_watermarker": False},
     guidance=5.0,
-    keys=("empty_caption",),
+    keys=("empty_caption", "size_conditioning"),
     choices=choices,
     index_problem=index_problem,
     problems=problems,
@@ -126,4 +128,11 @@ STABLE_DIFFUSION_XL = STABLE_DIFFUSION._replace(
     predict=predict,
     prompt_arguments=prompt_arguments,
     decode=decode,
+    single_file={
+        "unet": single_file.unet,
+        "vae": single_file.vae,
+        "text_encoder": partial(single_file.clip, "conditioner.embedders.0.transformer."),
+        "text_encoder_2": partial(single_file.open_clip, "conditioner.embedders.1.model."),
+    },
+    kohyas_layer=single_file.unet_layer,
 )

@@ -11,6 +11,7 @@ from xdpo.families.checks import (
     autoencoder_problems,
     channel_problems,
     diffusion_scheduler_problems,
+    distillation_problems,
     shift_problems,
     tokenizer_problems,
     unet_problems,
@@ -45,7 +46,8 @@ def problems(folder: Path) -> list[str]:
     found = [*denoiser_problems(folder / "unet", folder), *shift_problems(vae, "Stable Diffusion XL")]
     for part, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
         found += tokenizer_problems(folder / tokenizer, read_json(folder / part / "config.json"))
-    return [*found, *_distillation_problems(scheduler), *diffusion_scheduler_problems(scheduler)]
+    distilled = distillation_problems(scheduler, "SDXL-Turbo", "EulerAncestralDiscreteScheduler", BASE)
+    return [*found, *distilled, *diffusion_scheduler_problems(scheduler)]
 
 
 def denoiser_problems(denoiser: Path, base: Path) -> list[str]:
@@ -58,11 +60,6 @@ def denoiser_problems(denoiser: Path, base: Path) -> list[str]:
         return [
             f"unet has addition_embed_type {told!r} where 'text_time' is meant: Stable Diffusion XL's UNet is told a "
             f"pooled caption and the image's size, that of 1.x and 2.x is not. Take {BASE}'s, or one trained from it"
-        ]
-    if unet.get("time_cond_proj_dim") is not None:
-        return [
-            "unet has time_cond_proj_dim: it is told the guidance scale, as a model that was distilled to few steps "
-            f"(LCM), which training at all timesteps would undo. Take the model before it was distilled, such as {BASE}"
         ]
     found = channel_problems(unet, vae)
     width, attended = first.get("hidden_size", 512) + second.get("hidden_size", 512), unet.get("cross_attention_dim")
@@ -82,15 +79,3 @@ def denoiser_problems(denoiser: Path, base: Path) -> list[str]:
             + f". Take {BASE}'s, or one trained from it"
         )
     return found
-
-
-def _distillation_problems(scheduler: Mapping[str, Any]) -> list[str]:
-    """A scheduler as that of SDXL-Turbo, whose weights and configs are otherwise those of the base."""
-    kind, spacing = scheduler.get("_class_name"), scheduler.get("timestep_spacing")
-    if (kind, spacing) != ("EulerAncestralDiscreteScheduler", "trailing"):
-        return []
-    return [
-        f"scheduler is an {kind} with timestep_spacing trailing, as SDXL-Turbo's, which was distilled to four "
-        f"timesteps: training at all of them would undo that, and at four alone is not supported. Take {BASE}; where "
-        'this model is not distilled, write "leading" for "trailing" into scheduler/scheduler_config.json'
-    ]

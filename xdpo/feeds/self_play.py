@@ -5,20 +5,10 @@ Training consists of rounds of `self_play.every` optimizer steps. When round r b
 an image for each caption of the round. Round, snapshot, starting noise and caption follow from (seed, position) alone.
 The images sampled in one batch never depend on the number of processes.
 
-```
-output_dir/snapshots/00003/unet.safetensors     named like the denoiser's folder
-output_dir/self_play/00003/made_from.json       everything that decides the latents below
-                           latents_00000.npy …  one batch each, with checksums
-```
-
-Every process writes its samples to the run folder, and all of them read there. So a run that was killed resumes with
-the samples that exist, and gives the same result.
+Snapshots are kept as `output_dir/snapshots/00003/unet.safetensors`, named like the denoiser's folder.
 """
 
-import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,36 +18,22 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from xdpo import noise, processes
-from xdpo.batch import Batch, Conditioning, Tokens, stack
-from xdpo.cache import Shards
+from xdpo.batch import Batch, Conditioning, stack
 from xdpo.config import Config
 from xdpo.data import PairExamples
-from xdpo.families import PipelineParts, pipeline_with
+from xdpo.families import PipelineParts
 from xdpo.feeds.offline import OfflineFeed
-from xdpo.files import StorageError, file_sha256, replacing_folder, storage_fault, write_text
-from xdpo.runs import CheckpointError, finished_checkpoints, step_of
+from xdpo.feeds.rounds import Rounds, SampledRounds, encode_on, sample_latents
+from xdpo.files import file_sha256, replacing_folder
+from xdpo.runs import CheckpointError
 
 
-@dataclass(frozen=True)
-class Rounds:
-    """Maps a position of the training order to its round and its slot in the round's buffer."""
-
-    steps: int  # optimizer steps of a round
-    positions: int  # pairs trained on in a round
-    slots: int  # images sampled in a round; if fewer than positions, each is used several times, at other (t, ε)
-
-    @classmethod
-    def of(cls, settings: Config) -> "Rounds":
-        positions = settings.self_play.every * settings.train.total_batch_pairs
-        return cls(settings.self_play.every, positions, min(settings.self_play.buffer_pairs or positions, positions))
-
-    def slot(self, position: int) -> tuple[int, int]:
-        """(round, slot) of a position."""
-        round_number, within = divmod(position, self.positions)
-        return round_number, within % self.slots
+def rounds_of(settings: Config) -> Rounds:
+    """The rounds of a config, each with an image for every pair, or for self_play.buffer_pairs of them."""
+    positions = settings.self_play.every * settings.train.total_batch_pairs
+    return Rounds(settings.self_play.every, positions, min(settings.self_play.buffer_pairs or positions, positions))
 
 
 class RoundOrder:
@@ -107,12 +83,21 @@ class SelfPlay:
     ):
         self.settings, self.accelerator, self.parts = settings, accelerator, parts
         self.dataset, self.order, self.latent_shape = dataset, dataset.order, latent_shape
-        self.reference, self.folder = reference, folder
-        self.say, self.is_asked_to_stop = say, is_asked_to_stop
-        self.rounds = Rounds.of(settings)
+        self.reference, self.folder, self.say = reference, folder, say
+        self.rounds = rounds_of(settings)
         dataset.order = RoundOrder(self.order, self.rounds)
         self.round_number = -1
-        self._opened: tuple[int, Shards] | None = None
+        self.samples = SampledRounds(
+            folder,
+            "self_play",
+            steps=self.rounds.steps,
+            count=self.rounds.slots,
+            latent_shape=latent_shape,
+            batch_size=settings.self_play.batch_size,
+            accelerator=accelerator,
+            say=say,
+            is_asked_to_stop=is_asked_to_stop,
+        )
 
     def begin_step(self, step_number: int, policy: nn.Module) -> bool:
         """Begin the round of an optimizer step, unless it has begun; every process calls it.
@@ -128,7 +113,8 @@ class SelfPlay:
         processes.wait()
         number = draw_snapshot(self.settings.seed, round_number, self.settings.self_play.reference)
         self._load(number)
-        if not self._sample_round(round_number, number):
+        made_from = self._made_from(number) if self.accelerator.is_main_process else {}
+        if not self.samples.fill(round_number, made_from, self._sample):
             return False
         self.round_number = round_number
         drawn = "the base model" if number == 0 else f"the policy of step {number * self.rounds.steps}"
@@ -142,12 +128,12 @@ class SelfPlay:
             round_number, slot = self.rounds.slot(int(position))
             if round_number != self.round_number:
                 raise ValueError(f"position {int(position)} is of round {round_number}, not of {self.round_number}")
-            latents.append(self._latents(round_number).read(slot))
+            latents.append(self.samples.latents(round_number).read(slot))
         return torch.from_numpy(np.stack(latents))
 
     def close(self) -> None:
         """Remove the samples of a finished run; one process calls it."""
-        shutil.rmtree(self.folder / "self_play", ignore_errors=True)
+        self.samples.close()
 
     def _save(self, number: int, policy: nn.Module) -> None:
         path = self._snapshot(number)
@@ -166,75 +152,6 @@ class SelfPlay:
     def _snapshot(self, number: int) -> Path:
         return snapshot_folder(self.folder, number) / f"{self.parts.family.denoiser}.safetensors"
 
-    def _latents(self, round_number: int) -> Shards:
-        """A round's latents on the disk; a batch of samples is a shard."""
-        if self._opened is None or self._opened[0] != round_number:
-            shards = Shards(
-                self.folder / "self_play" / f"{round_number:05d}",
-                "latents",
-                count=self.rounds.slots,
-                shape=(1, *self.latent_shape),
-                dtype="float32",
-                per_shard=self.settings.self_play.batch_size,
-            )
-            self._opened = round_number, shards
-        return self._opened[1]
-
-    @torch.no_grad()
-    def _sample_round(self, round_number: int, snapshot: int) -> bool:
-        """Sample the missing batches of a round, divided among the processes. Returns whether the round is complete."""
-        latents, first = self._latents(round_number), round_number * self.rounds.slots
-        is_main = self.accelerator.is_main_process
-        missing = processes.agree(self._prepare_folder(latents, round_number, snapshot) if is_main else None)
-        bar = tqdm(total=len(missing), desc="self-play", unit="batch", leave=False, disable=not is_main)
-        with bar, self.accelerator.autocast():
-            written = 0
-            for number in processes.deal(f"self-play/{round_number}", range(len(missing)), self.is_asked_to_stop):
-                slots = latents.records_of(missing[number])
-                # The last batch is filled up, because rounding depends on a batch's shape.
-                positions = [first + min(slots.start + i, slots[-1]) for i in range(latents.per_shard)]
-                sampled = self._sample(positions)[: len(slots)]
-                latents.write(missing[number], sampled.unsqueeze(1).cpu().numpy())
-                written += 1
-                bar.update(number + 1 - bar.n)  # counts the batches of all processes
-        processes.wait()
-        # The files are not looked for: network storage may cache that one doesn't exist.
-        is_whole = sum(processes.gather(written)) == len(missing)
-        if is_whole and is_main:
-            self._remove_rounds_before(round_number)
-        return is_whole
-
-    def _prepare_folder(self, latents: Shards, round_number: int, snapshot: int) -> list[int]:
-        """Create a round's folder, or resume it. Returns the missing shards; one process calls it.
-
-        Samples that were made from anything else are removed. Raises StorageError, also where the disk is too small.
-        """
-        made_from = json.dumps(self._made_from(snapshot), indent=2) + "\n"
-        record = latents.folder / "made_from.json"
-        try:
-            if not record.is_file() or record.read_text(encoding="utf-8") != made_from:
-                if latents.folder.exists():
-                    shutil.rmtree(latents.folder)
-                latents.folder.mkdir(parents=True)
-                write_text(record, made_from)
-            free = shutil.disk_usage(latents.folder).free
-        except OSError as error:
-            raise StorageError(f"could not begin {latents.folder}: {storage_fault(error, latents.folder)}") from error
-        missing = [shard for shard in range(len(latents)) if not latents.is_finished(shard)]
-        images = sum(len(latents.records_of(shard)) for shard in missing)
-        needed = images * latents.num_bytes // latents.count
-        if needed > free:
-            raise StorageError(
-                f"self-play round {round_number + 1} needs {needed / 1e9:.2f} GB more in {latents.folder}, and "
-                f"{free / 1e9:.2f} GB are free; make room and run the same command again"
-            )
-        if missing:
-            self.say(
-                f"self-play round {round_number + 1}: sampling {images:,} of {latents.count:,} images; "
-                f"{latents.num_bytes / 1e9:.2g} GB in {latents.folder}"
-            )
-        return missing
-
     def _made_from(self, snapshot: int) -> dict[str, Any]:
         """Everything that decides what a round samples."""
         settings = self.settings
@@ -251,42 +168,27 @@ class SelfPlay:
             "precision": self.accelerator.mixed_precision,
         }
 
-    def _remove_rounds_before(self, round_number: int) -> None:
-        """Remove the rounds that end before the newest checkpoint; later ones are needed if the run resumes there."""
-        finished = finished_checkpoints(self.folder)
-        resumed = step_of(finished[-1]) // self.rounds.steps if finished else 0
-        for folder in (self.folder / "self_play").iterdir():
-            if folder.name.isdigit() and int(folder.name) < min(resumed, round_number):
-                shutil.rmtree(folder, ignore_errors=True)
-
     def _sample(self, positions: Sequence[int]) -> Tensor:
         settings, sampling = self.settings, self.settings.self_play
         # Two draws for each position: those of a pair. The one image of a position uses the first.
         draws = noise.draw_noise(settings.seed, positions, self.latent_shape, stream="self_play")
         start = draws[: len(positions)].to(self.accelerator.device)
-        captions, empty = self._conditioning(positions), self._conditioning([None])
-        empty = Conditioning({name: value.expand_as(captions[name]) for name, value in empty.items()})
-        # The pipeline gets encoded captions and returns latents. It has no encoders, because they may be on another
-        # device, and a pipeline without them runs on the denoiser's.
-        pipeline = pipeline_with(self.parts, self.reference, encoders=False)
-        output = pipeline(
-            **self.parts.family.prompt_arguments(captions, empty),
-            latents=self.parts.family.pack(start),
+        return sample_latents(
+            self.parts,
+            self.reference,
+            self._conditioning(positions),
+            self._conditioning([None]),
+            start,
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
-            height=settings.data.resolution,
-            width=settings.data.resolution,
-            output_type="latent",
+            resolution=settings.data.resolution,
         )
-        return self.parts.family.unpack(output.images, start.shape[2]).float()
 
     def _conditioning(self, positions: Sequence[int | None]) -> Conditioning:
         """The conditioning of the captions at positions of `order`, on the device; None is the empty caption."""
         indices = [None if position is None else self.order[position] for position in positions]
-        captions, device = stack([self.dataset.caption(index) for index in indices]), self.accelerator.device
-        if isinstance(captions, Conditioning):
-            return Conditioning({name: value.to(device).float() for name, value in captions.items()})
-        return self.parts.encode_captions(Tokens({name: ids.to(device) for name, ids in captions.items()}))
+        captions = stack([self.dataset.caption(index) for index in indices])
+        return encode_on(self.accelerator.device, self.parts, captions)
 
 
 class SelfPlayFeed:

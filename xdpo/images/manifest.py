@@ -50,6 +50,7 @@ class ListedImage(NamedTuple):
     model: str | None = None
     revision: str | None = None
     settings: Mapping[str, Any] = MappingProxyType({})  # of sampling; empty where the line has no object of that name
+    seed: int | None = None  # None where the line has no whole number of that name
 
     @classmethod
     def from_line(cls, line: bytes) -> Self:
@@ -57,10 +58,14 @@ class ListedImage(NamedTuple):
         row = json.loads(line)
         if not isinstance(row, dict):
             raise TypeError(f"a line must be a JSON object, got {type(row).__name__}")
-        settings = row.pop("settings", None)
+        settings, seed = row.pop("settings", None), row.pop("seed", None)
         names = (*cls._fields, *_OTHER_NAMES.values())
         texts: dict[str, Any] = {name: as_text(row[name], name) for name in names if name in row}
         for name, other in _OTHER_NAMES.items():
             synonym = texts.pop(other, None)
             texts[name] = texts.get(name) or synonym
-        return cls(**texts, settings=settings if isinstance(settings, dict) else {})
+        return cls(
+            **texts,
+            settings=settings if isinstance(settings, dict) else {},
+            seed=seed if type(seed) is int else None,
+        )

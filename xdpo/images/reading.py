@@ -31,7 +31,7 @@ _NUMBERED = re.compile(r"(\d+)(?:[-_](\d+))?")
 class Picture:
     """One image of a model for a prompt. `key` names the prompt within its set ("anime/12"), the same for all models;
     `repeat` counts several images of one prompt; `source` is the manifest's name for the model that made it, with its
-    revision and the settings of sampling."""
+    revision, the settings of sampling and the image's own seed."""
 
     model: str
     prompt_set: str
@@ -45,6 +45,7 @@ class Picture:
     source: str | None = None
     revision: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,7 @@ def picture_of(row: ListedImage | ManifestRow, model: str, folder: Path) -> Pict
         source=row.model,
         revision=row.revision,
         settings=row.settings,
+        seed=row.seed,
     )
 
 

@@ -237,4 +237,11 @@ OBJECTIVES: Mapping[str, Objective] = {  # the first is the default
         inputs=("z0",),
         takes="images",
     ),
+    "diffusion_nft": Objective(
+        "unpaired.diffusion_nft",
+        {"beta": 1.0, "desirable_share": 0.5},
+        inputs=("optimality", "image_dot_reference"),
+        takes="images",
+        needs_predictions=True,
+    ),
 }

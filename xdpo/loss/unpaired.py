@@ -1,4 +1,4 @@
-"""Diffusion-KTO: single images, each desirable or not; no pairs."""
+"""Objectives on single images, without pairs: Diffusion-KTO and DiffusionNFT."""
 
 import torch
 from torch import Tensor
@@ -47,6 +47,35 @@ def diffusion_kto(
             raise unknown("utility", utility)
     weight = label * desirable_weight + (1 - label) * undesirable_weight
     return LossOutput(weight * loss, value, no_exponents(value))
+
+
+def diffusion_nft(
+    errors: UnpairedErrors, *, optimality: Tensor, image_dot_reference: Tensor, beta: float
+) -> LossOutput:
+    """r·‖v₊ − v‖² + (1 − r)·‖v₋ − v‖², v± = v_old ± β·(v_θ − v_old): what is better is approached, worse is left.
+
+    v is what the denoiser should predict, v_old the reference's prediction. Norms are means over (C, H, W), and follow
+    from the two errors and the mean product c of the residuals v_θ − v and v_old − v, `image_dot_reference` (B,):
+    ‖v₊ − v‖² = β²·e_θ + (1 − β)²·e_old + 2β·(1 − β)·c, and ‖v₋ − v‖² is the same with −β for β. r is the image's
+    `optimality` (B,), from 0 to 1. Shapes (B,). The returned margin is (2r − 1)·(e_old − e_θ).
+
+    Source: DiffusionNFT (arXiv 2509.16117), for flows; ε- and v-prediction need no other formula, and that use is ours.
+    Its code weighs an error by the mean deviation of x̂_0 instead, and adds 1e-4 of the distance to the base model.
+    Limits: r = ½ pulls the policy to the reference, β²·‖v_θ − v_old‖² up to a constant; r = 1 and β = 1 is fine-tuning
+    on the image.
+    Raises ValueError for shapes that differ, and for labels that aren't bool.
+    """
+    gain = _gain(errors)
+    shapes = {tuple(tensor.shape) for tensor in (gain, optimality, image_dot_reference)}
+    if len(shapes) > 1:
+        raise ValueError(f"optimality and dots must have the errors' shape (B,), got {sorted(shapes)}")
+    policy, old = at_least_float32(errors.policy), at_least_float32(errors.reference.detach())
+    dot, better = at_least_float32(image_dot_reference), at_least_float32(optimality)
+    approached, left = (
+        sign * beta * (sign * beta * policy + 2 * (1 - sign * beta) * dot) + (1 - sign * beta) ** 2 * old
+        for sign in (1, -1)
+    )
+    return LossOutput(better * approached + (1 - better) * left, (2 * better - 1) * gain, no_exponents(gain))
 
 
 def _gain(errors: UnpairedErrors) -> Tensor:

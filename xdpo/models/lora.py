@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -12,6 +13,10 @@ from torch import Tensor, nn
 from xdpo.families import Family
 from xdpo.families.checks import build_empty
 from xdpo.families.pipeline_files import read_header
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+    from transformers import PreTrainedModel
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _KOHYA = re.compile(r"lora_(?P<part>[a-z]+\d?)_(?P<layer>[^.]+)\.(?P<half>lora_down\.weight|lora_up\.weight|alpha)")
@@ -41,8 +46,9 @@ def check_lora(family: Family, file: Path, base: Path, label: str) -> None:
     of PEFT below `unet.`, `text_encoder.` and so on, or of kohya's scripts. Raises ValueError with counts and examples.
     """
     header = read_header(file)
-    layers = {part: dict(build_empty(family, base, part).named_modules()) for part in family.lora_parts}
-    pairs, strange = _pairs(header, layers)
+    modules = {part: build_empty(family, base, part) for part in family.lora_parts}
+    layers = {part: dict(module.named_modules()) for part, module in modules.items()}
+    pairs, strange = _pairs(header, {part: _flat_names(family, part, module) for part, module in modules.items()})
     matched = sum(len(pair.names) for pair in pairs.values())
     if strange or not pairs:
         raise ValueError(
@@ -82,11 +88,19 @@ def layers_adapted(file: Path) -> int:
     return sum(name.endswith(("lora_A.weight", "down.weight")) for name in read_header(file))
 
 
+def _flat_names(family: Family, part: str, module: "ModelMixin | PreTrainedModel") -> dict[str, str]:
+    """Every name of a layer in kohya's way, after diffusers' or the family's own names → the layer."""
+    names = [name for name, _ in module.named_modules()]
+    flat = {_flat(name): name for name in names}
+    if part == family.denoiser and family.kohyas_layer is not None:
+        flat |= {_flat(family.kohyas_layer(module.config, name)): name for name in names}
+    return flat
+
+
 def _pairs(
-    header: Mapping[str, tuple[int, ...]], layers: Mapping[str, Mapping[str, nn.Module]]
+    header: Mapping[str, tuple[int, ...]], flat: Mapping[str, Mapping[str, str]]
 ) -> tuple[dict[tuple[str, str], _Pair], list[str]]:
     """A file's weights by (part, layer), and the names of those that belong to no layer."""
-    flat = {part: {_flat(name): name for name in of_part} for part, of_part in layers.items()}
     pairs: dict[tuple[str, str], _Pair] = {}
     strange = []
     for name, shape in sorted(header.items()):

@@ -28,14 +28,15 @@ MODEL_CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "models"
 class ModelSpec(Section):
     """A model to generate with: a pipeline, its denoiser replaced or adapted, or a run of train_xdpo.py.
 
-    configs/models/ holds the paper's five. `revision` is the hub revision of `unet` or `lora`, `base_revision` that
-    of `base`.
+    configs/models/ holds the paper's five. `vae` replaces the autoencoder of any of these. `revision` is the hub
+    revision of `unet` or `lora`, `base_revision` that of `base`.
     """
 
     base: FilePath | None = None  # hub id or folder of a pipeline
     base_revision: Text | None = None
     unet: FilePath | None = None  # hub id or folder of a denoiser in diffusers format, itself or under its usual name
     lora: FilePath | None = None  # a safetensors file, or hub id or folder with pytorch_lora_weights.safetensors
+    vae: FilePath | None = None  # as the config's model.vae
     run: FilePath | None = None  # run folder (its export), or a checkpoint folder of a run
     revision: Text | None = None
 
@@ -69,35 +70,46 @@ class ResolvedModel:
     revision: str | None = None
 
     @property
-    def identity(self) -> dict[str, str | None]:
+    def identity(self) -> dict[str, str | int | None]:
         """What makes two models the same, wherever their files lie."""
         base = "local folder" if Path(self.base.pipeline).is_dir() else self.base.pipeline
-        same = {"base": base, "base_revision": self.base_revision, "kind": self.kind, "revision": self.revision}
-        return same if self.base.vae is None else same | {"vae": part_checksum(self.base, "vae")}
+        same: dict[str, str | int | None] = {
+            "base": base,
+            "base_revision": self.base_revision,
+            "kind": self.kind,
+            "revision": self.revision,
+        }
+        if self.base.vae is not None:
+            same["vae"] = part_checksum(self.base, "vae")
+        if self.base.t5_tokens is not None:
+            same["t5_tokens"] = self.base.t5_tokens
+        return same
 
 
-def read_model_spec(name: str, *, unet: str | None = None, lora: str | None = None) -> tuple[str, ModelSpec]:
+def read_model_spec(
+    name: str, *, unet: str | None = None, lora: str | None = None, vae: str | None = None
+) -> tuple[str, ModelSpec]:
     """A user's name for a model → (display name, spec). Raises ValueError, with the choices, for what is no model.
 
     name: a YAML file or the name of one in configs/models, a pipeline folder, a run folder, its export or a checkpoint
-    of it, or a hub id. `unet` and `lora` replace or adapt the UNet of a pipeline.
+    of it, or a hub id. `unet` and `lora` replace or adapt the UNet of a pipeline, `vae` the autoencoder of any model.
     """
     path, shipped = Path(name), sorted(file.stem for file in MODEL_CONFIGS.glob("*.yaml"))
     if name in shipped:  # even if a folder has that name, such as this package's, which is ./xdpo
         path = MODEL_CONFIGS / f"{name}.yaml"
     if path.suffix in (".yaml", ".yml"):
-        return path.stem, _spec_from_yaml(path, unet, lora)
+        return path.stem, _spec_from_yaml(path, unet=unet, lora=lora, vae=vae)
     if path.is_file():
         raise ValueError(f"model: {name!r} {describe_file(path)}")
     folder = path.resolve()
     if (folder / "model_index.json").is_file():
-        return folder.name, _spec(name, base=name, unet=unet, lora=lora)
+        return folder.name, _spec(name, base=name, unet=unet, lora=lora, vae=vae)
     if (folder / "config.yaml").is_file():
-        return folder.name, _spec(name, run=name, unet=unet, lora=lora)
+        return folder.name, _spec(name, run=name, unet=unet, lora=lora, vae=vae)
     if (folder.parent / "config.yaml").is_file() and folder.name == "export":
-        return folder.parent.name, _spec(name, run=name, unet=unet, lora=lora)
+        return folder.parent.name, _spec(name, run=name, unet=unet, lora=lora, vae=vae)
     if (folder / "policy.safetensors").is_file():
-        return f"{folder.parent.parent.name}_{folder.name}", _spec(name, run=name, unet=unet, lora=lora)
+        return f"{folder.parent.parent.name}_{folder.name}", _spec(name, run=name, unet=unet, lora=lora, vae=vae)
     if folder.is_dir():
         raise ValueError(
             f"model: {name!r} is no pipeline folder (model_index.json), run folder (config.yaml) or checkpoint "
@@ -109,7 +121,7 @@ def read_model_spec(name: str, *, unet: str | None = None, lora: str | None = No
             f"model: no folder {name!r} here; choose from {', '.join(shipped)}, or give a folder, a YAML file or a hub "
             "id of the form owner/name" + (f"; did you mean {near[0]!r}?" if near else "")
         )
-    return name.replace("/", "_"), _spec(name, base=name, unet=unet, lora=lora)
+    return name.replace("/", "_"), _spec(name, base=name, unet=unet, lora=lora, vae=vae)
 
 
 def resolve_model(name: str, spec: ModelSpec) -> ResolvedModel:
@@ -118,8 +130,8 @@ def resolve_model(name: str, spec: ModelSpec) -> ResolvedModel:
     For hub models only small files are fetched here, which give the commit. Raises ValueError where files are missing.
     """
     if spec.run is not None:
-        return _resolve_run(name, Path(spec.run))
-    base, base_revision = _resolve_base(ModelConfig(pipeline=spec.base, revision=spec.base_revision))
+        return _resolve_run(name, Path(spec.run), spec.vae)
+    base, base_revision = _resolve_base(ModelConfig(pipeline=spec.base, revision=spec.base_revision, vae=spec.vae))
     source = spec.unet or spec.lora
     if source is None:
         return ResolvedModel(name, base, base_revision, "base")
@@ -178,7 +190,7 @@ def _spec(label: str, **fields: str | None) -> ModelSpec:
         raise ValueError(f"model {label}: {problems}") from None
 
 
-def _spec_from_yaml(path: Path, unet: str | None, lora: str | None) -> ModelSpec:
+def _spec_from_yaml(path: Path, **replacing: str | None) -> ModelSpec:
     try:
         fields, repeated_keys = parse_yaml(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -187,7 +199,7 @@ def _spec_from_yaml(path: Path, unet: str | None, lora: str | None) -> ModelSpec
         raise ValueError(f"model {path}: {'; '.join(repeated_keys)}")
     if not isinstance(fields, dict):
         raise ValueError(f"model {path}: must be a mapping with {', '.join(ModelSpec.model_fields)}")
-    given = {key: value for key, value in (("unet", unet), ("lora", lora)) if value is not None}
+    given = {key: value for key, value in replacing.items() if value is not None}
     return _spec(str(path), **{str(key): value for key, value in fields.items()}, **given)
 
 
@@ -199,13 +211,18 @@ def _resolve_base(base: ModelConfig) -> tuple[ModelConfig, str]:
     return base.model_copy(update={"revision": commit}), commit
 
 
-def _resolve_run(name: str, path: Path) -> ResolvedModel:
-    """A run's export, or one of its checkpoints; the base is the pipeline that the run trained."""
+def _resolve_run(name: str, path: Path, vae: str | None) -> ResolvedModel:
+    """A run's export, or one of its checkpoints; the base is the pipeline that the run trained.
+
+    vae: in place of the autoencoder that it was trained with.
+    """
     is_checkpoint = (path / "policy.safetensors").is_file()
     run = path.resolve().parents[1] if is_checkpoint else path.resolve().parent if path.name == "export" else path
     if not (run / "config.yaml").is_file():
         raise ValueError(f"model.run: {str(path)!r} is neither a run folder of train_xdpo.py nor a checkpoint of one")
-    base, base_revision = _resolve_base(load_config(run / "config.yaml").model)
+    trained = load_config(run / "config.yaml").model
+    changes = {"frozen_precision": "fp32", "vae": vae or trained.vae}  # what is sampled has a precision of its own
+    base, base_revision = _resolve_base(trained.model_copy(update=changes))
     if is_checkpoint:
         return ResolvedModel(name, base, base_revision, "checkpoint", str(path), None, _local_revision(path))
     denoiser = family_of_pipeline(base).denoiser

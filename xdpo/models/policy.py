@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 def make_reference(parts: PipelineParts, model: ModelConfig, compute: ComputeConfig) -> "ModelMixin | None":
     """A frozen copy of the denoiser, or None for LoRA, whose reference is the policy without its adapter.
 
-    Its weights stay float32 and its forward runs under the policy's autocast: in any other precision the first margin
-    would differ from 0 by rounding times β. Compiled, they require gradients, which are dropped (see xdpo.reference).
+    A copy's weights stay float32 and its forward runs under the policy's autocast: in any other precision the first
+    margin would differ from 0 by rounding times β. Compiled, they require gradients, which are dropped (see
+    xdpo.reference).
     """
     if model.trainable == "lora":
         return None
@@ -35,6 +36,7 @@ def make_policy(parts: PipelineParts, model: ModelConfig, compute: ComputeConfig
     """
     denoiser = parts.denoiser
     if model.trainable == "lora":
+        from diffusers.training_utils import cast_training_params
         from peft import LoraConfig
 
         denoiser.add_adapter(
@@ -45,6 +47,7 @@ def make_policy(parts: PipelineParts, model: ModelConfig, compute: ComputeConfig
                 target_modules=list(parts.family.lora_targets),
             )
         )
+        cast_training_params(denoiser, torch.float32)  # adapters begin in the precision of the layers below them
     else:
         denoiser.requires_grad_(True)
     _apply_compute(parts.family, denoiser, compute)

@@ -63,9 +63,9 @@ def draw_augmentation(seed: int, position: int) -> tuple[float, float, float]:
     return coin, across, down
 
 
-def draw_caption_coin(seed: int, position: int) -> float:
-    """A uniform number in [0, 1): a pair's caption is dropped where it is below the share to drop."""
-    return torch.rand(1, generator=generator(seed, position, "caption")).item()
+def draw_coin(seed: int, position: int, stream: str) -> float:
+    """A uniform number in [0, 1): a pair's caption, say, is dropped where it is below the share to drop."""
+    return torch.rand(1, generator=generator(seed, position, stream)).item()
 
 
 def draw_timesteps(seed: int, positions: Iterable[int], schedule_length: int) -> torch.Tensor:

@@ -2,32 +2,30 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from xdpo import processes
-from xdpo.batch import Tokens
-from xdpo.cache import CacheError, ExampleCache, ExamplePlan, Shards
-from xdpo.cache.examples import LATENTS, TABLES, finish, is_finished
+from xdpo.cache import CacheError, ExampleCache, ExamplePlan
+from xdpo.cache.examples import SOURCE, TABLES, finish, is_finished
 from xdpo.config import Config
 from xdpo.data import PairTable, Split, finite_scores, local_files, no_scores
-from xdpo.data.examples import Tokenize
 from xdpo.data.identity import file_states
-from xdpo.data.images import UnreadableImageError, decode_rgb, square_pixels
+from xdpo.data.remote import RemoteError
+from xdpo.data.streaming import MOST_FAILURES, StreamedImages, not_all_read
 from xdpo.data.table import pair_id
 from xdpo.families import PipelineParts, load_parts
-from xdpo.files import appears, file_sha256, is_own, only_run, replacing
+from xdpo.files import PART, appears, file_sha256, is_own, only_run, replacing, sweep
 from xdpo.precompute.keys import example_key, examples_folder
-from xdpo.precompute.opening import load_table, source_of
+from xdpo.precompute.kinds import Kind, kinds_of
+from xdpo.precompute.opening import load_table, refuse_without_sizes, source_of
+from xdpo.progress import Progress
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,16 +52,17 @@ def build_missing_examples(settings: Config, accelerator: Accelerator, say: Say 
             plan.refuse_another(folder, example_key(settings, split))
             if needs_scores and not plan.has_scores:
                 raise no_scores(split)
+            refuse_without_sizes(settings, plan, folder)
         if is_built:
             if processes.agree(is_main and _may_have_changed(plan)):
-                table = load_table(settings, accelerator, split)
+                table = load_table(settings, accelerator, split, in_order=True)
                 if table.fingerprint != plan.fingerprint:
                     raise CacheError(
                         f"cache.examples: {folder} was encoded from other images or captions than {settings.data.path} "
                         "has now. Remove it, and it is made again, or put the data back"
                     )
             continue
-        missing[split] = load_table(settings, accelerator, split)
+        missing[split] = load_table(settings, accelerator, split, in_order=True)
         if needs_scores:
             finite_scores(missing[split], split)
     if not missing:
@@ -107,38 +106,86 @@ def build_examples(
     """
     plan, is_main = None, accelerator.is_main_process
     if is_main:
+        sweep(folder / SOURCE, f"*{PART}")  # what a killed run was fetching; this run is the only one here
         plan = ExamplePlan.load(folder)
         if plan is None:
             plan = _begin(folder, table, parts, settings, split, shard_bytes=shard_bytes)
         plan.refuse_another(folder, example_key(settings, split))
-        if plan.fingerprint != table.fingerprint:
+        if plan.fingerprint not in _fingerprints(table):
             raise CacheError(f"cache.examples: {folder} was begun with other pairs; remove it, or name another folder")
     plan = processes.agree(plan)
-    kinds = _kinds(folder, table, plan, parts, settings, accelerator)
+    kinds = kinds_of(folder, table, plan, parts, settings, accelerator)
     if is_main:
         say(_estimate(folder, plan, kinds, accelerator.num_processes))
+    failures: set[str] = set()
     for kind in kinds:
         unfinished = processes.agree(kind.unfinished() if is_main else None)
         before = np.cumsum([0, *(len(kind.records_of(shard)) for shard in unfinished)]).tolist()
         name = f"{folder.name}/{kind.name}"
-        with tqdm(total=before[-1], desc=name, unit="record", disable=not is_main) as bar:
+        with Progress(total=before[-1], desc=name, unit="record", disable=not is_main) as bar:
             for number in processes.deal(f"examples/{name}", range(len(unfinished))):
                 bar.update(before[number] - bar.n)  # earlier shards are done, or being written by other processes
-                _write_shard(kind, unfinished[number], settings.data.num_workers, bar)
+                try:
+                    _write_shard(kind, unfinished[number], settings.data.num_workers, bar)
+                except RemoteError as error:
+                    failures.add(str(error))
+                    if len(failures) >= MOST_FAILURES:
+                        break
             bar.update(bar.total - bar.n)
+    images = table.dataset.images
+    if isinstance(images, StreamedImages):
+        _measure_rest(folder.name, images, kinds[0], failures)
     processes.wait()
     if is_main and not is_finished(folder):
         for shards in plan.shards(folder):  # other processes wrote them, perhaps on other machines
             for shard in range(len(shards)):
                 appears(shards.checksum_path(shard))
+        if isinstance(images, StreamedImages):
+            plan = replace(plan, fingerprint=table.fingerprint)
+            plan.save(folder)
         finish(folder, plan)
+        if not settings.cache.keep_source:
+            shutil.rmtree(folder / SOURCE, ignore_errors=True)
         say(f"{folder}: finished; {len(plan.latents(folder).unreadable())} unreadable images")
     processes.wait()
 
 
-def _write_shard(kind: "_Kind", shard: int, num_workers: int, bar: tqdm) -> None:
+def _fingerprints(table: PairTable) -> tuple[str, ...]:
+    """What the plan of a cache of these pairs may have as their fingerprint, first what it has when it is begun.
+
+    The fingerprint of streamed pairs covers images that have not been read then.
+    """
+    images = table.dataset.images
+    if not isinstance(images, StreamedImages):
+        return (table.fingerprint,)
+    are_known = all(map(images.is_measured, range(len(images.files))))
+    return (images.begun_as, table.fingerprint) if are_known else (images.begun_as,)
+
+
+def _measure_rest(name: str, images: StreamedImages, kind: Kind, failures: set[str]) -> None:
+    """Read the files without an image to encode, which count in the fingerprint too.
+
+    Raises RemoteError for all files that no process could read, the `failures` of each. Every process calls it.
+    """
+    every = range(len(images.files))
+    unmeasured = processes.agree([number for number in every if not images.is_measured(number)])
+    for number in processes.deal(f"examples/{name}/unmeasured", unmeasured):
+        if len(failures) >= MOST_FAILURES:
+            break
+        try:
+            images.bring([number])
+        except RemoteError as error:
+            failures.add(str(error))
+        kind.let_go()
+    images.wait()
+    if everyone := sorted(set().union(*processes.gather(failures))):
+        raise not_all_read(everyone, len(every))
+
+
+def _write_shard(kind: Kind, shard: int, num_workers: int, bar: Progress) -> None:
     """Encode a shard's records into memory of their final size and type, and write them."""
     record_ids, filled = list(kind.records_of(shard)), 0
+    kind.bring(record_ids)
     unreadable: list[int] = []
     records = {
         name: np.empty((len(record_ids), *shards.shape), dtype=shards.dtype) for name, shards in kind.shards.items()
@@ -153,6 +200,7 @@ def _write_shard(kind: "_Kind", shard: int, num_workers: int, bar: tqdm) -> None
         bar.update(len(batch["record"]))
     for name, shards in kind.shards.items():
         shards.write(shard, records[name], unreadable)
+    kind.let_go()
 
 
 def verify_examples(
@@ -163,11 +211,16 @@ def verify_examples(
     Raises CacheError for damage, or where a sample differs by more than rounding.
     """
     differences = {}
-    for kind in _kinds(cache.folder, table, cache.plan, parts, settings, accelerator):
+    for kind in kinds_of(cache.folder, table, cache.plan, parts, settings, accelerator):
         sample = sorted(np.random.default_rng(0).permutation(kind.count)[:VERIFIED].tolist())
-        encoded_again = [encoded for encoded, _ in kind.encoded(sample)]
+        encoded_again = []
+        for start in range(0, len(sample), kind.batch_size):
+            kind.bring(batch := sample[start : start + kind.batch_size])
+            encoded_again += [encoded for encoded, _ in kind.encoded(batch)]
+            if processes.count() == 1:  # several read the same sample
+                kind.let_go()
         for name, shards in kind.shards.items():
-            shards.verify(partial(tqdm, desc=f"checksums of {name}", unit="shard"))
+            shards.verify(partial(Progress, desc=f"checksums of {name}", unit="shard"))
             again = np.concatenate([encoded[name] for encoded in encoded_again])
             cached = np.stack([[shards.read(record, part) for part in range(shards.shape[0])] for record in sample])
             difference = float(np.linalg.norm(again - cached.astype(np.float32)) / np.linalg.norm(again))
@@ -177,6 +230,9 @@ def verify_examples(
                     "remove the folder and build it again"
                 )
             differences[name] = difference
+    processes.wait()
+    if isinstance(table.dataset.images, StreamedImages) and not settings.cache.keep_source:
+        shutil.rmtree(cache.folder / SOURCE, ignore_errors=True)
     return differences
 
 
@@ -195,7 +251,7 @@ def _begin(
     """
     import pyarrow.parquet as pq
 
-    if folder.is_dir() and any(not is_own(path) and path.name not in TABLES for path in folder.iterdir()):
+    if folder.is_dir() and any(not is_own(path) and path.name not in (*TABLES, SOURCE) for path in folder.iterdir()):
         raise CacheError(f"cache.examples: {folder} holds something that is no cache; name another folder")
     pairs, images, prompts = _tables(table, parts)
     plan = _plan(table, pairs, images, prompts, parts, settings, split)
@@ -257,7 +313,7 @@ def _plan(
     """A new cache's plan, but for the checksums of its tables."""
     return ExamplePlan(
         key=example_key(settings, split),
-        fingerprint=table.fingerprint,
+        fingerprint=_fingerprints(table)[0],
         counts=asdict(table.counts),
         num_pairs=len(table),
         num_images=len(images),
@@ -272,6 +328,7 @@ def _plan(
         shift_factor=parts.vae.config.shift_factor or 0.0,
         dtype={"fp16": "float16", "fp32": "float32"}[settings.cache.dtype],
         has_scores="chosen_score" in pairs.column_names,
+        has_sizes="size_conditioning" in parts.family.keys,
         sources=file_states(local_files(settings.data, **source_of(settings, split))),
     )
 
@@ -285,148 +342,10 @@ def _refuse_small_disk(folder: Path, plan: ExamplePlan) -> None:
         )
 
 
-class _Images(Dataset):
-    """Pixels of the distinct images, (orientations, 3, R, R) each."""
-
-    def __init__(self, table: PairTable, rows: np.ndarray, sides: np.ndarray, resolution: int, orientations: int):
-        self.columns = [table.dataset.select_columns([name]) for name in ("jpg_0", "jpg_1")]
-        self.rows, self.sides = rows, sides
-        self.resolution, self.orientations = resolution, orientations
-
-    def __getitem__(self, record: int) -> dict[str, Any]:
-        readable = True
-        try:
-            (cell,) = self.columns[self.sides[record]][int(self.rows[record])].values()
-            image = decode_rgb(cell)
-            views = [square_pixels(image, self.resolution, flip=bool(flip)) for flip in range(self.orientations)]
-            pixels = torch.stack(views)
-        except UnreadableImageError:
-            readable, pixels = False, torch.zeros(self.orientations, 3, self.resolution, self.resolution)
-        return {"record": record, "readable": readable, "pixel_values": pixels}
-
-
-class _Captions(Dataset):
-    """Token ids of the distinct captions, (L,) each."""
-
-    def __init__(self, folder: Path, tokenize: Tokenize):
-        import pyarrow.parquet as pq
-
-        self.captions, self.tokenize = pq.read_table(folder / "prompts.parquet")["caption"].combine_chunks(), tokenize
-
-    def __getitem__(self, record: int) -> dict[str, Any]:
-        return {"record": record, "readable": True, "tokens": self.tokenize(self.captions[record].as_py())[0]}
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What is encoded at once, images or captions: the shards of each encoding, the data, the encoder, its batch size.
-
-    The shards are those of the same records, and equally many.
-    """
-
-    name: str
-    shards: Mapping[str, Shards]
-    records: Dataset
-    encode: Callable[[dict[str, Any]], dict[str, np.ndarray]]
-    batch_size: int
-
-    @property
-    def count(self) -> int:
-        return self._any.count
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(shards.num_bytes for shards in self.shards.values())
-
-    @property
-    def _any(self) -> Shards:
-        return next(iter(self.shards.values()))
-
-    def records_of(self, shard: int) -> range:
-        return self._any.records_of(shard)
-
-    def unfinished(self) -> list[int]:
-        """The numbers at which a shard is missing."""
-        numbers = range(len(self._any))
-        return [number for number in numbers if not all(kind.is_finished(number) for kind in self.shards.values())]
-
-    def encoded(
-        self, record_ids: list[int], num_workers: int = 0
-    ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Any]]]:
-        """Encodings of some records, batch by batch, each with `record` and `readable` of its rows."""
-        batches = [record_ids[start : start + self.batch_size] for start in range(0, len(record_ids), self.batch_size)]
-        # The last batch is filled up, because rounding depends on the batch's shape.
-        full = [batch + batch[-1:] * (self.batch_size - len(batch)) for batch in batches]
-        loader = DataLoader(self.records, batch_sampler=full, num_workers=num_workers, generator=torch.Generator())
-        for batch, records in zip(loader, batches, strict=True):
-            rows = slice(len(records))
-            encoded = {name: values[rows] for name, values in self.encode(batch).items()}
-            yield encoded, {"record": records, "readable": batch["readable"][rows].tolist()}
-
-
-def _kinds(
-    folder: Path,
-    table: PairTable,
-    plan: ExamplePlan,
-    parts: PipelineParts,
-    settings: Config,
-    accelerator: Accelerator,
-) -> list[_Kind]:
-    import pyarrow.parquet as pq
-
-    for module in parts.encoders:
-        module.to(accelerator.device)
-    names = pq.read_table(folder / "images.parquet")
-    rows, sides = names["row"].to_numpy(), names["side"].to_numpy()
-    orientations, pairs_at_once = plan.latent_shape[0], settings.train.micro_batch_pairs
-    images = _Images(table, rows, sides, settings.data.resolution, orientations)
-    captions = _Captions(folder, parts.tokenize)
-    images_at_once = max(1, 2 * pairs_at_once // orientations)
-    return [
-        _Kind(
-            "latents",
-            {LATENTS: plan.latents(folder)},
-            images,
-            lambda batch: {LATENTS: _encode_images(parts, batch, plan, accelerator)},
-            images_at_once,
-        ),
-        _Kind(
-            "text",
-            plan.conditioning(folder),
-            captions,
-            lambda batch: _encode_captions(parts, batch, accelerator),
-            pairs_at_once,
-        ),
-    ]
-
-
-def _encode_images(parts: PipelineParts, batch: dict, plan: ExamplePlan, accelerator: Accelerator) -> np.ndarray:
-    """(N, orientations, moments, C, h, w) float32."""
-    pixels = batch["pixel_values"]
-    with accelerator.autocast():
-        moments = parts.encode_images(pixels.flatten(0, 1).to(accelerator.device))
-    present = [moment for moment in (moments.means, moments.stds) if moment is not None]
-    latents = torch.stack(present[: plan.latent_shape[1]], dim=1).cpu()
-    if not torch.isfinite(latents).all():
-        raise CacheError(
-            f"the autoencoder gives latents that are not finite for image records {batch['record'].tolist()}; "
-            "set compute.precision to bf16 or fp32"
-        )
-    return latents.unflatten(0, pixels.shape[:2]).numpy()
-
-
-def _encode_captions(parts: PipelineParts, batch: dict, accelerator: Accelerator) -> dict[str, np.ndarray]:
-    """(N, 1, …) float32 for each entry."""
-    with accelerator.autocast():
-        tokens = Tokens({name: ids.to(accelerator.device) for name, ids in batch["tokens"].items()})
-        conditioning = parts.encode_captions(tokens)
-    return {name: values.float().cpu().unsqueeze(1).numpy() for name, values in conditioning.items()}
-
-
-def _estimate(folder: Path, plan: ExamplePlan, kinds: list[_Kind], num_processes: int) -> str:
+def _estimate(folder: Path, plan: ExamplePlan, kinds: list[Kind], num_processes: int) -> str:
     """A line with a cache's gigabytes and hours. One batch of each kind is timed, after another that warms up."""
     seconds = 0.0
-    for kind in kinds:
+    for kind in kinds if kinds[0].copies is None else ():
         unfinished = kind.unfinished()
         one_batch = list(range(min(kind.batch_size, kind.count)))
         for _ in range(2 if unfinished else 0):
@@ -438,8 +357,11 @@ def _estimate(folder: Path, plan: ExamplePlan, kinds: list[_Kind], num_processes
             seconds += missing * elapsed / len(one_batch) / num_processes
     latents, text = (kind.num_bytes / 1e9 for kind in kinds)
     duration = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
+    time_needed = f"about {duration} from here on {num_processes} processes (one batch timed, decoding included)"
+    if kinds[0].copies is not None:
+        count, kept = len(kinds[0].copies.images.files), "kept" if kinds[0].copies.keep else "each let go when encoded"
+        time_needed = f"from {count:,} remote files, {kept}"
     return (
         f"example cache in {folder}: {plan.num_images:,} images, {plan.num_prompts:,} captions of {plan.num_pairs:,} "
-        f"pairs; {latents:.3g} GB of latents, {text:.3g} GB of text states; about {duration} from here on "
-        f"{num_processes} processes (one batch timed, decoding included)"
+        f"pairs; {latents:.3g} GB of latents, {text:.3g} GB of text states; {time_needed}"
     )

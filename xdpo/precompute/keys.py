@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from xdpo.cache import ExampleCache
-from xdpo.cache.examples import PRECISION
+from xdpo.cache.examples import PRECISION, SOURCE
 from xdpo.compute import device_kind, precision_of
 from xdpo.config import Config
 from xdpo.data import PairTable, Split
@@ -21,6 +21,11 @@ def examples_folder(settings: Config, split: Split) -> Path:
     if settings.cache.examples is None:
         raise ValueError("cache.examples is null: this run has no example cache")
     return Path(settings.cache.examples) / split.value
+
+
+def source_folder(settings: Config, split: Split) -> Path:
+    """Where remote files are read into while a cache is filled from them."""
+    return examples_folder(settings, split) / SOURCE
 
 
 def example_key(settings: Config, split: Split) -> dict[str, Any]:
@@ -46,8 +51,14 @@ def example_key(settings: Config, split: Split) -> dict[str, Any]:
         "autoencoder": part_checksum(model, "vae"),
         "text encoder": part_checksum(model, *family.text_encoders, *family.tokenizers),
         **caption_choices(model),
-        PRECISION: precision_of(settings.compute),
+        PRECISION: encoders_precision(settings),
     }
+
+
+def encoders_precision(settings: Config) -> str:
+    """In what images and captions are encoded, which decides their rounding alone."""
+    precision, held_in = precision_of(settings.compute), settings.model.frozen_precision
+    return precision if held_in == "fp32" else f"{precision}, text encoders held in {held_in}"
 
 
 def reference_key(settings: Config, pairs: PairTable | ExampleCache, split: Split, precision: str) -> dict[str, Any]:
@@ -77,9 +88,11 @@ def reference_key(settings: Config, pairs: PairTable | ExampleCache, split: Spli
         else "encoded while training",
         "noise": settings.noise.model_dump(exclude_none=True),
         "pipeline": part_checksum(model, family.denoiser, *family.encoders, *family.tokenizers, "scheduler"),
+        **({} if model.size_conditioning is None else {"size conditioning": model.size_conditioning}),
         **({} if model.guidance is None else {"guidance": model.guidance}),
         **caption_choices(model),
         "precision": precision,
+        **({} if model.frozen_precision == "fp32" else {"frozen weights": model.frozen_precision}),
         "device": device_kind(),
         "kernels": compute.model_dump(include={"tf32", "attention", "channels_last", "deterministic"}),
         "compiled": graph,

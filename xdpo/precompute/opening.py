@@ -8,15 +8,21 @@ from typing import Any
 from accelerate import Accelerator
 
 from xdpo import processes
-from xdpo.cache import CachedPairDataset, CacheError, ExampleCache, ReferenceCache
+from xdpo.cache import CachedPairDataset, CacheError, ExampleCache, ExamplePlan, ReferenceCache
 from xdpo.cache.examples import is_finished
-from xdpo.compute import precision_of
 from xdpo.config import Config
 from xdpo.data import PairDataset, PairTable, Split, UnpairedDataset, label_images, load_pairs
 from xdpo.data.examples import Tokenize
 from xdpo.families import PipelineParts
 from xdpo.files import is_own, reading, replacing
-from xdpo.precompute.keys import example_key, examples_folder, reference_key, takes_single_images
+from xdpo.precompute.keys import (
+    encoders_precision,
+    example_key,
+    examples_folder,
+    reference_key,
+    source_folder,
+    takes_single_images,
+)
 
 Pairs = PairTable | ExampleCache
 Examples = PairDataset | CachedPairDataset | UnpairedDataset
@@ -33,10 +39,11 @@ def open_pairs(settings: Config, accelerator: Accelerator, split: Split) -> Pair
     pairs: Pairs
     if settings.cache.examples:
         pairs = open_examples(settings, accelerator, split)
-        if note := pairs.plan.precision_note(precision_of(settings.compute)):
+        refuse_without_sizes(settings, pairs.plan, pairs.folder)
+        if note := pairs.plan.precision_note(encoders_precision(settings)):
             accelerator.print(f"cache.examples: {pairs.folder}: {note}")
     else:
-        pairs = load_table(settings, accelerator, split)
+        pairs = load_table(settings, accelerator, split, in_order=split.is_held_out)
     if takes_single_images(settings, split):
         label_images(*pairs.image_names())  # refuses data in which all images have one label
     return pairs
@@ -82,16 +89,25 @@ def latent_shape(pairs: Pairs, parts: PipelineParts, settings: Config) -> tuple[
     return parts.latent_shape(settings.data.resolution)
 
 
-def load_table(settings: Config, accelerator: Accelerator, split: Split) -> PairTable:
+def load_table(settings: Config, accelerator: Accelerator, split: Split, *, in_order: bool) -> PairTable:
     """The pairs of the `data` section, or the held-out ones of the `eval` section, from their source.
 
-    Every process calls it, and all return together.
+    in_order: whether their images will be read in the order of their rows. Every process calls it, and all return
+    together.
     """
     max_pairs = settings.eval.pairs if split.is_held_out else None
+    streamed_into = source_folder(settings, split) if settings.cache.examples else None
     with processes.one_first(
         accelerator.is_main_process
-    ):  # the first process converts the files, the others find them converted
-        return load_pairs(settings.data, **source_of(settings, split), max_pairs=max_pairs)
+    ):  # the first process indexes or converts the files, the others find it done
+        return load_pairs(
+            settings.data,
+            **source_of(settings, split),
+            max_pairs=max_pairs,
+            in_order=in_order,
+            streamed_into=streamed_into,
+            keep_source=settings.cache.keep_source,
+        )
 
 
 def source_of(settings: Config, split: Split) -> dict[str, Any]:
@@ -116,12 +132,21 @@ def open_examples(settings: Config, accelerator: Accelerator, split: Split) -> E
     return ExampleCache(copy, key)
 
 
+def refuse_without_sizes(settings: Config, plan: ExamplePlan, folder: Path) -> None:
+    """Raise CacheError where the denoiser is to be told each image's size, and a cache holds none."""
+    if settings.model.size_conditioning is not None and not plan.has_sizes:
+        raise CacheError(
+            f"cache.examples: {folder} was made before caches held the images' sizes, which model.size_conditioning="
+            f"{settings.model.size_conditioning} needs; remove it, or name another folder"
+        )
+
+
 def copy_examples(source: Path, target: Path) -> None:
     """Copy a finished cache, the manifest last. An interrupted copy is resumed."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir(), key=lambda path: path.name == MANIFEST):
         copied = target / path.name
-        if is_own(path) or (copied.is_file() and copied.stat().st_size == path.stat().st_size):
+        if is_own(path) or path.is_dir() or (copied.is_file() and copied.stat().st_size == path.stat().st_size):
             continue
         with replacing(copied, "wb") as out:
             for piece in _pieces(path):

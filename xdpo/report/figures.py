@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from textwrap import wrap
 
@@ -10,17 +11,20 @@ from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 
 from xdpo.files import replacing, writing
 from xdpo.report.curves import Curve
 from xdpo.report.grids import number, percent, shift_tone, title_of
-from xdpo.report.published import published_score
+from xdpo.report.published import method_of, methods, published_score
 from xdpo.scores.results import Benchmark
 
-# Okabe and Ito's colours, which colour-blind readers can distinguish; grey is the baseline's.
-BASELINE_COLOUR = "#8a919e"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5cc0", "#444444")
+# Any two of these and the baseline's grey are at least 20 apart (CIE 1976) for readers with protanopia or deuteranopia,
+# and each has a contrast of 3 with white. The first ones are those of the paper's methods, its base last.
+BASELINE_COLOUR = "#8f9192"
+COLOURS = ("#0069d6", "#318d59", "#ad76b2", "#a53000", "#36393a", "#b5841a", "#059aea", "#4d2395")
+CHOSEN_COLOUR, REJECTED_COLOUR = "#318d59", "#a53000"  # of a pair's images
 _FURTHER_FONTS = (  # by the scripts that DejaVu lacks, where they are installed
     "Noto Sans CJK JP",
     "Noto Sans CJK SC",
@@ -49,13 +53,25 @@ STYLE = {
 }
 
 
+_RIM = [withStroke(linewidth=2.5, foreground="white")]  # lets a dark line be seen over any colour
 _DIVERGING = "PuOr"  # orange for worse, purple for better: colour-blind readers tell them apart
 
 
-def colours_of(models: Sequence[str], baseline: str) -> dict[str, str]:
-    """Each model's colour, in all figures and on the page."""
-    others = [model for model in models if model != baseline]
-    return {baseline: BASELINE_COLOUR} | {m: COLOURS[i % len(COLOURS)] for i, m in enumerate(others)}
+def colours_of(models: Sequence[str], baseline: str | None) -> dict[str, str]:
+    """Each model's colour, in all figures and on the page.
+
+    The paper's methods have the same colours in every report; other models take the colours that are left, in turn.
+    """
+    colours = {} if baseline is None else {baseline: BASELINE_COLOUR}
+    base, *trained = methods()
+    known = [*trained, base]
+    for model in (model for model in models if model != baseline):
+        method = method_of(model)
+        if method is not None and COLOURS[known.index(method)] not in colours.values():
+            colours[model] = COLOURS[known.index(method)]
+    left = [colour for colour in (*COLOURS[len(known) :], *COLOURS[: len(known)]) if colour not in colours.values()]
+    turn = cycle(left or COLOURS)
+    return {model: colours.get(model) or next(turn) for model in models}
 
 
 def metric_bars(benchmark: Benchmark, baseline: str) -> Figure:
@@ -82,7 +98,7 @@ def _change_panel(axes: Axes, benchmark: Benchmark, baseline: str, scorer: str) 
         axes.barh(row, change.mean_shift, color=colours[model], height=0.62)
         if model != baseline:
             reach = [[change.mean_shift - low], [high - change.mean_shift]]
-            axes.errorbar(change.mean_shift, row, xerr=reach, color="#222222", linewidth=1, capsize=2)
+            _interval_bar(axes, change.mean_shift, row, reach)
             published_before = published_score(benchmark.name, baseline, scorer)
             published_after = published_score(benchmark.name, model, scorer)
             if published_before is not None and published_after is not None:
@@ -104,6 +120,13 @@ def _change_panel(axes: Axes, benchmark: Benchmark, baseline: str, scorer: str) 
     axes.set_title(title_of(scorer))
 
 
+def _interval_bar(axes: Axes, value: float, row: float, reach: list[list[float]]) -> None:
+    """An interval over a bar."""
+    _, caps, lines = axes.errorbar(value, row, xerr=reach, color="#222222", linewidth=1, capsize=2)
+    for part in (*caps, *lines):
+        part.set_path_effects(_RIM)
+
+
 def _any_published(benchmark: Benchmark, baseline: str) -> bool:
     return any(
         published_score(benchmark.name, baseline, s) is not None and published_score(benchmark.name, m, s) is not None
@@ -116,6 +139,8 @@ def _any_published(benchmark: Benchmark, baseline: str) -> bool:
 def win_rate_bars(benchmark: Benchmark, baseline: str, colours: Mapping[str, str]) -> Figure:
     """Paired win rates against a baseline with Wilson's intervals, by metric (as the paper's Figure 3, bottom)."""
     others = [model for model in benchmark.models if model != baseline]
+    # Stripes tell a model from an earlier one of the same colour.
+    stripes = {m: "////" if colours[m] in [colours[o] for o in others[:i]] else "" for i, m in enumerate(others)}
     with rc_context(STYLE):
         height = 1.1 + len(benchmark.scorers) * (0.25 + 0.27 * len(others))
         figure = Figure(figsize=(8, height), layout="constrained")
@@ -127,9 +152,10 @@ def win_rate_bars(benchmark: Benchmark, baseline: str, colours: Mapping[str, str
                 c = benchmark.comparison(baseline, model, scorer)
                 low, high = c.win_rate_interval
                 label = short(model, 40) if scorer == benchmark.scorers[0] else None
-                axes.barh(row, c.win_rate, color=colours[model], height=0.78, label=label)
+                look = dict(color=colours[model], hatch=stripes[model], edgecolor="white", linewidth=0)
+                axes.barh(row, c.win_rate, height=0.78, label=label, **look)
                 reach = [[c.win_rate - low], [high - c.win_rate]]
-                axes.errorbar(c.win_rate, row, xerr=reach, color="#222222", linewidth=1, capsize=2)
+                _interval_bar(axes, c.win_rate, row, reach)
                 beside = dict(xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color="#333333")
                 axes.annotate(percent(c.win_rate, decimals=0), (high, row), **beside)
                 row += 1
@@ -166,7 +192,7 @@ def score_differences(benchmark: Benchmark, baseline: str, colours: Mapping[str,
                 )
                 for body in drawn["bodies"]:
                     body.set(facecolor=colours[model], alpha=0.75)
-                drawn["cquantiles"].set(color="#222222", linewidth=1)
+                drawn["cquantiles"].set(color="#222222", linewidth=1, path_effects=_RIM)
             axes.axvline(0, color="#222222", linestyle=(0, (3, 2)), linewidth=1)
             axes.set_yticks(range(len(others)), map(short, others))
             axes.set_ylim(len(others) - 0.4, -0.6)
@@ -278,8 +304,10 @@ def _heat(axes: Axes, values: np.ndarray, limit: float) -> None:
 
 
 def _cell_text(axes: Axes, column: int, row: int, text: str, value: float, limit: float, bold: bool) -> None:
-    red, green, blue, _ = colormaps[_DIVERGING](0.5 + value / (2 * limit))
-    colour = "white" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5 else "#222222"
+    channels = np.array(colormaps[_DIVERGING](0.5 + value / (2 * limit))[:3])
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    # Black on a luminance above 0.18, white below it: either way their contrast, as WCAG has it, is at least 4.5.
+    colour = "white" if linear @ (0.2126, 0.7152, 0.0722) < 0.18 else "black"
     weight = "bold" if bold else "normal"
     axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour, fontweight=weight)
 
@@ -289,21 +317,24 @@ def quality_curves(benchmark: Benchmark, curves: Sequence[Curve], baseline: str)
 
     The bars are intervals of the paired difference from the baseline.
     """
+    colours = colours_of(benchmark.models, baseline)
     with rc_context(STYLE):
         size = (8.5, 0.8 + 2.1 * len(benchmark.scorers))
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(len(benchmark.scorers), 2, squeeze=False, sharey="row")
         for (by_pairs, by_hours), scorer in zip(panels, benchmark.scorers, strict=True):
-            for position, curve in enumerate(curves):
-                points = [
-                    (p, benchmark.comparison(baseline, m, scorer)) for p, m in curve.points if m in benchmark.models
-                ]
+            for curve in curves:
+                evaluated = [(progress, model) for progress, model in curve.points if model in benchmark.models]
+                if not evaluated:
+                    continue
+                points = [(progress, benchmark.comparison(baseline, model, scorer)) for progress, model in evaluated]
+                _, last = evaluated[-1]  # whose colour the run has
                 means = [change.mean_after for _, change in points]
                 reach = [
                     [change.mean_shift - change.mean_shift_interval[0] for _, change in points],
                     [change.mean_shift_interval[1] - change.mean_shift for _, change in points],
                 ]
-                style = dict(color=COLOURS[position % len(COLOURS)], marker="o", markersize=4, capsize=2, linewidth=1.5)
+                style = dict(color=colours[last], marker="o", markersize=4, capsize=2, linewidth=1.5)
                 by_pairs.errorbar([p.pairs for p, _ in points], means, yerr=reach, label=short(curve.run, 40), **style)
                 by_hours.errorbar([p.hours for p, _ in points], means, yerr=reach, **style)
             by_pairs.set_title(f"{benchmark.name}: {title_of(scorer)}")

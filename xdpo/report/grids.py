@@ -374,7 +374,7 @@ def to_html(grid: Grid) -> str:
         return f'<td class="{names}" data-value="{escape(str(value))}">{escape(cell.text)}{sign}{detail}</td>'
 
     head = "".join(
-        f'<th scope="col" class="{"number" if right else ""}"><button type="button">{escape(column)}</button></th>'
+        f'<th scope="col" class="{"number" if right else ""}">{escape(column)}</th>'
         for column, right in zip(grid.columns, numeric, strict=True)
     )
     body = "\n".join(

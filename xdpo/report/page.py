@@ -1,17 +1,13 @@
 """report.html: a single file. It embeds images up to a budget and links the others where they are on disk."""
 
 import json
-import os
 import re
 from base64 import b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from urllib.parse import quote
 
-import numpy as np
-
-from xdpo.report import grids
+from xdpo.report import browser, grids
 from xdpo.report.exports import file_stem, to_csv, to_latex
 from xdpo.report.figures import colours_of
 from xdpo.report.grids import Grid, to_html
@@ -20,48 +16,58 @@ from xdpo.report.thumbnails import embed
 from xdpo.scores.results import Benchmark
 
 _HERE = Path(__file__).parent
-_FIRST_EMBEDDED = 24  # prompts from each end of every ranking that come before all others
+_SCRIPTS = ("tables.js", "browser.js", "viewer.js", "address.js")  # in this order; the last one starts the page
 
 
 def page(title: str, evaluation: Evaluation, sections: Sequence[Section], folder: Path, embed_bytes: int) -> str:
     """The page as HTML that needs no network.
 
-    Images are embedded as data URIs until `embed_bytes` are used up, those of the best and worst prompts first. The
-    others are links relative to `folder`, where the page will be. All text is escaped.
+    Images are embedded as data URIs until `embed_bytes` are used up, in turn from all rankings. The others are links
+    relative to `folder`, where the page will be. All text is escaped.
     """
-    embedded = embed(_in_order_of_interest(evaluation), embed_bytes)
+    dealt = list(dict.fromkeys(browser.dealt(evaluation)))
+    embedded = embed(dealt, embed_bytes)
     number_of = {path: number for number, path in enumerate(embedded)}
+    still = [browser.still(evaluation, benchmark, embedded, folder) for benchmark in evaluation.benchmarks]
+    shown_still = {int(number) for html in still for number in re.findall(r'data-embedded="(\d+)"', html)}
     data = {
-        "embedded": list(embedded.values()),
-        "sets": [_browser_data(evaluation, benchmark, number_of, folder) for benchmark in evaluation.benchmarks],
+        "extremes": browser.EXTREMES,
+        # Those of the still pictures stand there alone.
+        "embedded": ["" if number in shown_still else uri for number, uri in enumerate(embedded.values())],
+        "sets": [browser.data(evaluation, benchmark, number_of, folder) for benchmark in evaluation.benchmarks],
     }
     names = [("s" + str(position), section) for position, section in enumerate(sections)]
     links = [(anchor, section.title) for anchor, section in names]
     last_anchor, last_part = names[-1]
     filling = {
         "title": escape(title),
-        "style": (_HERE / "page.css").read_text(encoding="utf-8"),
-        "script": (_HERE / "page.js").read_text(encoding="utf-8"),
+        "style": _text_of("page.css"),
+        "script": "\n".join(map(_text_of, _SCRIPTS)),
         "subtitle": escape(_subtitle(evaluation)),
         "navigation": "".join(
             f'<a href="#{anchor}">{escape(text)}</a>' for anchor, text in [*links[:-1], ("images", "Images"), links[-1]]
         ),
         "sections": "".join(_section(anchor, section, evaluation) for anchor, section in names[:-1]),
         "account": _section(last_anchor, last_part, evaluation),
-        "images_note": escape(_images_note(len(embedded), len(set(_in_order_of_interest(evaluation))))),
+        "images_note": escape(_images_note(len(embedded), len(dealt))),
+        "still": "".join(still),
         # No "<" inside a script element: neither "</script" nor "<!--" can end it early.
         "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    template = (_HERE / "page.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: filling[match[1]], template)
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: filling[match[1]], _text_of("page.html"))
+
+
+def _text_of(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")
 
 
 def _images_note(embedded: int, total: int) -> str:
     if embedded == total:
         return f"All {total:,} images are in this file. A frame marks the highest score; click to enlarge."
     return (
-        f"{embedded:,} of {total:,} images are in this file, those of the best and worst prompts first; the others are "
-        "read from the image folders, which must stay where they were. A frame marks the highest score."
+        f"{embedded:,} of {total:,} images are in this file, those of the first, best and worst prompts of every "
+        "metric and model; the others are read from the image folders, which must stay where they were. A frame marks "
+        "the highest score; click to enlarge."
     )
 
 
@@ -126,60 +132,3 @@ def _block(block: Grid | FigureFile) -> str:
         return _table(block)
     drawing = b64encode(block.svg.read_bytes()).decode()
     return f'<figure><img alt="{escape(block.alt)}" src="data:image/svg+xml;base64,{drawing}"></figure>'
-
-
-def _browser_data(evaluation: Evaluation, benchmark: Benchmark, embedded: dict[Path, int], folder: Path) -> dict:
-    """The image browser's data for one prompt set: scores as [scorer][model], images as [model][repeat].
-
-    An image is (its number among the embedded ones or -1, its link).
-    """
-    baseline = evaluation.baselines_of(benchmark)[0]
-
-    def images(key: str) -> list[list[tuple[int, str]]]:
-        of_models = [evaluation.pictures.get((benchmark.name, model, key), ()) for model in benchmark.models]
-        return [[(embedded.get(p.path, -1), _link(p.path, folder)) for p in pictures] for pictures in of_models]
-
-    return {
-        "name": benchmark.name,
-        "baseline": baseline,
-        "models": benchmark.models,
-        "colours": [colours_of(benchmark.models, baseline)[model] for model in benchmark.models],
-        "scorers": [grids.title_of(scorer) for scorer in benchmark.scorers],
-        "prompts": [
-            {
-                "key": prompt.key,
-                "category": prompt.category,
-                "text": prompt.text,
-                "scores": [[round(float(v), 5) for v in benchmark.scores[s][:, i]] for s in benchmark.scorers],
-                "images": images(prompt.key),
-            }
-            for i, prompt in enumerate(benchmark.prompts)
-        ],
-    }
-
-
-def _link(path: Path, folder: Path) -> str:
-    """A link from the page in `folder` to a file; relative, unless they are on different drives."""
-    try:
-        return quote(Path(os.path.relpath(path, folder)).as_posix())
-    except ValueError:
-        return path.resolve().as_uri()
-
-
-def _in_order_of_interest(evaluation: Evaluation) -> Iterator[Path]:
-    """All images: those of the best and worst prompts of every ranking, then the others; a prompt's images together."""
-    chosen: dict[tuple[str, str], None] = {}
-    for benchmark in evaluation.benchmarks:
-        baseline = evaluation.baselines_of(benchmark)[0]
-        for scorer in benchmark.scorers:
-            for model in benchmark.models:
-                change = benchmark.of(model, scorer) - benchmark.of(baseline, scorer)
-                order = np.argsort(-change, kind="stable")
-                for position in [*order[:_FIRST_EMBEDDED], *order[-_FIRST_EMBEDDED:]]:
-                    chosen[benchmark.name, benchmark.prompts[position].key] = None
-    for benchmark in evaluation.benchmarks:
-        chosen.update(dict.fromkeys((benchmark.name, prompt.key) for prompt in benchmark.prompts))
-    models = {benchmark.name: benchmark.models for benchmark in evaluation.benchmarks}
-    for prompt_set, key in chosen:
-        for model in models[prompt_set]:
-            yield from (picture.path for picture in evaluation.pictures.get((prompt_set, model, key), ()))

@@ -35,10 +35,17 @@ def _tables() -> dict:
 
 def published_score(prompt_set: str, model: str, scorer: str) -> float | None:
     """The printed mean of a model, recognised by its name, on a prompt set; None if the paper has none."""
-    for method, scores in _tables()["table2"].get(prompt_set, {}).items():
-        if _is_named(model, _tables()["methods"][method]["aliases"]):
-            return scores.get(scorer)
-    return None
+    return _tables()["table2"].get(prompt_set, {}).get(method_of(model), {}).get(scorer)
+
+
+def method_of(model: str) -> str | None:
+    """The paper's method that a model is, recognised by its name; None for others."""
+    return next((method for method, told in _tables()["methods"].items() if _is_named(model, told["aliases"])), None)
+
+
+def methods() -> list[str]:
+    """The paper's methods, the base first."""
+    return list(_tables()["methods"])
 
 
 def has_published(benchmark: Benchmark) -> bool:

@@ -16,6 +16,7 @@ from xdpo.report.grids import Cell, Grid, Paired
 from xdpo.scores.features import Drift
 from xdpo.scores.results import Benchmark
 from xdpo.scores.statistics import holm
+from xdpo.scores.table import PlacedScore
 
 EXTREMES = 5  # best and worst prompts listed
 SHORT = 12  # rows up to which a table is open on the page although a figure shows the same, and a matrix is readable
@@ -23,7 +24,8 @@ SHORT = 12  # rows up to which a table is open on the page although a figure sho
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that a report shows. `pictures` maps (prompt set, model, prompt key) to that prompt's images."""
+    """Everything that a report shows. `pictures` maps (prompt set, model, prompt key) to that prompt's images, of which
+    `placed` are the scores."""
 
     benchmarks: Sequence[Benchmark]
     baselines: Sequence[str]
@@ -36,6 +38,12 @@ class Evaluation:
     drifts: Sequence[Drift] = ()
     statistics: Mapping[str, Benchmark] = field(default_factory=dict)  # of images, by prompt set
     trained_on: Sequence[str] = ()  # the scorers that the training used as its reward
+    placed: Sequence[PlacedScore] = ()
+
+    @cached_property
+    def score_of(self) -> dict[tuple[str, str, str, int, str], float]:
+        """(prompt set, model, prompt key, repeat, scorer) → that one image's score."""
+        return {(at.prompt_set, at.model, at.key, at.repeat, key.scorer): score for at, key, score in self.placed}
 
     @cached_property
     def corrected_p_values(self) -> dict[Paired, float]:
@@ -177,7 +185,7 @@ def extremes(benchmark: Benchmark, baseline: str) -> Grid:
                     )
                 )
     title = f"{benchmark.name}: best and worst prompts by {grids.title_of(scorer)} against {baseline}"
-    return Grid(title, ("Model", "", "Change", "Image", "Prompt"), tuple(rows))
+    return Grid(title, ("Model", "Which", "Change", "Image", "Prompt"), tuple(rows))
 
 
 def _curve_section(evaluation: Evaluation, benchmark: Benchmark, figure_folder: Path) -> Section:

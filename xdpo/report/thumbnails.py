@@ -3,6 +3,8 @@
 import base64
 import io
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 SIDE = 256  # pixels of a thumbnail's longer side
@@ -13,19 +15,19 @@ _TYPES = {b"\x89PNG\r\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}  # by how 
 def embed(paths: Iterable[Path], budget_bytes: int) -> dict[Path, str]:
     """Data URIs of the images in the given order, until they would exceed the budget."""
     embedded: dict[Path, str] = {}
-    for path in paths:
-        if path in embedded:
-            continue
-        uri = data_uri(path)
-        budget_bytes -= len(uri)
-        if budget_bytes < 0:
-            break
-        embedded[path] = uri
+    distinct = iter(dict.fromkeys(paths))
+    with ThreadPoolExecutor() as pool:  # decoding and encoding release the interpreter's lock
+        while some := list(islice(distinct, 64)):
+            for path, uri in zip(some, pool.map(data_uri, some), strict=True):
+                budget_bytes -= len(uri)
+                if budget_bytes < 0:
+                    return embedded
+                embedded[path] = uri
     return embedded
 
 
 def data_uri(path: Path) -> str:
-    """The data URI of an image: unchanged if it is small and in a web format, else as a JPEG thumbnail."""
+    """The data URI of an image: unchanged if it is small and a PNG or JPEG, else as a WebP thumbnail."""
     from PIL import Image
 
     from xdpo.data.images import decode_rgb
@@ -37,8 +39,8 @@ def data_uri(path: Path) -> str:
         return _uri(media_type, content)
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=82, optimize=True)
-    return _uri("image/jpeg", buffer.getvalue())
+    image.save(buffer, "WEBP", quality=75)
+    return _uri("image/webp", buffer.getvalue())
 
 
 def _uri(media_type: str, content: bytes) -> str:

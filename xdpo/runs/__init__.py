@@ -5,8 +5,9 @@ output_dir/
   config.yaml          the resolved config          run.json        versions, commit, data counts, starts
   metrics.jsonl        one line per optimizer step  samples/        policy beside reference
   checkpoints/step_00000200/    policy, optimizer and EMA as safetensors, progress.json
-  export/              the result: a denoiser in diffusers format or LoRA weights, with a model card
+  export/              the result: a denoiser in diffusers format or LoRA weights, with a model card; further forms
   snapshots/  self_play/          of SePPO alone: earlier policies, and what they sampled for the round
+  online/  online_samples/        of online pairs alone: every round's scores, and the newest rounds' latents
   lock                 held by the process that writes here
 ```
 """
@@ -23,6 +24,7 @@ from xdpo.runs.checkpoints import (
 )
 from xdpo.runs.export import export_model
 from xdpo.runs.folder import check_pairs, check_run_folder, describe_run
+from xdpo.runs.formats import write_model
 from xdpo.runs.optimizer_state import check as check_optimizer
 
 __all__ = [
@@ -39,4 +41,5 @@ __all__ = [
     "save_checkpoint",
     "step_of",
     "weights_checksum",
+    "write_model",
 ]

@@ -72,8 +72,12 @@ def agree_on_checkpoint(folder: Path) -> Path | None:
 
 
 def weights_checksum(module: nn.Module) -> str:
-    """16 hexadecimal digits over the bits of a module's float32 weights, made on their device."""
-    sums = [weight.detach().contiguous().view(torch.int32).sum(dtype=torch.int64) for weight in module.parameters()]
+    """16 hexadecimal digits over the bits of a module's weights, made on their device."""
+    bits = {4: torch.int32, 2: torch.int16}
+    sums = [
+        weight.detach().contiguous().view(bits[weight.element_size()]).sum(dtype=torch.int64)
+        for weight in module.parameters()
+    ]
     return hashlib.sha256(torch.stack(sums).cpu().numpy().tobytes()).hexdigest()[:16]
 
 

@@ -1,17 +1,16 @@
 """Exports the trained model in the form that other software loads: diffusers format or LoRA weights, with a card."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from xdpo.config import Config, dump_config
-from xdpo.families import Family
+from xdpo.families import Family, PipelineParts
 from xdpo.files import replacing_folder
 from xdpo.runs.checkpoints import trainable_weights
+from xdpo.runs.formats import write_model
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 def export_model(
     folder: Path,
     policy: nn.Module,
-    family: Family,
+    parts: PipelineParts,
     settings: Config,
     *,
     is_main: bool,
@@ -28,7 +27,7 @@ def export_model(
     ema: "EMAModel | None" = None,
 ) -> Path:
     """Write output_dir/export: the denoiser in diffusers format, in a folder named as in the pipeline, or LoRA weights
-    for `load_lora_weights`; a model card.
+    for `load_lora_weights`; the other forms that the config asks for; a model card.
 
     ema: its weights are exported instead of the policy's. Every process calls it; only the first one writes.
     Raises StorageError where it can't be written.
@@ -36,47 +35,16 @@ def export_model(
     final = folder / "export"
     if not is_main:
         return final
-    denoiser = unwrap(policy)
+    denoiser, family = unwrap(policy), parts.family
     weights = {name: weight.detach().cpu() for name, weight in trainable_weights(denoiser).items()}
     if ema is not None:
         names = [name for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
         weights = {**weights, **{n: p.detach().cpu() for n, p in zip(names, ema.shadow_params, strict=True)}}
     with replacing_folder(final) as aside:
-        if settings.model.trainable == "lora":
-            import diffusers
-            from peft import get_peft_model_state_dict
-
-            layers = family.lora_names(get_peft_model_state_dict(denoiser, state_dict=weights))
-            adapter = denoiser.peft_config["default"].to_dict()  # without it a loader uses the rank as alpha
-            adapter["target_modules"] = sorted(adapter["target_modules"])  # it is a set
-            named = {f"{family.denoiser}_lora_layers": layers, f"{family.denoiser}_lora_adapter_metadata": adapter}
-            getattr(diffusers, family.pipeline_class).save_lora_weights(aside, **named)
-        else:
-            with torch.device("meta"):
-                exported = type(denoiser).from_config(denoiser.config)
-            # A checkpoint holds parameters alone, a model in diffusers' format its buffers too (positions, in SD 3).
-            buffers = {name: value.cpu() for name, value in denoiser.state_dict().items() if name not in weights}
-            exported.load_state_dict({**buffers, **weights}, assign=True)
-            exported.save_pretrained(aside / family.denoiser)
-        for path in aside.rglob("*.safetensors"):
-            sort_metadata(path)
+        encoders = {part: module for part, module in parts.modules.items() if part != family.denoiser}
+        write_model(aside, settings.export.formats, folder.resolve().name, family, denoiser, encoders, weights)
         (aside / "README.md").write_text(model_card(settings, family), encoding="utf-8")
     return final
-
-
-def sort_metadata(path: Path) -> None:
-    """Sort a safetensors file's metadata in place, because safetensors writes them in a random order.
-
-    Models are identified by their files' checksums, so equal models must give equal files.
-    """
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        assert len(ordered) <= length, "safetensors writes compact JSON, filled up with spaces"
-        file.seek(8)
-        file.write(ordered.ljust(length))
 
 
 def model_card(settings: Config, family: Family) -> str:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import PartialState
 from PIL import Image
-from tqdm import tqdm
 
 from xdpo import models, processes
 from xdpo.images import folder as image_folder
 from xdpo.images.manifest import ManifestRow
+from xdpo.progress import Progress
 from xdpo.prompts import PromptSet
 from xdpo.sampling import images as sampling
 from xdpo.sampling.images import ImageTask
@@ -131,7 +131,7 @@ def _make_images(
     """Make missing chunks until none is left; record each one once its images are on the disk."""
     batch_size = job.settings.batch_size
     before = [0, *itertools.accumulate(sum(task.file not in done for task in chunk) for chunk in missing)]
-    progress = tqdm(total=before[-1], desc=job.prompt_set.name, unit="image", disable=not state.is_main_process)
+    progress = Progress(total=before[-1], desc=job.prompt_set.name, unit="image", disable=not state.is_main_process)
     with progress, ThreadPoolExecutor(SAVING_THREADS) as savers:
         for number in processes.deal(f"images/{job.folder}", range(len(missing))):
             progress.update(before[number] - progress.n)  # earlier ones are done, or another process is working on them

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
-from xdpo.families import family_of_loaded
+from xdpo.families import choices_of_loaded, family_of_loaded
 from xdpo.prompts import Prompt
 from xdpo.sampling.settings import SCHEDULERS, SamplingSettings
 
@@ -91,7 +91,8 @@ def prepare_pipeline(
 def is_truncated(pipeline: "DiffusionPipeline", text: str) -> bool:
     """Whether a text encoder won't see a prompt's end: SD 1.5 reads 77 tokens, two of which mark start and end."""
     family = family_of_loaded(pipeline)
-    return family.tokenize({name: getattr(pipeline, name) for name in family.tokenizers}, text)[1]
+    tokenizers = {name: getattr(pipeline, name) for name in family.tokenizers}
+    return family.tokenize(tokenizers, choices_of_loaded(pipeline), text)[1]
 
 
 class NotFiniteError(ValueError):
@@ -134,7 +135,7 @@ def _sample(
 ) -> tuple[list[Image.Image], list[str]]:
     """One image per prompt, and its part that is not finite: "latents", "pixels" or "". Waits for the device once."""
     assert 0 < len(prompts) == len(seeds) <= size, "a chunk has one seed per prompt and no more than fit a batch"
-    padding = size - len(prompts)
+    padding, family = size - len(prompts), family_of_loaded(pipeline)
     latents = pipeline(
         [*prompts, *[prompts[-1]] * padding],
         num_inference_steps=settings.num_inference_steps,
@@ -143,8 +144,9 @@ def _sample(
         height=settings.image_size,
         width=settings.image_size,
         output_type="latent",  # decoded here; the pipeline would hide infinite values by clamping them to white
+        **family.sampling_arguments(choices_of_loaded(pipeline)),
     ).images
-    pixels = family_of_loaded(pipeline).decode(pipeline, latents)
+    pixels = family.decode(pipeline, latents)
     finite = torch.stack([tensors.isfinite().flatten(1).all(1) for tensors in (latents, pixels)]).tolist()
     faults = [("" if pixel else "pixels") if latent else "latents" for latent, pixel in zip(*finite, strict=True)]
     images = pipeline.image_processor.postprocess(pixels.nan_to_num(), "pil", [True] * size)

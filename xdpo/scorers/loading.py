@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from xdpo.scorers import TINY_SCALES, check_name, is_custom
+from xdpo.paths import user_path
+from xdpo.scorers import TINY_SCALES, check_name, is_custom, is_reward_model
 from xdpo.scorers.custom import custom_version, load_custom
 from xdpo.scorers.interface import Scorer, as_rgb, full_precision
 from xdpo.scorers.metrics import ARCHITECTURES, CLIP_L, COMPUTATION, METRICS, load_features
@@ -21,7 +22,7 @@ from xdpo.scorers.weights import SIZES_FILE, digest, find_files, read_sizes
 
 
 def load_scorer(name: str, device: str | torch.device = "cpu", weights: str | Path | None = None) -> Scorer:
-    """Load a scorer by its name, or by path/to/file.py:ClassName.
+    """Load a scorer by its name, by path/to/file.py:ClassName, or by the folder of a reward model.
 
     `weights` is a folder that replaces the hub; for a tiny judge it may be the file itself. Raises ValueError for an
     unknown name and for files that are missing, altered or broken.
@@ -29,6 +30,10 @@ def load_scorer(name: str, device: str | torch.device = "cpu", weights: str | Pa
     version = scorer_version(name, weights)
     if is_custom(name):
         return load_custom(name, device, weights)
+    if is_reward_model(name):
+        from xdpo.scorers.reward_model import load_reward_model
+
+        return load_reward_model(user_path(name), device)
     if name.startswith("tiny_"):
         from xdpo.tiny.judges import Judge
 
@@ -49,6 +54,10 @@ def scorer_version(name: str, weights: str | Path | None = None) -> str:
     check_name(name)
     if is_custom(name):
         return custom_version(name)
+    if is_reward_model(name):
+        from xdpo.scorers.reward_model import reward_model_version
+
+        return reward_model_version(user_path(name))
     if name.startswith("tiny_"):
         from xdpo.tiny.judges import judge_weights
 

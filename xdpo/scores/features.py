@@ -13,13 +13,13 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from xdpo import processes
 from xdpo.files import reading, replacing
 from xdpo.images.reading import IMAGE_SUFFIXES, Picture, with_checksums
 from xdpo.scorers.loading import embedder_version, load_embedder
 from xdpo.scores.results import Benchmark
-from xdpo.scores.scoring import Undecodable, default_workers, prepared_batches
+from xdpo.scores.scoring import Undecodable, default_workers, missing_batches, prepared_batches
 
 FEATURES = "features.npz"
 MMD_SIGMA, MMD_SCALE = 10.0, 1000.0  # of CMMD (Jayasumana et al. 2024)
@@ -38,24 +38,30 @@ def image_features(
 ) -> dict[str, np.ndarray]:
     """Checksum → feature (768,) float32 of every picture that can be decoded. They are kept in `folder`/features.npz.
 
+    Every process calls it and gets the result; the first one reads and writes the file.
     Raises ValueError for weights that are missing, StorageError if the file can't be written.
     """
     version = embedder_version(weights)
-    known = _read(folder / FEATURES, version)
-    todo = list({p.sha256: p for p in pictures if p.sha256 not in known}.values())
-    print(f"features: {len(pictures):,} images, {len(todo):,} of them to embed")
-    if todo:
+    is_first = processes.rank() == 0
+    known = processes.agree(_read(folder / FEATURES, version) if is_first else {})
+    batches = missing_batches({str(p.sha256): p for p in pictures}, known, batch_size)
+    if is_first:
+        print(f"features: {len(pictures):,} images, {sum(map(len, batches)):,} of them to embed")
+    if batches:
         preprocess, embed = load_embedder(device, weights)
         workers = default_workers(device) if workers is None else workers
-        with tqdm(total=len(todo), desc="features", unit="image") as progress:
-            for batch in prepared_batches(preprocess, todo, batch_size, workers):
-                good = [(picture.sha256, item) for picture, item in batch if not isinstance(item, Undecodable)]
-                if good:
-                    vectors = embed([item for _, item in good]).numpy()
-                    known.update(zip((str(sha256) for sha256, _ in good), vectors, strict=True))
-                progress.update(len(batch))
-        with replacing(folder / FEATURES, "wb") as file:
-            np.savez(file, version=version, sha256=np.array(list(known)), features=np.stack(list(known.values())))
+        found: dict[str, np.ndarray] = {}
+        for batch in prepared_batches("features", preprocess, batches, workers):
+            good = [(str(picture.sha256), item) for picture, item in batch if not isinstance(item, Undecodable)]
+            if good:
+                vectors = embed([item for _, item in good]).numpy()
+                found.update(zip((sha256 for sha256, _ in good), vectors, strict=True))
+        for share in processes.gather(found):
+            known |= share
+        known = dict(sorted(known.items()))
+        if known and is_first:
+            with replacing(folder / FEATURES, "wb") as file:
+                np.savez(file, version=version, sha256=np.array(list(known)), features=np.stack(list(known.values())))
     return {str(p.sha256): known[str(p.sha256)] for p in pictures if p.sha256 in known}
 
 

@@ -10,16 +10,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from xdpo import processes
 from xdpo.data.images import UnreadableImageError, decode_rgb
 from xdpo.images.reading import Picture
+from xdpo.progress import Progress
 from xdpo.scores.scoring import SAVE_SECONDS
 from xdpo.scores.table import ScoreKey, ScoreTable
 
 COMPUTATION = 1  # raise it when a change here moves the numbers
 STATISTICS = ("saturation", "contrast", "sharpness", "high frequencies")
 DISTANCE = "distance"  # from the baseline's image of the same prompt and seed
+NAMES = (*STATISTICS, DISTANCE)
+SHARE = 64  # prompts that a process takes at once
 FINE = 0.25  # cycles per pixel, half of what an image can hold
 
 
@@ -60,8 +63,9 @@ def distance(image: Image.Image, baseline: Image.Image) -> float:
 
 
 def measure_missing(pictures: Sequence[Picture], baseline: str, table: ScoreTable) -> list[tuple[Picture, ScoreKey]]:
-    """Add the statistics that the table lacks. Returns every picture with the keys of its statistics.
+    """Add the statistics that the first process's table lacks. Returns every picture with the keys of its statistics.
 
+    Every process calls it, and each measures its share of the prompts.
     The distance is left out on prompt sets where a seed differs from the baseline's. Pictures that can't be decoded
     are left out.
     """
@@ -81,6 +85,8 @@ def measure_missing(pictures: Sequence[Picture], baseline: str, table: ScoreTabl
     for picture in pictures:
         if any(key not in table.scores for key in keys_of(picture).values()):
             slots[picture.prompt_set, picture.key, picture.repeat].append(picture)
+    slots = processes.agree(slots)
+    order = list(slots)
 
     def of_slot(slot: tuple) -> dict[ScoreKey, float]:
         found: dict[ScoreKey, float] = {}
@@ -93,19 +99,31 @@ def measure_missing(pictures: Sequence[Picture], baseline: str, table: ScoreTabl
                 found[keys[DISTANCE]] = distance(image, partner)
         return found
 
+    is_first = processes.rank() == 0
     todo = sum(map(len, slots.values()))
-    print(f"image statistics: {len(pictures):,} images, {todo:,} of them to measure")
+    if is_first:
+        print(f"image statistics: {len(pictures):,} images, {todo:,} of them to measure")
+    measured: dict[ScoreKey, float] = {}
     saved = time.monotonic()
     try:
-        with ThreadPoolExecutor() as pool, tqdm(total=todo, desc="statistics", unit="image", disable=not todo) as bar:
-            for slot, found in zip(slots, pool.map(of_slot, slots), strict=True):
-                table.add(found)
-                bar.update(len(slots[slot]))
-                if time.monotonic() - saved > SAVE_SECONDS:
-                    table.save_part()
-                    saved = time.monotonic()
+        with (
+            ThreadPoolExecutor() as pool,
+            Progress(total=todo, desc="statistics", unit="image", disable=not (todo and is_first)) as bar,
+        ):
+            for start in processes.deal("statistics", range(0, len(order), SHARE)):
+                share = order[start : start + SHARE]
+                for slot, found in zip(share, pool.map(of_slot, share), strict=True):
+                    table.add(found)
+                    measured |= found
+                    bar.update(len(slots[slot]))
+                    if time.monotonic() - saved > SAVE_SECONDS:
+                        table.save_part()
+                        saved = time.monotonic()
+            bar.update(todo - bar.n)  # what other processes measured
     finally:
         table.save_part()
+    for found in processes.gather(measured):
+        table.gather(found)
     return [(picture, key) for picture in pictures for key in keys_of(picture).values() if key in table.scores]
 
 

@@ -1,32 +1,43 @@
-"""Score pictures into the table: only new scores, one scorer in memory at a time, saved every few seconds."""
+"""Score pictures into the table: only new scores, one scorer in memory at a time, saved every few seconds.
+
+Every process of a run calls the functions that score. They share out the batches, and all get the result. The batches
+are the same whatever was scored before and by how many processes, because a score's last bits depend on its batch.
+"""
 
 import gc
+import itertools
 import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from xdpo import processes
 from xdpo.data.images import UnreadableImageError, decode_rgb
 from xdpo.images.reading import Picture, Problem
+from xdpo.progress import Progress
 from xdpo.scorers.interface import Scorer
 from xdpo.scorers.loading import load_scorer
 from xdpo.scores.table import Placement, ScoreKey, ScoreTable
 
+Key = TypeVar("Key", bound=Hashable)
+
 SAVE_SECONDS = 20  # between parts of the score table: a kill loses at most this much work
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The named device, else the accelerator if there is one, else the CPU. Raises ValueError for one that fails."""
+def choose_device(name: str | None, own: torch.device) -> torch.device:
+    """The named device, else the process's own. Raises ValueError for one that fails.
+
+    A CPU has no number: weights would be copied to "cpu:0", and some kernels' last bits depend on where weights lie.
+    """
     if name is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        return torch.device("cpu") if own.type == "cpu" else own
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -48,7 +59,7 @@ def score_missing(
     workers: int | None = None,
     weights: Path | None = None,
 ) -> set[str]:
-    """Add the scores that the table lacks. The pictures have prompts and checksums.
+    """Add the scores that the first process's table lacks. The pictures have prompts and checksums.
 
     versions: of each scorer, by name. workers: processes that decode; None: `default_workers`.
     Returns the checksums of pictures that cannot be decoded.
@@ -56,15 +67,19 @@ def score_missing(
     workers = default_workers(device) if workers is None else workers
     broken: set[str] = set()
     for name, version in versions.items():
-        todo = [p for p in pictures if _key(p, name, version) not in table.scores and p.sha256 not in broken]
-        todo = list({(p.sha256, p.prompt): p for p in todo}.values())
-        print(f"{name}: {len(pictures):,} images, {len(todo):,} of them to score")
-        if todo:
+        unique = {_key(p, name, version): p for p in pictures if p.sha256 not in broken}
+        batches = missing_batches(unique, table.scores, batch_size)
+        if processes.rank() == 0:
+            print(f"{name}: {len(pictures):,} images, {sum(map(len, batches)):,} of them to score")
+        if batches:
             scorer = load_scorer(name, device, weights)
             try:
-                broken |= _score(scorer, version, todo, table, batch_size, workers)
+                found = _score(scorer, version, batches, table, workers)
             finally:
                 table.save_part()
+            for scores, undecodable in processes.gather(found):
+                table.gather(scores)
+                broken |= undecodable
             del scorer
             gc.collect()
             if device.type != "cpu":
@@ -109,24 +124,26 @@ def left_out(
 
 
 def _score(
-    scorer: Scorer, version: str, pictures: Sequence[Picture], table: ScoreTable, batch_size: int, workers: int
-) -> set[str]:
+    scorer: Scorer, version: str, batches: Sequence[Sequence[Picture]], table: ScoreTable, workers: int
+) -> tuple[dict[ScoreKey, float], set[str]]:
+    """The scores of this process's share, which the table has too, and the checksums of broken pictures."""
+    found: dict[ScoreKey, float] = {}
     broken: set[str] = set()
     saved = time.monotonic()
-    with tqdm(total=len(pictures), desc=scorer.name, unit="image") as progress:
-        for batch in prepared_batches(scorer.preprocess, pictures, batch_size, workers):
-            good = [(picture, item) for picture, item in batch if not isinstance(item, Undecodable)]
-            bad = [picture for picture, item in batch if isinstance(item, Undecodable)]
-            broken |= {_key(picture, scorer.name, version).sha256 for picture in bad}
-            if good:
-                keys = [_key(picture, scorer.name, version) for picture, _ in good]
-                scores = scorer.score_batch([item for _, item in good], [key.prompt for key in keys])
-                table.add(dict(zip(keys, map(float, scores), strict=True)))
-            progress.update(len(batch))
-            if time.monotonic() - saved > SAVE_SECONDS:
-                table.save_part()
-                saved = time.monotonic()
-    return broken
+    for batch in prepared_batches(scorer.name, scorer.preprocess, batches, workers):
+        good = [(picture, item) for picture, item in batch if not isinstance(item, Undecodable)]
+        bad = [picture for picture, item in batch if isinstance(item, Undecodable)]
+        broken |= {_key(picture, scorer.name, version).sha256 for picture in bad}
+        if good:
+            keys = [_key(picture, scorer.name, version) for picture, _ in good]
+            scores = scorer.score_batch([item for _, item in good], [key.prompt for key in keys])
+            new = dict(zip(keys, map(float, scores), strict=True))
+            table.add(new)
+            found |= new
+        if time.monotonic() - saved > SAVE_SECONDS:
+            table.save_part()
+            saved = time.monotonic()
+    return found, broken
 
 
 class Undecodable:
@@ -142,22 +159,38 @@ class _Prepared(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> object:
+    def __getitem__(self, index: int) -> tuple[int, Any]:
         try:
             image = decode_rgb(str(self.paths[index]))
         except UnreadableImageError:
-            return Undecodable()
-        return self.preprocess(image)
+            return index, Undecodable()
+        return index, self.preprocess(image)
+
+
+def missing_batches(pictures: Mapping[Key, Picture], done: Container[Key], batch_size: int) -> list[list[Picture]]:
+    """The pictures in batches, without those whose key is done. The first process says what is done."""
+    keyed = list(pictures.items())
+    batches = [
+        [picture for key, picture in keyed[start : start + batch_size] if key not in done]
+        for start in range(0, len(keyed), batch_size)
+    ]
+    return processes.agree([batch for batch in batches if batch])
 
 
 def prepared_batches(
-    preprocess: Callable[[Image.Image], Any], pictures: Sequence[Picture], batch_size: int, workers: int
+    work: str, preprocess: Callable[[Image.Image], Any], batches: Sequence[Sequence[Picture]], workers: int
 ) -> Iterator[list[tuple[Picture, Any]]]:
-    """Batches of (picture, its preprocessed image or Undecodable), in order."""
+    """This process's share of the batches, each as (picture, its preprocessed image or Undecodable)."""
+    pictures = [picture for batch in batches for picture in batch]
+    starts = [0, *itertools.accumulate(map(len, batches))]
+    dealt = (list(range(starts[n], starts[n + 1])) for n in processes.deal(f"scoring/{work}", range(len(batches))))
     items = _Prepared(preprocess, [picture.path for picture in pictures])
-    loader = DataLoader(items, batch_size=batch_size, num_workers=workers, collate_fn=list)
-    for number, batch in enumerate(loader):
-        yield list(zip(pictures[number * batch_size :], batch, strict=False))
+    loader = DataLoader(items, batch_sampler=dealt, num_workers=workers, collate_fn=list)
+    with Progress(total=len(pictures), desc=work, unit="image", disable=processes.rank() > 0) as progress:
+        for batch in loader:
+            yield [(pictures[index], item) for index, item in batch]
+            progress.update(batch[-1][0] + 1 - progress.n)  # earlier ones are another process's, or done
+        progress.update(len(pictures) - progress.n)
 
 
 def _key(picture: Picture, scorer: str, version: str) -> ScoreKey:

@@ -1,17 +1,16 @@
 """The score table: every score ever computed for an output folder, and the place of its image, in one parquet file.
 
 A score belongs to (image checksum, prompt, scorer, scorer version) and is never computed twice. During scoring, new
-scores are written as small finished files into `scores.parts/`; closing merges them into `scores.parquet`. Each file is
-written whole, so a kill at any moment loses only the scores since the last part.
+scores are written as small finished files into `scores.parts/`, by each process its own; closing merges them into
+`scores.parquet`. Each file is written whole, so a kill at any moment loses only the scores since the last part.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
-from xdpo.files import only_writer, reading, replacing, writing
+from xdpo.files import reading, replacing, writing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -52,22 +51,19 @@ _Row = tuple[Placement | None, ScoreKey, float]  # None: only remembered, becaus
 
 
 class ScoreTable:
-    """The table of one output folder, in memory and on disk."""
+    """The table of one output folder, in memory and on disk. Who writes it has the folder's lock."""
 
-    def __init__(self, folder: Path, *, for_writing: bool = False):
-        """Read the table if it exists; `for_writing` keeps other writers out until `close` or the end of the process.
+    def __init__(self, folder: Path, *, read: bool = True):
+        """Read the table if it exists. read: False for a process that only adds scores, which the first one gathers.
 
-        Raises ValueError for a table that cannot be read, naming the file, and for one that another process writes.
+        Raises ValueError for a table that cannot be read, naming the file.
         """
         self.folder = folder
-        self._lock = ExitStack()
-        if for_writing:
-            self._lock.enter_context(only_writer(folder, "evaluate.py"))
         self.scores: dict[ScoreKey, float] = {}
         self._placed: dict[tuple, tuple[Placement, ScoreKey]] = {}
         self._unsaved: dict[ScoreKey, float] = {}
         for path in [folder / TABLE, *sorted((folder / PARTS).glob("*.parquet"))]:
-            if path.exists():
+            if read and path.exists():
                 for placement, key, score in _read(path):
                     self.scores[key] = score
                     if placement is not None:
@@ -82,6 +78,10 @@ class ScoreTable:
         """Remember new scores; `save_part` or `close` writes them."""
         self.scores.update(scores)
         self._unsaved.update(scores)
+
+    def gather(self, scores: Mapping[ScoreKey, float]) -> None:
+        """Remember scores that another process has written as parts."""
+        self.scores.update(scores)
 
     def save_part(self) -> None:
         """Write the scores since the last part as one more file."""
@@ -99,14 +99,13 @@ class ScoreTable:
         kept = [(at, key) for at, key in self._placed.values() if (at.prompt_set, at.model, key.scorer) not in outdated]
         self._placed = {_slot(placement, key): (placement, key) for placement, key in [*kept, *images]}
         shown = {key for _, key in self._placed.values()}
-        rest = [(None, key, score) for key, score in self.scores.items() if key not in shown]
+        rest = [(None, key, score) for key, score in sorted(self.scores.items()) if key not in shown]
         _write(self.folder / TABLE, [*self.placed, *rest])
         self._unsaved = {}
         if (self.folder / PARTS).is_dir():
             for part in (self.folder / PARTS).iterdir():
                 part.unlink()
             (self.folder / PARTS).rmdir()
-        self._lock.close()
 
 
 def _slot(placement: Placement, key: ScoreKey) -> tuple:

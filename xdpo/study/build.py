@@ -5,18 +5,20 @@ import secrets
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from xdpo.data.images import UnreadableImageError, decode_rgb
 from xdpo.files import replacing_folder
 from xdpo.images.making import differences, makings_of
 from xdpo.images.reading import Picture, natural_order, of_one_colour, read_model_folder
-from xdpo.study.folder import DEFAULT_TITLE, QUESTIONS, Item, Key, Links, Study, StudyError, Task
+from xdpo.study.folder import DEFAULT_TITLE, Item, Key, Links, Study, StudyError, Task
+from xdpo.study.form import SIDES, Form
 
+CODE_LETTERS = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"  # no two that look alike
 PromptKey = tuple[str, str]  # (benchmark, key of the prompt in it)
 
 
@@ -33,6 +35,7 @@ class StudyPlan:
     obvious: int  # checks with a known answer
     image_side: int | None  # pixels to which all images are scaled; None: as they are
     title: str = DEFAULT_TITLE
+    form: Form = field(default_factory=Form)
     allow_different_settings: bool = False  # of sampling, between the models
 
 
@@ -56,7 +59,7 @@ def build_study(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple
             folder=aside,
             id=secrets.token_hex(8),
             title=plan.title,
-            questions=QUESTIONS,
+            form=plan.form,
             seed=plan.seed,
             votes_per_pair=plan.votes_per_pair,
             prompts={name: item.prompt for name, item in items.items()},
@@ -64,7 +67,10 @@ def build_study(folder: Path, model: tuple[str, Path], baselines: Sequence[tuple
         )
         study.save()
         Key(model[0], [name for name, _ in baselines], items, repeats).save(aside, study.id)
-        Links(secrets.token_urlsafe(24), [secrets.token_urlsafe(24) for _ in tasks]).save(aside)
+        codes = [plan.form.completion_code or _new_code() for _ in tasks]
+        Links(secrets.token_urlsafe(24), [secrets.token_urlsafe(24) for _ in tasks], codes).save(aside)
+        if plan.form.introduction is not None:
+            _write_example(aside / "example", plan.form.introduction.example.images)
         (aside / "images").mkdir()
         for item in items.values():
             _write_images(aside / "images", {name: sources[name] for name in item.images}, plan.image_side)
@@ -80,6 +86,17 @@ def _check(model: tuple[str, Path], baselines: Sequence[tuple[str, Path]], plan:
         raise StudyError(
             f"{plan.votes_per_pair} votes a pair need as many annotators, as nobody votes twice; got {plan.annotators}"
         )
+
+    if plan.obvious and plan.form.check is None:
+        asked = ", ".join(question["id"] for question in plan.form.questions)
+        raise StudyError(
+            "--obvious shows the image of another prompt, and none of the questions asks about the prompt; add check: "
+            f"true to one that does ({asked}), or set --obvious 0"
+        )
+
+
+def _new_code() -> str:
+    return "".join(secrets.choice(CODE_LETTERS) for _ in range(8))
 
 
 def _refuse_different_settings(pictures: Sequence[Picture]) -> None:
@@ -259,7 +276,7 @@ def _task(items: Mapping[str, Item], item: str, swapped: bool) -> Task:
 
 def _write_images(folder: Path, sources: Mapping[str, Picture], side: int | None) -> None:
     """Write an item's two images as PNG with nothing but pixels."""
-    images = {name: _pixels(picture) for name, picture in sources.items()}
+    images = {name: _pixels(picture.path) for name, picture in sources.items()}
     if side is not None:
         images = {name: image.resize((side, side), Image.Resampling.LANCZOS) for name, image in images.items()}
     sizes = {image.size for image in images.values()}
@@ -272,10 +289,26 @@ def _write_images(folder: Path, sources: Mapping[str, Picture], side: int | None
         (folder / f"{name}.png").write_bytes(buffer.getvalue())
 
 
-def _pixels(picture: Picture) -> Image.Image:
+def _write_example(folder: Path, files: Mapping[str, Path] | None) -> None:
+    """Write the two images of the first page: the files' pixels, or a drawn pair."""
+    folder.mkdir()
+    colours = {"left": ("#c8321e", "#2a62c4"), "right": ("#2a62c4", "#c8321e")}
+    for side in SIDES:
+        if files is not None:
+            image = _pixels(files[side])
+        else:
+            image = Image.new("RGB", (512, 512), "#efe9dc")
+            circle, square = colours[side]
+            draw = ImageDraw.Draw(image)
+            draw.ellipse((156, 40, 356, 240), fill=circle)
+            draw.rectangle((166, 282, 346, 462), fill=square)
+        image.save(folder / f"{side}.png", "PNG")
+
+
+def _pixels(path: Path) -> Image.Image:
     """An image rebuilt from its pixels, without EXIF, text chunks or profiles."""
     try:
-        rgb = decode_rgb(str(picture.path))
+        rgb = decode_rgb(str(path))
     except UnreadableImageError as error:
         raise StudyError(f"an image can't be read: {error}; make it again with generate.py") from None
     return Image.frombytes("RGB", rgb.size, rgb.tobytes())

@@ -2,10 +2,11 @@
 
 ```
 STUDY/
-  study.json    title, questions, items with their prompts, every annotator's tasks: nothing that reveals models
+  study.json    title, form, items with their prompts, every annotator's tasks: nothing that reveals models
   key.json      which image is which model's, benchmark, style, checks. Read by the analysis, never served
-  links.json    the secret links
+  links.json    the secret links, and the codes that annotators get at the end
   images/       only pixels, all in one format, under random names
+  example/      the two images of the first page
   votes.sqlite  the votes
 ```
 
@@ -20,13 +21,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from xdpo.study.form import Example, Form, Introduction
+
 DEFAULT_TITLE = "Which image is better?"
-SIDES = ("left", "right")
-QUESTIONS = (
-    {"id": "preference", "text": "Given the same prompt, which image do you personally prefer?"},
-    {"id": "alignment", "text": "Which image better matches the textual description?"},
-)
-"""The paper's two questions."""
 
 
 class StudyError(ValueError):
@@ -67,7 +64,7 @@ class Study:
     folder: Path
     id: str
     title: str
-    questions: Sequence[Mapping[str, str]]
+    form: Form
     seed: int
     votes_per_pair: int
     prompts: Mapping[str, str]  # by item
@@ -77,7 +74,10 @@ class Study:
         content = {
             "id": self.id,
             "title": self.title,
-            "questions": list(self.questions),
+            "questions": list(self.form.questions),
+            "tie": self.form.tie,
+            "introduction": self.introduction,
+            "completion_link": self.form.completion_link,
             "seed": self.seed,
             "votes_per_pair": self.votes_per_pair,
             "prompts": dict(self.prompts),
@@ -94,7 +94,7 @@ class Study:
                 folder=folder,
                 id=content["id"],
                 title=content["title"],
-                questions=content["questions"],
+                form=_form(content),
                 seed=content["seed"],
                 votes_per_pair=content["votes_per_pair"],
                 prompts=content["prompts"],
@@ -103,18 +103,27 @@ class Study:
         except (KeyError, TypeError) as error:
             raise _damaged(folder / "study.json", error) from None
 
+    @property
+    def introduction(self) -> dict[str, Any] | None:
+        """The first page's words. Its images are example/left.png and example/right.png."""
+        page = self.form.introduction
+        if page is None:
+            return None
+        example = {"prompt": page.example.prompt, "words": page.example.words}
+        return {"instructions": page.instructions, "consent": page.consent, "example": example}
+
     @cached_property
     def owner_of(self) -> Mapping[str, tuple[int, Task]]:
         """Task name → (annotator's number, task)."""
         return {task.task: (number, task) for number, tasks in enumerate(self.tasks, start=1) for task in tasks}
 
     def check_answers(self, answers: Any) -> dict[str, str]:
-        """The answers, one side for each question. Raises StudyError for anything else."""
-        wanted = [question["id"] for question in self.questions]
+        """The answers, a choice for each question. Raises StudyError for anything else."""
+        wanted = [question["id"] for question in self.form.questions]
         if not isinstance(answers, dict) or sorted(answers) != sorted(wanted):
             raise StudyError(f"a vote needs one answer to each of {', '.join(wanted)}, got {answers!r}")
-        if wrong := [answer for answer in answers.values() if answer not in SIDES]:
-            raise StudyError(f"an answer must be left or right, got {wrong[0]!r}")
+        if wrong := [answer for answer in answers.values() if answer not in self.form.choices]:
+            raise StudyError(f"an answer must be {' or '.join(self.form.choices)}, got {wrong[0]!r}")
         return {question: answers[question] for question in wanted}
 
 
@@ -148,10 +157,15 @@ class Key:
 
 @dataclass(frozen=True)
 class Links:
-    """The secrets of the links: one for the administrator, one for each annotator."""
+    """The secrets of the links: one for the administrator, one for each annotator. codes: what each annotator is shown
+    at the end; none in older studies."""
 
     administrator: str
     annotators: Sequence[str]
+    codes: Sequence[str] = ()
+
+    def code_of(self, annotator: int) -> str | None:
+        return self.codes[annotator - 1] if self.codes else None
 
     def save(self, folder: Path) -> None:
         _write(folder / "links.json", asdict(self), secret=True)
@@ -162,6 +176,15 @@ class Links:
             return cls(**_read(folder / "links.json"))
         except TypeError as error:
             raise _damaged(folder / "links.json", error) from None
+
+
+def _form(content: Mapping[str, Any]) -> Form:
+    """The form in study.json, which older studies have only the questions of."""
+    introduction = content.get("introduction")
+    if introduction is not None:
+        example = Example(**introduction["example"])
+        introduction = Introduction(introduction["instructions"], introduction["consent"], example)
+    return Form(content["questions"], content.get("tie"), introduction, content.get("completion_link"))
 
 
 def _write(path: Path, content: Any, secret: bool = False) -> None:

@@ -1,7 +1,7 @@
 """The study as a small web application: a page for each secret link, which takes the votes of its annotator.
 
-Every unknown path and every wrong token gets the same empty 404. Wrong tokens from one address are answered more and
-more slowly.
+Every unknown path and every wrong token gets the same 404, a page for a person's browser. Wrong tokens from one address
+are answered more and more slowly.
 """
 
 import asyncio
@@ -21,8 +21,9 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
-from xdpo.study.folder import SIDES, Key, Links, Study, StudyError
-from xdpo.study.votes import ConflictError, Vote, VoteStore, as_seconds, now
+from xdpo.study.folder import Key, Links, Study, StudyError
+from xdpo.study.form import SIDES
+from xdpo.study.votes import ConflictError, Vote, VoteStore, as_display, as_seconds, now
 
 PAGES = Path(__file__).parent / "pages"
 STATIC = {
@@ -66,7 +67,7 @@ class Ballots:
     """What an annotator is shown, and how answers are kept; independent of the web framework."""
 
     def __init__(self, study: Study):
-        self.study, self.store = study, VoteStore(study)
+        self.study, self.store, self.links = study, VoteStore(study), Links.load(study.folder)
 
     def state(self, annotator: int, previous: dict[str, str] | None = None) -> dict[str, Any]:
         """The page's content; `left`, `right` and `preload` are (task, side), which the application turns into URLs."""
@@ -82,24 +83,38 @@ class Ballots:
             }
         return {
             "title": self.study.title,
-            "questions": self.study.questions,
+            "questions": [{"id": question["id"], "text": question["text"]} for question in self.study.form.questions],
+            "tie": self.study.form.tie,
+            "introduction": None if self._may_vote(annotator) else self.study.introduction,
             "done": len(voted),
             "total": len(tasks),
             "can_undo": bool(voted),
             "task": shown,
             "preload": [(task.task, side) for task in open_tasks[1 : 1 + PRELOADED_TASKS] for side in SIDES],
             **({"previous": previous} if previous is not None else {}),
+            **({} if open_tasks else {"code": self.links.code_of(annotator), "link": self.study.form.completion_link}),
         }
+
+    def begin(self, annotator: int) -> dict[str, Any]:
+        """Keep that an annotator has read the first page and agrees to it."""
+        self.store.agree(annotator, now())
+        return self.state(annotator)
+
+    def _may_vote(self, annotator: int) -> bool:
+        return self.study.form.introduction is None or self.store.has_agreed(annotator)
 
     def vote(self, annotator: int, ballot: Any) -> dict[str, Any]:
         """Keep a vote. Raises ConflictError for a task that isn't the annotator's, StudyError for an invalid vote."""
         if not isinstance(ballot, dict):
             raise StudyError("a vote is an object with task and answers")
+        if not self._may_vote(annotator):
+            raise StudyError("the study's first page comes before the first vote; reload this page to see it")
         task = ballot.get("task")
         answers = self.study.check_answers(ballot.get("answers"))
         if not isinstance(task, str) or self.study.owner_of.get(task, (None,))[0] != annotator:
             raise ConflictError("this task is not among yours; reload the page to go on")
-        self.store.add(Vote(task, annotator, answers, as_seconds(ballot.get("seconds")), now()))
+        seconds, display = as_seconds(ballot.get("seconds")), as_display(ballot.get("display"))
+        self.store.add(Vote(task, annotator, answers, seconds, now(), display))
         return self.state(annotator)
 
     def undo(self, annotator: int) -> dict[str, Any]:
@@ -111,6 +126,12 @@ class Ballots:
         if owner != annotator or side not in SIDES:
             raise KeyError(task)
         return (self.study.folder / "images" / f"{getattr(found, side)}.png").read_bytes()
+
+    def example(self, side: str) -> bytes:
+        """The PNG at a side of the first page's example. Raises KeyError if there is none."""
+        if self.study.form.introduction is None or side not in SIDES:
+            raise KeyError(side)
+        return (self.study.folder / "example" / f"{side}.png").read_bytes()
 
     def progress(self, key: Key, links: Links) -> dict[str, Any]:
         """The administrator's view: progress, no answers."""
@@ -133,6 +154,7 @@ class Ballots:
                     "done": len(voted[number]),
                     "total": len(tasks),
                     "link": f"/a/{links.annotators[number - 1]}",
+                    "code": links.code_of(number),
                     "last_seen": seen.get(number),
                 }
                 for number, tasks in enumerate(self.study.tasks, start=1)
@@ -171,6 +193,8 @@ def application(folder: Path) -> FastAPI:
 
         if state["task"]:
             state["task"] |= {side: url(state["task"][side]) for side in SIDES}
+        if state["introduction"]:
+            state["introduction"]["example"] |= {side: f"/a/{token}/example/{side}" for side in SIDES}
         state["preload"] = [url(task_and_side) for task_and_side in state["preload"]]
         return JSONResponse(state, headers={"Cache-Control": "no-store"})
 
@@ -206,8 +230,11 @@ def application(folder: Path) -> FastAPI:
     @app.exception_handler(HTTPException)
     @app.exception_handler(404)
     @app.exception_handler(405)
-    async def nothing_here(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"error": "not found"}, 404, headers={"Cache-Control": "no-store"})
+    async def nothing_here(request: Request, error: Exception) -> Response:
+        headers = {"Cache-Control": "no-store"}
+        if "text/html" in request.headers.get("accept", ""):  # a person's browser, not the page's script
+            return Response((PAGES / "unknown.html").read_bytes(), 404, headers, "text/html")
+        return JSONResponse({"error": "not found"}, 404, headers=headers)
 
     @app.get("/static/{name}")
     async def static(name: str) -> Response:
@@ -235,11 +262,24 @@ def application(folder: Path) -> FastAPI:
         number = await annotator_of(request, token)
         return answered(await run_in_threadpool(ballots.undo, number), token)
 
+    @app.post("/a/{token}/begin")
+    async def begin(request: Request, token: str) -> Response:
+        number = await annotator_of(request, token)
+        return answered(await run_in_threadpool(ballots.begin, number), token)
+
     @app.get("/a/{token}/image/{task}/{side}")
     async def image(request: Request, token: str, task: str, side: str) -> Response:
         number = await annotator_of(request, token)
+        return await picture(request, ballots.image, number, task, side)
+
+    @app.get("/a/{token}/example/{side}")
+    async def example(request: Request, token: str, side: str) -> Response:
+        await annotator_of(request, token)
+        return await picture(request, ballots.example, side)
+
+    async def picture(request: Request, read: Callable[..., bytes], *which: Any) -> Response:
         try:
-            content = await run_in_threadpool(ballots.image, number, task, side)
+            content = await run_in_threadpool(read, *which)
         except KeyError:
             raise HTTPException(404) from None
         # No Last-Modified: the order in which images were written could reveal their models.

@@ -5,7 +5,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,8 +19,10 @@ CREATE TABLE IF NOT EXISTS votes (
     annotator INTEGER NOT NULL,
     answers TEXT NOT NULL,
     seconds REAL,
-    at TEXT NOT NULL
+    at TEXT NOT NULL,
+    display TEXT
 );
+CREATE TABLE IF NOT EXISTS agreed (annotator INTEGER PRIMARY KEY, at TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS by_annotator ON votes (annotator, number);
 """
 
@@ -30,14 +32,25 @@ class ConflictError(StudyError):
 
 
 @dataclass(frozen=True)
+class Display:
+    """How large an image stood on the screen: width and height in CSS pixels, device pixels per CSS pixel."""
+
+    width: float
+    height: float
+    ratio: float
+
+
+@dataclass(frozen=True)
 class Vote:
-    """One annotator's answers to one task. answers: question → "left" or "right". seconds: its time, if known."""
+    """One annotator's answers to one task. answers: question → "left", "right" or "tie". seconds: the time that the
+    pair was on the screen. Seconds and display are None where they aren't known."""
 
     task: str
     annotator: int
     answers: Mapping[str, str]
     seconds: float | None
     at: str  # ISO 8601, UTC
+    display: Display | None = None
 
 
 class VoteStore:
@@ -53,6 +66,8 @@ class VoteStore:
                 raise sqlite3.DatabaseError(result)
             connection.executescript(_SCHEMA)
             with self._writing() as cursor:
+                if "display" not in [column[1] for column in cursor.execute("PRAGMA table_info(votes)")]:
+                    cursor.execute("ALTER TABLE votes ADD COLUMN display TEXT")  # of an older study
                 cursor.execute(
                     "INSERT OR IGNORE INTO study SELECT ? WHERE NOT EXISTS (SELECT 1 FROM study)", [study.id]
                 )
@@ -81,11 +96,21 @@ class VoteStore:
                     raise ConflictError("this pair was already answered otherwise; reload the page to go on")
                 if row is None:
                     new += 1
+                    display = None if vote.display is None else json.dumps(asdict(vote.display))
                     cursor.execute(
-                        "INSERT INTO votes (task, annotator, answers, seconds, at) VALUES (?, ?, ?, ?, ?)",
-                        [vote.task, vote.annotator, answers, vote.seconds, vote.at],
+                        "INSERT INTO votes (task, annotator, answers, seconds, at, display) VALUES (?, ?, ?, ?, ?, ?)",
+                        [vote.task, vote.annotator, answers, vote.seconds, vote.at, display],
                     )
         return new
+
+    def agree(self, annotator: int, at: str) -> None:
+        """Keep that an annotator agreed to what the first page says, and when; the first time counts."""
+        with self._writing() as cursor:
+            cursor.execute("INSERT OR IGNORE INTO agreed VALUES (?, ?)", [annotator, at])
+
+    def has_agreed(self, annotator: int) -> bool:
+        query = "SELECT 1 FROM agreed WHERE annotator = ?"
+        return self._connection().execute(query, [annotator]).fetchone() is not None
 
     def withdraw_last(self, annotator: int) -> dict[str, str]:
         """Withdraw an annotator's last vote and return its answers. Raises ConflictError if there is none."""
@@ -107,9 +132,10 @@ class VoteStore:
 
     def all(self) -> list[Vote]:
         """Every vote, in order."""
-        rows = self._connection().execute("SELECT task, annotator, answers, seconds, at FROM votes ORDER BY number")
+        query = "SELECT task, annotator, answers, seconds, at, display FROM votes ORDER BY number"
         return [
-            Vote(task, annotator, json.loads(answers), seconds, at) for task, annotator, answers, seconds, at in rows
+            Vote(task, annotator, json.loads(answers), seconds, at, Display(**json.loads(display)) if display else None)
+            for task, annotator, answers, seconds, at, display in self._connection().execute(query)
         ]
 
     def _connection(self) -> sqlite3.Connection:
@@ -138,8 +164,19 @@ class VoteStore:
 
 def as_seconds(value: Any) -> float | None:
     """The seconds that a page reports for a vote; None if the value is not a valid time."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e7
-    return float(value) if is_number else None
+    return float(value) if _is_number(value, 0, 1e7) else None
+
+
+def as_display(value: Any) -> Display | None:
+    """The size at which a page says that the images stood; None for what is no such size."""
+    names = ("width", "height", "ratio")
+    if not isinstance(value, dict) or not all(_is_number(value.get(name), 1e-3, 1e6) for name in names):
+        return None
+    return Display(*(float(value[name]) for name in names))
+
+
+def _is_number(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value < high
 
 
 def as_time(value: Any) -> str:

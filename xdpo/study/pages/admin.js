@@ -41,7 +41,8 @@ function addRow(annotator) {
   const copy = make("button", { type: "button", "aria-label": `Copy link of ${name}` }, "Copy link");
   copy.addEventListener("click", () => copyLink(name, new URL(annotator.link, location.href).href));
   at("annotators").append(
-    make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, bar, count), seen, make("td", {}, copy)));
+    make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, copy), make("td", {}, bar, count), seen,
+      make("td", {}, annotator.code ?? "–")));
   return { bar, count, seen };
 }
 

@@ -1,8 +1,10 @@
 "use strict";
 
 // Where the tasks come from and the votes go. Both back ends have the same small interface:
-//   state(), undo()  → the state to show: {title, questions, done, total, can_undo, task, preload, previous?}
-//   vote(vote)       → the state after it; vote = {task, answers, seconds}; the same vote twice is one vote
+//   state(), undo()  → the state to show: {title, questions, tie, introduction, done, total, can_undo, task, preload,
+//                      previous?, code?, link?}; introduction is null once begin() was called
+//   begin()          → the state after the first page was agreed to
+//   vote(vote)       → the state after it; vote = {task, answers, seconds, display}; the same vote twice is one vote
 //   unsent()         → a vote that this browser still holds and that vote() must be given again, or null
 //   mustStay()       → true while closing the page could lose an answer
 //   comeBack         → words: how to go on later
@@ -78,6 +80,7 @@ function serverBackend(address, storage) {
       "later with the same link, here or on another device.",
     state: () => request(`${address}/state`),
     undo: () => request(`${address}/undo`, {}),
+    begin: () => request(`${address}/begin`, {}),
     vote,
     unsent: () => JSON.parse(storage.get(outbox)),
     mustStay: () => storage.get(outbox) !== null,
@@ -91,6 +94,7 @@ const PRELOADED_TASKS = 3;
 
 function localBackend(study, storage) {
   const key = `image-study/votes/${study.id}/${study.annotator}`;
+  const agreed = `image-study/agreed/${study.id}/${study.annotator}`;  // when, once the first page was agreed to
 
   function read() {
     let votes;
@@ -110,19 +114,26 @@ function localBackend(study, storage) {
     const voted = new Set(votes.map((vote) => vote.task));
     const open = study.tasks.filter((task) => !voted.has(task.task));
     const state = {
-      title: study.title, questions: study.questions, done: votes.length, total: study.tasks.length,
+      title: study.title, questions: study.questions, tie: study.tie, done: votes.length, total: study.tasks.length,
+      introduction: storage.get(agreed) === null ? study.introduction : null,
       can_undo: votes.length > 0, task: open.length ? { ...open[0], number: votes.length + 1 } : null,
       preload: open.slice(1, 1 + PRELOADED_TASKS).flatMap((task) => [task.left, task.right]),
     };
+    if (!open.length) Object.assign(state, { code: study.code, link: study.link });
     return previous ? { ...state, previous } : state;
   }
 
-  async function vote({ task, answers, seconds }) {
+  async function begin() {
+    storage.set(agreed, new Date().toISOString());
+    return stateAfter(read());
+  }
+
+  async function vote({ task, answers, seconds, display }) {
     const votes = read();  // read anew: another tab may have gone on
     const before = votes.find((other) => other.task === task);
     if (before && study.questions.some(({ id }) => before.answers[id] !== answers[id]))
       throw problem("conflict", "This pair was already answered otherwise in another tab.");
-    if (!before) write([...votes, { task, answers, seconds, at: new Date().toISOString() }]);
+    if (!before) write([...votes, { task, answers, seconds, display, at: new Date().toISOString() }]);
     return stateAfter(read());
   }
 
@@ -141,12 +152,14 @@ function localBackend(study, storage) {
       : "This browser keeps nothing when the page is closed: save your votes as a file before you close it.",
     state: async () => stateAfter(read()),
     undo,
+    begin,
     vote,
     unsent: () => null,
     mustStay: () => !storage.lasting && read().length > 0,
     file: () => ({
       name: `votes-${study.id}-${study.annotator}.json`,
-      text: JSON.stringify({ study: study.id, annotator: study.annotator, votes: read() }, null, 1),
+      text: JSON.stringify(
+        { study: study.id, annotator: study.annotator, agreed: storage.get(agreed), votes: read() }, null, 1),
     }),
   };
 }

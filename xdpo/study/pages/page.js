@@ -5,6 +5,7 @@
 const at = (id) => document.getElementById(id);
 const SIDES = ["left", "right"];
 const NAME_OF = { left: "Left image", right: "Right image" };
+const TIE = "tie";
 const RETRY_SECONDS = [1, 2, 4, 8, 15];
 const LONG_PROMPT = 200;  // characters; set smaller, but always shown whole
 const SMALL_PIXELS = 128;  // images this small are shown pixel by pixel
@@ -43,6 +44,7 @@ function secondsLooked() {
 }
 
 const mayUndo = () => page.state?.can_undo && (!at("ballot").hidden || !at("end").hidden);
+const choicesOf = (state) => (state.tie ? ["left", TIE, "right"] : SIDES);
 const looking = () => page.ready && !document.hidden && !at("ballot").hidden;
 
 // --- trouble: said in words, tried again by itself and on request ----------------------------------------
@@ -140,33 +142,84 @@ function show(state) {
   at("progress").max = Math.max(state.total, 1);
   at("progress").value = state.done;
   at("count").textContent = `${state.done} of ${state.total} answered`;
-  if (state.task) showTask(state);
+  for (const words of document.querySelectorAll(".rule")) words.textContent = state.tie
+    ? `Answer each question by choosing one of the two, or “${state.tie}”.`
+    : "Answer each question by choosing one of the two; there is no “both”, so take the better one even if they are close.";
+  if (state.task && state.introduction) showIntroduction(state);
+  else if (state.task) showTask(state);
   else showEnd(state);
+}
+
+function showIntroduction({ introduction, total }) {
+  const { example } = introduction;
+  const paragraphs = [...introduction.instructions.split(/\n\s*\n/), `There are ${total} pairs.`];
+  at("instructions").replaceChildren(...paragraphs.map((words) => make("p", {}, words)));
+  at("example-prompt").textContent = example.prompt;
+  at("example").replaceChildren(...SIDES.map((side) => make("img", { src: example[side], alt: NAME_OF[side] })));
+  at("example-words").textContent = example.words;
+  at("consent-words").textContent = introduction.consent;
+  showScreen("introduction");
+}
+
+function begin() {
+  if (!at("agree").checked) {
+    say("Please tick the box to begin.");
+    return at("agree").focus();
+  }
+  alone(async () => {
+    show(await keepTrying(backend.begin, "The study cannot be reached just now. It is tried again by itself."));
+    say("");
+  });
 }
 
 function showTask(state) {
   at("prompt-text").textContent = state.task.prompt || "(empty prompt)";
   at("prompt").classList.toggle("long", state.task.prompt.length > LONG_PROMPT);
-  at("questions").replaceChildren(...state.questions.map((question, i) => fieldset(question, i, state.previous ?? {})));
-  at("keys").replaceChildren(...keyRows(state.questions));
+  const choices = choicesOf(state);
+  at("questions").replaceChildren(
+    ...state.questions.map((question, i) => fieldset(question, i, choices, state.previous ?? {})));
+  at("keys").replaceChildren(...keyRows(state.questions, choices));
   showScreen("ballot");
   showImages(state);
 }
 
-function fieldset(question, number, previous) {
-  const options = SIDES.map((side, i) => {
-    const input = make("input", { type: "radio", name: question.id, value: side, required: "" });
-    input.checked = previous[question.id] === side;
-    const key = make("kbd", { "aria-hidden": "true" }, 2 * number + i + 1);
-    return make("label", {}, input, make("span", {}, NAME_OF[side]), key);
+function fieldset(question, number, choices, previous) {
+  const options = choices.map((choice, i) => {
+    const input = make("input", { type: "radio", name: question.id, value: choice, required: "" });
+    input.checked = previous[question.id] === choice;
+    const key = make("kbd", { "aria-hidden": "true" }, choices.length * number + i + 1);
+    return make("label", {}, input, make("span", {}, NAME_OF[choice] ?? page.state.tie), key);
   });
-  return make("fieldset", {}, make("legend", {}, question.text), make("div", { class: "options" }, ...options));
+  const kind = choices.includes(TIE) ? { class: "with-tie" } : {};
+  return make("fieldset", kind, make("legend", {}, question.text), make("div", { class: "options" }, ...options));
+}
+
+// How large the images stand on the screen, in CSS pixels; both stand in equal boxes.
+function display() {
+  const image = at("left").querySelector("img");
+  const scale = Math.min(image.clientWidth / image.naturalWidth, image.clientHeight / image.naturalHeight);
+  const [width, height] = [image.naturalWidth, image.naturalHeight].map((side) => Math.round(10 * scale * side) / 10);
+  return { width, height, ratio: devicePixelRatio };
 }
 
 function showEnd(state) {
   const next = backend.file ? "One thing is left: save your votes and send the file back." : "You can close this page.";
   at("end-words").textContent = `You have answered all ${state.total} pairs. ${next}`;
+  at("completion").hidden = !state.code;
+  at("code").textContent = state.code ?? "";
+  at("way-back").hidden = !state.link;
+  if (state.link) at("link").href = state.link;
   showScreen("end");
+}
+
+async function copyCode() {
+  try {
+    await navigator.clipboard.writeText(at("code").textContent);
+    say("The code is copied.");
+  } catch {  // browsers give the clipboard to https and localhost only
+    getSelection().selectAllChildren(at("code"));
+    say("Copy the marked code.");
+  }
 }
 
 function showFailure(words) {
@@ -220,7 +273,8 @@ function submit() {
     say(`Please answer: “${missing.text}”`);
     return at("questions").querySelector(`[name="${CSS.escape(missing.id)}"]`).focus();
   }
-  alone(() => send({ task: state.task.task, answers, seconds: Math.round(1000 * secondsLooked()) / 1000 }));
+  const seconds = Math.round(1000 * secondsLooked()) / 1000;
+  alone(() => send({ task: state.task.task, answers, seconds, display: display() }));
 }
 
 function undo() {
@@ -276,9 +330,12 @@ function enlarge(side) {
 
 // --- keys ------------------------------------------------------------------------------------------------
 
-function keyRows(questions) {
-  const rows = questions.map((question, i) => [[2 * i + 1, 2 * i + 2], `left or right: ${question.text}`]);
-  rows.push([["←", "→"], "left or right, for the next question without an answer"], [["Enter"], "submit"],
+function keyRows(questions, choices) {
+  const withTie = choices.includes(TIE), names = withTie ? "left, neither or right" : "left or right";
+  const rows = questions.map((question, i) =>
+    [choices.map((_, number) => choices.length * i + number + 1), `${names}: ${question.text}`]);
+  rows.push([withTie ? ["←", "↓", "→"] : ["←", "→"], `${names}, for the next question without an answer`],
+    [["Enter"], "submit"],
     [["Z", "Backspace"], "undo: take the last answer back"], [["L", "R"], "enlarge the left or right image"],
     [["P"], "pause"]);
   return rows.map(([keys, what]) => make("tr", {},
@@ -297,6 +354,7 @@ function chooseNext(side) {
 const KEYS = {
   ArrowLeft: () => chooseNext("left"),
   ArrowRight: () => chooseNext("right"),
+  ArrowDown: () => chooseNext(TIE),
   Enter: () => at("ballot").requestSubmit(),
   l: () => enlarge("left"),
   r: () => enlarge("right"),
@@ -320,8 +378,10 @@ function onKey(event) {
   }
   if (at("ballot").hidden) return;
   const number = /^[1-9]$/.test(key) ? Number(key) - 1 : -1;
-  if (number >= 0) return choose(page.state.questions[Math.floor(number / 2)], SIDES[number % 2]);
-  if (!Object.hasOwn(KEYS, key)) return;
+  const choices = choicesOf(page.state);
+  if (number >= 0)
+    return choose(page.state.questions[Math.floor(number / choices.length)], choices[number % choices.length]);
+  if (!Object.hasOwn(KEYS, key) || (key === "ArrowDown" && !page.state.tie)) return;
   event.preventDefault();
   KEYS[key]();
 }
@@ -330,6 +390,8 @@ function onKey(event) {
 
 at("ballot").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
 at("questions").addEventListener("click", (event) => page.busy && event.preventDefault());  // what is sent stays so
+at("consent").addEventListener("submit", (event) => { event.preventDefault(); begin(); });
+at("copy").addEventListener("click", copyCode);
 at("undo").addEventListener("click", undo);
 for (const side of SIDES) at(side).addEventListener("click", () => enlarge(side));
 at("pause").addEventListener("click", pause);

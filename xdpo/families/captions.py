@@ -1,12 +1,28 @@
-"""A caption → token ids → T5's states, as the pipelines of Stable Diffusion 3 and FLUX make them."""
+"""What families share in encoding captions: token ids, and T5's states as Stable Diffusion 3 and FLUX have them."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from xdpo.config import ModelConfig
+from xdpo.families.interface import Choices
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, T5EncoderModel
+
+
+T5_TOKENS = "T5 tokens"  # a choice: how many tokens of a caption T5 reads
+
+
+def t5_choices(model: ModelConfig, default: int) -> Choices:
+    """How many tokens T5 reads, unless they are as many as in the pipeline, as they were before there was a choice."""
+    return {} if model.t5_tokens in (None, default) else {T5_TOKENS: model.t5_tokens}
+
+
+def t5_arguments(choices: Choices) -> dict[str, Any]:
+    """The pipeline's arguments for what `t5_choices` chose."""
+    return {"max_sequence_length": choices[T5_TOKENS]} if T5_TOKENS in choices else {}
 
 
 def padded_ids(tokenizer: "PreTrainedTokenizerBase", caption: str, length: int) -> tuple[Tensor, bool]:

@@ -1,0 +1,185 @@
+"""A reward model learns what pairs say, resumes, and is a scorer like the others."""
+
+import json
+import math
+
+import pytest
+import torch
+import train_reward_model as program
+from conftest import encoded_image, forget_accelerators, pick_a_pic_row, write_pick_a_pic
+from PIL import Image
+from safetensors.torch import load_file
+from training_runs import ROOT, SMALL_RUN
+from transformers import CLIPModel
+
+from xdpo import runs
+from xdpo.scorers.loading import load_scorer, scorer_version
+from xdpo.scorers.reward_model import RewardModel
+
+REDS, BLUES = ["red", "crimson", "tomato", "salmon"], ["blue", "navy", "royalblue", "teal"]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Sixteen pairs for training and as many held out, of which the red image is preferred; four prompts."""
+    rows = [
+        pick_a_pic_row(number, jpg_0=encoded_image(red), jpg_1=encoded_image(blue), caption=f"a photo of {number % 4}")
+        for number, (red, blue) in enumerate((red, blue) for red in REDS for blue in BLUES)
+    ]
+    return write_pick_a_pic(tmp_path_factory.mktemp("reward") / "pairs.parquet", rows)
+
+
+@pytest.fixture
+def train(pairs, small_pipeline, tmp_path, monkeypatch):
+    """Train in this process: train("name", argument, …) → (exit status, output folder)."""
+    monkeypatch.chdir(ROOT)
+
+    def call(name, *arguments):
+        forget_accelerators()
+        output = tmp_path / name
+        paths = [f"model.pipeline={small_pipeline}", f"data.path={pairs}", "output_dir=none", f"eval.path={pairs}"]
+        options = ["--config", "configs/base.yaml", *SMALL_RUN, *paths, "--output", str(output)]
+        given = {"--base": "scratch", "--steps": "6", "--batch": "4", "--learning-rate": "3e-3"}
+        given |= {"--checkpoint-every": "3", "--warmup-steps": "1"}
+        overrides = [word for word in arguments if "=" in word]
+        flags = [word for word in arguments if "=" not in word]
+        given |= dict(zip(flags[::2], flags[1::2], strict=True))
+        return program.main([*options, *overrides, *(word for item in given.items() for word in item)]), output
+
+    return call
+
+
+def weights_of(folder):
+    return load_file(runs.finished_checkpoints(folder)[-1] / "policy.safetensors")
+
+
+def test_it_learns_which_image_is_preferred_and_scores_as_evaluate_does(train, capsys):
+    status, folder = train("run", "--steps", "40", "--checkpoint-every", "40")
+    record = json.loads((folder / "reward_model" / "reward_model.json").read_text())
+    assert status == 0 and record["held_out"]["accuracy"] == 1.0 and record["held_out"]["pairs"] == 16
+    assert record["held_out"]["interval"][1] == 1.0 and "100.0%" in capsys.readouterr().out
+
+    scorer = load_scorer(str(folder / "reward_model"))
+    images = [Image.new("RGB", (20, 24), colour) for colour in ("darkred", "darkblue")]
+    red, blue = scorer.score(images, ["a photo of 1"] * 2)
+    assert red > blue and "100.0% of held-out pairs" in scorer.scale
+    assert scorer.version == scorer_version(str(folder / "reward_model"))
+
+
+def test_its_loss_is_bradley_terrys_by_hand():
+    margin, weights = torch.tensor([0.0, 2.0, -1.0]), torch.tensor([1.0, 0.5, 1.5])
+    expected = (math.log(2) + 0.5 * math.log(1 + math.exp(-2)) + 1.5 * math.log(1 + math.exp(1))) / 3
+    assert program.bradley_terry(margin, weights).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_first_step_goes_down_that_loss(train, monkeypatch):
+    """The loss of a step is that of the rewards of its own images, the preferred ones first."""
+    seen, rewards_of, bradley_terry = [], program.rewards_of, program.bradley_terry
+
+    def see_rewards(*arguments):
+        seen.append(rewards_of(*arguments))
+        return seen[-1]
+
+    def see_loss(margin, weights):
+        seen.append((margin, weights))
+        return bradley_terry(margin, weights)
+
+    monkeypatch.setattr(program, "rewards_of", see_rewards)
+    monkeypatch.setattr(program, "bradley_terry", see_loss)
+    assert train("run", "--steps", "1")[0] == 0
+    (chosen, rejected), (margin, weights) = seen[:2]
+    assert torch.equal(margin, chosen - rejected) and torch.equal(weights, torch.ones(4))  # four pairs of each prompt
+
+
+def test_unreadable_pairs_are_counted_and_too_many_end_it(train, tmp_path, capsys):
+    rows = [pick_a_pic_row(number, jpg_0=b"no image") for number in range(4)]
+    rows += [pick_a_pic_row(number, jpg_1=encoded_image(BLUES[number % 4])) for number in range(4, 8)]
+    path = write_pick_a_pic(tmp_path / "damaged.parquet", rows)
+    status, _ = train("run", f"data.path={path}")
+    assert (
+        status == 1
+        and "pairs read have unreadable images, more than data.max_unreadable_share" in capsys.readouterr().err
+    )
+    assert train("allowed", f"data.path={path}", "data.max_unreadable_share=1")[0] == 0
+
+
+def test_the_folder_of_another_training_is_not_gone_on_with(train, capsys):
+    train("run", "--steps", "3")
+    status, _ = train("run", "--steps", "3", "--learning-rate", "1e-4")
+    assert status == 1 and "holds another training (learning_rate: 0.003 → 0.0001)" in capsys.readouterr().err
+    assert train("run", "--steps", "3")[0] == 0  # measured and written again
+
+
+def test_prompts_with_many_pairs_weigh_less():
+    class Table:
+        def captions(self):
+            return ["often", "often", "often", "once"]
+
+    weights = program.RewardPairs(Table(), None, range(4)).weights
+    assert weights == pytest.approx([2 / 3, 2 / 3, 2 / 3, 2.0]) and sum(weights) / 4 == pytest.approx(1)
+
+
+def test_a_training_that_was_stopped_resumes_bit_for_bit(train, monkeypatch):
+    _, whole = train("whole")
+    original, calls = program.rewards_of, []
+
+    def dying(*arguments):
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(program, "rewards_of", dying)
+        with pytest.raises(KeyboardInterrupt):
+            train("parts")
+    status, parts = train("parts")
+    first, second = weights_of(whole), weights_of(parts)
+    assert status == 0 and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_head_is_trained_on_frozen_embeddings(train, tmp_path):
+    _, base = train("base")
+    before = load_file(base / "reward_model" / "model.safetensors")
+    status, folder = train("head", "--base", str(base / "reward_model"), "--recipe", "head")
+    after = load_file(folder / "reward_model" / "model.safetensors")
+    assert status == 0 and all(torch.equal(before[name], after[name]) for name in before)
+    assert set(weights_of(folder)) == {f"head.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
+    images = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    assert len(set(load_scorer(str(folder / "reward_model")).score(images, ["a photo of 1"] * 2))) == 2
+
+
+def test_a_reward_model_is_the_cosine_of_the_library():
+    from transformers import CLIPConfig
+
+    layers = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": 20, "max_position_embeddings": 8, "eos_token_id": 19, **layers}
+    vision = {"image_size": 8, "patch_size": 4, **layers}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).eval()
+    pixels, ids = torch.randn(2, 3, 3, 8, 8), torch.tensor([[1, 2, 19, 0], [3, 4, 5, 19], [6, 19, 0, 0]])
+    mask = (ids > 0).long()
+    with torch.no_grad():
+        rewards = RewardModel(clip, "clip").eval()(pixels, ids, mask)
+        for side in (0, 1):
+            whole = clip(input_ids=ids, attention_mask=mask, pixel_values=pixels[side])
+            torch.testing.assert_close(rewards[side], whole.logits_per_image.diagonal())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--base", "gone/clip"), "no CLIP in transformers' format at gone/clip"),
+        (("--learning-rate", "-1"), "--learning-rate must be above 0, got -1.0"),
+        (("--learning-rate", "1e30"), "the loss is not finite; try a smaller --learning-rate"),
+    ],
+)
+def test_what_can_not_be_trained_is_said(train, capsys, arguments, message):
+    status, folder = train("run", *arguments)
+    assert status == 1 and message in capsys.readouterr().err and not (folder / "reward_model").exists()
+
+
+def test_a_damaged_reward_model_is_named(train):
+    _, folder = train("run")
+    (folder / "reward_model" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="reward_model"):
+        load_scorer(str(folder / "reward_model"))
