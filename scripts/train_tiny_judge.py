@@ -43,16 +43,18 @@ def labels_and_appeal(renderings: list[Rendering]) -> tuple[dict[str, torch.Tens
 def through_autoencoder(vae: AutoencoderKL, pixels: torch.Tensor, spread: float) -> torch.Tensor:
     """Encode, add Gaussian noise of `spread` standard deviations, decode, and round as a saved image is rounded."""
     latents = vae.encode(pixels).latent_dist.mode()
-    latents = latents + spread / vae.config.scaling_factor * torch.randn(latents.shape)
+    latents = latents + spread / vae.config.scaling_factor * torch.randn(latents.shape).to(latents.device)
     decoded = vae.decode(latents).sample.clamp(-1, 1)
     return ((decoded + 1) * 127.5).round() / 127.5 - 1
 
 
 @torch.no_grad()
-def measure(reader: AttributeReader, vae: AutoencoderKL | None, count: int, seed: int) -> dict[str, float]:
+def measure(reader: AttributeReader, vae: AutoencoderKL | None, count: int, seed: int, device: str) -> dict[str, float]:
     """Agreement with the truth on `count` new renderings; through the autoencoder if one is given."""
     scenes, renderings, pixels = draw_batch(np.random.default_rng(seed), count)
-    outputs = reader(pixels if vae is None else through_autoencoder(vae, pixels, spread=0.0))
+    pixels = pixels.to(device)
+    seen = reader(pixels if vae is None else through_autoencoder(vae, pixels, spread=0.0))
+    outputs = {name: output.cpu() for name, output in seen.items()}
     classes, appeal = labels_and_appeal(renderings)
     metrics: dict[str, float] = {}
     right, labelled_total = 0, 0
@@ -74,18 +76,18 @@ def measure(reader: AttributeReader, vae: AutoencoderKL | None, count: int, seed
 
 def train(vae: AutoencoderKL, options: argparse.Namespace) -> AttributeReader:
     """A reader trained on freshly drawn scenes."""
-    reader = AttributeReader()
+    reader = AttributeReader().to(options.device)
     optimizer = torch.optim.AdamW(reader.parameters(), lr=2e-3, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=options.steps)
     for step in range(options.steps):
         rng = np.random.default_rng((options.seed, step))
         _, renderings, pixels = draw_batch(rng, options.batch)
-        half = options.batch // 2
+        pixels, half = pixels.to(options.device), options.batch // 2
         pixels[:half] = through_autoencoder(vae, pixels[:half], spread=float(rng.uniform(0, 0.25)))
         classes, appeal = labels_and_appeal(renderings)
         outputs = reader(pixels)
-        loss = sum(cross_entropy(outputs[name], classes[name], ignore_index=-1) for name in HEADS)
-        loss = loss + 5 * (outputs["appeal"] - appeal).square().mean()
+        losses = [cross_entropy(outputs[name], classes[name].to(options.device), ignore_index=-1) for name in HEADS]
+        loss = sum(losses) + 5 * (outputs["appeal"] - appeal.to(options.device)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -109,22 +111,25 @@ def main() -> None:
     parser.add_argument("--measure-only", action="store_true", help="measure the judge that is there")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    vae = AutoencoderKL.from_pretrained(options.pipeline, subfolder="vae", dtype=torch.float32).eval()
+    vae = (
+        AutoencoderKL.from_pretrained(options.pipeline, subfolder="vae", dtype=torch.float32).eval().to(options.device)
+    )
     if options.measure_only:
-        reader = Judge("reward", weights=options.out).reader
+        reader = Judge("reward", device=options.device, weights=options.out).reader
     else:
         reader = train(vae, options)
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.half().contiguous() for name, tensor in reader.state_dict().items()}
+        weights = {name: tensor.half().cpu().contiguous() for name, tensor in reader.state_dict().items()}
         with replacing(options.out, "wb") as file:
             file.write(save(weights))
         reader = reader.eval().half().float()  # what half precision keeps is what gets measured
     accuracy = {
-        "drawn": measure(reader, None, options.test_images, options.seed + 1_000),
-        "through the autoencoder": measure(reader, vae, options.test_images, options.seed + 2_000),
+        "drawn": measure(reader, None, options.test_images, options.seed + 1_000, options.device),
+        "through the autoencoder": measure(reader, vae, options.test_images, options.seed + 2_000, options.device),
     }
     report = {"images": options.test_images, "seed": options.seed, "steps": options.steps, "accuracy": accuracy}
     write_text(options.out.with_suffix(".json"), json.dumps(report, indent=2) + "\n")
