@@ -4,6 +4,7 @@
 output_dir/
   config.yaml          the resolved config          run.json        versions, commit, data counts, starts
   metrics.jsonl        one line per optimizer step  samples/        policy beside reference
+  index.html           both as a page for people, renewed while it trains
   checkpoints/step_00000200/    policy, optimizer and EMA as safetensors, progress.json
   export/              the result: a denoiser in diffusers format or LoRA weights, with a model card; further forms
   snapshots/  self_play/          of SePPO alone: earlier policies, and what they sampled for the round
