@@ -45,7 +45,7 @@ def draw(chart: Chart) -> str:
     drawn = [_grid(ticks, right, at, chart.is_share)]
     if chart.level is not None:
         drawn.append(f'<polyline class="level" points="{at(0, chart.level)} {at(right, chart.level)}"/>')
-    for line in sorted(lines, key=lambda line: not line.is_noisy):
+    for number, line in sorted(enumerate(lines), key=lambda numbered: not numbered[1].is_noisy):
         points = line.series.points
         if line.is_noisy and any(point.low != point.high for point in points):
             edge = [at(point.step, point.high) for point in points]
@@ -53,7 +53,7 @@ def draw(chart: Chart) -> str:
             drawn.append(f'<polygon class="{line.style}" points="{" ".join(edge)}"/>')
         places = [at(point.step, point.mean) for point in points]
         drawn.append(
-            f'<polyline class="{line.style}{" noisy" if line.is_noisy else ""}" data-label="{escape(line.label)}" '
+            f'<polyline class="{line.style}{" noisy" if line.is_noisy else ""}" data-line="{number}" '
             f'points="{" ".join(places)}"/>'
         )
         if not line.is_noisy and len(places) <= _MOST_MARKS:
@@ -66,7 +66,7 @@ def draw(chart: Chart) -> str:
     )
     lost = sum(line.series.not_finite for line in lines)
     note = chart.note + (f" {lost} values are not finite and not drawn." if lost else "")
-    frame = f'data-low="{low:g}" data-high="{high:g}" data-right="{right:g}"'
+    frame = f'data-low="{low:g}" data-high="{high:g}" data-right="{right:g}"' + " data-share" * chart.is_share
     box = f'data-box="{_LEFT} {_TOP} {_WIDTH - _RIGHT} {_HEIGHT - _BOTTOM}"'
     return (
         f'<figure class="chart"><h3>{escape(chart.title)}</h3><p class="legend">{legend}</p>'

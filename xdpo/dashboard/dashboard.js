@@ -27,26 +27,29 @@ if (sheets) {
   sheets.addEventListener("scroll", () => sessionStorage.setItem(kept, sheets.scrollLeft));
 }
 
-const number = (value) => String(Number(value.toPrecision(3))).replace("-", "−");
+const number = (value, isShare) =>
+  String(Number((isShare ? 100 * value : value).toPrecision(3))).replace("-", "−") + (isShare ? " %" : "");
 for (const svg of document.querySelectorAll(".chart svg")) {
   const [left, top, right, bottom] = svg.dataset.box.split(" ").map(Number);
   const low = Number(svg.dataset.low), high = Number(svg.dataset.high), last = Number(svg.dataset.right);
-  const note = svg.parentElement.querySelector(".note"), usual = note.textContent;
+  const note = svg.parentElement.querySelector(".note"), values = [...svg.parentElement.querySelectorAll(".legend b")];
+  const usual = [note, ...values].map((element) => [element, element.textContent]);
   const cursor = document.createElementNS(svg.namespaceURI, "polyline");
   cursor.setAttribute("class", "cursor");
   svg.append(cursor);
   svg.addEventListener("pointermove", (event) => {
     const x = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse()).x;
-    const read = [...svg.querySelectorAll("[data-label]")].map((line) => {
+    const steps = new Set();
+    for (const line of svg.querySelectorAll("[data-line]")) {
       const point = [...line.points].reduce((best, next) => (Math.abs(next.x - x) < Math.abs(best.x - x) ? next : best));
-      const step = Math.round(((point.x - left) / (right - left)) * last);
-      return `${line.dataset.label} ${number(low + ((bottom - point.y) / (bottom - top)) * (high - low))} at step ${step.toLocaleString("en")}`;
-    });
-    note.textContent = read.join(" · ");
+      steps.add(Math.round(((point.x - left) / (right - left)) * last).toLocaleString("en"));
+      values[line.dataset.line].textContent = number(low + ((bottom - point.y) / (bottom - top)) * (high - low), "share" in svg.dataset);
+    }
+    note.textContent = `At step ${[...steps].join(" and ")}; every curve at its own step nearest to the pointer.`;
     cursor.setAttribute("points", `${x},${top} ${x},${bottom}`);
   });
   svg.addEventListener("pointerleave", () => {
-    note.textContent = usual;
+    for (const [element, text] of usual) element.textContent = text;
     cursor.removeAttribute("points");
   });
 }
