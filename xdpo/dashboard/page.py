@@ -15,6 +15,7 @@ from xdpo.dashboard.verdict import of_held_out, verdict_of
 from xdpo.files import reading, write_text
 from xdpo.report.style import STYLE
 from xdpo.runlog import HELD_OUT, tracker_name
+from xdpo.runs import sample_sheets
 
 SECONDS_BETWEEN_PAGES = 10
 MOST_SHEETS = 12
@@ -102,7 +103,7 @@ class RunPage:
         sections = [
             ("verdict", "How it goes", self._verdict()),
             ("curves", "Curves", self._first_curves()),
-            ("samples", "Samples", _samples(self.path.parent / "samples")),
+            ("samples", "Samples", _samples(self.path.parent)),
             *self._further_curves(),
             ("run", "This run", f'<pre tabindex="0">{escape(self.description)}</pre>'),
         ]
@@ -222,9 +223,9 @@ def _spaced(text: str) -> str:
 
 
 def _samples(folder: Path) -> str:
-    """The sample sheets, the newest first: links to the files, some of them where there are many."""
+    """A run's sample sheets, the newest first: links to the files, some of them where there are many."""
     with reading(folder):
-        sheets = sorted(path.name for path in folder.glob("step_*.png"))
+        sheets = [path.name for path in sample_sheets(folder)]
     if not sheets:
         return "<p>There is no sample sheet; samples.every says how often one is drawn.</p>"
     shown = sheets

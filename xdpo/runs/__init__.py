@@ -13,6 +13,7 @@ output_dir/
 ```
 """
 
+from xdpo.runs.card import model_card
 from xdpo.runs.checkpoints import (
     CheckpointError,
     agree_on_checkpoint,
@@ -23,12 +24,13 @@ from xdpo.runs.checkpoints import (
     step_of,
     weights_checksum,
 )
-from xdpo.runs.export import export_model
+from xdpo.runs.export import SHEET, export_model, sample_sheets
 from xdpo.runs.folder import check_pairs, check_run_folder, describe_run
 from xdpo.runs.formats import write_model
 from xdpo.runs.optimizer_state import check as check_optimizer
 
 __all__ = [
+    "SHEET",
     "CheckpointError",
     "agree_on_checkpoint",
     "check_optimizer",
@@ -39,6 +41,8 @@ __all__ = [
     "export_model",
     "finished_checkpoints",
     "load_checkpoint",
+    "model_card",
+    "sample_sheets",
     "save_checkpoint",
     "step_of",
     "weights_checksum",
