@@ -28,7 +28,8 @@ def main(arguments: list[str] | None = None, api: "HfApi | None" = None) -> int:
     """List or push. Returns the exit status. api: the hub, as huggingface_hub has it."""
     options = build_parser().parse_args(arguments)
     try:
-        files = files_of(options.run, options.repository)
+        card, others = card_and_files(options.run, options.repository)
+        files: dict[str, Path | bytes] = {CARD: card.encode(), **others}
         print(
             f"to https://huggingface.co/{options.repository}, {'public' if options.public else 'private'} if it is new:"
         )
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None, api: "HfApi | None" = None) -> int:
             print(f"  {size_of(content):>15,} bytes  {name}")
         print(f"  {sum(map(size_of, files.values())):>15,} bytes in {len(files)} files")
         if not options.go:
-            print(f"\n{CARD}:\n\n{files[CARD].decode()}\nNothing was pushed; --go does it.")
+            print(f"\n{CARD}:\n\n{card}\nNothing was pushed; --go does it.")
             return 0
         print(f"pushed: {push(files, options.repository, is_public=options.public, api=api)}")
     except (ValueError, OSError) as error:
@@ -54,8 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def files_of(run: Path, repository: str) -> Mapping[str, "Path | bytes"]:
-    """What is pushed: each file's name in the repository → where it is, or its content.
+def card_and_files(run: Path, repository: str) -> tuple[str, dict[str, Path]]:
+    """What is pushed: the card, and the name of each other file in the repository → where it is.
 
     Raises ValueError for what is no finished run, and for an id that the hub doesn't allow.
     """
@@ -78,7 +79,7 @@ def files_of(run: Path, repository: str) -> Mapping[str, "Path | bytes"]:
     sheets = {f"samples/{path.name}": path for path in runs.sample_sheets(run)}
     newest, family = next(reversed(sheets), None), families.family_of_pipeline(settings.model)
     card = runs.model_card(settings, family, run, location=repository, sheet=newest)
-    return {CARD: card.encode(), "config.yaml": config, **exported, **sheets}
+    return card, {"config.yaml": config, **exported, **sheets}
 
 
 def size_of(content: "Path | bytes") -> int:

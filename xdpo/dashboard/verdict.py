@@ -12,7 +12,7 @@ _LAST_SHARE = 0.1  # of a training's own errors, which are noisy
 
 
 class Verdict(NamedTuple):
-    level: Literal["good", "open", "bad"]
+    level: Literal["good", "open", "doubtful", "bad"]
     title: str
     text: str
 
@@ -32,7 +32,7 @@ def verdict(chosen: float, rejected: float) -> Verdict:
         )
     if min(chosen, rejected) > WORSE:
         return Verdict(
-            "bad",
+            "doubtful",
             "Worse on both images",
             "The policy denoises chosen and rejected images worse than the reference; the margin grows because it "
             "unlearns the rejected ones faster. Samples decide: while they improve, all is well. If they fall apart, "
