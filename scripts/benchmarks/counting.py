@@ -33,12 +33,12 @@ from xdpo.compute import build_accelerator
 from xdpo.config import Config, accumulation_steps
 from xdpo.data import PairWeights, Split
 from xdpo.families import held_in_bf16
-from xdpo.learner import Learner, build_ema, build_reference
+from xdpo.learner import Learner, build_ema, build_reference, needs_base
 from xdpo.noise import DiffusionProcess, FlowProcess, Process
 from xdpo.noisy import NoisyBatchMaker
 from xdpo.non_finite import SkippedSteps
 from xdpo.precompute import takes_single_images
-from xdpo.reference import Recorded
+from xdpo.reference import Frozen, Recorded
 from xdpo.watch import SAMPLE_CHUNK as IMAGES_OF_A_SHEET
 
 GPU_PRECISIONS = {"auto": "bf16", "fp16": "bf16"}  # what a GPU takes; of one size, and a CPU has no fp16
@@ -175,7 +175,7 @@ def shape_of(settings: Config, processes: int) -> tuple:
         *settings.compute.model_dump().items(),
         (settings.data.resolution, settings.data.sample_latents),
         (bool(settings.cache.examples), bool(settings.cache.reference)),
-        (loss.needs_reference, loss.samples_rejected, step.inputs_of(loss)),
+        (loss.needs_reference, needs_base(settings), loss.samples_rejected, step.inputs_of(loss)),
         takes_single_images(settings, Split.TRAIN),
         (settings.optim.name, settings.train.micro_batch_pairs, accumulation_steps(settings, processes) == 1),
         (settings.eval.every > 0, samples.every > 0, samples.guidance_scale > 1),
@@ -199,9 +199,12 @@ class Training:
         network = None
         if settings.loss.needs_reference and not settings.cache.reference:
             network = models.make_reference(parts, settings.model, settings.compute)
+        base = models.make_reference(parts, settings.model, settings.compute) if needs_base(settings) else None
         policy = accelerator.prepare(models.make_policy(parts, settings.model, settings.compute))
         if network is not None:
             network = accelerator.prepare_model(network, evaluation_mode=True)
+        if base is not None:
+            base = accelerator.prepare_model(base, evaluation_mode=True)
         reference = build_reference(settings, network, policy)
         if settings.cache.reference:
             cache = FullCache(settings.train.micro_batch_pairs)
@@ -223,6 +226,7 @@ class Training:
             ema=None,
             z0=torch.zeros(()),
             skipped_steps=SkippedSteps(None),
+            base=None if base is None else Frozen(base),
         )
         self.latent_shape = parts.latent_shape(settings.data.resolution)
         self.encoded = parts.encode_captions(model.captions())
@@ -232,7 +236,8 @@ class Training:
         """Weights on the device, and with several processes DDP's buckets, in which the gradients are."""
         learner, settings = self.learner, self.settings
         with self.meter, self.meter.phase("start"):
-            self.meter.place(_tensors(learner.policy, learner.reference.network))
+            base = None if learner.base is None else learner.base.network
+            self.meter.place(_tensors(learner.policy, learner.reference.network, base))
             if not settings.cache.examples:
                 self.meter.place(_tensors(*learner.parts.encoders))
             if self.processes > 1:
