@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from xdpo.loss.types import LossOutput, PairErrors, at_least_float32
+from xdpo.loss.types import LossOutput, PairErrors, PerPair, at_least_float32
 
 
-def negative_log_sigmoid(margin: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """−(1 − s)·log σ(m) − s·log σ(−m): a label is wrong with probability s, 0 ≤ s < ½. Shape of the margin.
+def negative_log_sigmoid(margin: Tensor, label_smoothing: PerPair = 0.0) -> Tensor:
+    """−(1 − s)·log σ(m) − s·log σ(−m): a label is wrong with probability s, 0 ≤ s ≤ ½. Shape of the margin.
 
     Source: conservative DPO (Mitchell 2023, "A note on DPO with noisy preferences"). s = 0 is −log σ(m). With
-    s > 0 the loss has its minimum at the finite margin m = ln((1 − s)/s), and from there on pushes back.
+    s > 0 the loss has its minimum at the finite margin m = ln((1 − s)/s), and from there on pushes back. A tie has
+    s = ½, and its minimum at 0.
     """
     return -((1 - label_smoothing) * logsigmoid(margin) + label_smoothing * logsigmoid(-margin))
 
