@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.pipelines import without_contents
-from benchmarks.true_models import COUNTABLE, Model
+from benchmarks.true_models import COUNTABLE, Model, scorer_network
 from xdpo import learner, models, step
 from xdpo.batch import Batch, Conditioning, LatentMoments, SingleImages
 from xdpo.compute import build_accelerator
@@ -39,6 +39,7 @@ from xdpo.noisy import NoisyBatchMaker
 from xdpo.non_finite import SkippedSteps
 from xdpo.precompute import takes_single_images
 from xdpo.reference import Frozen, Recorded
+from xdpo.scorers.metrics import METRICS
 from xdpo.watch import SAMPLE_CHUNK as IMAGES_OF_A_SHEET
 
 GPU_PRECISIONS = {"auto": "bf16", "fp16": "bf16"}  # what a GPU takes; of one size, and a CPU has no fp16
@@ -180,10 +181,23 @@ def shape_of(settings: Config, processes: int) -> tuple:
         (settings.optim.name, settings.train.micro_batch_pairs, accumulation_steps(settings, processes) == 1),
         (settings.eval.every > 0, samples.every > 0, samples.guidance_scale > 1),
         (settings.self_play.batch_size, settings.self_play.guidance_scale > 1) if loss.samples_rejected else None,
-        (settings.online.batch_size, settings.online.guidance_scale > 1, settings.online.offline_share > 0)
+        (
+            (settings.online.batch_size, settings.online.guidance_scale > 1, settings.online.offline_share > 0),
+            (settings.online.keep_scorers, settings.online.rewards, settings.online.held_out_rewards),
+        )
         if settings.feed.is_online
         else None,
     )
+
+
+def scorers_of(settings: Config) -> tuple[str, ...]:
+    """The scorers that a training loads."""
+    return (*settings.online.rewards, *settings.online.held_out_rewards) if settings.feed.is_online else ()
+
+
+def uncounted_scorers(settings: Config) -> list[str]:
+    """Those of a training's scorers whose shapes are not known here: users' own, reward models, embedded judges."""
+    return [name for name in scorers_of(settings) if name not in METRICS]
 
 
 class Training:
@@ -231,6 +245,7 @@ class Training:
         self.latent_shape = parts.latent_shape(settings.data.resolution)
         self.encoded = parts.encode_captions(model.captions())
         self.batch = self._batch()
+        self.scorers = [scorer_network(name) for name in scorers_of(settings) if name in METRICS]
 
     def start(self) -> None:
         """Weights on the device, and with several processes DDP's buckets, in which the gradients are."""
@@ -240,6 +255,8 @@ class Training:
             self.meter.place(_tensors(learner.policy, learner.reference.network, base))
             if not settings.cache.examples:
                 self.meter.place(_tensors(*learner.parts.encoders))
+            if settings.feed.is_online and settings.online.keep_scorers:  # as from the second round on
+                self._place_scorers()
             if self.processes > 1:
                 self._make_gradients()
             learner.ema = build_ema(settings, learner.parameters)
@@ -298,11 +315,24 @@ class Training:
 
     @torch.no_grad()
     def sample_online(self) -> None:
-        """A batch of an online round, to the images that are scored. Scorers are not counted."""
-        if self.settings.feed.is_online:
-            online = self.settings.online
-            with self._drawing("online"):
-                self._draw(self.learner.bare_policy, online.batch_size, online.guidance_scale)
+        """A batch of an online round, decoded and scored in float32; scorers that aren't kept come and go with it."""
+        if not self.settings.feed.is_online:
+            return
+        online, parts = self.settings.online, self.learner.parts
+        with self._drawing("online"):
+            states = self._states(online.batch_size, online.guidance_scale)
+            latents = self._sample(self.learner.bare_policy, states, online.batch_size)
+            if not online.keep_scorers:
+                self._place_scorers()
+            with torch.autocast("cpu", enabled=False):
+                parts.vae.decode(latents).sample.add(1).div(2).clamp(0, 1)
+                for network in self.scorers:
+                    network.score(online.batch_size)
+            if not online.keep_scorers:
+                self.meter.remove(_tensors(*self.scorers))
+
+    def _place_scorers(self) -> None:
+        self.meter.place(_tensors(*self.scorers))
 
     @contextmanager
     def _drawing(self, phase: str) -> Iterator[None]:
@@ -320,9 +350,13 @@ class Training:
 
     def _draw(self, denoiser: nn.Module, images: int, guidance_scale: float) -> None:
         """Images, as far as their memory goes."""
-        parts = self.learner.parts
-        states = parts.encode_captions(self.model.captions(self._captions_at_once(images, guidance_scale)))
-        parts.vae.decode(self._sample(denoiser, states, images)).sample.add(1).div(2).clamp(0, 1)
+        states = self._states(images, guidance_scale)
+        self.learner.parts.vae.decode(self._sample(denoiser, states, images)).sample.add(1).div(2).clamp(0, 1)
+
+    def _states(self, images: int, guidance_scale: float) -> Conditioning:
+        """Encoded captions of a sampler's pass."""
+        captions = self.model.captions(self._captions_at_once(images, guidance_scale))
+        return self.learner.parts.encode_captions(captions)
 
     def save(self) -> None:
         """Tensors are copied to the CPU one by one: nothing new on the device."""
