@@ -330,6 +330,9 @@ def test_what_the_config_adds_or_saves_is_counted(weights):
     assert count_small("model.ema_decay=0.99")["save"].at_rest == plain + unet
     assert count_small("optim.name=adamw8bit")["save"].at_rest < plain
     assert count_small("optim.name=adafactor")["save"].at_rest < plain
+    moving = ["loss.name=diffusion_nft", "model.reference_decay=0.9", "samples.every=0", "eval.every=0"]
+    pulled = count_small(*moving, "loss.kl_weight=0.1")["save"].at_rest
+    assert pulled - count_small(*moving)["save"].at_rest == unet  # the base model, which the reference leaves
     cached = count_small("cache.examples=cache", "cache.reference=cache")
     assert plain - cached["save"].at_rest == unet + encoders
     assert cached["samples"].peak - cached["save"].at_rest > encoders  # they visit the device

@@ -92,7 +92,7 @@ def measure(
                 policy_residuals,
                 of_reference.residuals,
                 noisy.denoised_scales,
-                beta=config.hyperparameters["beta"],
+                beta=float(config.hyperparameters["beta"]),
                 error_weight=config.error_weight,
             )
         if "base_distance" in needed:
