@@ -17,6 +17,8 @@ TINY_SCALES = {  # quantity → what its numbers are
     "reward": "the embedded annotator's utility, 0 to 7",
 }
 REWARD_MODEL_RECORD = "reward_model.json"
+EMBEDDER_NAMES = ("clip", "dinov2")
+DEFAULT_EMBEDDER = "clip"
 SCORER_NAMES = tuple(sorted([*METRIC_NAMES, *(f"tiny_{quantity}" for quantity in TINY_SCALES)]))
 
 
