@@ -22,7 +22,14 @@ from xdpo.files import check_writable, write_text
 from xdpo.images.making import Making, differences, makings_of
 from xdpo.images.reading import Picture, Problem, by_prompt, name_folders, read_models
 from xdpo.paths import expanded, user_path
-from xdpo.scorers import DEFAULT_SCORERS, PAPER_SCORERS, SCORER_NAMES, check_name
+from xdpo.scorers import (
+    DEFAULT_EMBEDDER,
+    DEFAULT_SCORERS,
+    EMBEDDER_NAMES,
+    PAPER_SCORERS,
+    SCORER_NAMES,
+    check_name,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,13 +96,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="those of --scorers that the training used as its reward; the report tells them from the others",
     )
     what.add_argument(
-        "--diversity", action="store_true", help="also how much several images of one prompt differ (CLIP features)"
+        "--diversity", action="store_true", help="also how much several images of one prompt differ, by their features"
     )
     what.add_argument(
         "--reference",
         type=user_path,
         metavar="FOLDER",
-        help="also how far each model's images drift from the images of this folder (CLIP features)",
+        help="also how far each model's images drift from the images of this folder, by their features",
+    )
+    what.add_argument(
+        "--features",
+        choices=EMBEDDER_NAMES,
+        help="the network whose features --diversity and --reference take: clip, which sees what captions name, or "
+        f"dinov2, which learned from images alone (default: {DEFAULT_EMBEDDER})",
     )
     how = parser.add_argument_group("scoring")
     how.add_argument("--device", help="default: the accelerator where there is one, else the CPU")
@@ -115,12 +128,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the options name, checked: models' folders, scorers, models to compare with, scorers used in training."""
+    """What the options name, checked: models' folders, scorers, models to compare with, scorers used in training.
+
+    embedder: whose features are asked for; None: nobody's.
+    """
 
     folders: Mapping[str, Path]
     scorers: Sequence[str]
     baselines: Sequence[str]
     trained_on: Sequence[str]
+    embedder: str | None
 
 
 @dataclass(frozen=True)
@@ -163,7 +180,11 @@ def check(options: argparse.Namespace) -> Plan:
             raise ValueError(f"--trained-on {name} is none of --scorers; choose from {', '.join(scorers)}")
     if options.reference and not options.reference.is_dir():
         raise ValueError(f"--reference: no folder {options.reference}")
-    return Plan(folders, scorers, baselines, trained_on)
+    needs_features = options.diversity or options.reference
+    if options.features and not needs_features:
+        raise ValueError("--features is for --diversity and --reference; give one of them too")
+    embedder = (options.features or DEFAULT_EMBEDDER) if needs_features else None
+    return Plan(folders, scorers, baselines, trained_on, embedder)
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -208,8 +229,8 @@ def find(options: argparse.Namespace, plan: Plan, state: "PartialState") -> Foun
         print(f"note: {problem.describe()}", file=sys.stderr)
     with processes.one_first(state.is_main_process):  # it downloads, the others find the files
         versions = {name: scorer_version(name, options.weights) for name in plan.scorers}
-        if options.diversity or options.reference:
-            embedder_version(options.weights)
+        if plan.embedder:
+            embedder_version(plan.embedder, options.weights)
     processes.refuse_differences(versions, "Give every machine the same files")
     pictures, references = processes.agree((pictures, references))
     return Found(pictures, references, problems, makings, versions)
@@ -217,7 +238,7 @@ def find(options: argparse.Namespace, plan: Plan, state: "PartialState") -> Foun
 
 def score(options: argparse.Namespace, plan: Plan, state: "PartialState", found: Found) -> Scored:
     """Compute what is not there yet. On the first process the table is complete and on the disk."""
-    from xdpo.scores import features, image_statistics, scoring
+    from xdpo.scores import embeddings, image_statistics, scoring
     from xdpo.scores.table import ScoreTable
 
     how = {
@@ -234,8 +255,9 @@ def score(options: argparse.Namespace, plan: Plan, state: "PartialState", found:
         keys = [*scoring.keys_of(found.pictures, found.versions), *statistic_keys]
         scoring.close(table, keys, (*found.versions, *image_statistics.NAMES))
     vectors = {}
-    if options.diversity or options.reference:
-        vectors = features.image_features([*whole, *found.references], options.output, **how)
+    if plan.embedder:
+        pictures = [*whole, *found.references]
+        vectors = embeddings.image_features(pictures, options.output, embedder=plan.embedder, **how)
     return Scored(table, broken, whole, vectors)
 
 
@@ -244,6 +266,7 @@ def report(options: argparse.Namespace, plan: Plan, found: Found, scored: Scored
     from xdpo.report import curves, grids
     from xdpo.report.sections import Evaluation
     from xdpo.runlog import read_rows
+    from xdpo.scorers.embedders import EMBEDDERS
     from xdpo.scores import features, image_statistics, scoring
     from xdpo.scores.results import benchmarks_of
 
@@ -274,6 +297,7 @@ def report(options: argparse.Namespace, plan: Plan, found: Found, scored: Scored
         found.makings,
         diversity=[each for each in diversity if each],
         drifts=features.drift(shown, found.references, scored.vectors) if found.references else [],
+        features=EMBEDDERS[plan.embedder].title if plan.embedder else "",
         statistics={each.name: each for each in benchmarks_of(placed, models, image_statistics.NAMES)},
         trained_on=plan.trained_on,
         placed=placed,

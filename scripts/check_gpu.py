@@ -3,6 +3,7 @@
     python scripts/check_gpu.py            random weights of Stable Diffusion 1.5's size: 30 GB of disk for a while
     python scripts/check_gpu.py --quick    a quarter of its width at 256 pixels: speed and memory are not judged
     python scripts/check_gpu.py --device cpu --tiny    the same code on next to no weights, without a GPU
+    python scripts/check_gpu.py --only speed    one part, when something in it was changed
 
 Each claim "holds", "DOES NOT HOLD", with the two numbers that were compared and what to try, or is "not possible here".
 One that does not hold makes the exit status 1. It needs no network, and other versions than those of requirements.txt
@@ -11,8 +12,10 @@ float32, and no memory is limited.
 """
 
 import argparse
+import importlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from gpu_checks.rows import Row
 
 ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("losses", "memory", "speed", "trainings", "images")  # modules of gpu_checks
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,6 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--quick", dest="size", action="store_const", const="quick", default="true", help="minutes")
     sizes.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="a minute or two on a CPU")
+    parser.add_argument(
+        "--only", choices=PARTS, nargs="+", default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     parser.add_argument("--output", type=user_path, default=Path("runs"), help="folder of the report (default: runs)")
     options = parser.parse_args(arguments)
@@ -55,7 +62,7 @@ def check(options: argparse.Namespace) -> int:
     from gpu_checks import report, rows
     from gpu_checks.context import SIZES, Context
 
-    every = every_row()
+    every = rows_of(options.only)
     is_possible = options.device == "cpu" or torch.cuda.is_available()
     facts = report.describe(options.size, options.device if is_possible else None)
     print(", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
@@ -71,16 +78,16 @@ def check(options: argparse.Namespace) -> int:
             for row in every:
                 findings.append(rows.judge(row, context))
                 print(report.line(row, findings[-1]), flush=True)
+                report.write(options.output, facts, every[: len(findings)], findings)  # one that is stopped has these
     written = report.write(options.output, facts, every, findings)
     print(f"{report.tally(findings)}; see {' and '.join(map(str, written))}")
     return 1 if any(finding.verdict is rows.Verdict.FAILS for finding in findings) else 0
 
 
-def every_row() -> tuple["Row", ...]:
-    """The rows of the table, in their order."""
-    from gpu_checks import images, losses, memory, speed, trainings
-
-    return (*losses.ROWS, *memory.ROWS, *speed.ROWS, *trainings.ROWS, *images.ROWS)
+def rows_of(parts: Sequence[str] = PARTS) -> tuple["Row", ...]:
+    """The rows of the named parts, in the table's order."""
+    modules = [importlib.import_module(f"gpu_checks.{part}") for part in PARTS if part in parts]
+    return tuple(row for module in modules for row in module.ROWS)
 
 
 if __name__ == "__main__":

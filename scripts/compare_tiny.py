@@ -21,7 +21,7 @@ from PIL import Image
 from xdpo.config import Config, load_config
 from xdpo.files import replacing, write_text
 from xdpo.images.sheets import contact_sheet, save_sheet
-from xdpo.models import load_model, read_model_spec, resolve_model
+from xdpo.models import ModelSpec, load_model, read_model_spec, resolve_model
 from xdpo.paths import user_path
 from xdpo.runlog import read_rows
 from xdpo.sampling.images import sample_images
@@ -95,7 +95,8 @@ def main() -> None:
     rows = tiny_prompts(options.prompts)
     prompts = [prompt for _, prompt in rows]
 
-    base = load_model(resolve_model(*read_model_spec(settings.model.pipeline)))
+    base_spec = ModelSpec(base=settings.model.pipeline, t5_tokens=settings.model.t5_tokens)
+    base = load_model(resolve_model("base", base_spec))
     trained = load_model(resolve_model(*read_model_spec(str(options.run))))
     with torch.inference_mode():
         images = {

@@ -5,12 +5,12 @@
     python scripts/train_reward_model.py --config configs/tiny/xdpo.yaml --base scratch --output runs/tiny/reward \\
         --steps 1500 --batch 64 --learning-rate 1e-3            the embedded world, in minutes
 
-The loss is Bradley–Terry's, −log σ(r(x_w, c) − r(x_l, c)). --recipe clip trains a whole CLIP as PickScore was trained
-(4,000 steps of 128 pairs, 3e-6 with 500 steps of warm-up and linear decay; pairs of a frequent prompt count less);
---recipe head trains a small network on CLIP's frozen embeddings. Pairs are those of the config's data section, and
-accuracy is measured on those of its eval section. Ties are left out, as in every training here. The same command
-resumes a run that was stopped. The scorer is the folder reward_model in the output: evaluate.py --scorers and
-online.rewards take its path.
+The loss is Bradley–Terry's, −log σ(r(x_w, c) − r(x_l, c)). A tie is half of it in either direction, and a pair weighs
+1 / pairs of its prompt, both as in PickScore. --recipe clip trains a whole CLIP as PickScore was trained (4,000 steps
+of 128 pairs, 3e-6 with 500 steps of warm-up and linear decay); --recipe head trains a small network on CLIP's frozen
+embeddings. Pairs are those of the config's data section, and accuracy is measured on those of its eval section, without
+ties. The same command resumes a run that was stopped. The scorer is the folder reward_model in the output: evaluate.py
+--scorers and online.rewards take its path.
 """
 
 import argparse
@@ -76,6 +76,7 @@ class PairBatch(NamedTuple):
     pixels: "Tensor"  # (2, B, 3, R, R), chosen first
     tokens: "dict[str, Tensor]"  # (B, L) each
     weights: "Tensor"  # (B,)
+    tied: "Tensor"  # (B,) bool
     unreadable: list[int]  # rows whose images could not be read, and that others stand in for
 
 
@@ -86,7 +87,7 @@ class RewardPairs:
         self.table, self.preparation, self.order = table, preparation, order
         captions = table.captions()
         counts = Counter(captions)
-        # PickScore: a prompt counts once, however many pairs it has. The weights' mean is 1.
+        # 1 / pairs of the prompt, ties included: a prompt counts once, however many it has. The weights' mean is 1.
         self.weights = [len(captions) / len(counts) / counts[caption] for caption in captions]
 
     def __len__(self) -> int:
@@ -100,7 +101,8 @@ class RewardPairs:
         sides = [torch.stack([self.preparation.pixels(images[side]) for _, images in found]) for side in (0, 1)]
         tokens = self.preparation.tokens([self.table.caption(index) for index, _ in found])
         weights = torch.tensor([self.weights[index] for index, _ in found])
-        return PairBatch(torch.stack(sides), tokens, weights, unreadable)
+        tied = torch.tensor([bool(self.table.tied[index]) for index, _ in found])
+        return PairBatch(torch.stack(sides), tokens, weights, tied, unreadable)
 
     def _readable(self, index: int, unreadable: list[int]) -> "tuple[int, list[Image.Image]]":
         """A pair's index and two images, or the next pair's that can be read. Adds the rows of those that can't."""
@@ -126,9 +128,10 @@ def train(settings: Config, options: argparse.Namespace, accelerator: "Accelerat
     folder: Path = options.output
     torch.manual_seed(settings.seed)
     model, preparation = build(options, settings)
-    table = precompute.load_table(settings, accelerator, Split.TRAIN, in_order=False)
+    table = precompute.load_table(settings, accelerator, Split.TRAIN, in_order=False, keep_ties=True)
     held_out = precompute.load_table(settings, accelerator, Split.HELD_OUT, in_order=True)
-    accelerator.print(f"{len(table):,} pairs to train on, {len(held_out):,} held out")
+    ties = int(table.tied.sum())
+    accelerator.print(f"{len(table):,} pairs to train on, {ties:,} of them ties; {len(held_out):,} held out")
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=0.0)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     with only_run([folder], "a training of a reward model", is_main=accelerator.is_main_process):
@@ -157,7 +160,8 @@ def train(settings: Config, options: argparse.Namespace, accelerator: "Accelerat
             with accelerator.autocast():
                 chosen, rejected = rewards_of(prepared, batch, accelerator.device)
             margin = (chosen - rejected).float()
-            loss = bradley_terry(margin, batch.weights.to(margin.device))
+            tied = batch.tied.to(margin.device)
+            loss = bradley_terry(margin, tied, batch.weights.to(margin.device))
             if not math.isfinite(loss.item()):
                 raise ValueError(f"step {step + 1}: the loss is not finite; try a smaller --learning-rate")
             accelerator.backward(loss)
@@ -165,7 +169,7 @@ def train(settings: Config, options: argparse.Namespace, accelerator: "Accelerat
             optimizer.step()
             optimizer.zero_grad()
             if (step + 1) % 100 == 0:
-                right = (margin > 0).float().mean().item()
+                right = ((margin > 0) & ~tied).sum().item() / max(1, (~tied).sum().item())
                 accelerator.print(f"step {step + 1}: loss {loss.item():.4f}, {right:.1%} of the batch right")
             if (step + 1) % options.checkpoint_every == 0 or step + 1 == options.steps:
                 bare = accelerator.unwrap_model(prepared)
@@ -191,11 +195,14 @@ def refuse_others(folder: Path, saved: dict[str, Any], asked: dict[str, Any]) ->
         )
 
 
-def bradley_terry(margin: "Tensor", weights: "Tensor") -> "Tensor":
-    """Mean of w · −log σ(r(x_w, c) − r(x_l, c)) over pairs (the paper's Eq. 2). margin, weights: (B,)."""
+def bradley_terry(margin: "Tensor", tied: "Tensor", weights: "Tensor") -> "Tensor":
+    """Mean over pairs of w times −log σ(m), m = r(x_w, c) − r(x_l, c) (the paper's Eq. 2). All are (B,).
+
+    A tie's is −½·log σ(m) − ½·log σ(−m): the cross-entropy of PickScore's soft label of a half for each image.
+    """
     from xdpo.loss import negative_log_sigmoid
 
-    return (weights * negative_log_sigmoid(margin)).mean()
+    return (weights * negative_log_sigmoid(margin, 0.5 * tied)).mean()
 
 
 def build(options: argparse.Namespace, settings: Config) -> "tuple[RewardModel, Preparation]":

@@ -51,6 +51,7 @@ SIZES = {
             "num_hidden_layers": 2,
         },
     },
+    "dinov2_vit_l_14": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 70},
 }
 
 LAION = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -61,6 +62,7 @@ CLIP_H = f"{LAION}/open_clip_model.safetensors"
 CLIP_L = "openai/clip-vit-large-patch14/model.safetensors"
 AESTHETIC_HEAD = "christophschuhmann/improved-aesthetic-predictor/sac+logos+ava1-l14-linearMSE.pth"
 IMAGE_REWARD = "zai-org/ImageReward/ImageReward.pt"
+DINOV2 = "facebook/dinov2-large/model.safetensors"
 
 
 def tensors_of(shapes, seed):
@@ -201,6 +203,33 @@ def image_reward_shapes(vision, text, patch=16, side=224, hidden=768, positions=
     return shapes | {f"mlp.{name}": shape for name, shape in head_shapes().items()}
 
 
+def dinov2_shapes(sizes, patch=14):
+    """Names and shapes of the published file, which are those of transformers 4."""
+    width = sizes["hidden_size"]
+    shapes = {
+        "embeddings.cls_token": (1, 1, width),
+        "embeddings.mask_token": (1, width),
+        "embeddings.position_embeddings": (1, (sizes["image_size"] // patch) ** 2 + 1, width),
+        "embeddings.patch_embeddings.projection.weight": (width, 3, patch, patch),
+        "embeddings.patch_embeddings.projection.bias": (width,),
+        "layernorm.weight": (width,),
+        "layernorm.bias": (width,),
+    }
+    for number in range(sizes["num_hidden_layers"]):
+        layer = f"encoder.layer.{number}"
+        for norm in ("norm1", "norm2"):
+            shapes |= {f"{layer}.{norm}.weight": (width,), f"{layer}.{norm}.bias": (width,)}
+        shapes |= {f"{layer}.layer_scale{scale}.lambda1": (width,) for scale in (1, 2)}
+        for part, rows, columns in (
+            *((f"attention.attention.{kind}", width, width) for kind in ("query", "key", "value")),
+            ("attention.output.dense", width, width),
+            ("mlp.fc1", 4 * width, width),
+            ("mlp.fc2", width, 4 * width),
+        ):
+            shapes |= {f"{layer}.{part}.weight": (rows, columns), f"{layer}.{part}.bias": (rows,)}
+    return shapes
+
+
 def head_shapes():
     """Names and shapes of the head that the aesthetic predictor and ImageReward have alike."""
     layers = {0: (1024, 768), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
@@ -267,6 +296,8 @@ def write_weights(folder):
     save(AESTHETIC_HEAD, tensors_of(head_shapes(), SEED + 5))
     sizes = SIZES["blip_vit_l_16"]
     save(IMAGE_REWARD, tensors_of(image_reward_shapes(sizes["vision_config"], sizes["text_config"]), SEED + 6))
+
+    save(DINOV2, tensors_of(dinov2_shapes(SIZES["dinov2_vit_l_14"]), SEED + 7))
 
     clip_tokenizer().save(str(folder / LAION / "tokenizer.json"))
     bert = folder / "google-bert/bert-base-uncased"

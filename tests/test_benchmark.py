@@ -21,7 +21,7 @@ from benchmarks.pipelines import (
     without_contents,
 )
 from benchmarks.results import Criterion, Spread, ratios, time_in_turn
-from benchmarks.true_models import COUNTABLE, TRUE_MODELS, Model, of_shapes
+from benchmarks.true_models import COUNTABLE, TRUE_MODELS, Model, of_shapes, scorer_network
 from test_sdxl import build_xl_pipeline
 from training_runs import BITSANDBYTES
 
@@ -36,6 +36,7 @@ from xdpo.models import make_policy, make_reference
 from xdpo.noise import DiffusionProcess
 from xdpo.noisy import NoisyBatchMaker
 from xdpo.reference import Recorded
+from xdpo.scorers.metrics import ARCHITECTURES, METRICS
 
 RESOLUTION = 16
 
@@ -329,9 +330,47 @@ def test_what_the_config_adds_or_saves_is_counted(weights):
     assert count_small("model.ema_decay=0.99")["save"].at_rest == plain + unet
     assert count_small("optim.name=adamw8bit")["save"].at_rest < plain
     assert count_small("optim.name=adafactor")["save"].at_rest < plain
+    moving = ["loss.name=diffusion_nft", "model.reference_decay=0.9", "samples.every=0", "eval.every=0"]
+    pulled = count_small(*moving, "loss.kl_weight=0.1")["save"].at_rest
+    assert pulled - count_small(*moving)["save"].at_rest == unet  # the base model, which the reference leaves
     cached = count_small("cache.examples=cache", "cache.reference=cache")
     assert plain - cached["save"].at_rest == unet + encoders
     assert cached["samples"].peak - cached["save"].at_rest > encoders  # they visit the device
+
+
+def test_the_scorers_of_online_training_are_counted_whether_they_stay_or_come_and_go(monkeypatch):
+    import metric_fixtures
+
+    for name in ("blip_vit_l_16", "clip_vit_l_14", "clip_vit_h_14"):  # small ones
+        sizes = {
+            part: ARCHITECTURES[name].get(part, {}) | small
+            for part, small in metric_fixtures.SIZES[name].items()
+            if isinstance(small, dict)
+        }
+        monkeypatch.setitem(ARCHITECTURES, name, ARCHITECTURES[name] | sizes)
+    rewards, held_out = ["image_reward", "pickscore"], ["aesthetic", "mine.py:Mine"]
+    online = ["feed.name=online_pairs", "samples.every=0", "eval.every=0", f"online.rewards=[{','.join(rewards)}]"]
+    online += [f"online.held_out_rewards=[{','.join(held_out)}]"]
+    kept, freed = (count_small(*online, f"online.keep_scorers={keep}") for keep in ("true", "false"))
+    networks = [scorer_network(name) for name in (*rewards, held_out[0])]
+    sizes = allocated([tensor for one in networks for tensor in (*one.parameters(), *one.buffers())])
+    for name, phase in kept.items():
+        assert phase.at_rest - freed[name].at_rest == sizes
+    assert freed["online"].peak > freed["online"].at_rest + sizes
+    assert kept["backward"].peak - freed["backward"].peak == sizes
+    settings = load_config(BASE_CONFIG, online)
+    assert counting.uncounted_scorers(settings) == ["mine.py:Mine"]
+    one_fewer = load_config(BASE_CONFIG, [*online[:-1], "online.held_out_rewards=[aesthetic]"])
+    assert counting.shape_of(settings, 1) != counting.shape_of(one_fewer, 1)
+
+
+def test_a_scorer_is_counted_at_its_true_shape():
+    with torch.device("meta"):
+        sizes = {name: allocated(scorer_network(name).parameters()) / 1e9 for name in METRICS}
+    assert {name: round(size, 2) for name, size in sizes.items()} == {
+        **dict.fromkeys(("pickscore", "hpsv2", "hpsv2.1", "clip"), 3.94),
+        **{"aesthetic": 1.22, "image_reward": 1.78},
+    }
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux", "xl"])

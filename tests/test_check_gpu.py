@@ -40,7 +40,7 @@ def check(monkeypatch, tmp_path):
         monkeypatch.setenv(name, "")  # restored afterwards
 
     def call(every, *options):
-        monkeypatch.setattr(check_gpu, "every_row", lambda: every)
+        monkeypatch.setattr(check_gpu, "rows_of", lambda parts: every)
         status = check_gpu.main([*options, "--output", str(tmp_path)])
         record = json.loads((tmp_path / "gpu_report.json").read_text(encoding="utf-8"))
         return status, record, (tmp_path / "gpu_report.md").read_text(encoding="utf-8")
@@ -161,7 +161,7 @@ def test_every_row_runs_on_a_cpu_and_none_fails(tmp_path):
 
     record = json.loads((tmp_path / "gpu_report.json").read_text(encoding="utf-8"))
     found = {row["claim"]: row for row in record["rows"]}
-    assert list(found) == [row.claim for row in check_gpu.every_row()]
+    assert list(found) == [row.claim for row in check_gpu.rows_of()]
     assert {row["verdict"] for row in record["rows"]} == {"holds", "not possible here"}
     assert all(row["measured"] and row["expected"] for row in record["rows"] if row["verdict"] == "holds")
     impossible = [claim for claim, row in found.items() if row["verdict"] == "not possible here"]

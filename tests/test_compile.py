@@ -75,7 +75,7 @@ def unet_on_a_pair():
     latents, states, targets = (torch.randn(shape, generator=generator) for shape in shapes)
     times, weights, conditioning = torch.tensor([10, 10]), torch.ones(2), Conditioning(text=states)
     parts = PipelineParts(STABLE_DIFFUSION, {"unet": build_unet()}, {}, None)
-    return parts, NoisyBatch(STABLE_DIFFUSION, [0], latents, times, conditioning, targets, weights)
+    return parts, NoisyBatch(STABLE_DIFFUSION, [0], latents, times, conditioning, targets, weights, weights)
 
 
 def transformer_on_a_pair(pipeline):
@@ -83,7 +83,9 @@ def transformer_on_a_pair(pipeline):
     generator, parts = torch.Generator().manual_seed(0), load_parts(ModelConfig(pipeline=pipeline))
     latents, targets = (torch.randn(2, *parts.latent_shape(32), generator=generator) for _ in range(2))
     conditioning = parts.encode_captions(stack([parts.tokenize(caption)[0] for caption in ("a cat", "a cat")]))
-    return parts, NoisyBatch(parts.family, [0], latents, torch.full((2,), 500.0), conditioning, targets, torch.ones(2))
+    return parts, NoisyBatch(
+        parts.family, [0], latents, torch.full((2,), 500.0), conditioning, targets, torch.ones(2), torch.ones(2)
+    )
 
 
 class Training:

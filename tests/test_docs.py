@@ -3,8 +3,10 @@
 import re
 import shlex
 from pathlib import Path
+from runpy import run_path
 
 import pytest
+import yaml
 
 from xdpo.config import ConfigError, load_config
 from xdpo.config.sections import KEYS
@@ -70,6 +72,38 @@ def test_commands_name_programs_and_configs_that_are_there_and_keys_that_exist(p
                 load_config(ROOT / named[0], overrides)
             except ConfigError as error:
                 pytest.fail(f"{' '.join(words)}: {error}")
+
+
+def named_in(entry):
+    """The pages of a part of mkdocs' navigation."""
+    if isinstance(entry, str):
+        return [entry]
+    return [name for part in (entry.values() if isinstance(entry, dict) else entry) for name in named_in(part)]
+
+
+def test_every_page_is_in_the_sites_navigation_once():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert sorted(named_in(site["nav"])) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize(
+    "repository, expected",
+    [
+        ("https://example.org/r/", "[`a`](https://example.org/r/blob/HEAD/xdpo/a.py#L3) and [b](b.md), [c](b.md#c)"),
+        ("", "`a` and [b](b.md), [c](b.md#c)"),
+    ],
+)
+def test_links_out_of_the_pages_lead_to_the_repository_on_the_site(monkeypatch, repository, expected):
+    hook = run_path(str(ROOT / "scripts/site_links.py"))["on_page_markdown"]
+    monkeypatch.setenv("REPOSITORY_URL", repository)
+    assert hook("[`a`](../xdpo/a.py#L3) and [b](b.md), [c](b.md#c)", page=None) == expected
+
+
+def test_what_lints_before_a_commit_is_what_lints_in_the_tests():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    pins = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    versions = {repository["repo"].rpartition("/")[2]: repository["rev"] for repository in hooks["repos"]}
+    assert f"ruff=={versions['ruff-pre-commit'].removeprefix('v')}\n" in pins
 
 
 def test_every_page_is_in_the_index():

@@ -195,8 +195,16 @@ def test_diversity_and_drift_are_reported_and_features_computed_once(world, metr
     assert drift["sd15"] == 0 < drift["xdpo"]
     assert world.run(*more) == 0
     assert "features: 36 images, 0 of them to embed" in capsys.readouterr().out
+    assert world.run(*more, "--features", "dinov2") == 0
+    assert "features: 36 images, 13 of them to embed" in capsys.readouterr().out
+    report = (world.output / "report.md").read_text()
+    assert "on features of DINOv2 (ViT-L/14, 224 pixels)" in report and "CLIP (ViT-L/14" not in report
+    assert re.search(r"\| xdpo \| 0\.0000 \[.*?\] \| 1\.0000 ", report)
+    assert {path.name for path in world.output.glob("features*")} == {"features.npz", "features_dinov2.npz"}
     assert world.run("--reference", "nowhere") == 1
     assert "--reference: no folder nowhere" in capsys.readouterr().err
+    assert world.run("--features", "clip") == 1
+    assert "--features is for --diversity and --reference" in capsys.readouterr().err
 
 
 def test_a_mistyped_folder_costs_no_search_for_weights(world, capsys):

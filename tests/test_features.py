@@ -17,6 +17,7 @@ def test_the_distance_is_the_mean_over_pairs():
     pairs = [1 - vectors[i] @ vectors[j] for i in range(5) for j in range(i)]
     assert features.pairwise_distance(vectors) == pytest.approx(np.mean(pairs), abs=1e-6)
     assert features.pairwise_distance(vectors[[0, 0, 0]]) == pytest.approx(0, abs=1e-6)
+    assert features.pairwise_distance(np.full((2, 2), 0.7072, np.float32)) == 0  # a length above 1 by rounding
 
 
 @pytest.mark.parametrize("count", [2, 4, 20])

@@ -18,7 +18,7 @@ FLOORS = {
     3: {"images", "models", "noisy", "precompute", "runs"},
     4: {"reference", "sampling", "scores"},
     5: {"recording", "report", "step"},
-    6: {"learner", "study", "tally"},
+    6: {"dashboard", "learner", "study", "tally"},
     7: {"feeds", "find_batch", "watch"},
     8: {"experiments", "training"},
     9: {"train_xdpo", "generate", "evaluate"},

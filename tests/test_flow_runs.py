@@ -246,11 +246,15 @@ def test_without_t5_there_are_no_tokens_to_choose(tmp_path, tiny_tokenizer):
         check_model(ModelConfig(pipeline=folder, t5_tokens=24))
 
 
-def test_images_of_a_run_are_made_with_its_tokens(run, sd3):
+def test_images_of_a_run_and_of_a_named_model_are_made_with_their_tokens(run, sd3):
     _, folder = run("run", f"model.pipeline={sd3}", *SIZE, *LORA, "model.t5_tokens=24", "train.max_steps=1")
     model = resolve_model(*read_model_spec(str(folder)))
     assert model.identity["t5_tokens"] == 24
     assert load_model(model).caption_choices == {"T5 tokens": 24}
+    spec = folder.parent / "spec.yaml"
+    spec.write_text(f"base: {sd3}\nt5_tokens: 12\n")
+    base = resolve_model(*read_model_spec(str(spec)))
+    assert base.identity["t5_tokens"] == 12 and load_model(base).caption_choices == {"T5 tokens": 12}
 
 
 # --- what can't be sampled or trained ----------------------------------------------------------------------

@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_loss import errors_of, loss_of, random_errors, swapped
@@ -22,6 +23,9 @@ from xdpo.loss import (
     safeguard,
     xdpo_margin,
 )
+from xdpo.loss.modifiers import with_kl
+from xdpo.loss.types import mean_by_pair
+from xdpo.loss.unpaired import nft_weights
 
 BETA = 40.0  # random errors differ by tenths, so that margins stay where every term counts
 PAIRED = [name for name, objective in OBJECTIVES.items() if not objective.is_unpaired]
@@ -575,7 +579,8 @@ def nft_of(policy, old, better, **numbers):
     """The objective on residuals (B, D)."""
     labels = better > 0.5
     errors = UnpairedErrors(policy.square().mean(1), old.square().mean(1), labels)
-    return loss_of("diffusion_nft", errors, optimality=better, image_dot_reference=(policy * old).mean(1), **numbers)
+    given = {"optimality": better, "image_dot_reference": (policy * old).mean(1)}
+    return loss_of("diffusion_nft", errors, **given, **{"error_weights": torch.ones(2, len(policy)), **numbers})
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.3, 2.0])
@@ -611,8 +616,65 @@ def test_the_gradient_of_nft_is_that_of_finite_differences_and_leaves_the_refere
     assert torch.autograd.gradcheck(lambda policy: nft_of(policy, old, better, beta=0.6).loss, policy.requires_grad_())
     errors = UnpairedErrors(policy.square().mean(1), old.square().mean(1).requires_grad_(), better > 0.5)
     dot = (policy * old).mean(1)
-    loss_of("diffusion_nft", errors, optimality=better, image_dot_reference=dot).loss.sum().backward()
+    given = {"optimality": better, "image_dot_reference": dot, "error_weights": torch.ones(2, 5)}
+    loss_of("diffusion_nft", errors, **given).loss.sum().backward()
     assert errors.reference.grad is None
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.3])
+def test_self_normalized_nft_is_the_public_codes_formula(beta):
+    """Of a flow: x̂_0 = x_σ − σ·v, its squared error over its mean deviation, each image by itself."""
+    policy, old, better = residuals_of_nft()
+    sigmas = torch.tensor([0.1, 0.4, 0.7, 0.9, 1.0], dtype=torch.float64)
+    weights = nft_weights(policy.requires_grad_(), old, sigmas, beta=beta, error_weight="self_normalized")
+    output = nft_of(policy, old, better, beta=beta, error_weights=weights)
+    (gradient,) = torch.autograd.grad(output.loss.sum(), policy)
+
+    residual = policy.detach().numpy()
+    expected, slope = [], []
+    for a, o, r, sigma in zip(residual, old.numpy(), better.numpy(), sigmas.numpy(), strict=True):
+        off = [sigma * (sign * beta * a + (1 - sign * beta) * o) for sign in (1, -1)]  # what x̂_0 of v± lacks to x_0
+        mean = [np.abs(one).mean() for one in off]
+        expected.append(sum(share * (one**2).mean() / m for share, one, m in zip((r, 1 - r), off, mean, strict=True)))
+        terms = zip((r, r - 1), off, mean, strict=True)  # the deviation carries no gradient
+        slope.append(sum(share * 2 * one * sigma * beta / m / len(a) for share, one, m in terms))
+    np.testing.assert_allclose(output.loss.detach().numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(gradient.numpy(), slope, rtol=1e-10, atol=1e-12)
+
+
+def test_the_weights_of_nft_at_their_limits():
+    policy, old, _ = residuals_of_nft()
+    sigmas = torch.full((5,), 0.5)
+    assert torch.equal(nft_weights(policy, old, sigmas, beta=0.7, error_weight="constant"), torch.ones(2, 5))
+    # v₊ − v = 2: s²/(s·2). v₋ − v = 2·1 − 2 = 0, where the deviation counts as 1e-5.
+    twos, ones = torch.full((5, 1), 2.0), torch.ones(5, 1)
+    weights = nft_weights(twos, ones, sigmas, beta=1.0, error_weight="self_normalized")
+    assert weights[0].tolist() == [0.25] * 5 and weights[1].tolist() == pytest.approx([0.25 / 1e-5] * 5)
+    with pytest.raises(ValueError, match="unknown error_weight 'l1'; choose from constant, self_normalized"):
+        nft_weights(policy, old, sigmas, beta=1.0, error_weight="l1")
+
+
+def test_the_kl_is_the_distance_of_predictions_and_vanishes_or_rules_at_its_limits():
+    policy, old, better = residuals_of_nft(images=6)
+    base = torch.randn(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def loss(policy, weight):
+        output = mean_by_pair(nft_of(policy, old, better, beta=0.6))
+        return with_kl(output, (policy - base).square().mean(1), weight=weight).loss
+
+    images = nft_of(policy, old, better, beta=0.6).loss + 0.3 * (policy - base).square().mean(1)
+    torch.testing.assert_close(loss(policy, 0.3), (images[:3] + images[3:]) / 2, rtol=1e-12, atol=1e-14)
+    assert torch.equal(loss(policy, 0.0), mean_by_pair(nft_of(policy, old, better, beta=0.6)).loss)
+    assert torch.autograd.gradcheck(lambda policy: loss(policy, 0.3), policy.clone().requires_grad_())
+    # The loss is quadratic in the policy's residuals, so one Newton step from anywhere is its minimum: for a large k
+    # that is the base model, and without k it is v_old + (2r − 1)/β·(v − v_old).
+    for weight, minimum in ((1e9, base), (0.0, old + ((2 * better - 1) / 0.6)[:, None] * -old)):
+        values = policy.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(loss(values, weight).sum(), values)
+        found = policy - slope / (
+            2 / 3 / 2 * (0.36 + weight)
+        )  # the second derivative: 2·(β² + k), over 3 values, 2 images
+        torch.testing.assert_close(found, minimum, rtol=1e-6, atol=1e-6)
 
 
 # The registry and bad input
@@ -644,6 +706,7 @@ def test_the_registry_says_what_each_objective_takes():
 def test_every_objective_runs_with_its_published_defaults(name):
     if OBJECTIVES[name].is_unpaired:
         inputs = {"z0": ZERO, "optimality": torch.tensor([0.8, 0.3]), "image_dot_reference": torch.tensor([0.1, 0.1])}
+        inputs["error_weights"] = torch.ones(2, 2)
         given = {key: inputs[key] for key in OBJECTIVES[name].inputs}
         output = loss_of(name, unpaired([0.1, 0.2], [0.2, 0.1], [True, False]), **given)
     else:
@@ -675,9 +738,10 @@ def test_bad_unpaired_input_is_refused():
         loss_of("diffusion_kto", errors._replace(reference=torch.zeros(2, 1)), z0=ZERO)
     half = torch.tensor([0.5, 0.5])
     with pytest.raises(
-        ValueError, match=r"optimality and dots must have the errors' shape \(B,\), got \[\(2,\), \(2, 1\)"
+        ValueError, match=r"optimality, dots and weights must have the errors' shape \(B,\), got \[\(2,\), \(2, 1\)"
     ):
-        loss_of("diffusion_nft", errors, optimality=half.unsqueeze(1), image_dot_reference=half)
+        given = {"image_dot_reference": half, "error_weights": torch.ones(2, 2)}
+        loss_of("diffusion_nft", errors, optimality=half.unsqueeze(1), **given)
 
 
 @pytest.mark.parametrize("name", PAIRED)

@@ -66,10 +66,45 @@ def test_it_learns_which_image_is_preferred_and_scores_as_evaluate_does(train, c
     assert scorer.version == scorer_version(str(folder / "reward_model"))
 
 
-def test_its_loss_is_bradley_terrys_by_hand():
-    margin, weights = torch.tensor([0.0, 2.0, -1.0]), torch.tensor([1.0, 0.5, 1.5])
-    expected = (math.log(2) + 0.5 * math.log(1 + math.exp(-2)) + 1.5 * math.log(1 + math.exp(1))) / 3
-    assert program.bradley_terry(margin, weights).item() == pytest.approx(expected, rel=1e-6)
+def test_its_loss_is_bradley_terrys_by_hand_and_a_tie_is_half_of_it_in_either_direction():
+    margin, weights = torch.tensor([0.0, 2.0, -1.0, 2.0]), torch.tensor([1.0, 0.5, 1.5, 2.0])
+    tied = torch.tensor([False, False, False, True])
+    won, lost = math.log(1 + math.exp(-2)), math.log(1 + math.exp(2))
+    expected = (math.log(2) + 0.5 * won + 1.5 * math.log(1 + math.exp(1)) + 2.0 * (won + lost) / 2) / 4
+    assert program.bradley_terry(margin, tied, weights).item() == pytest.approx(expected, rel=1e-6)
+    # PickScore's code: the cross-entropy of the two logits with the labels (½, ½).
+    logits, halves = torch.tensor([[3.0, 1.0]]), torch.tensor([[0.5, 0.5]])
+    cross_entropy = torch.nn.functional.cross_entropy(logits, halves).item()
+    assert program.bradley_terry(margin[3:], tied[3:], torch.ones(1)).item() == pytest.approx(cross_entropy, rel=1e-6)
+
+
+def test_a_tie_pulls_its_two_rewards_together():
+    margin = torch.tensor([2.0, 0.0, -2.0], requires_grad=True)
+    program.bradley_terry(margin, torch.tensor([True] * 3), torch.ones(3)).backward()
+    # (½ − σ(−m))/3 for each
+    assert margin.grad.tolist() == pytest.approx([(0.5 - 1 / (1 + math.exp(m))) / 3 for m in (2, 0, -2)], abs=1e-7)
+
+
+def test_ties_are_trained_on_and_not_counted_in_the_accuracy(train, tmp_path, monkeypatch, capsys):
+    seen, bradley_terry = [], program.bradley_terry
+
+    def see_loss(margin, tied, weights):
+        seen.append((tied, weights))
+        return bradley_terry(margin, tied, weights)
+
+    monkeypatch.setattr(program, "bradley_terry", see_loss)
+    tie = {"label_0": 0.5, "label_1": 0.5}
+    rows = [pick_a_pic_row(number, caption="often" if number < 6 else "once") for number in range(7)]
+    rows += [pick_a_pic_row(7, caption="often", **tie)]
+    path = write_pick_a_pic(tmp_path / "ties.parquet", rows)
+    status, folder = train("run", f"data.path={path}", f"eval.path={path}", "--steps", "2")
+    assert status == 0 and "8 pairs to train on, 1 of them ties; 7 held out" in capsys.readouterr().out
+    # Two prompts of seven pairs and one: 8/2 times 1/7 and 1.
+    tied, weights = (torch.cat(column) for column in zip(*seen, strict=True))
+    assert tied.tolist().count(True) == 1 and weights[tied].tolist() == pytest.approx([4 / 7])
+    assert sorted(weights.tolist()) == pytest.approx([4 / 7] * 7 + [4.0])
+    record = json.loads((folder / "reward_model" / "reward_model.json").read_text())
+    assert record["held_out"]["pairs"] == 7
 
 
 def test_the_first_step_goes_down_that_loss(train, monkeypatch):
@@ -80,9 +115,9 @@ def test_the_first_step_goes_down_that_loss(train, monkeypatch):
         seen.append(rewards_of(*arguments))
         return seen[-1]
 
-    def see_loss(margin, weights):
+    def see_loss(margin, tied, weights):
         seen.append((margin, weights))
-        return bradley_terry(margin, weights)
+        return bradley_terry(margin, tied, weights)
 
     monkeypatch.setattr(program, "rewards_of", see_rewards)
     monkeypatch.setattr(program, "bradley_terry", see_loss)

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from training_runs import ROOT
 
 from xdpo.files import StorageError
@@ -72,3 +74,25 @@ def test_trackers_get_the_runs_name_so_that_they_go_on_with_it(tmp_path, monkeyp
     monkeypatch.setattr(accelerator, "init_trackers", lambda project, **options: given.update(options))
     RunLog(accelerator, tmp_path, project="test", config={}, start_step=0, max_steps=1, run_id="0123abcd").close()
     assert given["init_kwargs"]["wandb"] == {"id": "0123abcd", "resume": "allow"}
+
+
+def test_trackers_get_sheets_as_images_and_numbers_in_groups(tmp_path, monkeypatch):
+    accelerator, given = Accelerator(cpu=True), []
+    tracker = SimpleNamespace(
+        name="wandb",
+        log_images=lambda values, step, **options: given.append((values, step, options)),
+        store_init_configuration=lambda config: None,
+        finish=lambda: None,
+    )
+    monkeypatch.setattr(accelerator, "init_trackers", lambda project, **options: None)
+    monkeypatch.setattr(accelerator, "trackers", [tracker], raising=False)
+    monkeypatch.setattr(accelerator, "log", lambda values, step: given.append((values, step)))
+    log = RunLog(accelerator, tmp_path, project="test", config={}, start_step=0, max_steps=1)
+    log.row(1, {"loss": 1.0, "learning_rate": 0.1, "eval/loss": 2.0, "pairs_per_second": 3.0, "pairs_seen": 4})
+    Image.new("RGB", (3, 2), "red").save(tmp_path / "sheet.png")
+    log.image(1, "samples", tmp_path / "sheet.png")
+
+    numbers, (images, step, options) = given
+    names = ["train/loss", "optim/learning_rate", "eval/loss", "speed/pairs_per_second", "data/pairs_seen"]
+    assert list(numbers[0]) == names and numbers[1] == step == 1 and options == {}
+    assert images["samples"].shape == (1, 2, 3, 3) and images["samples"][0, 0, 0].tolist() == [255, 0, 0]

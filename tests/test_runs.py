@@ -2,9 +2,11 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 
 from xdpo.config import load_config
@@ -22,7 +24,7 @@ from xdpo.runs import (
     load_checkpoint,
     save_checkpoint,
 )
-from xdpo.runs.export import model_card
+from xdpo.runs.card import _LICENCES, model_card
 
 CONFIG = load_config("configs/xdpo_sd15.yaml")
 
@@ -244,11 +246,28 @@ def test_checking_a_folder_writes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(("trainable", "words"), [("full", "UNet2DConditionModel"), ("lora", "load_lora_weights")])
-def test_the_model_card_says_how_to_load_the_model_and_what_made_it(trainable, words):
-    card = model_card(load_config("configs/xdpo_sd15.yaml", [f"model.trainable={trainable}"]), STABLE_DIFFUSION)
+def test_the_model_card_says_how_to_load_the_model_and_what_made_it(trainable, words, tmp_path):
+    config = load_config("configs/xdpo_sd15.yaml", [f"model.trainable={trainable}"])
+    card = model_card(config, STABLE_DIFFUSION, tmp_path)
+    facts = ModelCard(card).data.to_dict()
 
-    assert words in card and "base_model: stable-diffusion-v1-5/stable-diffusion-v1-5" in card
+    assert words in card and facts["base_model"] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert facts["license"] == "creativeml-openrail-m" and facts["datasets"] == [config.data.path]
+    assert facts["base_model_relation"] == {"full": "finetune", "lora": "adapter"}[trainable]
+    assert facts["pipeline_tag"] in facts["tags"] and ("lora" in facts["tags"]) == (trainable == "lora")
     assert "η = 0.05" in card and "warmup_steps: 500" in card
+    assert "held-out" not in card and "command" not in card and "![" not in card
+
+
+def test_the_model_card_names_no_base_or_data_that_the_hub_does_not_have(small_pipeline, tmp_path):
+    overrides = [f"model.pipeline={small_pipeline}", "data.source=parquet", "data.path=pairs.parquet"]
+    facts = ModelCard(model_card(load_config("configs/base.yaml", overrides), STABLE_DIFFUSION, tmp_path)).data
+    assert facts.base_model is None and facts.datasets is None and facts.license == "other" and facts.license_name
+
+
+def test_the_licences_are_those_of_the_shipped_configs_base_models():
+    shipped = {load_config(path).model.pipeline for path in Path("configs").glob("*.yaml")}
+    assert shipped <= _LICENCES.keys()
 
 
 # --- the result ----------------------------------------------------------------------------------------------

@@ -18,9 +18,11 @@ from conftest import Answer
 from PIL import Image
 from tolerances import ELEMENT
 
-from xdpo.scorers import METRIC_NAMES, SCORER_NAMES, pixels
+from xdpo.scorers import EMBEDDER_NAMES, METRIC_NAMES, SCORER_NAMES, pixels
 from xdpo.scorers.blip import BLIP_VIT_L_16, build_image_reward, load_bert_tokenizer
 from xdpo.scorers.clip import VIT_H_14, VIT_L_14, build_clip, clean, from_open_clip, load_tokenizer
+from xdpo.scorers.dino import DINOV2_VIT_L_14
+from xdpo.scorers.embedders import DINOV2_L, EMBEDDERS
 from xdpo.scorers.head import build_head
 from xdpo.scorers.interface import full_precision
 from xdpo.scorers.loading import embedder_version, load_embedder, load_scorer, scorer_version
@@ -73,13 +75,82 @@ def test_a_metric_equals_its_original_on_odd_images(name, batch_size, metric_wei
 
 def test_the_features_are_those_of_the_aesthetic_score(metric_weights, odd_images):
     """Whose golden scores are a map of them: the published head on our features gives the original's numbers."""
-    preprocess, embed = load_embedder(weights=metric_weights)
+    preprocess, embed = load_embedder("clip", weights=metric_weights)
     keys = [key for key, score in GOLDEN["aesthetic"].items() if score is not None]
     vectors = embed([preprocess(odd_images[key]) for key in keys])
     path = metric_weights / fixtures.AESTHETIC_HEAD
     scores = build_head(torch.load(path, weights_only=True), path)(vectors).squeeze(1).tolist()
     assert max(differences("aesthetic", scores, [GOLDEN["aesthetic"][key] for key in keys], 1)) < TOLERANCE
-    assert embedder_version(metric_weights) == embedder_version(metric_weights)
+    assert embedder_version("clip", metric_weights) != embedder_version("dinov2", metric_weights)
+
+
+def dinov2_of(images, tensors, heads, patch=14):
+    """DINOv2's class token of pixels (B, 3, H, W), written out in float64: a ViT with scaled residual branches."""
+    t = {name: torch.from_numpy(values).double() for name, values in tensors.items()}
+
+    def linear(x, name):
+        return x @ t[f"{name}.weight"].T + t[f"{name}.bias"]
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return scaled * t[f"{name}.weight"] + t[f"{name}.bias"]
+
+    def attention(x, name):
+        parts = (linear(x, f"{name}.attention.{kind}") for kind in ("query", "key", "value"))
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)
+        mixed = torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, dim=-1) @ v
+        return linear(mixed.transpose(1, 2).flatten(2), f"{name}.output.dense")
+
+    def mlp(x, name):
+        inner = linear(x, f"{name}.fc1")
+        return linear(inner * 0.5 * (1 + torch.erf(inner / 2**0.5)), f"{name}.fc2")
+
+    rows, columns = (length // patch for length in images.shape[2:])
+    patches = images.double().unflatten(3, (columns, patch)).unflatten(2, (rows, patch)).permute(0, 2, 4, 1, 3, 5)
+    projection = t["embeddings.patch_embeddings.projection.weight"].flatten(1)
+    tokens = patches.flatten(3).flatten(1, 2) @ projection.T + t["embeddings.patch_embeddings.projection.bias"]
+    positions = t["embeddings.position_embeddings"]
+    side = int((positions.shape[1] - 1) ** 0.5)
+    grid = positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, (rows, columns), mode="bicubic").flatten(2).transpose(1, 2)
+    first = t["embeddings.cls_token"] + positions[:, :1]
+    x = torch.cat([first.expand(len(images), -1, -1), tokens + grid], dim=1)
+    for number in range(sum(name.endswith("layer_scale1.lambda1") for name in t)):
+        layer = f"encoder.layer.{number}"
+        x = x + t[f"{layer}.layer_scale1.lambda1"] * attention(norm(x, f"{layer}.norm1"), f"{layer}.attention")
+        x = x + t[f"{layer}.layer_scale2.lambda1"] * mlp(norm(x, f"{layer}.norm2"), f"{layer}.mlp")
+    return torch.nn.functional.normalize(norm(x[:, 0], "layernorm"), dim=-1)
+
+
+def test_dinov2s_features_are_its_formulas_on_its_processors_pixels(metric_weights, odd_images):
+    """The pixels are those of transformers' BitImageProcessor with the published numbers."""
+    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+
+    numbers = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, "resample": 3}
+    processor = BitImageProcessorPil(**numbers, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
+    preprocess, embed = load_embedder("dinov2", weights=metric_weights)
+    images = [odd_images[key].convert("RGB") for key in odd_images if "one pixel" not in key]
+    pixels = torch.stack([preprocess(image) for image in images])
+    for ours, image in zip(pixels, images, strict=True):
+        torch.testing.assert_close(ours, processor(image, return_tensors="pt").pixel_values[0], rtol=0, atol=1e-6)
+    sizes = fixtures.SIZES["dinov2_vit_l_14"]
+    tensors = fixtures.tensors_of(fixtures.dinov2_shapes(sizes), fixtures.SEED + 7)
+    expected = dinov2_of(pixels, tensors, sizes["num_attention_heads"])
+    found = torch.cat([embed(list(pixels[:5])), embed(list(pixels[5:]))])
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=ELEMENT)
+    assert (torch.pdist(expected) > 1000 * ELEMENT).all()  # they tell images apart
+
+
+def test_dinov2_has_the_published_size_epsilon_and_activation():
+    from transformers import Dinov2Config, Dinov2Model
+
+    with torch.device("meta"):
+        model = Dinov2Model(Dinov2Config(**DINOV2_VIT_L_14))
+    assert 4 * sum(tensor.numel() for tensor in model.parameters()) == DINOV2_L.about_bytes - 48_328  # its header
+    config = model.config
+    assert (config.layer_norm_eps, config.hidden_act, config.num_attention_heads) == (1e-6, "gelu", 16)
+    assert {module.eps for module in model.modules() if isinstance(module, torch.nn.LayerNorm)} == {1e-6}
 
 
 def test_the_golden_scores_tell_images_apart():
@@ -291,16 +362,17 @@ def test_the_two_crops_part_ways_at_an_overhang_of_three_pixels():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9000), (9000, 1), (30000, 2)])
-@pytest.mark.parametrize("preprocess", [pixels.crop_floor, pixels.crop_half_even, pixels.pad])
+@pytest.mark.parametrize("preprocess", [pixels.crop_floor, pixels.crop_half_even, pixels.crop_256, pixels.pad])
 def test_strips_of_any_ratio_are_preprocessed(preprocess, size):
     assert preprocess(Image.new("RGB", size, "teal")).shape == (3, 224, 224)
 
 
-def test_the_shortcut_for_long_strips_shows_the_same_pixels(monkeypatch):
+@pytest.mark.parametrize("crop", [pixels.crop_floor, pixels.crop_256])
+def test_the_shortcut_for_long_strips_shows_the_same_pixels(monkeypatch, crop):
     strip = Image.fromarray(np.random.default_rng(0).integers(0, 256, (7, 900, 3), dtype=np.uint8))
-    whole = pixels.crop_floor(strip)
+    whole = crop(strip)
     monkeypatch.setattr(pixels, "MAX_RESIZED_PIXELS", 1)
-    assert (pixels.crop_floor(strip) - whole).abs().max() < 1.5 / 255 / min(pixels.CHANNEL_STDS)
+    assert (crop(strip) - whole).abs().max() < 1.5 / 255 / min(pixels.CHANNEL_STDS)
 
 
 def test_the_orientation_in_exif_is_not_applied(odd_images):
@@ -459,8 +531,9 @@ def test_an_unknown_scorer_lists_the_names_and_the_nearest():
         load_scorer("hps2")
 
 
-def test_every_metric_has_a_name_that_command_lines_show():
+def test_every_metric_and_embedder_has_a_name_that_command_lines_show():
     assert METRICS.keys() == set(METRIC_NAMES)
+    assert tuple(EMBEDDERS) == EMBEDDER_NAMES
 
 
 def test_a_prompt_is_needed_for_every_image(metric_weights):

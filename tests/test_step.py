@@ -34,7 +34,7 @@ def example(targets, weights=1.0):
     constant = torch.tensor(targets).view(2, 1, 1, 1).expand_as(zeros)
     conditioning = Conditioning(text=torch.zeros(2, 1, 1))
     times, weights = torch.zeros(2, dtype=torch.long), torch.full((2,), weights)
-    return NoisyBatch(STABLE_DIFFUSION, [0], zeros, times, conditioning, constant, weights)
+    return NoisyBatch(STABLE_DIFFUSION, [0], zeros, times, conditioning, constant, weights, torch.ones(2))
 
 
 @pytest.fixture
@@ -68,6 +68,39 @@ def test_chosen_comes_first_and_the_reference_gets_no_gradient():
     assert [error.item() for error in errors] == [0.0, 1.0, 0.25, 0.25]
     assert policy.value.grad is not None and policy.value.grad != 0
     assert reference.value.grad is None
+
+
+@pytest.mark.parametrize(("base", "pulled_to"), [(None, 0.5), (0.25, 0.25)])
+def test_a_kl_pulls_to_the_base_model_or_else_to_the_reference(base, pulled_to):
+    """Images of target 0, policy 1, reference ½: v₊ − v = 1 for the chosen one, v₋ − v = 0 for the other, at β = 1."""
+    policy, reference = Offset(1.0), Offset(0.5)
+    network = None if base is None else Offset(base)
+    overrides = ["loss.name=diffusion_nft", "loss.kl_weight=0.5"]
+    config = load_config("configs/base.yaml", ["output_dir=none", *overrides]).loss
+    noisy = example([0.0, 0.0], weights=2.0)
+    measured = measure(policy, Frozen(reference), noisy, config, network and Frozen(network))
+    inputs = {**measured.inputs, "optimality": torch.tensor([1.0, 0.0])}
+    output = preference_loss(measured.errors, config, inputs)
+    output.loss.sum().backward()
+    # ω·[mean of r·(v₊ − v)² + (1 − r)·(v₋ − v)² + k·(v_θ − v_base)²]
+    assert output.loss.item() == pytest.approx(2 * ((1 + 0) / 2 + 0.5 * (1 - pulled_to) ** 2))
+    assert policy.value.grad.item() == pytest.approx(2 * (2 * (1 - 0) / 2 + 0.5 * 2 * (1 - pulled_to)))
+    assert reference.value.grad is None and (network is None or network.value.grad is None)
+    inputs_without = measure(policy, Frozen(reference), noisy, config.model_copy(update={"kl_weight": 0.0})).inputs
+    assert set(measured.inputs) - set(inputs_without) == {"base_distance"}
+
+
+def test_self_normalized_errors_are_scaled_as_errors_of_the_denoised_image(maker):
+    """The scale of a time is what x̂_0 is off by where the prediction is off by 1, for ε-prediction √(1 − ᾱ)/√ᾱ."""
+    noisy = maker(batch_of([3, 4]), seed=0)
+    signal = maker.process.alphas_cumprod[noisy.timesteps]
+    torch.testing.assert_close(noisy.denoised_scales, ((1 - signal) / signal).sqrt())
+    config = load_config("configs/base.yaml", ["output_dir=none", "loss.name=diffusion_nft"]).loss
+    config = config.model_copy(update={"error_weight": "self_normalized"})
+    scaled = example([0.0, 0.0])._replace(denoised_scales=torch.tensor([3.0, 0.5]))
+    weights = measure(Offset(1.0), Frozen(Offset(0.5)), scaled, config).inputs["error_weights"]
+    assert weights[0].tolist() == [3.0, 0.5]  # |v₊ − v| = 1
+    assert weights[1].tolist() == pytest.approx([9 / 1e-5, 0.25 / 1e-5])  # |v₋ − v| = 0
 
 
 def test_a_policy_equal_to_its_reference_has_loss_ln_2_margin_0_and_half_an_accuracy():

@@ -82,6 +82,7 @@ class Learner:
     ema: "EMAModel | None"  # moving average of the trained weights
     z0: Tensor  # Diffusion-KTO's reference point: the mean gain of the previous step
     skipped_steps: SkippedSteps
+    base: Reference | None = None  # what loss.kl_weight pulls to, where that isn't the reference
     parameters: list[nn.Parameter] = field(init=False)  # the trained ones
 
     def __post_init__(self) -> None:
@@ -113,7 +114,7 @@ class Learner:
         settings, device = self.settings, self.accelerator.device
         policy = self.policy if split is Split.TRAIN else self.bare_policy
         with self.accelerator.autocast():
-            measured = step.measure(policy, self.references[split], noisy, settings.loss)
+            measured = step.measure(policy, self.references[split], noisy, settings.loss, self.base)
         inputs = dict(measured.inputs)
         if self._has_reference_point:
             inputs["z0"] = self.z0
@@ -267,8 +268,7 @@ class Learner:
 
     def _moving_network(self) -> nn.Module | None:
         """The reference's network if it changes, so that checkpoints must hold it."""
-        changes = self.settings.model.reference_decay or self.settings.online.renew_reference
-        return self.reference.network if changes else None
+        return self.reference.network if reference_moves(self.settings) else None
 
 
 def build_learner(
@@ -283,9 +283,11 @@ def build_learner(
     No reference is made where all of its errors are recorded. Networks are moved to the training's device.
     """
     process = parts.process(settings.noise).to(accelerator.device)
-    network = None
+    network, base_network = None, None
     if settings.loss.needs_reference and not recorded.is_complete:
         network = models.make_reference(parts, settings.model, settings.compute)
+    if needs_base(settings):
+        base_network = models.make_reference(parts, settings.model, settings.compute)
     policy = models.make_policy(parts, settings.model, settings.compute)
     if not settings.cache.examples:
         for module in parts.encoders:
@@ -293,8 +295,11 @@ def build_learner(
     optimizer = build_optimizer(settings, models.trainable_parameters(policy))
     policy, optimizer = accelerator.prepare(policy, optimizer)
     bare_policy = accelerator.unwrap_model(policy)
-    if network is not None:  # with the policy's autocast and float32 output: only weights may differ
-        network = accelerator.prepare_model(network, evaluation_mode=True)
+    # With the policy's autocast and float32 output: only weights may differ.
+    network, base_network = (
+        None if each is None else accelerator.prepare_model(each, evaluation_mode=True)
+        for each in (network, base_network)
+    )
     reference = build_reference(settings, network, bare_policy)
     references = {
         split: reference if cache is None else Recorded(reference, cache, accelerator.device)
@@ -313,7 +318,18 @@ def build_learner(
         ema=build_ema(settings, models.trainable_parameters(policy)),
         z0=torch.zeros((), device=accelerator.device),
         skipped_steps=SkippedSteps(accelerator.scaler),
+        base=None if base_network is None else Frozen(base_network),
     )
+
+
+def reference_moves(settings: Config) -> bool:
+    """Whether the reference's network changes while training."""
+    return bool(settings.model.reference_decay) or settings.online.renew_reference
+
+
+def needs_base(settings: Config) -> bool:
+    """Whether the base model needs a network of its own, because the loss pulls to it and the reference moves away."""
+    return settings.loss.kl_weight > 0 and reference_moves(settings)
 
 
 def build_reference(settings: Config, network: nn.Module | None, bare_policy: nn.Module) -> Reference:

@@ -24,6 +24,7 @@ class NoisyBatch(NamedTuple):
     conditioning: Conditioning  # of 2B
     targets: Tensor  # (2B, C, h, w) float32
     weights: Tensor  # (2B,) ω(t)
+    denoised_scales: Tensor  # (2B,) |x̂_0 − x_0| for a prediction that is off by 1
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class NoisyBatchMaker:
         latents = family.to_latents(moments, posterior_noise)
         if batch.rejected_latents is not None:
             latents = torch.cat([latents[: len(batch.rejected_latents)], self._to_device(batch.rejected_latents)])
+        ones = torch.ones(timesteps.shape, device=self.device)
         return NoisyBatch(
             family=family,
             positions=positions,
@@ -69,6 +71,7 @@ class NoisyBatchMaker:
             conditioning=conditioning,
             targets=self.process.target(latents, drawn, timesteps),
             weights=self.process.weights(timesteps),
+            denoised_scales=self.process.denoised(torch.zeros_like(ones), ones, timesteps).abs(),
         )
 
     def encoded(self, batch: Batch) -> Batch:

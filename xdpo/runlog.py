@@ -1,23 +1,45 @@
-"""A run's metrics.jsonl, trackers and progress bar. Only the first process writes."""
+"""A run's metrics.jsonl, trackers, page and progress bar. Only the first process writes."""
 
 import json
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from xdpo.files import reading, write_text, writing
 from xdpo.progress import Progress
+
+HELD_OUT = "eval/"  # before the name of a metric on held-out pairs
+_GROUPS = {  # in the trackers, of metrics whose name has no group
+    "optim": ("learning_rate", "gradient_norm", "effective_beta", "loss_scale", "skipped_steps"),
+    "speed": ("pairs_per_second", "data_wait_share", "peak_memory_gb"),
+    "data": ("pairs_seen", "truncated_captions", "unreadable_rows"),
+}
+_GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names}
+
+
+class Page(Protocol):
+    """What shows a run's rows to people."""
+
+    def add(self, row: Mapping[str, float]) -> None: ...
+
+    def write_if_due(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class RunLog:
     """Logs one row of metrics per optimizer step.
 
-    Rows go to `folder`/metrics.jsonl (flushed at once, so that a kill loses none) and to the trackers that the
-    accelerator was built with. The progress bar shows the most important metrics. A resumed run drops the rows after
-    its checkpoint and writes them again. Raises StorageError where a row can't be written.
+    Rows go to `folder`/metrics.jsonl (flushed at once, so that a kill loses none), to the run's page and to the
+    trackers that the accelerator was built with. The progress bar shows the most important metrics. A resumed run drops
+    the rows after its checkpoint and writes them again. Raises StorageError where a row or the page can't be written.
     """
 
     def __init__(
@@ -30,16 +52,23 @@ class RunLog:
         start_step: int,
         max_steps: int,
         run_id: str | None = None,
+        page: Page | None = None,
     ):
         """`config` maps dotted keys to plain values, for the trackers; `project` is their name for the work.
 
         run_id: the run's name for a tracker that can resume a run (W&B), the same at every start.
+        page: the first process's.
         """
         self.accelerator = accelerator
         self.is_main = accelerator.is_main_process
         self.path = folder / "metrics.jsonl"
+        self.page = page
         if self.is_main:
-            _drop_rows_after(self.path, start_step)
+            rows = _keep_rows_until(self.path, start_step)
+            if page is not None:
+                for row in rows:
+                    page.add(row)
+                page.write_if_due()
         accelerator.init_trackers(project, init_kwargs={"wandb": {"id": run_id, "resume": "allow"}})
         for tracker in accelerator.trackers:  # one page of text, not an hparams folder for every start
             if tracker.name == "tensorboard":
@@ -63,18 +92,38 @@ class RunLog:
     def row(self, step: int, metrics: dict[str, float], advance: bool = False) -> None:
         """Log `metrics` at `step`; `advance` moves the bar by one optimizer step."""
         if self.is_main:
+            row = {"step": step, **metrics}
             with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+                file.write(json.dumps(row) + "\n")
+            if self.page is not None:
+                self.page.add(row)
+                self.page.write_if_due()
             if advance:
                 shown = {"loss": "loss", "acc": "implicit_accuracy", "lr": "learning_rate"}
                 self.bar.set_postfix({short: f"{metrics[name]:.3g}" for short, name in shown.items()}, refresh=False)
                 self.bar.update()
-        self.accelerator.log(metrics, step=step)
+        self.accelerator.log({tracker_name(name): value for name, value in metrics.items()}, step=step)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """Give an image file to the trackers."""
+        if self.is_main and self.accelerator.trackers:
+            with reading(path), Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))[None]
+            for tracker in self.accelerator.trackers:
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({name: pixels}, step=step, **layout)
 
     def close(self) -> None:
+        if self.page is not None:
+            self.page.close()
         self.bar.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()  # end_training() would also disconnect the processes, one by one
+
+
+def tracker_name(metric: str) -> str:
+    """A metric's name in the trackers, which show what comes before a slash as a group."""
+    return metric if "/" in metric else f"{_GROUP_OF.get(metric, 'train')}/{metric}"
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -97,10 +146,12 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
+def _keep_rows_until(path: Path, step: int) -> list[dict]:
+    """Drop a file's rows after a step. Returns the others."""
+    kept = [row for row in read_rows(path) if row["step"] <= step]
     if path.is_file():
-        kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
-        write_text(path, "".join(kept))
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    return kept
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from xdpo.batch import Batch
 from xdpo.config import LossConfig
 from xdpo.loss import LossOutput, PairErrors, safeguard
+from xdpo.loss.modifiers import with_kl
 from xdpo.loss.types import are_chosen
+from xdpo.loss.unpaired import nft_weights
 from xdpo.noisy import NoisyBatch, residuals, weighted_mean
 from xdpo.reference import Reference
 
@@ -49,21 +51,29 @@ class StepOutput(NamedTuple):
 
 def inputs_of(config: LossConfig) -> frozenset[str]:
     """Names of the tensors that the objective and its modifiers take beside the errors."""
-    modifiers = {"policy_dot": config.safeguard, "margin_weights": config.margin_weight}
-    of_modifiers = {name for name, value in modifiers.items() if value is not None}
+    modifiers = {
+        "policy_dot": config.safeguard is not None,
+        "margin_weights": config.margin_weight is not None,
+        "base_distance": config.kl_weight > 0,
+    }
+    of_modifiers = {name for name, is_on in modifiers.items() if is_on}
     return frozenset(config.objective.inputs) | of_modifiers
 
 
-def measure(policy: nn.Module, reference: Reference, noisy: NoisyBatch, config: LossConfig) -> Measured:
+def measure(
+    policy: nn.Module, reference: Reference, noisy: NoisyBatch, config: LossConfig, base: Reference | None = None
+) -> Measured:
     """What the configured objective needs: one forward of policy and reference each, of the same shape and precision.
 
-    Measured inputs are policy_dot and policy_dot_reference, (B,), and image_dot_reference, (2B,): means over (C, h, w)
-    of products of residuals.
+    base: what loss.kl_weight pulls to, where that isn't the reference; a third forward. Measured inputs are policy_dot
+    and policy_dot_reference, (B,), and image_dot_reference, (2B,): means over (C, h, w) of products of residuals;
+    base_distance (2B,), of squared differences of predictions; error_weights (2, 2B).
     Raises ValueError where the objective needs the reference's predictions and only its errors were recorded.
     """
     needed = inputs_of(config)
     # The reference goes first: its activations are freed before the policy's are kept for the backward pass.
     of_reference = reference.measure(noisy) if config.needs_reference else None
+    of_base = of_reference if base is None else base.measure(noisy)
     policy_residuals = residuals(policy, noisy)
     policy_chosen, policy_rejected = weighted_mean(policy_residuals.square(), noisy).chunk(2)
     chosen, rejected = policy_residuals.chunk(2)
@@ -77,6 +87,17 @@ def measure(policy: nn.Module, reference: Reference, noisy: NoisyBatch, config: 
             inputs["policy_dot_reference"] = weighted_mean(chosen * of_reference.residuals.chunk(2)[0], noisy)
         if "image_dot_reference" in needed:
             inputs["image_dot_reference"] = weighted_mean(policy_residuals * of_reference.residuals, noisy)
+        if "error_weights" in needed:
+            inputs["error_weights"] = nft_weights(
+                policy_residuals,
+                of_reference.residuals,
+                noisy.denoised_scales,
+                beta=float(config.hyperparameters["beta"]),
+                error_weight=config.error_weight,
+            )
+        if "base_distance" in needed:
+            assert of_base is not None and of_base.residuals is not None, "the base model is run, not recorded"
+            inputs["base_distance"] = weighted_mean((policy_residuals - of_base.residuals).square(), noisy)
     reference_chosen, reference_rejected = (None, None) if of_reference is None else of_reference.errors
     return Measured(PairErrors(policy_chosen, policy_rejected, reference_chosen, reference_rejected), inputs)
 
@@ -98,8 +119,9 @@ def preference_loss(errors: PairErrors, config: LossConfig, inputs: Mapping[str,
     arguments: dict[str, Any] = {**config.hyperparameters, **(inputs or {})}
     desirable = arguments.get("desirable")
     # The modifiers' inputs are applied here, so that no objective's function has an argument for them: the safeguard
-    # changes a gradient of the errors, and a pair's margin weight is a factor of its β.
-    policy_dot, margin_weights = arguments.pop("policy_dot", None), None
+    # changes a gradient of the errors, a pair's margin weight is a factor of its β, and the KL is added to its loss.
+    policy_dot, base_distance = arguments.pop("policy_dot", None), arguments.pop("base_distance", None)
+    margin_weights = None
     if config.margin_weight is not None:
         margin_weights = arguments.pop("margin_weights")
     guarded = errors
@@ -108,6 +130,8 @@ def preference_loss(errors: PairErrors, config: LossConfig, inputs: Mapping[str,
     if margin_weights is not None:
         arguments["beta"] = arguments["beta"] * margin_weights
     output = config.objective.of_pairs(guarded, **arguments)
+    if base_distance is not None:
+        output = with_kl(output, base_distance, weight=config.kl_weight)
     return StepOutput(output.loss, errors, _statistics(errors, output, desirable, margin_weights))
 
 

@@ -16,6 +16,7 @@ from accelerate.utils import set_seed
 from xdpo import config, data, ending, families, feeds, files, precompute, processes, runs
 from xdpo.compute import build_accelerator
 from xdpo.config import Config
+from xdpo.dashboard import RunPage
 from xdpo.data import Split
 from xdpo.families import PipelineParts
 from xdpo.feeds import build_feed
@@ -228,7 +229,7 @@ def open_log(
     margin_weights: data.PairWeights,
 ) -> RunLog:
     """Describe the run in its folder, and open its metrics and trackers."""
-    run_id, train_weights = None, margin_weights.train
+    run_id, page, train_weights = None, None, margin_weights.train
     if accelerator.is_main_process:
         run_id = runs.describe_run(
             folder,
@@ -241,6 +242,9 @@ def open_log(
             device=str(accelerator.device),
             precision=accelerator.mixed_precision,
         )
+        description = config.describe(settings, accelerator.num_processes, len(train_pairs))
+        page = RunPage(folder, max_steps=settings.train.max_steps, description=description)
+        accelerator.print(f"curves and samples, while it trains: {page.path}")
     return RunLog(
         accelerator,
         folder,
@@ -249,4 +253,5 @@ def open_log(
         config=config.flatten(settings),
         start_step=start_step,
         max_steps=settings.train.max_steps,
+        page=page,
     )

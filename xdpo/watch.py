@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from xdpo import data, processes
+from xdpo.dashboard import WORSE
 from xdpo.data import Split
 from xdpo.families import pipeline_with
 from xdpo.images.sheets import contact_sheet, save_sheet
@@ -18,7 +19,6 @@ from xdpo.sampling.images import sample_images
 from xdpo.tally import Tally
 
 SAMPLE_CHUNK = 4  # images sampled at once
-WORSE = 1e-3  # an error that is above the reference's by more than this share of it; less may be the pairs' choice
 WORSE_IN_A_ROW = 3  # evaluations before a run warns
 WARNED = "eval/both_errors_above_reference"
 
@@ -47,7 +47,9 @@ class Watch:
                 log.say(f"warning: step {step_number}: {warning}")
         if settings.samples.every and (step_number % settings.samples.every == 0 or is_last):
             if self.learner.accelerator.is_main_process:
-                log.say(f"step {step_number}: samples in {draw_samples(self.learner, self.folder, step_number)}")
+                sheet = draw_samples(self.learner, self.folder, step_number)
+                log.image(step_number, "samples", sheet)
+                log.say(f"step {step_number}: samples in {sheet}")
             processes.wait()
         self.longest_seconds = max(self.longest_seconds, time.perf_counter() - started)
 

@@ -26,19 +26,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.pipelines import without_contents
-from benchmarks.true_models import COUNTABLE, Model
+from benchmarks.true_models import COUNTABLE, Model, scorer_network
 from xdpo import learner, models, step
 from xdpo.batch import Batch, Conditioning, LatentMoments, SingleImages
 from xdpo.compute import build_accelerator
 from xdpo.config import Config, accumulation_steps
 from xdpo.data import PairWeights, Split
 from xdpo.families import held_in_bf16
-from xdpo.learner import Learner, build_ema, build_reference
+from xdpo.learner import Learner, build_ema, build_reference, needs_base
 from xdpo.noise import DiffusionProcess, FlowProcess, Process
 from xdpo.noisy import NoisyBatchMaker
 from xdpo.non_finite import SkippedSteps
 from xdpo.precompute import takes_single_images
-from xdpo.reference import Recorded
+from xdpo.reference import Frozen, Recorded
+from xdpo.scorers.metrics import METRICS
 from xdpo.watch import SAMPLE_CHUNK as IMAGES_OF_A_SHEET
 
 GPU_PRECISIONS = {"auto": "bf16", "fp16": "bf16"}  # what a GPU takes; of one size, and a CPU has no fp16
@@ -175,15 +176,28 @@ def shape_of(settings: Config, processes: int) -> tuple:
         *settings.compute.model_dump().items(),
         (settings.data.resolution, settings.data.sample_latents),
         (bool(settings.cache.examples), bool(settings.cache.reference)),
-        (loss.needs_reference, loss.samples_rejected, step.inputs_of(loss)),
+        (loss.needs_reference, needs_base(settings), loss.samples_rejected, step.inputs_of(loss)),
         takes_single_images(settings, Split.TRAIN),
         (settings.optim.name, settings.train.micro_batch_pairs, accumulation_steps(settings, processes) == 1),
         (settings.eval.every > 0, samples.every > 0, samples.guidance_scale > 1),
         (settings.self_play.batch_size, settings.self_play.guidance_scale > 1) if loss.samples_rejected else None,
-        (settings.online.batch_size, settings.online.guidance_scale > 1, settings.online.offline_share > 0)
+        (
+            (settings.online.batch_size, settings.online.guidance_scale > 1, settings.online.offline_share > 0),
+            (settings.online.keep_scorers, settings.online.rewards, settings.online.held_out_rewards),
+        )
         if settings.feed.is_online
         else None,
     )
+
+
+def scorers_of(settings: Config) -> tuple[str, ...]:
+    """The scorers that a training loads."""
+    return (*settings.online.rewards, *settings.online.held_out_rewards) if settings.feed.is_online else ()
+
+
+def uncounted_scorers(settings: Config) -> list[str]:
+    """Those of a training's scorers whose shapes are not known here: users' own, reward models, embedded judges."""
+    return [name for name in scorers_of(settings) if name not in METRICS]
 
 
 class Training:
@@ -199,9 +213,12 @@ class Training:
         network = None
         if settings.loss.needs_reference and not settings.cache.reference:
             network = models.make_reference(parts, settings.model, settings.compute)
+        base = models.make_reference(parts, settings.model, settings.compute) if needs_base(settings) else None
         policy = accelerator.prepare(models.make_policy(parts, settings.model, settings.compute))
         if network is not None:
             network = accelerator.prepare_model(network, evaluation_mode=True)
+        if base is not None:
+            base = accelerator.prepare_model(base, evaluation_mode=True)
         reference = build_reference(settings, network, policy)
         if settings.cache.reference:
             cache = FullCache(settings.train.micro_batch_pairs)
@@ -223,18 +240,23 @@ class Training:
             ema=None,
             z0=torch.zeros(()),
             skipped_steps=SkippedSteps(None),
+            base=None if base is None else Frozen(base),
         )
         self.latent_shape = parts.latent_shape(settings.data.resolution)
         self.encoded = parts.encode_captions(model.captions())
         self.batch = self._batch()
+        self.scorers = [scorer_network(name) for name in scorers_of(settings) if name in METRICS]
 
     def start(self) -> None:
         """Weights on the device, and with several processes DDP's buckets, in which the gradients are."""
         learner, settings = self.learner, self.settings
         with self.meter, self.meter.phase("start"):
-            self.meter.place(_tensors(learner.policy, learner.reference.network))
+            base = None if learner.base is None else learner.base.network
+            self.meter.place(_tensors(learner.policy, learner.reference.network, base))
             if not settings.cache.examples:
                 self.meter.place(_tensors(*learner.parts.encoders))
+            if settings.feed.is_online and settings.online.keep_scorers:  # as from the second round on
+                self._place_scorers()
             if self.processes > 1:
                 self._make_gradients()
             learner.ema = build_ema(settings, learner.parameters)
@@ -293,11 +315,24 @@ class Training:
 
     @torch.no_grad()
     def sample_online(self) -> None:
-        """A batch of an online round, to the images that are scored. Scorers are not counted."""
-        if self.settings.feed.is_online:
-            online = self.settings.online
-            with self._drawing("online"):
-                self._draw(self.learner.bare_policy, online.batch_size, online.guidance_scale)
+        """A batch of an online round, decoded and scored in float32; scorers that aren't kept come and go with it."""
+        if not self.settings.feed.is_online:
+            return
+        online, parts = self.settings.online, self.learner.parts
+        with self._drawing("online"):
+            states = self._states(online.batch_size, online.guidance_scale)
+            latents = self._sample(self.learner.bare_policy, states, online.batch_size)
+            if not online.keep_scorers:
+                self._place_scorers()
+            with torch.autocast("cpu", enabled=False):
+                parts.vae.decode(latents).sample.add(1).div(2).clamp(0, 1)
+                for network in self.scorers:
+                    network.score(online.batch_size)
+            if not online.keep_scorers:
+                self.meter.remove(_tensors(*self.scorers))
+
+    def _place_scorers(self) -> None:
+        self.meter.place(_tensors(*self.scorers))
 
     @contextmanager
     def _drawing(self, phase: str) -> Iterator[None]:
@@ -315,9 +350,13 @@ class Training:
 
     def _draw(self, denoiser: nn.Module, images: int, guidance_scale: float) -> None:
         """Images, as far as their memory goes."""
-        parts = self.learner.parts
-        states = parts.encode_captions(self.model.captions(self._captions_at_once(images, guidance_scale)))
-        parts.vae.decode(self._sample(denoiser, states, images)).sample.add(1).div(2).clamp(0, 1)
+        states = self._states(images, guidance_scale)
+        self.learner.parts.vae.decode(self._sample(denoiser, states, images)).sample.add(1).div(2).clamp(0, 1)
+
+    def _states(self, images: int, guidance_scale: float) -> Conditioning:
+        """Encoded captions of a sampler's pass."""
+        captions = self.model.captions(self._captions_at_once(images, guidance_scale))
+        return self.learner.parts.encode_captions(captions)
 
     def save(self) -> None:
         """Tensors are copied to the CPU one by one: nothing new on the device."""

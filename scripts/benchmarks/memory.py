@@ -14,6 +14,7 @@ it. It takes half a minute for each config and no memory to speak of. Not counte
 
 import argparse
 import itertools
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -131,6 +132,8 @@ def count(options: argparse.Namespace) -> Outcome:
         key = (counting.shape_of(settings, processes), processes)
         names.setdefault(key, []).append(" ".join([config.stem, *chosen]))
         jobs.setdefault(key, settings)
+    for name in sorted({name for settings in jobs.values() for name in counting.uncounted_scorers(settings)}):
+        print(f"note: the scorer {name} is not counted: its shapes are not known here", file=sys.stderr)
     counted = {}
     for key, settings in jobs.items():
         label = ", ".join(names[key])
@@ -161,7 +164,7 @@ def _phases_table(label: str, processes: int, phases: dict) -> Grid:
 
 
 def _rows_table(pipeline: str, counted: dict) -> Grid:
-    others = ("start", "evaluation", "samples", "self-play", "save", "resume")
+    others = ("start", "evaluation", "samples", "self-play", "online", "save", "resume")
     present = {name for phases in counted.values() for name in phases}
     columns = tuple(name for name in others if name in present)
     rows = []

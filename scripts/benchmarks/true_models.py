@@ -1,4 +1,4 @@
-"""The families' models at their true shapes, from their published configs.
+"""The families' models and the scorers at their true shapes, from their published configs.
 
 They are for counting, within `pipelines.without_contents`.
 """
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -18,6 +19,10 @@ from xdpo.families.flux import FLUX
 from xdpo.families.interface import Family
 from xdpo.families.stable_diffusion_3 import STABLE_DIFFUSION_3
 from xdpo.families.stable_diffusion_xl import EMPTY_CAPTION, STABLE_DIFFUSION_XL
+from xdpo.scorers.blip import PROMPT_LENGTH, ImageRewardNetwork, blip_networks
+from xdpo.scorers.clip import clip_network, clip_vision_network, image_embeddings, text_embeddings
+from xdpo.scorers.metrics import ARCHITECTURES, METRICS
+from xdpo.scorers.pixels import SIDE
 
 END = 2  # the end token of CLIP's configs here: where the pooled state is read, which costs nothing
 T5_XXL = {"d_model": 4096, "d_ff": 10_240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32_128}
@@ -183,3 +188,57 @@ TRUE_MODELS: dict[str, Model] = {
 """The published models, at their true shapes."""
 
 COUNTABLE = {name: of_shapes(name, shapes) for name, shapes in PIPELINES.items()} | TRUE_MODELS
+
+
+# --- scorers -------------------------------------------------------------------------------------------
+
+
+class _Clip(nn.Module):
+    """CLIP's score of images and their prompts."""
+
+    def __init__(self, sizes: dict):
+        super().__init__()
+        self.network = clip_network(sizes)
+
+    def score(self, images: int) -> None:
+        embeddings = image_embeddings(self.network, _pixels(images))
+        (embeddings * text_embeddings(self.network, torch.ones(images, TOKENS, dtype=torch.long))).sum(-1)
+
+
+class _ClipVision(nn.Module):
+    """The score of images by a head on CLIP's embedding; the head's 4 MB are left out."""
+
+    def __init__(self, sizes: dict):
+        super().__init__()
+        self.network = clip_vision_network(sizes)
+
+    def score(self, images: int) -> None:
+        self.network(pixel_values=_pixels(images))
+
+
+class _Blip(nn.Module):
+    """ImageReward's score of images and their prompts; its head's 4 MB are left out."""
+
+    def __init__(self, sizes: dict):
+        super().__init__()
+        self.network = ImageRewardNetwork(*blip_networks(sizes), nn.Linear(sizes["text_config"]["hidden_size"], 1))
+
+    def score(self, images: int) -> None:
+        tokens = torch.ones(images, PROMPT_LENGTH, dtype=torch.long)
+        self.network(_pixels(images), tokens, tokens)
+
+
+def _pixels(images: int) -> torch.Tensor:
+    return torch.zeros(images, 3, SIDE, SIDE)
+
+
+_SCORERS = {"clip_vit_h_14": _Clip, "clip_vit_l_14": _ClipVision, "blip_vit_l_16": _Blip}
+
+
+def scorer_network(name: str) -> nn.Module:
+    """The network of a metric at its true shape. Its method `score` makes a pass over a number of images."""
+    from transformers import PreTrainedModel
+
+    architecture = METRICS[name].architecture
+    with patch.object(PreTrainedModel, "init_weights", lambda network: None):  # BLIP's looks at what it has drawn
+        return _SCORERS[architecture](ARCHITECTURES[architecture]).eval().requires_grad_(False)

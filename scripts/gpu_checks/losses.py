@@ -19,6 +19,7 @@ from xdpo.non_finite import MAX_SKIPPED
 PRECISIONS = ("bf16", "fp16", "fp32")
 EXACT = "fp32 without TF32"
 ERROR_TOLERANCE = 0.02  # relative, of a denoising error in another precision; learner.RECORDED_ERROR_TOLERANCE
+FP16_SCALE = 64.0
 GRADIENT_TOLERANCE = 0.1  # relative, of the gradient's norm: a difference of two gradients, whose roundings add up
 
 
@@ -27,6 +28,8 @@ GRADIENT_TOLERANCE = 0.1  # relative, of the gradient's norm: a difference of tw
 
 def first_step(context: Context, precision: str, trainable: str, *, pipeline: str | None, compiled: bool) -> dict:
     """Loss, error and gradient norm of the first step, before its update; made once.
+
+    In fp16 its loss scale is one at which nothing overflows: training finds its own, and skips steps until then.
 
     precision: one of PRECISIONS, "auto", or EXACT. pipeline: None for the size's. Raises NotPossible for a precision
     that the machine has not, and for compiling without a compiler.
@@ -39,7 +42,10 @@ def first_step(context: Context, precision: str, trainable: str, *, pipeline: st
 
     def make() -> dict:
         with context.compiling() if compiled else nullcontext():
-            return make_trainee(context.settings(*keys, pipeline=pipeline)).accumulate()
+            trainee = make_trainee(context.settings(*keys, pipeline=pipeline))
+            if name == "fp16":
+                trainee.learner.accelerator.scaler = torch.amp.GradScaler(context.device.type, init_scale=FP16_SCALE)
+            return trainee.accumulate()
 
     return context.share(("first step", *keys, pipeline), make)
 

@@ -33,6 +33,8 @@ class _LossSection(Section):
         beta: float | None = None
         safeguard: float | None = None
         margin_weight: float | None = None
+        error_weight: str = ""
+        kl_weight: float = 0.0
 
     @model_validator(mode="before")
     @classmethod

@@ -65,13 +65,14 @@ def load_pairs(
     streamed_into: Path | None = None,
     keep_source: bool = False,
     num_proc: int | None = None,
+    keep_ties: bool = False,
 ) -> PairTable:
     """Load the pairs that the `data` section of a config describes.
 
     `path`, `split` and `max_pairs`, where given, replace those of data_config (for held-out pairs). Ties, unlabelled
-    rows, rows without a caption and pairs of identical images are dropped and counted; then the first max_pairs are
-    kept. A split selects files of a hub data set, or within a folder (`train.parquet`, `train-*.parquet`,
-    `train/*.parquet`); files that are named themselves are all used.
+    rows, rows without a caption and pairs of identical images are dropped and counted, ties only without keep_ties;
+    then the first max_pairs are kept. A split selects files of a hub data set, or within a folder (`train.parquet`,
+    `train-*.parquet`, `train/*.parquet`); files that are named themselves are all used.
     in_order: whether images will be read in the order of their rows, as for caches and held-out pairs. num_proc:
     processes that index or convert files on their first use. Neither changes rows or their order.
     streamed_into: a folder into which remote files are read one by one (data.streaming), while their images are used.
@@ -92,7 +93,8 @@ def load_pairs(
         raise DataError(str(error)) from error
     if not isinstance(rows, Rows):
         rows = in_arrow(with_canonical_columns(rows, where))
-    return usable_pairs(rows, data_config.max_pairs if max_pairs is None else max_pairs, where)
+    most = data_config.max_pairs if max_pairs is None else max_pairs
+    return usable_pairs(rows, most, where, keep_ties=keep_ties)
 
 
 def _streamed(

@@ -56,13 +56,15 @@ class PairTable:
     """The usable pairs of a source, addressed by index 0 … len − 1 in the order of the source.
 
     dataset: the source's rows, unfiltered; `rows[index]` (int64) is the row of a usable pair in it and
-    `chosen_side[index]` (uint8) is 0 where image 0 is the chosen one, 1 where image 1 is.
+    `chosen_side[index]` (uint8) is 0 where image 0 is the chosen one, 1 where image 1 is. Ties are pairs only where
+    they were asked for: `tied[index]` says so, and image 0 then stands first.
     """
 
     dataset: Rows
     rows: np.ndarray
     chosen_side: np.ndarray
     counts: PairCounts
+    tied: np.ndarray  # (N,) bool
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -117,6 +119,8 @@ class PairTable:
     def fingerprint(self) -> str:
         """16 hexadecimal digits of a SHA-256 of the pairs in their order: names, captions, images, which is chosen."""
         digest = hashlib.sha256(self.rows.astype("<i8").tobytes() + self.chosen_side.tobytes())
+        if self.tied.any():
+            digest.update(self.tied.tobytes())
         digest.update(image_digest(self.dataset.images).encode())
         for name, values in self.columns("caption", *ID_COLUMNS).items():
             digest.update("\0".join([name, *map(str, values)]).encode())
@@ -210,7 +214,7 @@ def kind_of(type: "pa.DataType") -> str:
     return next((kind for kind, tests in kinds.items() if any(test(type) for test in tests)), str(type))
 
 
-def usable_pairs(dataset: Rows, max_pairs: int | None, where: str) -> PairTable:
+def usable_pairs(dataset: Rows, max_pairs: int | None, where: str, *, keep_ties: bool = False) -> PairTable:
     """Filter and orient by the label columns alone: a million rows take about a second and no image is read."""
     table = dataset.texts.with_format("arrow")[:]
     _check_texts(table, where)
@@ -230,7 +234,7 @@ def usable_pairs(dataset: Rows, max_pairs: int | None, where: str) -> PairTable:
     captioned = ~table.column("caption").is_null().to_numpy()
     different = _flags(table, "are_different")
     # A row counts once: each filter sees only what the ones before it let through.
-    filters = {"unlabelled": labelled, "without_caption": captioned, "identical": different, "ties": ~tie}
+    filters = {"unlabelled": labelled, "without_caption": captioned, "identical": different, "ties": ~tie | keep_ties}
     remaining = np.ones(len(label_0), dtype=bool)
     dropped = {}
     for reason, passes in filters.items():
@@ -241,7 +245,7 @@ def usable_pairs(dataset: Rows, max_pairs: int | None, where: str) -> PairTable:
     counts = PairCounts(rows=len(label_0), **dropped, beyond_max_pairs=len(rows) - len(kept), kept=len(kept))
     if not len(kept):
         raise DataError(f"no usable pair in {where}: {counts}")
-    return PairTable(dataset, kept, (label_0[kept] == 0).astype(np.uint8), counts)
+    return PairTable(dataset, kept, (label_0[kept] == 0).astype(np.uint8), counts, tie[kept])
 
 
 def _numbers(table: "pa.Table", name: str, where: str) -> np.ndarray:

@@ -1,21 +1,23 @@
-"""What combines with the objectives: label smoothing, a safeguard on the rejected gradient, weights from scores.
+"""What combines with the objectives: label smoothing, a safeguard on the rejected gradient, weights from scores, a KL.
 
-Label smoothing acts on the margin's loss, the safeguard on the errors before the objective sees them, and the
-weights of a reward gap on β, which scales the margin. (Weights of a timestep multiply the errors: noise/diffusion.py.)
+Label smoothing acts on the margin's loss, the safeguard on the errors before the objective sees them, the weights of a
+reward gap on β, which scales the margin, and the KL is added to the loss. (Weights of a timestep multiply the errors:
+noise/diffusion.py.)
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from xdpo.loss.types import PairErrors, at_least_float32
+from xdpo.loss.types import LossOutput, PairErrors, PerPair, at_least_float32
 
 
-def negative_log_sigmoid(margin: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """−(1 − s)·log σ(m) − s·log σ(−m): a label is wrong with probability s, 0 ≤ s < ½. Shape of the margin.
+def negative_log_sigmoid(margin: Tensor, label_smoothing: PerPair = 0.0) -> Tensor:
+    """−(1 − s)·log σ(m) − s·log σ(−m): a label is wrong with probability s, 0 ≤ s ≤ ½. Shape of the margin.
 
     Source: conservative DPO (Mitchell 2023, "A note on DPO with noisy preferences"). s = 0 is −log σ(m). With
-    s > 0 the loss has its minimum at the finite margin m = ln((1 − s)/s), and from there on pushes back.
+    s > 0 the loss has its minimum at the finite margin m = ln((1 − s)/s), and from there on pushes back. A tie has
+    s = ½, and its minimum at 0.
     """
     return -((1 - label_smoothing) * logsigmoid(margin) + label_smoothing * logsigmoid(-margin))
 
@@ -63,3 +65,16 @@ def margin_weights(probability: Tensor, *, scale: float) -> Tensor:
     the margin as it is. For objectives with the key margin_weight: pass beta = beta · margin_weights.
     """
     return scale * (2 * at_least_float32(probability) - 1)
+
+
+def with_kl(output: LossOutput, base_distance: Tensor, *, weight: float) -> LossOutput:
+    """The output with k·‖v_θ − v_base‖² added to its loss, k = weight: a KL of each denoising step from the base model.
+
+    `base_distance` (2B,) is the mean over (C, H, W) of the squared difference of the policy's and the base model's
+    predictions, times ω(t), on the images of B pairs, chosen first; a pair's is the mean over its two images. The KL of
+    two Gaussian steps is this distance up to a factor of the time and the sampler, which k absorbs.
+
+    Source: DiffusionNFT (arXiv 2509.16117) and its public code, k = 1e-4 beside 5/β times its errors.
+    Limits: k = 0 changes nothing; k → ∞ keeps the policy at the base model.
+    """
+    return output._replace(loss=output.loss + weight * base_distance.view(2, -1).mean(0))

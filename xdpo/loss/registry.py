@@ -80,6 +80,20 @@ KEYS: Mapping[str, Key] = {  # in the order of the config
     "desirable_share": Key("share of the images that are desirable", gt=0, lt=1, is_argument=False),
     "desirable_weight": Key("weight of a desirable image", gt=0),
     "undesirable_weight": Key("weight of any other image", gt=0),
+    "error_weight": Key(
+        "weight of an error; constant: 1, as the objective is derived; self_normalized: errors of x̂_0, each divided by "
+        "its mean deviation |x̂_0 − x_0|, as the public code has it",
+        default="constant",
+        choices=("constant", "self_normalized"),
+        is_argument=False,
+    ),
+    "kl_weight": Key(
+        "k of the added k·‖v_θ − v_base‖², which pulls predictions to the base model's; 0: none; published 2e-5·β with "
+        "error_weight self_normalized",
+        default=0.0,
+        ge=0,
+        is_argument=False,
+    ),
 }
 
 
@@ -240,7 +254,8 @@ OBJECTIVES: Mapping[str, Objective] = {  # the first is the default
     "diffusion_nft": Objective(
         "unpaired.diffusion_nft",
         {"beta": 1.0, "desirable_share": 0.5},
-        inputs=("optimality", "image_dot_reference"),
+        ("error_weight", "kl_weight"),
+        inputs=("optimality", "image_dot_reference", "error_weights"),
         takes="images",
         needs_predictions=True,
     ),

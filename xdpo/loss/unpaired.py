@@ -6,6 +6,8 @@ from torch.nn.functional import logsigmoid
 
 from xdpo.loss.types import LossOutput, UnpairedErrors, at_least_float32, no_exponents, unknown
 
+_SMALLEST_DEVIATION = 1e-5
+
 
 def diffusion_kto(
     errors: UnpairedErrors,
@@ -50,32 +52,57 @@ def diffusion_kto(
 
 
 def diffusion_nft(
-    errors: UnpairedErrors, *, optimality: Tensor, image_dot_reference: Tensor, beta: float
+    errors: UnpairedErrors, *, optimality: Tensor, image_dot_reference: Tensor, error_weights: Tensor, beta: float
 ) -> LossOutput:
-    """r·‖v₊ − v‖² + (1 − r)·‖v₋ − v‖², v± = v_old ± β·(v_θ − v_old): what is better is approached, worse is left.
+    """r·w₊·‖v₊ − v‖² + (1 − r)·w₋·‖v₋ − v‖², v± = v_old ± β·(v_θ − v_old): what is better is approached, worse is left.
 
     v is what the denoiser should predict, v_old the reference's prediction. Norms are means over (C, H, W), and follow
     from the two errors and the mean product c of the residuals v_θ − v and v_old − v, `image_dot_reference` (B,):
     ‖v₊ − v‖² = β²·e_θ + (1 − β)²·e_old + 2β·(1 − β)·c, and ‖v₋ − v‖² is the same with −β for β. r is the image's
-    `optimality` (B,), from 0 to 1. Shapes (B,). The returned margin is (2r − 1)·(e_old − e_θ).
+    `optimality` (B,), from 0 to 1, and w± are `error_weights` (2, B), as `nft_weights` makes them. Shapes (B,). The
+    returned margin is (2r − 1)·(e_old − e_θ).
 
     Source: DiffusionNFT (arXiv 2509.16117), for flows; ε- and v-prediction need no other formula, and that use is ours.
-    Its code weighs an error by the mean deviation of x̂_0 instead, and adds 1e-4 of the distance to the base model.
-    Limits: r = ½ pulls the policy to the reference, β²·‖v_θ − v_old‖² up to a constant; r = 1 and β = 1 is fine-tuning
-    on the image.
+    The public code multiplies the whole by 5/β and adds 1e-4·‖v_θ − v_base‖² (modifiers.with_kl).
+    Limits, with w± = 1: r = ½ pulls the policy to the reference, β²·‖v_θ − v_old‖² up to a constant; r = 1 and β = 1 is
+    fine-tuning on the image.
     Raises ValueError for shapes that differ, and for labels that aren't bool.
     """
     gain = _gain(errors)
-    shapes = {tuple(tensor.shape) for tensor in (gain, optimality, image_dot_reference)}
+    shapes = {tuple(tensor.shape) for tensor in (gain, optimality, image_dot_reference, *error_weights)}
     if len(shapes) > 1:
-        raise ValueError(f"optimality and dots must have the errors' shape (B,), got {sorted(shapes)}")
+        raise ValueError(f"optimality, dots and weights must have the errors' shape (B,), got {sorted(shapes)}")
     policy, old = at_least_float32(errors.policy), at_least_float32(errors.reference.detach())
     dot, better = at_least_float32(image_dot_reference), at_least_float32(optimality)
     approached, left = (
         sign * beta * (sign * beta * policy + 2 * (1 - sign * beta) * dot) + (1 - sign * beta) ** 2 * old
         for sign in (1, -1)
     )
-    return LossOutput(better * approached + (1 - better) * left, (2 * better - 1) * gain, no_exponents(gain))
+    of_approached, of_left = at_least_float32(error_weights.detach())
+    loss = better * of_approached * approached + (1 - better) * of_left * left
+    return LossOutput(loss, (2 * better - 1) * gain, no_exponents(gain))
+
+
+@torch.no_grad()
+def nft_weights(policy: Tensor, old: Tensor, denoised_scales: Tensor, *, beta: float, error_weight: str) -> Tensor:
+    """w₊ and w₋ of diffusion_nft, (2, B) float32, without gradient.
+
+    constant           1
+    self_normalized    s²/(s·mean |v± − v|): s·(v± − v) is what x̂_0 of v± lacks to x_0, so that the weighted error is
+                       mean (x̂_0 − x_0)² / mean |x̂_0 − x_0|; a mean deviation below 1e-5 counts as 1e-5
+
+    policy, old: the residuals v_θ − v and v_old − v, (B, …). denoised_scales (B,): s, which is σ for a flow and for
+    v-prediction, and √(1 − ᾱ)/√ᾱ for ε-prediction, so that there the noisiest times weigh most.
+    Source: the public code of DiffusionNFT, for flows. Raises ValueError for an unknown error_weight.
+    """
+    if error_weight == "constant":
+        return torch.ones(2, len(policy), device=policy.device)
+    if error_weight != "self_normalized":
+        raise unknown("error_weight", error_weight)
+    scales = at_least_float32(denoised_scales)
+    implicit = (old + sign * beta * (policy - old) for sign in (1, -1))
+    deviations = torch.stack([scales * residual.abs().flatten(1).mean(1) for residual in implicit])
+    return scales.square() / deviations.clamp(min=_SMALLEST_DEVIATION)
 
 
 def _gain(errors: UnpairedErrors) -> Tensor:

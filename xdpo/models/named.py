@@ -4,10 +4,10 @@ import difflib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
-from pydantic import ValidationError, model_validator
+from pydantic import Field, StrictInt, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -37,6 +37,7 @@ class ModelSpec(Section):
     unet: FilePath | None = None  # hub id or folder of a denoiser in diffusers format, itself or under its usual name
     lora: FilePath | None = None  # a safetensors file, or hub id or folder with pytorch_lora_weights.safetensors
     vae: FilePath | None = None  # as the config's model.vae
+    t5_tokens: Annotated[StrictInt, Field(gt=0, le=512)] | None = None  # likewise; a run knows its own
     run: FilePath | None = None  # run folder (its export), or a checkpoint folder of a run
     revision: Text | None = None
 
@@ -46,8 +47,8 @@ class ModelSpec(Section):
             raise ValueError("give either base, a pipeline, or run, a run folder of train_xdpo.py")
         if self.unet is not None and self.lora is not None:
             raise ValueError("give unet or lora, not both")
-        if self.run is not None and (self.unet or self.lora or self.base_revision or self.revision):
-            raise ValueError("a run knows its base and weights; give run alone")
+        if self.run is not None and (self.unet or self.lora or self.base_revision or self.revision or self.t5_tokens):
+            raise ValueError("a run knows its base, weights and t5_tokens; give run alone")
         if self.revision is not None and not (self.unet or self.lora):
             raise ValueError("revision is that of unet or lora; the pipeline's is base_revision")
         return self
@@ -131,7 +132,8 @@ def resolve_model(name: str, spec: ModelSpec) -> ResolvedModel:
     """
     if spec.run is not None:
         return _resolve_run(name, Path(spec.run), spec.vae)
-    base, base_revision = _resolve_base(ModelConfig(pipeline=spec.base, revision=spec.base_revision, vae=spec.vae))
+    pipeline = ModelConfig(pipeline=spec.base, revision=spec.base_revision, vae=spec.vae, t5_tokens=spec.t5_tokens)
+    base, base_revision = _resolve_base(pipeline)
     source = spec.unet or spec.lora
     if source is None:
         return ResolvedModel(name, base, base_revision, "base")

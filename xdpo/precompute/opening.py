@@ -89,7 +89,9 @@ def latent_shape(pairs: Pairs, parts: PipelineParts, settings: Config) -> tuple[
     return parts.latent_shape(settings.data.resolution)
 
 
-def load_table(settings: Config, accelerator: Accelerator, split: Split, *, in_order: bool) -> PairTable:
+def load_table(
+    settings: Config, accelerator: Accelerator, split: Split, *, in_order: bool, keep_ties: bool = False
+) -> PairTable:
     """The pairs of the `data` section, or the held-out ones of the `eval` section, from their source.
 
     in_order: whether their images will be read in the order of their rows. Every process calls it, and all return
@@ -107,6 +109,7 @@ def load_table(settings: Config, accelerator: Accelerator, split: Split, *, in_o
             in_order=in_order,
             streamed_into=streamed_into,
             keep_source=settings.cache.keep_source,
+            keep_ties=keep_ties,
         )
 
 

@@ -267,8 +267,8 @@ def by_category(benchmark: Benchmark, baseline: str) -> Grid:
     return Grid(f"{benchmark.name}: by style or category", columns, tuple(rows), note)
 
 
-def drifts(found: Sequence["Drift"]) -> Grid:
-    """The drift of each model from the reference images."""
+def drifts(found: Sequence["Drift"], features: str) -> Grid:
+    """The drift of each model from the reference images. features: of which network they are, in words."""
     rows = tuple(
         (
             Cell(drift.prompt_set, drift.prompt_set),
@@ -280,9 +280,9 @@ def drifts(found: Sequence["Drift"]) -> Grid:
         for drift in found
     )
     note = (
-        f"1000 × squared maximum mean discrepancy from {found[0].references:,} reference images on CLIP features "
-        "(ViT-L/14, 224 pixels), with CMMD's Gaussian and KID's polynomial kernel. Models are comparable where they "
-        "have equally many images; published CMMD and KID are on features of other networks."
+        f"1000 × squared maximum mean discrepancy from {found[0].references:,} reference images on features of "
+        f"{features}, with CMMD's Gaussian and KID's polynomial kernel. Models are comparable where they have equally "
+        "many images; published CMMD and KID are on features of other networks."
     )
     return Grid("Drift from the reference images", ("Prompt set", "Model", "Images", "CMMD's", "KID's"), rows, note)
 

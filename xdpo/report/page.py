@@ -12,6 +12,7 @@ from xdpo.report.exports import file_stem, to_csv, to_latex
 from xdpo.report.figures import colours_of
 from xdpo.report.grids import Grid, to_html
 from xdpo.report.sections import Evaluation, FigureFile, Section
+from xdpo.report.style import STYLE
 from xdpo.report.thumbnails import embed
 from xdpo.scores.results import Benchmark
 
@@ -41,7 +42,7 @@ def page(title: str, evaluation: Evaluation, sections: Sequence[Section], folder
     last_anchor, last_part = names[-1]
     filling = {
         "title": escape(title),
-        "style": _text_of("page.css"),
+        "style": STYLE + _text_of("page.css"),
         "script": "\n".join(map(_text_of, _SCRIPTS)),
         "subtitle": escape(_subtitle(evaluation)),
         "navigation": "".join(

@@ -36,6 +36,7 @@ class Evaluation:
     makings: Sequence[Making]
     diversity: Sequence[Benchmark] = ()  # a prompt's images among one another, as scores
     drifts: Sequence[Drift] = ()
+    features: str = ""  # of which network diversity and drifts are, in words
     statistics: Mapping[str, Benchmark] = field(default_factory=dict)  # of images, by prompt set
     trained_on: Sequence[str] = ()  # the scorers that the training used as its reward
     placed: Sequence[PlacedScore] = ()
@@ -98,13 +99,13 @@ def sections(evaluation: Evaluation, figure_folder: Path) -> list[Section]:
     ]
     for benchmark in evaluation.diversity:
         text = (
-            "Of several images of one prompt, on CLIP features (ViT-L/14): the mean cosine distance of two, and the "
-            f"Vendi score, the effective number of different ones. {_how_many(benchmark)}"
+            f"Of several images of one prompt, on features of {evaluation.features}: the mean cosine distance of two, "
+            f"and the Vendi score, the effective number of different ones. {_how_many(benchmark)}"
         )
         details = grids.details(benchmark, evaluation.baselines_of(benchmark)[0])
         report.append(Section(benchmark.name, (text,), (grids.overview(benchmark),), (details,)))
     if evaluation.drifts:
-        report.append(Section("Drift", (), (grids.drifts(evaluation.drifts),)))
+        report.append(Section("Drift", (), (grids.drifts(evaluation.drifts, evaluation.features),)))
     if any(published.has_published(benchmark) for benchmark in evaluation.benchmarks):
         tables = [published.table2(evaluation.benchmarks)]
         if any(benchmark.name == "hpsv2" for benchmark in evaluation.benchmarks):

@@ -22,6 +22,8 @@ TINY_SCALES = _TINY_SCALES | {  # quantity → what its numbers are
     f"heldout_{quantity}": f"{scale}; by a second network" for quantity, scale in _TINY_SCALES.items()
 }
 REWARD_MODEL_RECORD = "reward_model.json"
+EMBEDDER_NAMES = ("clip", "dinov2")
+DEFAULT_EMBEDDER = "clip"
 SCORER_NAMES = tuple(sorted([*METRIC_NAMES, *(f"tiny_{quantity}" for quantity in TINY_SCALES)]))
 
 

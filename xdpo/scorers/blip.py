@@ -61,12 +61,19 @@ class ImageRewardNetwork(nn.Module):
         return (self.head(states[:, 0]).squeeze(1) - REWARD_MEAN) / REWARD_STD
 
 
-def build_image_reward(sizes: dict, path: Path) -> ImageRewardNetwork:
-    """ImageReward with the weights of ImageReward.pt; float32."""
-    from accelerate import init_empty_weights
+def blip_networks(sizes: dict) -> tuple[nn.Module, nn.Module]:
+    """BLIP's two encoders of these sizes, their weights random."""
     from transformers import BlipTextConfig, BlipVisionConfig
     from transformers.models.blip.modeling_blip import BlipVisionModel
     from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+    vision = BlipVisionModel(BlipVisionConfig(**sizes["vision_config"]))
+    return vision, BlipTextModel(BlipTextConfig(**sizes["text_config"]), add_pooling_layer=False)
+
+
+def build_image_reward(sizes: dict, path: Path) -> ImageRewardNetwork:
+    """ImageReward with the weights of ImageReward.pt; float32."""
+    from accelerate import init_empty_weights
 
     tensors = read_tensors(path)
 
@@ -74,8 +81,7 @@ def build_image_reward(sizes: dict, path: Path) -> ImageRewardNetwork:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
     with init_empty_weights(include_buffers=False):
-        vision = BlipVisionModel(BlipVisionConfig(**sizes["vision_config"]))
-        text = BlipTextModel(BlipTextConfig(**sizes["text_config"]), add_pooling_layer=False)
+        vision, text = blip_networks(sizes)
     fill(vision, from_timm(part("blip.visual_encoder.")), path)
     text_tensors = part("blip.text_encoder.")
     text_tensors.pop("embeddings.position_ids", None)

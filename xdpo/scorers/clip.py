@@ -58,13 +58,27 @@ VIT_L_14 = {
 }
 
 
+def clip_network(sizes: dict) -> "CLIPModel":
+    """A CLIPModel of these sizes, its weights random."""
+    from transformers import CLIPConfig, CLIPModel
+
+    return CLIPModel(CLIPConfig(**sizes))
+
+
+def clip_vision_network(sizes: dict) -> nn.Module:
+    """The image half of a CLIPModel of these sizes and its projection, the weights random."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    config = CLIPVisionConfig(**sizes["vision_config"], projection_dim=sizes["projection_dim"])
+    return CLIPVisionModelWithProjection(config)
+
+
 def build_clip(sizes: dict, path: Path) -> "CLIPModel":
     """A transformers CLIPModel with the weights at `path`, in transformers' or open_clip's names; float32."""
     from accelerate import init_empty_weights
-    from transformers import CLIPConfig, CLIPModel
 
     with init_empty_weights(include_buffers=False):
-        model = CLIPModel(CLIPConfig(**sizes))
+        model = clip_network(sizes)
     tensors = read_tensors(path)
     if "visual.conv1.weight" in tensors:
         tensors = from_open_clip(tensors)
@@ -75,11 +89,9 @@ def build_clip(sizes: dict, path: Path) -> "CLIPModel":
 def build_clip_vision(sizes: dict, path: Path) -> nn.Module:
     """The image half of a CLIPModel with the weights at `path`, and its projection; float32."""
     from accelerate import init_empty_weights
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    config = CLIPVisionConfig(**sizes["vision_config"], projection_dim=sizes["projection_dim"])
     with init_empty_weights(include_buffers=False):
-        model = CLIPVisionModelWithProjection(config)
+        model = clip_vision_network(sizes)
     halves = ("vision_model.", "visual_projection.")
     tensors = {name: tensor for name, tensor in read_tensors(path).items() if name.startswith(halves)}
     fill(model, _without_positions(tensors), path)

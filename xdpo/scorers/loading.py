@@ -5,7 +5,7 @@ that downloads them.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor
 from xdpo.paths import user_path
 from xdpo.scorers import TINY_SCALES, check_name, is_custom, is_reward_model
 from xdpo.scorers.custom import custom_version, load_custom
+from xdpo.scorers.embedders import EMBEDDERS, Embed
 from xdpo.scorers.interface import Scorer, as_rgb, full_precision
-from xdpo.scorers.metrics import ARCHITECTURES, CLIP_L, COMPUTATION, METRICS, load_features
-from xdpo.scorers.pixels import crop_floor
+from xdpo.scorers.metrics import ARCHITECTURES, COMPUTATION, METRICS
 from xdpo.scorers.weights import SIZES_FILE, digest, find_files, read_sizes
 
 
@@ -78,21 +78,24 @@ def scorer_version(name: str, weights: str | Path | None = None) -> str:
 
 
 def load_embedder(
-    device: str | torch.device = "cpu", weights: str | Path | None = None
-) -> tuple[Callable[[Image.Image], Tensor], Callable[[Sequence[Tensor]], Tensor]]:
-    """The preprocessing of an image, and the function that turns preprocessed images into CLIP's unit vectors (B, 768).
+    name: str, device: str | torch.device = "cpu", weights: str | Path | None = None
+) -> tuple[Callable[[Image.Image], Tensor], Embed]:
+    """The preprocessing of an image, and the function that turns preprocessed images into unit vectors (B, D).
 
-    `weights` is as for load_scorer, which finds the same file for the aesthetic score. Raises as it does.
+    `weights` is as for load_scorer. Raises as it does.
     """
-    files = {"model": CLIP_L}
-    embed = load_features(find_files("features", files, weights), _sizes_of("clip_vit_l_14", weights), device)
-    return crop_floor, full_precision(embed)
+    embedder = EMBEDDERS[name]
+    sizes = _sizes_of(embedder.architecture, weights)
+    return embedder.preprocess, full_precision(embedder.load(_embedder_file(name, weights), sizes, device))
 
 
-def embedder_version(weights: str | Path | None = None) -> str:
+def embedder_version(name: str, weights: str | Path | None = None) -> str:
     """A version that changes whenever the features may change; downloads and checks the weights."""
-    paths = find_files("features", {"model": CLIP_L}, weights)
-    return f"clip_vit_l_14 {COMPUTATION}-{digest(paths['model'])[:16]}"
+    return f"{EMBEDDERS[name].architecture} {COMPUTATION}-{digest(_embedder_file(name, weights))[:16]}"
+
+
+def _embedder_file(name: str, weights: str | Path | None) -> Path:
+    return find_files(f"features {name}", {"model": EMBEDDERS[name].weights}, weights)["model"]
 
 
 def _judge_weights(weights: str | Path | None) -> Path | None:

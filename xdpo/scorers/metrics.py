@@ -24,6 +24,7 @@ from xdpo.scorers.clip import (
     load_tokenizer,
     text_embeddings,
 )
+from xdpo.scorers.dino import DINOV2_VIT_L_14
 from xdpo.scorers.head import build_head
 from xdpo.scorers.weights import WeightFile, read_tensors
 
@@ -47,7 +48,12 @@ class Metric:
     load: Callable[[Mapping[str, Path], dict, str | torch.device], ScoreBatch]
 
 
-ARCHITECTURES: dict[str, dict] = {"clip_vit_h_14": VIT_H_14, "clip_vit_l_14": VIT_L_14, "blip_vit_l_16": BLIP_VIT_L_16}
+ARCHITECTURES: dict[str, dict] = {
+    "clip_vit_h_14": VIT_H_14,
+    "clip_vit_l_14": VIT_L_14,
+    "blip_vit_l_16": BLIP_VIT_L_16,
+    "dinov2_vit_l_14": DINOV2_VIT_L_14,
+}
 
 _LAION = {
     "repository": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
@@ -153,19 +159,6 @@ def _load_image_reward(paths: Mapping[str, Path], sizes: dict, device: str | tor
         return model(torch.stack(list(images)).to(device), token_ids, token_mask).tolist()
 
     return score
-
-
-def load_features(
-    paths: Mapping[str, Path], sizes: dict, device: str | torch.device
-) -> Callable[[Sequence[Tensor]], Tensor]:
-    """Preprocessed images → unit vectors (B, 768) on the CPU: the image embeddings of OpenAI's ViT-L/14."""
-    model = build_clip_vision(sizes, paths["model"]).to(device)
-
-    def embed(images: Sequence[Tensor]) -> Tensor:
-        embeddings = model(pixel_values=torch.stack(list(images)).to(device)).image_embeds
-        return torch.nn.functional.normalize(embeddings, dim=-1).cpu()
-
-    return embed
 
 
 _HPS_SCALE = "100 × cosine; 26.95 for SD 1.4 over the four styles with v2.0, 25.35 with v2.1"

@@ -1,4 +1,4 @@
-"""Turn PIL images into the 224×224 tensors of the original metrics: two ways to crop, one to pad.
+"""Turn PIL images into the 224×224 tensors of the original metrics: three ways to crop, one to pad.
 
 Images are converted as the originals convert them: alpha and palettes by Pillow's `convert("RGB")`, grey repeated, EXIF
 orientation not applied. The originals crop in two ways. PickScore and the aesthetic predictor use transformers'
@@ -6,16 +6,18 @@ processor (RGB first, the crop's offset rounded down); ImageReward uses torchvis
 to even). On RGB images with an even overhang both give the same crop.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-SIDE = 224  # pixels a side, of all five metrics
+SIDE = 224  # pixels a side, of all metrics and features
 CHANNEL_MEANS = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, also used by BLIP
 CHANNEL_STDS = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEANS = (0.485, 0.456, 0.406)
+IMAGENET_STDS = (0.229, 0.224, 0.225)
 
 # Past this, only the part that the crop keeps is resized: a strip of 1×20,000 pixels would need gigabytes.
 MAX_RESIZED_PIXELS = 2**27
@@ -27,6 +29,15 @@ def crop_floor(image: Image.Image) -> Tensor:
     For PickScore (Kirstain et al. 2023) and the aesthetic predictor.
     """
     return normalise(to_unit(_shrink_and_crop(image.convert("RGB"), lambda overhang: overhang // 2)))
+
+
+def crop_256(image: Image.Image) -> Tensor:
+    """Shorter side to 256, bicubic, then the middle 224, as transformers' BitImageProcessor: (3, 224, 224) float32.
+
+    For DINOv2 (Oquab et al. 2024), whose published evaluation crops so; normalised as ImageNet is.
+    """
+    middle = _shrink_and_crop(image.convert("RGB"), lambda overhang: overhang // 2, short_side=256)
+    return normalise(to_unit(middle), IMAGENET_MEANS, IMAGENET_STDS)
 
 
 def crop_half_even(image: Image.Image) -> Tensor:
@@ -61,16 +72,21 @@ def to_unit(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """Normalise (3, H, W) in [0, 1] with CLIP's means and deviations, in place."""
-    means, deviations = (torch.tensor(values).view(3, 1, 1) for values in (CHANNEL_MEANS, CHANNEL_STDS))
-    return pixels.sub_(means).div_(deviations)
+def normalise(
+    pixels: Tensor, means: Sequence[float] = CHANNEL_MEANS, deviations: Sequence[float] = CHANNEL_STDS
+) -> Tensor:
+    """Normalise (3, H, W) in [0, 1] by each channel's mean and deviation, CLIP's unless given, in place."""
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (means, deviations))
+    return pixels.sub_(mean).div_(deviation)
 
 
-def _shrink_and_crop(image: Image.Image, margin: Callable[[int], int]) -> Image.Image:
-    """The image with its shorter side at 224 pixels, cut square. `margin`: overhang → pixels cut at left or top."""
+def _shrink_and_crop(image: Image.Image, margin: Callable[[int], int], short_side: int = SIDE) -> Image.Image:
+    """The image with its shorter side at `short_side` pixels, of which the middle 224 × 224 are cut.
+
+    `margin`: overhang → pixels cut at left or top.
+    """
     short = min(image.size)
-    width, height = (SIDE if length == short else int(SIDE * length / short) for length in image.size)
+    width, height = (short_side if length == short else int(short_side * length / short) for length in image.size)
     left, top = margin(width - SIDE), margin(height - SIDE)
     if width * height <= MAX_RESIZED_PIXELS:
         resized = image.resize((width, height), Image.Resampling.BICUBIC)

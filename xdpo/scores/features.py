@@ -1,7 +1,7 @@
-"""What CLIP's features of images say: how diverse a prompt's images are, and how far a model drifts from a reference.
+"""What features of images say: how diverse a prompt's images are, and how far a model drifts from a reference.
 
-The features are image embeddings of OpenAI's ViT-L/14 at 224 pixels, as unit vectors. CMMD as published uses the same
-network at 336 pixels and KID another network, so their published numbers are on other scales.
+The features are unit vectors, of CLIP or of DINOv2 at 224 pixels (xdpo.scorers.embedders). CMMD as published uses
+CLIP's ViT-L/14 at 336 pixels and KID another network, so their published numbers are on other scales.
 """
 
 import sys
@@ -9,60 +9,15 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
-import torch
 
-from xdpo import processes
-from xdpo.files import reading, replacing
 from xdpo.images.reading import IMAGE_SUFFIXES, Picture, with_checksums
-from xdpo.scorers.loading import embedder_version, load_embedder
 from xdpo.scores.results import Benchmark
-from xdpo.scores.scoring import Undecodable, default_workers, missing_batches, prepared_batches
 
-FEATURES = "features.npz"
 MMD_SIGMA, MMD_SCALE = 10.0, 1000.0  # of CMMD (Jayasumana et al. 2024)
 Kernel = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # products of vectors, and the vectors
 _ROWS = 1000  # of a kernel matrix that are computed at once
-
-
-def image_features(
-    pictures: Sequence[Picture],
-    folder: Path,
-    *,
-    device: torch.device,
-    batch_size: int,
-    workers: int | None = None,
-    weights: Path | None = None,
-) -> dict[str, np.ndarray]:
-    """Checksum → feature (768,) float32 of every picture that can be decoded. They are kept in `folder`/features.npz.
-
-    Every process calls it and gets the result; the first one reads and writes the file.
-    Raises ValueError for weights that are missing, StorageError if the file can't be written.
-    """
-    version = embedder_version(weights)
-    is_first = processes.rank() == 0
-    known = processes.agree(_read(folder / FEATURES, version) if is_first else {})
-    batches = missing_batches({str(p.sha256): p for p in pictures}, known, batch_size)
-    if is_first:
-        print(f"features: {len(pictures):,} images, {sum(map(len, batches)):,} of them to embed")
-    if batches:
-        preprocess, embed = load_embedder(device, weights)
-        workers = default_workers(device) if workers is None else workers
-        found: dict[str, np.ndarray] = {}
-        for batch in prepared_batches("features", preprocess, batches, workers):
-            good = [(str(picture.sha256), item) for picture, item in batch if not isinstance(item, Undecodable)]
-            if good:
-                vectors = embed([item for _, item in good]).numpy()
-                found.update(zip((sha256 for sha256, _ in good), vectors, strict=True))
-        for share in processes.gather(found):
-            known |= share
-        known = dict(sorted(known.items()))
-        if known and is_first:
-            with replacing(folder / FEATURES, "wb") as file:
-                np.savez(file, version=version, sha256=np.array(list(known)), features=np.stack(list(known.values())))
-    return {str(p.sha256): known[str(p.sha256)] for p in pictures if p.sha256 in known}
 
 
 def reference_pictures(folder: Path) -> list[Picture]:
@@ -81,7 +36,8 @@ def reference_pictures(folder: Path) -> list[Picture]:
 def pairwise_distance(features: np.ndarray) -> float:
     """Mean cosine distance over all pairs of K ≥ 2 unit vectors (K, D), from 0 for equal ones to 2."""
     similarity = np.asarray(features, np.float64) @ np.asarray(features, np.float64).T
-    return float(1 - similarity[np.triu_indices(len(features), k=1)].mean())
+    cosines = similarity[np.triu_indices(len(features), k=1)]
+    return float(1 - cosines.clip(max=1).mean())  # equal vectors, rounded to float32, may have a little more than 1
 
 
 def vendi_score(features: np.ndarray) -> float:
@@ -196,16 +152,3 @@ def _kernel_sum(first: np.ndarray, second: np.ndarray, kernel: Kernel) -> float:
     a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
     pieces = (a[start : start + _ROWS] for start in range(0, len(a), _ROWS))
     return float(sum(kernel(piece @ b.T, piece, b).sum() for piece in pieces))
-
-
-def _read(path: Path, version: str) -> dict[str, np.ndarray]:
-    """The features of that version in the file; none without it. Raises ValueError for a file that can't be read."""
-    if not path.is_file():
-        return {}
-    try:
-        with reading(path), np.load(path, allow_pickle=False) as saved:
-            if str(saved["version"]) != version:
-                return {}
-            return dict(zip(saved["sha256"].tolist(), saved["features"], strict=True))
-    except (ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise ValueError(f"{path} can't be read ({error}); remove it: its features are then computed anew") from None
