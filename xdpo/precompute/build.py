@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -314,7 +314,7 @@ def _plan(
     return ExamplePlan(
         key=example_key(settings, split),
         fingerprint=_fingerprints(table)[0],
-        counts=asdict(table.counts),
+        counts=table.counts.by_name(),
         num_pairs=len(table),
         num_images=len(images),
         num_prompts=len(prompts),
