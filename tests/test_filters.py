@@ -55,6 +55,10 @@ def test_denied_captions_are_left_out_and_counted_once(tmp_path):
         ("straße", "STRASSE", True),
         ("кровь", "Кровь на снегу", True),
         ("a b c", "a a b c", True),
+        ("裸体", "森林的裸体画", True),
+        ("裸体", "体裸", False),
+        ("cafe\u0301", "CAFÉ", True),
+        ("nude", "ｎｕｄｅ", True),
     ],
 )
 def test_words_and_phrases_are_found_whole_in_any_case(phrase, text, is_found):

@@ -6,6 +6,7 @@ Nothing here decodes an image.
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,10 @@ from xdpo.tables import read_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # Thai to Khmer, Japanese, Han
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 
 
 @dataclass(frozen=True)
@@ -99,8 +104,8 @@ def read_phrases(path: Path) -> frozenset[tuple[str, ...]]:
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text in lower case: runs of letters, digits and marks such as accents."""
-    return re.findall(r"[^\W_]+", text.casefold())
+    """The words of a text in lower case: runs of letters and digits, and single letters of scripts without spaces."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def normalized(caption: str) -> str:
