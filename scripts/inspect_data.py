@@ -88,8 +88,8 @@ def describe(table: "PairTable", sample: int) -> Iterator[tuple[str, str]]:
     yield "scripts", shares(Counter(map(script_of, captions.elements())))
     yield "files", files(table)
     yield from [("sample", line) for line in sampled(table, sample)]
-    if table.scores is not None:
-        yield "scores", scores(table)
+    if (scores := table.scores) is not None:
+        yield "scores", scored(*scores)
     yield "duplicates", duplicates(table)
 
 
@@ -147,14 +147,13 @@ def sampled(table: "PairTable", sample: int) -> list[str]:
     return [f"{count} images, {unreadable} of them unreadable; {shares(formats)}", f"pixels {shares(sizes)}"]
 
 
-def scores(table: "PairTable") -> str:
+def scored(chosen: "np.ndarray", rejected: "np.ndarray") -> str:
     import numpy as np
 
-    chosen, rejected = table.scores
     values = np.concatenate([chosen, rejected])
     values = values[np.isfinite(values)]
-    agrees = np.mean(chosen > rejected)
-    return f"{len(values):,} of {spread(values.tolist())}; the chosen image's is higher in {agrees:.1%} of the pairs"
+    known = f"{len(values):,} of {spread(values.tolist())}" if len(values) else "none of them a number"
+    return f"{known}; the chosen image's is higher in {np.mean(chosen > rejected):.1%} of the pairs"
 
 
 def duplicates(table: "PairTable") -> str:
@@ -199,7 +198,7 @@ def draw(table: "PairTable", path: Path, examples: int, sample: int) -> None:
     from xdpo.images.sheets import contact_sheet, save_sheet
 
     columns: dict[str, list[Image.Image]] = {"chosen": [], "rejected": []}
-    captions = []
+    captions: list[str] = []
     for index, cells in cells_of(table, sample).items():
         if len(captions) == examples:
             break

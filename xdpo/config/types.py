@@ -55,8 +55,9 @@ def _bounds(value: Any) -> Any:
     if not all(isinstance(each, list | tuple) and len(each) == 2 for each in value.values()):
         raise ValueError(problem)
     bounds = {name: tuple(None if each is None else _number(each) for each in pair) for name, pair in value.items()}
-    for name, (lowest, highest) in bounds.items():
-        if (lowest is None) == (highest is None) and (lowest is None or lowest > highest):
+    for name, given in bounds.items():
+        ordered = [each for each in given if each is not None]
+        if not ordered or ordered != sorted(ordered):
             raise ValueError(f"has bounds of {name} that nothing or everything keeps to; give the lowest, the highest")
     return bounds
 
