@@ -35,8 +35,11 @@ class Images(Protocol):
         """The cells of one side at some rows, which ascend."""
         ...
 
-    def sizes(self, side: int) -> np.ndarray:
-        """(rows,) int64: bytes of each image of a side, −1 where the source holds none, or a path alone."""
+    def sizes(self, side: int, end: int | None = None) -> np.ndarray:
+        """(rows,) int64: bytes of each image of a side, −1 where the source holds none, or a path alone.
+
+        end: of the rows before this one alone.
+        """
         ...
 
     def sides(self, side: int) -> np.ndarray:
@@ -80,8 +83,8 @@ class ArrowImages:
         column = self._column(side)
         return (column[int(row)].as_py() for row in rows)
 
-    def sizes(self, side: int) -> np.ndarray:
-        return np.concatenate([np.empty(0, np.int64), *map(sizes_of, self._column(side).chunks)])
+    def sizes(self, side: int, end: int | None = None) -> np.ndarray:
+        return np.concatenate([np.empty(0, np.int64), *map(sizes_of, self._column(side).chunks)])[:end]
 
     def sides(self, side: int) -> np.ndarray:
         """Reads the headers of all images, at each call."""
@@ -145,8 +148,8 @@ class _IndexedImages:
     def __init__(self, index: "Dataset", digests: Sequence[Mapping[str, str]]):
         self._index, self._digests = index, digests
 
-    def sizes(self, side: int) -> np.ndarray:
-        return self._column(f"size_{side}")
+    def sizes(self, side: int, end: int | None = None) -> np.ndarray:
+        return self._column(f"size_{side}")[:end]
 
     def sides(self, side: int) -> np.ndarray:
         return np.stack([self._column(f"{what}_{side}") for what in ("width", "height")], axis=1)

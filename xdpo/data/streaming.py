@@ -104,8 +104,9 @@ class StreamedImages:
     def cells(self, side: int, rows: Iterable[int]) -> Iterator[Any]:
         return self._images.cells(side, rows)
 
-    def sizes(self, side: int) -> np.ndarray:
-        sizes = np.concatenate([self._of_measured(file, f"sizes_{side}") for file in self.files])
+    def sizes(self, side: int, end: int | None = None) -> np.ndarray:
+        needed = [self.files[number] for number in self.before(end)]
+        sizes = np.concatenate([self._of_measured(file, f"sizes_{side}") for file in needed])[:end]
         if (sizes < 0).all():
             raise DataError(f"{self.files[0].url} and the others hold no images in {IMAGE_COLUMNS[side]}")
         return sizes
@@ -122,6 +123,10 @@ class StreamedImages:
 
     def file_of(self, row: int) -> int:
         return int(np.searchsorted(self._ends, row, side="right"))
+
+    def before(self, end: int | None) -> range:
+        """The numbers of the files with rows before one."""
+        return range(len(self.files) if end is None else self.file_of(end - 1) + 1)
 
     def is_measured(self, number: int) -> bool:
         return self.files[number].measured.is_file()

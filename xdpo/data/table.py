@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+ROWS_AT_ONCE = 100_000  # as Python's objects, which take more memory than columns
+
+
 @dataclass(frozen=True)
 class PairCounts:
     """How many rows of a source were kept, or dropped and why. Each row counts once: `rows` is the sum of the rest."""
@@ -65,6 +68,11 @@ class PairTable:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def end(self) -> int:
+        """The row before which all of the source lies that matters: what follows the last pair of max_pairs doesn't."""
+        return int(self.rows[-1]) + 1 if self.counts.beyond_max_pairs else len(self.dataset)
 
     def pair_id(self, row: int) -> str:
         """Name of the pair at a row of the source, without reading its images."""
@@ -116,9 +124,13 @@ class PairTable:
     def fingerprint(self) -> str:
         """16 hexadecimal digits of a SHA-256 of the pairs in their order: names, captions, images, which is chosen."""
         digest = hashlib.sha256(self.rows.astype("<i8").tobytes() + self.chosen_side.tobytes())
-        digest.update(image_digest(self.dataset.images).encode())
-        for name, values in self.columns("caption", *ID_COLUMNS).items():
-            digest.update("\0".join([name, *map(str, values)]).encode())
+        digest.update(image_digest(self.dataset.images, len(self.dataset), self.end).encode())
+        for name in self._present(("caption", *ID_COLUMNS)):
+            digest.update(name.encode())
+            column = self._arrow([name]).column(0)
+            for start in range(0, len(column), ROWS_AT_ONCE):
+                values = column.slice(start, ROWS_AT_ONCE).to_pylist()
+                digest.update("\0".join(["", *map(str, values)]).encode())
         return digest.hexdigest()[:16]
 
     def _oriented(self, sides: np.ndarray) -> np.ndarray:
@@ -242,8 +254,12 @@ def _labels(table: "pa.Table", columns: Columns, where: str) -> tuple[np.ndarray
 
 def _numbers(table: "pa.Table", name: str, where: str) -> np.ndarray:
     """A column as float64, missing values as NaN. WebDataset and CSV carry labels and scores as text."""
+    import pyarrow.types as t
+
     if kind_of(type := table.column(name).type) not in ("number", "flag", "text", "bytes", "nothing"):
         raise DataError(f"{where}: column {name} must hold numbers, it holds {type}")
+    if t.is_integer(type) or t.is_floating(type):
+        return table.column(name).cast("float64", safe=False).to_numpy()
     values = ["nan" if value is None or value == "" else value for value in table.column(name).to_pylist()]
     try:
         return np.array(values, dtype=object).astype(np.float64)
@@ -290,6 +306,8 @@ def _flags(table: "pa.Table", name: str) -> np.ndarray:
     """A column as booleans; missing values and columns count as True."""
     if name not in table.column_names:
         return np.ones(table.num_rows, dtype=bool)
+    if kind_of(table.column(name).type) == "flag":
+        return table.column(name).cast("bool").fill_null(True).to_numpy()
     return np.array(
         [str(value).strip().lower() not in ("false", "0", "0.0") for value in table.column(name).to_pylist()]
     )
