@@ -218,6 +218,31 @@ def test_ranked_images_are_read_of_lists_alone(tmp_path):
         load_pairs(settings(tmp_path, "{image: a, rank: b}", "data.source=parquet"))
 
 
+def test_votes_go_before_columns_that_would_be_taken_without_them(tmp_path):
+    for name, colour in (("a.png", "red"), ("b.png", "lime")):
+        write_image(tmp_path / name, colour)
+    row = {"chosen": "a.png", "rejected": "b.png", "caption": "a", "one": 1, "two": 2}
+    (tmp_path / "list.json").write_text(json.dumps([row]))
+    columns = "{jpg_0: chosen, jpg_1: rejected, votes_0: one, votes_1: two}"
+    assert_lime_is_chosen(load_pairs(settings(tmp_path / "list.json", columns)))
+
+
+def test_images_of_one_group_are_compared_with_one_caption_alone(tmp_path):
+    row = {"caption": "a", "image": "a.png", "rank": 1, "set": None}
+    rows = [row, row | {"image": "b.png", "rank": "2"}, row | {"caption": "b", "image": "c.png", "rank": 3}]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    table = load_pairs(settings(tmp_path / "list.json", "{image: image, rank: rank, group: set}"))
+    assert [names.tolist() for names in table.image_names()] == [["a.png"], ["b.png"]]
+    (tmp_path / "list.json").write_text(json.dumps([row | {"image": {"bytes": "x"}}]))
+    with pytest.raises(DataError, match=r"entry 1: column image must hold text, got \{'bytes': 'x'\}"):
+        load_pairs(settings(tmp_path / "list.json", "{image: image, rank: rank}"))
+
+
+def test_a_column_of_a_file_stands_for_one_thing(tmp_path):
+    with pytest.raises(DataError, match="names the column prompt twice"):
+        load_pairs(settings(tmp_path, "{caption: prompt, ranking_id: prompt}", "data.source=parquet"))
+
+
 def test_missing_columns_are_named_as_in_the_source(tmp_path):
     pq.write_table(pa.table({"image1": [b"x"], "prompt": ["a"]}), tmp_path / "train.parquet")
     columns = "{chosen: image1, rejected: image2, caption: prompt}"

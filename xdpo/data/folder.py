@@ -10,14 +10,14 @@ FOLDER/{chosen,rejected}/*       with data.columns='{chosen: chosen, rejected: r
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xdpo.data.columns import ORIENTED, SCORE_COLUMNS, VOTE_COLUMNS, Columns, DataError, listed
 from xdpo.paths import expanded, user_path
-from xdpo.tables import Table, read_table, read_text
+from xdpo.tables import Table, as_text, read_table, read_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,7 +76,8 @@ def _listed_pairs(table: Table, columns: Columns) -> dict[str, list[Any]]:
     by_choice = [given.get(name, name) for name in ORIENTED]
     images = [given.get(f"jpg_{side}", f"image_{side}") for side in (0, 1)]
     labels = [given[name] for name in VOTE_COLUMNS if name in given] or [given.get("label_0", "label_0")]
-    is_by_choice = columns.are_oriented or {*by_choice, caption} <= set(table.names)
+    has_labels = bool({"jpg_0", "label_0", "votes_0"} & set(given))
+    is_by_choice = columns.are_oriented or (not has_labels and {*by_choice, caption} <= set(table.names))
     needed = [*by_choice, caption] if is_by_choice else [*images, *labels, caption]
     if not set(needed) <= set(table.names):
         others = "" if given else f"{listed([*by_choice, caption])} or "
@@ -116,8 +117,16 @@ def _paths(listing: Path, files: Sequence[str | None]) -> list[str | None]:
 # --- a list of ranked images ---------------------------------------------------------------------------
 
 
+class _Ranked(NamedTuple):
+    """One of the images of a caption; the more votes, the better."""
+
+    image: str | None
+    votes: float | None
+    caption: str | None
+
+
 def _ranked(table: Table, columns: Columns) -> dict[str, list[Any]]:
-    """All pairs of images with one caption, or of one group where a column names it.
+    """All pairs of images with one caption and, where a column names it, of one group.
 
     A row has an image, or lists of images and of their ranks or votes, which are a group then.
     """
@@ -127,38 +136,32 @@ def _ranked(table: Table, columns: Columns) -> dict[str, list[Any]]:
         )
     given = columns.given
     order = "rank" if "rank" in given else "votes"
+    sign = -1 if order == "rank" else 1  # the lowest rank is the best
     image, number, caption = given["image"], given[order], given.get("caption", "caption")
     group = given.get("group", caption)
     if missing := [name for name in (image, number, caption, group) if name not in table.names]:
         raise DataError(f"{table.path} lacks the columns {listed(missing)}; it has {listed(table.names)}")
-    groups: dict[Any, list[tuple[str | None, float | None, str | None]]] = {}
-    captions = table.texts(caption)
-    for row, cells in enumerate(table.rows):
-        if isinstance(cells[image], list):
-            groups[row] = [(*each, captions[row]) for each in _elements(table, row, image, number)]
-        else:
-            ranked = (cells[image], _number(table, row, number, cells[number]), captions[row])
-            groups.setdefault(cells[group], []).append(ranked)
-    names = ("jpg_0", "jpg_1", "caption", *VOTE_COLUMNS, "image_0_uid", "image_1_uid")
-    content: dict[str, list[Any]] = {name: [] for name in names}
-    sign = -1 if order == "rank" else 1  # the lowest rank is the best
-    for (one, number_0, text), (other, number_1, _) in _pairs(groups.values()):
-        votes = [None if each is None else sign * each for each in (number_0, number_1)]
-        for name, value in zip(names, (one, other, text, *votes, one, other), strict=True):
-            content[name].append(value)
-    return content | {name: _paths(table.path, content[name]) for name in ("jpg_0", "jpg_1")}
-
-
-def _pairs(groups: Any) -> Iterator[Any]:
-    for group in groups:
-        yield from combinations(group, 2)
-
-
-def _elements(table: Table, row: int, image: str, number: str) -> list[tuple[str | None, float | None]]:
-    images, numbers = table.rows[row][image], table.rows[row][number]
-    if not isinstance(numbers, list) or len(numbers) != len(images):
-        raise DataError(f"{table.where(row, number)} must hold {len(images)} numbers, one for each of {image}")
-    return [(file, _number(table, row, number, value)) for file, value in zip(images, numbers, strict=True)]
+    groups: dict[Any, list[_Ranked]] = {}
+    for row, (cells, text) in enumerate(zip(table.rows, table.texts(caption), strict=True)):
+        images, numbers, key = cells.get(image), cells.get(number), row
+        if not isinstance(images, list):
+            images, numbers, key = [images], [numbers], (str(cells.get(group)), text)
+        if not isinstance(numbers, list) or len(numbers) != len(images):
+            raise DataError(f"{table.where(row, number)} must hold {len(images)} numbers, one for each of {image}")
+        for file, value in zip(images, numbers, strict=True):
+            votes = _number(table, row, number, value)
+            ranked = _Ranked(as_text(file, table.where(row, image)), None if votes is None else sign * votes, text)
+            groups.setdefault(key, []).append(ranked)
+    pairs = [pair for group in groups.values() for pair in combinations(group, 2)]
+    files = [[pair[side].image for pair in pairs] for side in (0, 1)]
+    return {
+        "jpg_0": _paths(table.path, files[0]),
+        "jpg_1": _paths(table.path, files[1]),
+        "caption": [one.caption for one, _ in pairs],
+        **{name: [pair[side].votes for pair in pairs] for side, name in enumerate(VOTE_COLUMNS)},
+        "image_0_uid": files[0],  # an image that recurs is encoded once
+        "image_1_uid": files[1],
+    }
 
 
 def _number(table: Table, row: int, name: str, cell: Any) -> float | None:

@@ -87,6 +87,9 @@ def load_pairs(
             f"data.columns names image: ranked images are read from a list of their files, which data.source=folder "
             f"names, and not from {where}; docs/data.md has examples"
         )
+    names = list(columns.given.values())
+    if data_config.source != "folder" and (twice := [name for name in names if names.count(name) > 1]):
+        raise DataError(f"data.columns names the column {twice[0]} twice; a column of {where} stands for one thing")
     how = _Reading(split or data_config.split, data_config.revision, columns, with_sides, in_order, num_proc)
     try:
         _ = filters.phrases  # a file that can't be read is found before all others are
