@@ -1,6 +1,6 @@
 """Time and memory of the way from a large source to its batches: index, plan, cache, first batch, resume at the end.
 
-The source is made up: parquet files in Pick-a-Pic's columns whose images are a few bytes, each in two pairs, with a
+The source is made up: parquet files in Pick-a-Pic's columns whose images are a few pixels, each in two pairs, with a
 caption for every 17 pairs. The cache's records are zeros, which no network encoded. Every row of the table is a process
 of its own, measured from after the libraries' import. Linux only.
 """
@@ -43,13 +43,14 @@ MOST_SECONDS, MOST_MEMORY = 3.0, 500.0  # s, MB: of opening a cache
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--rows", 1_000_000, "rows of the source")
     add_number(parser, "--files", 100, "files of the source")
+    add_number(parser, "--image-bytes", 100, "bytes of each image's file")
     add_number(parser, "--workers", 2, "loading processes")
     add_number(parser, "--micro-batch", 4, "pairs in a batch")
 
 
 def run(options: argparse.Namespace) -> Outcome:
     with working_folder() as working:
-        write_source(working / "pairs", options.rows, options.files)
+        write_source(working / "pairs", options.rows, options.files, options.image_bytes)
         keys = {
             "output_dir": working / "run",
             "model.pipeline": pipeline_folder("tiny", working),
@@ -84,14 +85,19 @@ def run(options: argparse.Namespace) -> Outcome:
     return summarise(options, measured)
 
 
-def write_source(folder: Path, rows: int, files: int) -> None:
-    """Parquet files, in row groups of 1,000 rows. Image n is at side 0 of pair n and at side 1 of the pair before."""
+def write_source(folder: Path, rows: int, files: int, image_bytes: int) -> None:
+    """Parquet files, in row groups of 1,000 rows, or of 16 MB of a side's images.
+
+    Image n is at side 0 of pair n and at side 1 of the pair before.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "lime").save(buffer, "PNG")
     image = buffer.getvalue()  # what follows it is ignored
+    image += np.random.default_rng(0).bytes(max(0, image_bytes - len(image)))
+    group = max(1, min(1000, 16_000_000 // image_bytes))
     folder.mkdir(parents=True)
     for number, part in enumerate(np.array_split(np.arange(rows), files)):
         images = {
@@ -109,7 +115,7 @@ def write_source(folder: Path, rows: int, files: int) -> None:
             "ranking_id": part,
             **images,
         }
-        pq.write_table(pa.table(content), folder / f"train-{number:05d}.parquet", row_group_size=1000)
+        pq.write_table(pa.table(content), folder / f"train-{number:05d}.parquet", row_group_size=group)
 
 
 # --- what is measured: prepares, and returns the job ------------------------------------------------------
@@ -250,6 +256,7 @@ def summarise(options: argparse.Namespace, measured: dict[str, dict[str, float]]
             memory <= MOST_MEMORY,
         ),
     )
-    title = f"{options.rows:,} rows in {options.files} files, {options.workers} workers"
+    images = f"images of {options.image_bytes:,} bytes"
+    title = f"{options.rows:,} rows in {options.files} files, {images}, {options.workers} workers"
     columns = ("what", "seconds", "MB at the peak", "MB of each worker alone", "open files")
     return Outcome(Grid(title, columns, rows), measured, criteria)
