@@ -143,9 +143,10 @@ def _ranked(table: Table, columns: Columns) -> dict[str, list[Any]]:
         raise DataError(f"{table.path} lacks the columns {listed(missing)}; it has {listed(table.names)}")
     groups: dict[Any, list[_Ranked]] = {}
     for row, (cells, text) in enumerate(zip(table.rows, table.texts(caption), strict=True)):
-        images, numbers, key = cells.get(image), cells.get(number), row
+        images, numbers = cells.get(image), cells.get(number)
+        key = row if isinstance(images, list) else (str(cells.get(group)), text)
         if not isinstance(images, list):
-            images, numbers, key = [images], [numbers], (str(cells.get(group)), text)
+            images, numbers = [images], [numbers]
         if not isinstance(numbers, list) or len(numbers) != len(images):
             raise DataError(f"{table.where(row, number)} must hold {len(images)} numbers, one for each of {image}")
         for file, value in zip(images, numbers, strict=True):

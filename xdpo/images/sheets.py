@@ -132,5 +132,5 @@ def _fit(text: str, width: int, size: int) -> str:
     if text_width(text, size) <= width:
         return text
     counts = range(1, len(text) + 1)
-    end = bisect.bisect_right(counts, width, key=lambda count: text_width(text[:count] + "…", size))
+    end = bisect.bisect_right(counts, width, key=lambda count: ceil(text_width(text[:count] + "…", size)))
     return text[:end] + "…"
