@@ -94,6 +94,24 @@ def test_columns_of_numbers_have_bounds_and_missing_values_are_beyond_them(tmp_p
         load(path, "filter.columns={caption: [5, null]}")
 
 
+def test_votes_and_scores_have_bounds_by_what_they_stand_for(tmp_path):
+    row = {"image_0": "a.png", "image_1": "b.png", "caption": "x", "one": 5, "two": 1}
+    (tmp_path / "list.json").write_text(json.dumps([row, row | {"caption": "y", "one": 2}]))
+    columns = "data.columns={votes_0: one, votes_1: two}"
+    options = ["data.source=folder", columns, "filter.columns={votes_0: [3, null]}"]
+    assert load(tmp_path / "list.json", *options).captions() == ["x"]
+    scored = {"chosen": "a.png", "rejected": "b.png", "caption": "x", "score_chosen": 1.5, "score_rejected": 1}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(scored) + "\n" + json.dumps(scored | {"score_chosen": 9}))
+    assert load(tmp_path, "data.source=folder", "filter.columns={score_0: [null, 2]}").rows.tolist() == [0]
+
+
+def test_a_source_without_any_caption_is_said_to_be_so(tmp_path):
+    path = write_captions(tmp_path / "train.parquet", None, None)
+    (tmp_path / "deny.txt").write_text("gore")
+    with pytest.raises(DataError, match=r"no usable pair .*without caption 2"):
+        load(path, f"filter.captions={tmp_path}/deny.txt")
+
+
 def test_columns_of_numbers_of_a_list_of_pairs_have_bounds(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(encoded_image())

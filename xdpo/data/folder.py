@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 LISTS = (".csv", ".jsonl", ".json", ".parquet")
+DEFAULT_NAMES = (
+    *("chosen", "rejected", "image_0", "image_1", "label_0", "label_1", "caption", "has_label"),
+    *("ranking_id", "score_chosen", "score_rejected", *SCORE_COLUMNS, "image_0_uid", "image_1_uid"),
+)
+"""Of a list's columns, where data.columns names no others."""
 
 
 def read_folder(path: str, split: str, columns: Columns) -> "Dataset":
@@ -37,7 +42,8 @@ def read_folder(path: str, split: str, columns: Columns) -> "Dataset":
         content = _pairs_of_two(folder, columns)
     else:
         listing = listing_of(path, split)
-        table = read_table(listing)
+        read = {*DEFAULT_NAMES, *columns.given.values(), *columns.numbers}
+        table = read_table(listing, lambda name: name in read)
         if not table.rows:
             raise DataError(f"{listing} lists no pairs")
         content = _ranked(table, columns) if columns.are_ranked else _listed_pairs(table, columns)
@@ -102,7 +108,7 @@ def _listed_pairs(table: Table, columns: Columns) -> dict[str, list[Any]]:
     if given:  # an image that recurs is encoded once
         content |= {"image_0_uid": files[0], "image_1_uid": files[1]}
         optional |= {"image_0_uid": "image_0_uid", "image_1_uid": "image_1_uid"}
-    optional |= {name: name for name in columns.numbers}
+    optional |= {name: name for name in columns.numbers if name not in content | optional}
     named = {name: given.get(name, default) for name, default in optional.items()}
     content |= {name: table.scalars(column) for name, column in named.items() if column in table.names}
     if missing := [name for name in columns.numbers if name not in content]:
