@@ -13,7 +13,7 @@ import sys
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
 
-from benchmarks import flops, loading, memory, reports, results, sampling, scoring, steps
+from benchmarks import data, flops, loading, memory, reports, results, sampling, scoring, steps
 
 from xdpo.paths import user_path
 
@@ -22,6 +22,7 @@ BENCHMARKS = {
     "step": steps,
     "memory": memory,
     "loader": loading,
+    "data": data,
     "sample": sampling,
     "score": scoring,
     "report": reports,

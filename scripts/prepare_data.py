@@ -49,7 +49,8 @@ def prepare(settings: Config, split: "Split") -> None:
         print(f"{title}: {describe(files, copied)}", flush=True)
     # As many processes as there are cores, each with files of its own.
     num_proc = min(len(files), os.cpu_count() or 1) or None
-    table = data.load_pairs(settings.data, **source, in_order=in_order, num_proc=num_proc)
+    filters = precompute.filters_of(settings, split)
+    table = data.load_pairs(settings.data, filters=filters, **source, in_order=in_order, num_proc=num_proc)
     print(f"{title}: {table.counts}", flush=True)
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import benchmark
 import pytest
 import torch
-from benchmarks import counting, flops, loading, memory, reports, steps
+from benchmarks import counting, data, flops, loading, memory, reports, steps
 from benchmarks.folders import working_folder
 from benchmarks.modes import BASE_CONFIG, MODES, call, set_up
 from benchmarks.pairs import WRITERS, make_pairs
@@ -519,6 +519,19 @@ def test_the_loader_is_timed_on_every_source_and_the_cache(small_pipeline, tmp_p
     assert list(measured) == [*WRITERS, loading.CACHE]
     assert measured[loading.CACHE]["0"]["pairs_per_round"] == 4 * loading.CACHE_EPOCHS
     assert "one process reads at least 2000 pairs/s" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_large_source_is_measured_on_its_way_to_batches(small_pipeline, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "pipeline_folder", lambda name, working: small_pipeline)
+    monkeypatch.setattr(data, "apart", data.measure)  # in this process
+    arguments = ["--rows", "60", "--files", "2", "--workers", "1", "--json", str(tmp_path / "data.json")]
+    assert benchmark.main(["data", *arguments]) == 0
+
+    measured = json.loads((tmp_path / "data.json").read_text(encoding="utf-8"))["measurements"]
+    assert len(measured) == 8 and all(each["seconds"] > 0 for each in measured.values())
+    assert measured["first batch from the cache"]["worker"] > 0 == measured[data.OPENING]["worker"]
+    assert "opening a cache takes at most 3 s" in capsys.readouterr().out
 
 
 def test_generate_and_the_plain_loop_make_the_same_images_and_are_both_timed(small_pipeline, tmp_path):

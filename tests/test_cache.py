@@ -427,7 +427,7 @@ def test_every_distinct_image_and_caption_is_encoded_once_in_both_orientations(w
     assert (cache.plan.num_images, cache.plan.num_prompts, len(cache)) == (6, 3, 5)  # the empty caption is the third
     assert cache.plan.latent_shape == [2, 2, 4, 8, 8]
     assert cache.latents.unreadable() == [4]
-    assert vars(cache.counts) == vars(world.table.counts)
+    assert vars(cache.counts) == world.table.counts.by_name()
     mean, std = cache.latents.read(cache.records_of(0)[0], 0)
     batch = PairDataset(world.table, world.parts.tokenize, 0, world.settings.data, shuffle=False, augment=False).batch(
         [0]

@@ -41,6 +41,7 @@ def data_config(path="unused", **changes):
         "path": path,
         "revision": None,
         "split": "train",
+        "columns": None,
         "max_pairs": None,
         "resolution": 8,
         "crop": "center",

@@ -38,6 +38,7 @@ ON_A_CONFIG = {
         "train_xdpo.py",
         "scripts/cache_examples.py",
         "scripts/cache_reference.py",
+        "scripts/inspect_data.py",
         "scripts/prepare_data.py",
     )
     for words in ("--help", "--config configs/tiny/xdpo.yaml loss.bta=1")

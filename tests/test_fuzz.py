@@ -261,6 +261,7 @@ def test_one_wrong_sign_is_an_error_or_changes_no_other_row(tmp_path, suffix):
 def test_damaged_lists_of_pairs_are_read_or_refused_by_name(tmp_path, suffix):
     path = tmp_path / f"pairs{suffix}"
     settings = SimpleNamespace(source="folder", path=str(tmp_path), revision=None, split="train", max_pairs=None)
+    settings.columns = None
     for case, chance in cases(f"damaged {suffix}", 150):
         rows = rows_of_pairs(chance)
         text = as_csv(rows, chance) if suffix == ".csv" else as_jsonl(rows, chance)

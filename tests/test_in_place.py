@@ -54,7 +54,7 @@ def by_datasets(monkeypatch, settings):
     """The pairs from a copy that `datasets` makes."""
     with monkeypatch.context() as patched:
         patched.setattr(sources, "MOST_GROUP_BYTES", 0)
-        patched.setattr(sources, "tar_rows_in_place", lambda *_: None)
+        patched.setattr(sources, "tar_rows_in_place", lambda *_, **__: None)
         return load_pairs(settings)
 
 

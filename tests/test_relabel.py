@@ -69,7 +69,7 @@ def test_the_higher_score_is_preferred_ties_are_ties_and_the_human_labels_stay(c
 def test_training_reads_the_new_labels(call):
     call()
     settings = type("data", (), {"source": "parquet", "path": str(call.output), "split": "train", "revision": None})
-    settings.max_pairs = None
+    settings.max_pairs = settings.columns = None
     table = load_pairs(settings)
     assert (table.counts.kept, table.counts.ties) == (8, 4)
     assert table.chosen_side.tolist() == [0, 1, 0, 1] * 2
@@ -173,6 +173,7 @@ def test_its_own_output_gets_new_labels_and_keeps_those_of_people(call, tmp_path
         assert "agrees with the label: 4\n  contradicts the label: 2" in capsys.readouterr().out
         source = target
     settings = {"source": "parquet", "path": str(target), "split": "train", "revision": None, "max_pairs": None}
+    settings["columns"] = None
     assert load_pairs(type("data", (), settings)).counts.kept == 8
     assert call("--data", str(first / "*.parquet"), "--output", str(target)) == 1
     assert "was made with another scorer and source" in capsys.readouterr().err

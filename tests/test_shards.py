@@ -12,8 +12,8 @@ import pytest
 from conftest import encoded_image, pick_a_pic_row
 
 from xdpo.data import DataError, load_pairs
+from xdpo.data.columns import OPTIONAL_COLUMNS, REQUIRED_COLUMNS
 from xdpo.data.images import decode_rgb
-from xdpo.data.table import OPTIONAL_COLUMNS, REQUIRED_COLUMNS
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def load(tmp_path):
         for number, columns in enumerate(files):
             pq.write_table(pa.table(columns), tmp_path / f"train-{number}.parquet")
         settings = {"source": source, "path": path or str(tmp_path / "train-*"), "split": "train", "revision": None}
-        return load_pairs(type("data", (), settings | {"max_pairs": None}))
+        return load_pairs(type("data", (), settings | {"max_pairs": None, "columns": None}))
 
     return call
 

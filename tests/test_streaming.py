@@ -144,6 +144,21 @@ def test_a_cache_of_remote_files_is_verified_by_a_sample_of_them(fill, server, s
         verify()
 
 
+def test_a_trial_of_a_few_pairs_fetches_the_files_that_they_are_in(fill, server, small_pipeline, tmp_path, monkeypatch):
+    fetched, fetch = [], streaming.fetch
+    monkeypatch.setattr(streaming, "fetch", lambda remote, path: fetched.append(remote.url) or fetch(remote, path))
+    folder = fill("streamed", server.urls(), "data.max_pairs=5", "cache.keep_source=true")
+    assert sorted(fetched) == server.urls()[:2]
+    forget_accelerators()
+    local = fill_cache(small_pipeline, str(server.folder), tmp_path / "local", "data.max_pairs=5")
+    assert content_of(folder) == content_of(local)
+    rows = [row | {"jpg_1": encoded_image("navy")} for row in rows_of_file(5)]
+    write_pick_a_pic(server.folder / "train-5.parquet", rows)
+    forget_accelerators()
+    again = fill_cache(small_pipeline, str(server.folder), tmp_path / "again", "data.max_pairs=5")
+    assert content_of(again) == content_of(local), "what is not used does not count"
+
+
 def test_few_copies_lie_on_the_disk_at_once(fill, server, monkeypatch):
     most, let_go = [], streaming.StreamedImages.let_go
 

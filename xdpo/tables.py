@@ -10,7 +10,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
@@ -211,7 +211,8 @@ def _not_text(path: Path, encoding: str) -> TableError:
 
 
 def read_table(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Table:
-    """Read a table by its suffix: .csv with quoting, .tsv without, .jsonl of objects, or .parquet's wanted columns.
+    """Read a table by its suffix: .csv with quoting, .tsv without, .jsonl of objects, .json of a list of them, or
+    .parquet's wanted columns.
 
     Raises TableError for a file that is not such a table.
     """
@@ -221,18 +222,23 @@ def read_table(path: Path, wanted: Callable[[str], bool] = lambda name: True) ->
         case ".tsv":  # its quotation marks are text, as in PartiPrompts
             return _read_delimited(path, delimiter="\t", is_quoted=False)
         case ".jsonl":
-            return _read_objects(path)
+            return _read_objects(path, read_json_lines(path))
+        case ".json":
+            content = read_json(path)
+            if not isinstance(content, list):
+                raise TableError(f"{path} must hold a list of objects, got {_shown(content)}")
+            return _read_objects(path, enumerate(content, start=1), unit="entry")
     return _read_parquet(path, wanted)
 
 
-def _read_objects(path: Path) -> Table:
+def _read_objects(path: Path, objects: Iterable[tuple[int, Any]], unit: str = "line") -> Table:
     numbers, rows = [], []
-    for number, row in read_json_lines(path):
+    for number, row in objects:
         if not isinstance(row, dict):
-            raise TableError(f"{path} line {number} must be an object with its columns' names, got {_shown(row)}")
+            raise TableError(f"{path} {unit} {number} must be an object with its columns' names, got {_shown(row)}")
         numbers.append(number)
         rows.append(row)
-    return Table(path, list(dict.fromkeys(name for row in rows for name in row)), numbers, rows)
+    return Table(path, list(dict.fromkeys(name for row in rows for name in row)), numbers, rows, unit)
 
 
 class _Record(NamedTuple):

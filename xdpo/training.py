@@ -95,7 +95,7 @@ def note_shared_pairs(train_pairs: Pairs, held_out_pairs: Pairs) -> None:
     if shared:
         print(
             f"note: {shared} of the {count} held-out pairs are training pairs too, and eval/ says little of others; "
-            "name others with eval.path or eval.split"
+            "name others with eval.path or eval.split, or set filter.held_out_captions=true"
         )
 
 
@@ -235,8 +235,8 @@ def open_log(
             folder,
             settings,
             pairs_fingerprint=train_pairs.fingerprint,
-            training_pairs=vars(train_pairs.counts),
-            held_out_pairs=vars(held_out_pairs.counts) if held_out_pairs else None,
+            training_pairs=data.PairCounts(**vars(train_pairs.counts)).by_name(),
+            held_out_pairs=data.PairCounts(**vars(held_out_pairs.counts)).by_name() if held_out_pairs else None,
             score_range=train_weights.score_range if train_weights is not None else None,
             processes=accelerator.num_processes,
             device=str(accelerator.device),

@@ -121,6 +121,8 @@ def type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return type_text(arguments[0], [*annotation.__metadata__, *metadata])
     if origin is Literal:
         text = " | ".join(map(str, arguments))
+    elif origin is dict:
+        text = f"mapping of {type_text(arguments[0])} to {type_text(arguments[1])}"
     elif origin is tuple:
         text = f"list of {type_text(arguments[0])}"
     elif arguments:

@@ -326,8 +326,8 @@ def _value(config: Config, dotted: str) -> Any:
 
 
 def flatten(config: Config) -> dict[str, bool | int | float | str]:
-    """Every value by dotted key, as trackers take them: lists and null become JSON text."""
+    """Every value by dotted key, as trackers take them: lists, mappings and null become JSON text."""
     return {
-        key: json.dumps(value, ensure_ascii=False) if value is None or isinstance(value, tuple) else value
+        key: json.dumps(value, ensure_ascii=False) if value is None or isinstance(value, tuple | dict) else value
         for key, value in values_of(config).items()
     }

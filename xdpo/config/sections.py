@@ -14,6 +14,8 @@ from pydantic.fields import FieldInfo
 from xdpo.config.loss import LossConfig
 from xdpo.config.splitting import micro_steps
 from xdpo.config.types import (
+    Bounds,
+    Columns,
     Count,
     CountOrZero,
     Decay,
@@ -132,6 +134,11 @@ class DataConfig(Section):
     )
     revision: Text | None = Field(None, description="hub branch, tag or commit of the data set")
     split: Text = Field("train", description="split of a hub data set")
+    columns: Columns | None = Field(
+        None,
+        description="what columns stand for, with their names in the files, such as {chosen: winner, rejected: loser, "
+        "caption: prompt}; docs/data.md has those of other data sets. null: the names of Pick-a-Pic",
+    )
     max_pairs: Count | None = Field(None, description="use no more pairs than this, for a trial; null: all")
     resolution: Annotated[StrictInt, Field(gt=0, multiple_of=8)] = Field(
         512, description="side of the square images in pixels, a multiple of 8: what the pipeline was made for"
@@ -152,6 +159,35 @@ class DataConfig(Section):
         4, description="loading processes per training process; 0: load in the training process"
     )
     max_unreadable_share: Share = Field(0.01, description="stop when a larger share of the rows cannot be read")
+
+
+class FilterConfig(Section):
+    """Which pairs are left out, training and held-out ones alike; each is counted. docs/data.md."""
+
+    captions: FilePath | None = Field(
+        None,
+        description="file of words and phrases, one a line: pairs whose caption has one of them, as whole words in "
+        "upper or lower case, are left out; null: none",
+    )
+    columns: Bounds | None = Field(
+        None,
+        description="lowest and highest value of columns of numbers, such as scores of safety: {nsfw: [null, 0.5]}; a "
+        "pair without a value is left out. null: none",
+    )
+    min_side: Count | None = Field(
+        None, description="pixels that the shorter side of both images must have; null: any. Remote files do not tell"
+    )
+    max_aspect: Annotated[Number, Field(ge=1)] | None = Field(
+        None, description="most that the longer side of either image may be of its shorter one, such as 2; null: any"
+    )
+    held_out_captions: StrictBool = Field(
+        False, description="leave out training pairs with a held-out pair's caption, so that no pair is in both"
+    )
+
+    @property
+    def needs_sides(self) -> bool:
+        """Whether images' sizes in pixels are needed."""
+        return self.min_side is not None or self.max_aspect is not None
 
 
 class CacheConfig(Section):
@@ -446,6 +482,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     compute: ComputeConfig = ComputeConfig()
     data: DataConfig = DataConfig()
+    filter: FilterConfig = FilterConfig()
     cache: CacheConfig = CacheConfig()
     noise: NoiseConfig = NoiseConfig()
     loss: LossConfig = LossConfig()
@@ -473,6 +510,12 @@ class Config(Section):
                 "export.formats: a whole checkpoint would have text encoders rounded to model.frozen_precision "
                 f"{self.model.frozen_precision}; set it to fp32, or convert the finished run by scripts/export.py"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _captions_are_held_out(self):
+        if self.filter.held_out_captions and not self.eval.every:
+            raise ValueError("filter.held_out_captions needs held-out pairs, and eval.every is 0; change one of them")
         return self
 
     @model_validator(mode="after")

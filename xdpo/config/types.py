@@ -34,6 +34,41 @@ def _paths(value: Any) -> str | tuple[str, ...]:
     raise ValueError("must be a path or a list of paths, none of them empty")
 
 
+def _columns(value: Any) -> Any:
+    """What a column stands for → its name in the files; the names must be known ones."""
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(isinstance(name, str) and name for name in value.values()):
+        raise ValueError("must be a mapping such as {caption: prompt}, from what a column stands for to its name")
+    if unknown := [name for name in value if name not in COLUMNS]:
+        raise ValueError(f"has {unknown[0]}, and a column may stand for {', '.join(COLUMNS)}")
+    return value
+
+
+def _bounds(value: Any) -> Any:
+    """The names of columns → lowest and highest value, None: no bound."""
+    if value is None:
+        return None
+    problem = "must be a mapping such as {nsfw: [null, 0.5]}, from a column's name to its lowest and highest value"
+    if not isinstance(value, dict) or not all(isinstance(name, str) and name for name in value):
+        raise ValueError(problem)
+    if not all(isinstance(each, list | tuple) and len(each) == 2 for each in value.values()):
+        raise ValueError(problem)
+    bounds = {name: tuple(None if each is None else _number(each) for each in pair) for name, pair in value.items()}
+    for name, given in bounds.items():
+        ordered = [each for each in given if each is not None]
+        if not ordered or ordered != sorted(ordered):
+            raise ValueError(f"has bounds of {name} that nothing or everything keeps to; give the lowest, the highest")
+    return bounds
+
+
+COLUMNS = (
+    *("caption", "jpg_0", "jpg_1", "label_0", "label_1", "chosen", "rejected", "votes_0", "votes_1"),
+    *("image", "rank", "votes", "group"),
+    *("has_label", "are_different", "ranking_id", "image_0_uid", "image_1_uid", "score_0", "score_1"),
+)
+"""What a column may stand for: see data.columns."""
+
 Number = Annotated[float, BeforeValidator(_number)]
 PositiveNumber = Annotated[Number, Field(gt=0)]
 NonNegativeNumber = Annotated[Number, Field(ge=0)]
@@ -44,6 +79,8 @@ CountOrZero = Annotated[StrictInt, Field(ge=0)]
 Seed = Annotated[StrictInt, Field(ge=0, le=2**32 - 1)]
 Text = Annotated[StrictStr, Field(min_length=1)]
 FilePath = Annotated[Text, AfterValidator(expanded)]
+Columns = Annotated[dict[str, str], BeforeValidator(_columns)]
+Bounds = Annotated[dict[str, tuple[float | None, float | None]], BeforeValidator(_bounds)]
 Paths = Annotated[str | tuple[str, ...], BeforeValidator(_paths)]
 
 

@@ -1,5 +1,6 @@
 """Preference rows of any source → oriented (chosen, rejected) examples in a reproducible order."""
 
+from xdpo.data.columns import DataError
 from xdpo.data.examples import (
     PairDataset,
     StepSampler,
@@ -8,11 +9,12 @@ from xdpo.data.examples import (
     held_out_batches,
     make_loader,
 )
+from xdpo.data.filters import Filters
 from xdpo.data.interface import PairExamples, PairRows
 from xdpo.data.scores import MarginWeights, PairWeights, finite_scores, no_scores, weigh_pairs
 from xdpo.data.sources import is_converted, load_pairs, local_files, source_files
 from xdpo.data.split import Split
-from xdpo.data.table import DataError, PairCounts, PairTable
+from xdpo.data.table import PairCounts, PairTable
 from xdpo.data.unpaired import (
     IMAGES_PER_POSITION,
     LabelledImages,
@@ -25,6 +27,7 @@ from xdpo.data.unpaired import (
 __all__ = [
     "IMAGES_PER_POSITION",
     "DataError",
+    "Filters",
     "LabelledImages",
     "MarginWeights",
     "PairCounts",

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from xdpo import noise
 from xdpo.batch import Batch, SingleItem, Tokens, stack
 from xdpo.config import DataConfig
+from xdpo.data.columns import DataError
 from xdpo.data.images import UnreadableImageError, decode_rgb, size_and_crop, square_pixels
 from xdpo.data.interface import PairRows
-from xdpo.data.table import DataError, PairTable, pair_id
+from xdpo.data.table import PairTable, pair_id
 from xdpo.ending import ignore_signals
 
 MAX_SUBSTITUTIONS = 100

@@ -18,17 +18,19 @@ SAMPLED = 256  # images per column whose bytes are read
 MOST_FILES = 20_000  # files per column whose sizes are read
 
 
-def image_digest(images: Images) -> str:
-    """16 hexadecimal digits of a SHA-256 over the images of a source, the same wherever the files lie."""
+def image_digest(images: Images, rows: int, end: int) -> str:
+    """16 hexadecimal digits of a SHA-256 over the images of a source, the same wherever the files lie.
+
+    rows: of the source. end: only images of the rows before it are identified.
+    """
     digest = hashlib.sha256()
     for side in (0, 1):
-        sizes = images.sizes(side)
-        count = len(sizes)
+        sizes = images.sizes(side, end)
         if (sizes < 0).all():  # separate files
-            paths = map(_path_of, images.cells(side, _evenly(count, MOST_FILES)))
+            paths = map(_path_of, images.cells(side, _evenly(end, MOST_FILES)))
             sizes = np.array([_file_size(path) for path in paths], dtype=np.int64)
         digest.update(sizes.astype("<i8").tobytes())
-        for row in sampled_rows(count).tolist():
+        for row in [row for row in sampled_rows(rows).tolist() if row < end]:
             digest.update(bytes.fromhex(images.recorded_digest(side, row) or image_sha256(images.cell(row, side))))
     return digest.hexdigest()[:16]
 

@@ -19,34 +19,37 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from xdpo.data import identity
+from xdpo.data.columns import IMAGE_COLUMNS, Columns, DataError
 from xdpo.data.identity import file_states, image_sha256, sampled_rows
 from xdpo.data.rows import (
+    BAR_AFTER,
     BATCH_ROWS,
     BUFFER_BYTES,
-    IMAGE_COLUMNS,
     ParquetImages,
     ParquetPart,
     Rows,
     TarImages,
     TarPart,
     read_member,
+    sides_of,
+    sides_of_cell,
     sizes_of,
 )
 from xdpo.data.shards import Alike, first_line
-from xdpo.data.table import DataError, canonical_names, check_images, require_columns
+from xdpo.data.table import check_images
 from xdpo.files import StorageError, reading, replacing, storage_fault, writing
 from xdpo.progress import Progress
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from datasets import Dataset, Features
+    from datasets import Dataset
 
 VERSION = 1  # of the index's layout
-PLACES = ("size_0", "size_1", "offset_0", "offset_1")  # columns of the index that are no columns of the source
+SIDES = ("width_0", "height_0", "width_1", "height_1")
+PLACES = ("size_0", "size_1", "offset_0", "offset_1", *SIDES)  # columns of the index that are no columns of the source
 TEXT_MEMBERS = ("txt", "text", "transcript", "cls", "cls2", "index", "inx", "id", "json", "jsn")
 INDEXED_AT_ONCE = 4  # files, on as many cores
-BAR_AFTER = 5.0  # seconds
 MOST_GROUP_BYTES = 32 * 2**20
 """The largest row group, of the images of one side, from which single images are read in place at random."""
 
@@ -54,10 +57,14 @@ Digests = list[dict[str, str]]  # for each side: row → hexadecimal SHA-256 of 
 
 
 class Measured(NamedTuple):
-    """Of a file's images, by side: their sizes, (rows,) int64 each, and the digests of the rows that are sampled."""
+    """Of a file's images, by side: their sizes, (rows,) int64 each, and the digests of the rows that are sampled.
+
+    sides: widths and heights in pixels, (rows, 2) int64 for each side; none where they were not asked for.
+    """
 
     sizes: list[np.ndarray]
     digests: Digests
+    sides: Sequence[np.ndarray] = ()
 
 
 # --- parquet -------------------------------------------------------------------------------------------
@@ -65,40 +72,44 @@ class Measured(NamedTuple):
 
 def own_image_columns(group: Alike) -> tuple[str, str]:
     """The names that files of one kind give to the two images. Raises DataError where they hold no images."""
-    names = canonical_names(group.features)
-    types = {names[field.name]: field.type for field in group.features.arrow_schema if field.name in names}
+    types = {group.names[field.name]: field.type for field in group.features.arrow_schema}
     check_images({column: types[column] for column in IMAGE_COLUMNS}, group.files[0])
-    own = {column: name for name, column in names.items()}
+    own = {column: name for name, column in group.names.items()}
     return own["jpg_0"], own["jpg_1"]
 
 
-def parquet_rows_in_place(groups: Sequence[Alike], num_proc: int | None) -> Rows:
-    """The rows of parquet files. num_proc: threads that index files. Raises DataError for a file that can't be read."""
+def parquet_rows_in_place(
+    groups: Sequence[Alike], columns: Columns, num_proc: int | None, *, with_sides: bool = False
+) -> Rows:
+    """The rows of parquet files. num_proc: threads that index files. with_sides: whether images' sides are known.
+
+    Raises DataError for a file that can't be read."""
     import pyarrow as pa
 
     parts, files = [], []
     for group in groups:
-        columns = own_image_columns(group)
+        own = own_image_columns(group)
         for file in group.files:
-            parts.append(ParquetPart(file, group_rows(_parquet(file)), columns))
-            files.append((file, group.features))
+            parts.append(ParquetPart(file, group_rows(_parquet(file)), own))
+            files.append((file, group))
     ends = np.cumsum([sum(part.groups) for part in parts]).tolist()
 
     def make() -> "tuple[pa.Table, list[int]]":
         sampled = sampled_rows(ends[-1])
 
         def of_part(number: int) -> tuple[pa.Table, Measured]:
-            file, features = files[number]
+            file, group = files[number]
             with _named(file, "parquet", len(files)):
-                texts = parquet_texts(file, features)
-                measured = measure_parquet(parts[number], within(sampled, ends, number))
+                texts = parquet_texts(file, group)
+                measured = measure_parquet(parts[number], within(sampled, ends, number), with_sides=with_sides)
             return texts, measured
 
         indexed = each(of_part, len(parts), num_proc, "index")
         table = pa.concat_tables([texts for texts, _ in indexed], promote_options="default")
         return with_sizes(table, [measured for _, measured in indexed]), ends
 
-    index, digests, _ = _opened([part.path for part in parts], str([features for _, features in files]), make)
+    layout = str([group.features for _, group in files]) + columns.key + with_sides * " sides"
+    index, digests, _ = _opened([part.path for part in parts], layout, make)
     return Rows(texts_of(index), ParquetImages(index, digests, parts))
 
 
@@ -106,7 +117,7 @@ def largest_group(files: Iterable[Alike]) -> int:
     """Bytes, uncompressed, of the images of one side in the largest row group of parquet files."""
     largest = 0
     for group in files:
-        own = {column: name for name, column in canonical_names(group.features).items()}
+        own = {column: name for name, column in group.names.items()}
         for file in group.files:
             metadata = _parquet(file).metadata
             for number in range(metadata.num_row_groups):
@@ -121,24 +132,26 @@ def largest_group(files: Iterable[Alike]) -> int:
     return largest
 
 
-def parquet_texts(file: Any, features: "Features") -> "pa.Table":
-    """The columns without images of a parquet file, by canonical names. file: a path or an open file."""
+def parquet_texts(file: str, group: Alike) -> "pa.Table":
+    """The columns without images of a parquet file, by canonical names."""
     import pyarrow as pa
     from datasets.table import table_cast
 
-    names = {name: column for name, column in canonical_names(features).items() if column not in IMAGE_COLUMNS}
-    schema = pa.schema([field for field in features.arrow_schema if field.name in names])
+    names = {name: column for name, column in group.names.items() if column not in IMAGE_COLUMNS}
+    schema = pa.schema([field for field in group.features.arrow_schema if field.name in names])
     # Casts what another file of the data set has as another type; `alike` has seen to it that all can be cast.
     table = table_cast(_parquet(file).read(columns=list(names), use_threads=False).select(schema.names), schema)
     return table.rename_columns([names[name] for name in schema.names])
 
 
-def measure_parquet(part: ParquetPart, sampled: Mapping[int, int]) -> Measured:
+def measure_parquet(part: ParquetPart, sampled: Mapping[int, int], *, with_sides: bool = False) -> Measured:
     """Read all images of a parquet file. sampled: row within it → row of the data set."""
     sizes: list[np.ndarray] = []
+    sides: list[np.ndarray] = []
     digests: Digests = [{}, {}]
     for side, name in enumerate(part.names):
         found, row = [np.empty(0, np.int64)], 0
+        pixels: list[tuple[int, int]] = []
         for batch in _parquet(part.path).iter_batches(BATCH_ROWS, columns=[name], use_threads=False):
             cells = batch.column(0)
             found.append(sizes_of(cells))
@@ -146,8 +159,12 @@ def measure_parquet(part: ParquetPart, sampled: Mapping[int, int]) -> Measured:
                 if row + place in sampled and found[-1][place] >= 0:  # a file elsewhere may change
                     digests[side][str(sampled[row + place])] = image_sha256(cells[place].as_py())
             row += len(cells)
+            if with_sides:
+                pixels += map(sides_of_cell, cells.to_pylist())
         sizes.append(np.concatenate(found))
-    return Measured(sizes, digests)
+        if with_sides:
+            sides.append(np.array(pixels, np.int64).reshape(-1, 2))
+    return Measured(sizes, digests, sides)
 
 
 def _parquet(file: Any) -> "pq.ParquetFile":
@@ -164,21 +181,23 @@ def group_rows(file: "pq.ParquetFile") -> tuple[int, ...]:
 # --- tars ----------------------------------------------------------------------------------------------
 
 
-def tar_rows_in_place(files: Sequence[str], num_proc: int | None) -> Rows | None:
-    """The rows of tars; None for tars that must be unpacked. num_proc: threads that index files.
+def tar_rows_in_place(
+    files: Sequence[str], columns: Columns, num_proc: int | None, *, with_sides: bool = False
+) -> Rows | None:
+    """The rows of tars; None for tars that must be unpacked. num_proc, with_sides: as for parquet_rows_in_place.
 
     Raises DataError for a tar that can't be read.
     """
     import pyarrow as pa
 
-    if (names := names_in_place(files)) is None:
+    if (names := names_in_place(files, columns)) is None:
         return None
     own = {column: name for name, column in names.items()}
 
     def make() -> "tuple[pa.Table, list[int]]":
         def of_part(number: int) -> "pa.Table":
             with _named(files[number], "webdataset", len(files)):
-                return tar_table(files[number], names)
+                return tar_table(files[number], names, with_sides=with_sides)
 
         tables = each(of_part, len(files), num_proc, "index")
         ends = np.cumsum([len(table) for table in tables]).tolist()
@@ -195,19 +214,19 @@ def tar_rows_in_place(files: Sequence[str], num_proc: int | None) -> Rows | None
                     digests[side][str(row)] = image_sha256(read_member(files[number], offset, size))
         return _with_digests(table, digests), ends
 
-    index, digests, ends = _opened(files, str(names), make)
+    index, digests, ends = _opened(files, str(names) + columns.key + with_sides * " sides", make)
     parts = [TarPart(file, end) for file, end in zip(files, ends, strict=True)]
     return Rows(texts_of(index), TarImages(index, digests, parts, (own["jpg_0"], own["jpg_1"])))
 
 
-def names_in_place(files: Sequence[str]) -> dict[str, str] | None:
+def names_in_place(files: Sequence[str], columns: Columns) -> dict[str, str] | None:
     """Member name → column, for tars that can be read in place; None for compressed ones and for rare formats."""
     with _named(files[0], "webdataset", len(files)):
-        names = _member_names(files[0])
+        names = _member_names(files[0], columns)
     return names if all(map(_is_plain, files)) else None
 
 
-def tar_table(file: str, names: Mapping[str, str]) -> "pa.Table":
+def tar_table(file: str, names: Mapping[str, str], *, with_sides: bool = False) -> "pa.Table":
     """The samples of a tar: columns without images, the key, and size and offset of both images.
 
     names: member name behind the key → column. Raises ValueError for a sample that has a member twice.
@@ -217,7 +236,8 @@ def tar_table(file: str, names: Mapping[str, str]) -> "pa.Table":
 
     texts = [column for column in names.values() if column not in IMAGE_COLUMNS]
     columns: dict[str, list] = {name: [] for name in (*texts, "__key__")}
-    places: dict[str, list[int]] = {f"{what}_{side}": [] for what in ("size", "offset") for side in (0, 1)}
+    whats = ("size", "offset", *(("width", "height") if with_sides else ()))
+    places: dict[str, list[int]] = {f"{what}_{side}": [] for what in whats for side in (0, 1)}
     with tarfile.open(file, "r:") as tar:
         for key, members in _samples(tar):
             columns["__key__"].append(key)
@@ -231,6 +251,11 @@ def tar_table(file: str, names: Mapping[str, str]) -> "pa.Table":
             for side, column in enumerate(IMAGE_COLUMNS):
                 places[f"size_{side}"].append(found[column].size if column in found else -1)
                 places[f"offset_{side}"].append(found[column].offset_data if column in found else -1)
+                if with_sides:
+                    opened = tar.extractfile(found[column]) if column in found else None
+                    width, height = (0, 0) if opened is None else sides_of(opened)
+                    places[f"width_{side}"].append(width)
+                    places[f"height_{side}"].append(height)
         tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header for the end, which is a block of zeros
         if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
             raise tarfile.ReadError(f"the header at byte {tar.offset:,} is damaged; download the tar again")
@@ -259,7 +284,7 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarI
         yield current, members
 
 
-def _member_names(file: str) -> dict[str, str] | None:
+def _member_names(file: str, columns: Columns) -> dict[str, str] | None:
     """Member name → column of the first tar's samples; None where a member is in a format that is not read in place.
 
     Raises ValueError where its first samples differ.
@@ -270,8 +295,8 @@ def _member_names(file: str) -> dict[str, str] | None:
         first = [set(members) for _, members in islice(_samples(tar), WebDataset.NUM_EXAMPLES_FOR_FEATURES_INFERENCE)]
     if any(names != first[0] for names in first):
         raise ValueError("its first samples have different members; pack all samples with the same member names")
-    require_columns(sorted(first[0]), file)
-    names = {name: column for name, column in canonical_names(sorted(first[0])).items() if column != "__key__"}
+    columns.require(sorted(first[0]), file)
+    names = {name: column for name, column in columns.names(sorted(first[0])).items() if column != "__key__"}
     for name, column in names.items():
         if _ending(name) not in (WebDataset.IMAGE_EXTENSIONS if column in IMAGE_COLUMNS else TEXT_MEMBERS):
             return None
@@ -328,6 +353,9 @@ def with_sizes(table: "pa.Table", measured: Sequence[Measured]) -> "pa.Table":
     for side in (0, 1):
         sizes = np.concatenate([of_file.sizes[side] for of_file in measured])
         table = table.append_column(f"size_{side}", pa.array(sizes))
+        for place, what in enumerate(("width", "height") if measured[0].sides else ()):
+            pixels = np.concatenate([of_file.sides[side][:, place] for of_file in measured])
+            table = table.append_column(f"{what}_{side}", pa.array(pixels))
         for of_file in measured:
             digests[side] |= of_file.digests[side]
     return _with_digests(table, digests)

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
-from xdpo.data.table import DataError
+from xdpo.data.columns import DataError
 from xdpo.files import reading
 
 ATTEMPTS = 7  # in a row without a byte

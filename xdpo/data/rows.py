@@ -3,24 +3,27 @@
 An image is a cell: its encoded file as bytes, a path, a dictionary of both (`bytes`, `path`), or None.
 """
 
+import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from xdpo.data.columns import IMAGE_COLUMNS
 from xdpo.files import StorageError, reading
+from xdpo.progress import Progress
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Dataset
 
-IMAGE_COLUMNS = ("jpg_0", "jpg_1")
 BATCH_ROWS = 32  # decoded at once from a parquet file: some 6 MB of a column of images
 BUFFER_BYTES = 2**20  # read at once from a parquet file
+BAR_AFTER = 5.0  # seconds
 
 
 class Images(Protocol):
@@ -32,8 +35,15 @@ class Images(Protocol):
         """The cells of one side at some rows, which ascend."""
         ...
 
-    def sizes(self, side: int) -> np.ndarray:
-        """(rows,) int64: bytes of each image of a side, −1 where the source holds none, or a path alone."""
+    def sizes(self, side: int, end: int | None = None) -> np.ndarray:
+        """(rows,) int64: bytes of each image of a side, −1 where the source holds none, or a path alone.
+
+        end: of the rows before this one alone.
+        """
+        ...
+
+    def sides(self, side: int) -> np.ndarray:
+        """(rows, 2) int64: width and height of each image of a side, 0 where they can't be read. Raises DataError."""
         ...
 
     def recorded_digest(self, side: int, row: int) -> str | None:
@@ -73,8 +83,14 @@ class ArrowImages:
         column = self._column(side)
         return (column[int(row)].as_py() for row in rows)
 
-    def sizes(self, side: int) -> np.ndarray:
-        return np.concatenate([np.empty(0, np.int64), *map(sizes_of, self._column(side).chunks)])
+    def sizes(self, side: int, end: int | None = None) -> np.ndarray:
+        return np.concatenate([np.empty(0, np.int64), *map(sizes_of, self._column(side).chunks)])[:end]
+
+    def sides(self, side: int) -> np.ndarray:
+        """Reads the headers of all images, at each call."""
+        cells = self.cells(side, range(len(self._dataset)))
+        with Progress(cells, total=len(self._dataset), desc=f"sizes of {IMAGE_COLUMNS[side]}", delay=BAR_AFTER) as bar:
+            return np.array([sides_of_cell(cell) for cell in bar], np.int64).reshape(-1, 2)
 
     def recorded_digest(self, side: int, row: int) -> str | None:
         return None
@@ -106,14 +122,37 @@ def sizes_of(images: "pa.Array") -> np.ndarray:
     return pc.fill_null(pc.binary_length(content), -1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
+def sides_of_cell(cell: Any) -> tuple[int, int]:
+    """Width and height of a cell's image."""
+    if isinstance(cell, dict):
+        cell = cell["path"] if cell["bytes"] is None else cell["bytes"]
+    return (0, 0) if cell is None else sides_of(io.BytesIO(cell) if isinstance(cell, bytes) else cell)
+
+
+def sides_of(file: "IO[bytes] | str") -> tuple[int, int]:
+    """Width and height of an image file by its header, as it is stored; 0 where they can't be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            return image.size
+    except MemoryError:
+        raise
+    except Exception:  # decoders are many, and what they raise on damage has nothing in common
+        return 0, 0
+
+
 class _IndexedImages:
-    """Images in files that were indexed: their sizes, and the digests of some, are in the index."""
+    """Images in files that were indexed: their sizes, and the digests of some, are in the index, and sides if asked."""
 
     def __init__(self, index: "Dataset", digests: Sequence[Mapping[str, str]]):
         self._index, self._digests = index, digests
 
-    def sizes(self, side: int) -> np.ndarray:
-        return self._column(f"size_{side}")
+    def sizes(self, side: int, end: int | None = None) -> np.ndarray:
+        return self._column(f"size_{side}")[:end]
+
+    def sides(self, side: int) -> np.ndarray:
+        return np.stack([self._column(f"{what}_{side}") for what in ("width", "height")], axis=1)
 
     def recorded_digest(self, side: int, row: int) -> str | None:
         return self._digests[side].get(str(row))

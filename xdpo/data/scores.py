@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xdpo.data.columns import DataError
 from xdpo.data.interface import PairRows
 from xdpo.data.split import Split
-from xdpo.data.table import DataError
 from xdpo.loss import margin_weights, preference_probability
 
 

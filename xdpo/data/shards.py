@@ -12,16 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xdpo.data.table import (
-    FLAG_COLUMNS,
-    ID_COLUMNS,
-    NUMBER_COLUMNS,
-    REQUIRED_COLUMNS,
-    DataError,
-    canonical_names,
-    kind_of,
-    require_columns,
-)
+from xdpo.data.columns import FLAG_COLUMNS, ID_COLUMNS, NUMBER_COLUMNS, Columns, DataError
+from xdpo.data.table import kind_of
 from xdpo.files import lfs_pointer
 from xdpo.tables import parquet_rows, parquet_schema
 
@@ -36,9 +28,10 @@ class Alike:
 
     files: list[str]
     features: "Features"  # by the files' own names
+    names: Mapping[str, str]  # the files' own name of a column → its canonical name
 
 
-def alike(files: Sequence[str]) -> list[Alike]:
+def alike(files: Sequence[str], columns: Columns) -> list[Alike]:
     """Parquet files in groups that can be read together; each canonical column has one type in all of them.
 
     Files without a row are left out. Raises DataError for a file that can't be read, lacks a required column, or has
@@ -50,29 +43,30 @@ def alike(files: Sequence[str]) -> list[Alike]:
     if not files:
         raise DataError(f"no parquet file has any row, {first} for one")
     schemas = {file: parquet_schema(Path(file)) for file in files}  # footers only: no row is read
-    names = {file: _names_of(schema.names, file) for file, schema in schemas.items()}
+    names = {file: _names_of(schema.names, columns, file) for file, schema in schemas.items()}
     features = {}
     for column in dict.fromkeys(column for names_of in names.values() for column in names_of):
         types = {file: schemas[file].field(named[column]).type for file, named in names.items() if column in named}
-        features[column] = _feature(column, _common_type(column, types), schemas, names)
+        features[column] = _feature(column, _common_type(column, types, columns), schemas, names)
     groups = []
     for _, group in groupby(files, key=lambda file: names[file]):
         together = list(group)
         names_of = names[together[0]]
-        groups.append(Alike(together, Features({name: features[column] for column, name in names_of.items()})))
+        own = Features({name: features[column] for column, name in names_of.items()})
+        groups.append(Alike(together, own, {name: column for column, name in names_of.items()}))
     return groups
 
 
-def _names_of(columns: list[str], file: str) -> dict[str, str]:
+def _names_of(own: list[str], columns: Columns, file: str) -> dict[str, str]:
     """Canonical column → the file's name of it. Raises DataError for a required one that is missing or there twice."""
-    require_columns(columns, file)
-    canonical = canonical_names(columns)
-    if twice := [name for name in canonical if columns.count(name) > 1]:
+    columns.require(own, file)
+    canonical = columns.names(own)
+    if twice := [name for name in canonical if own.count(name) > 1]:
         raise DataError(f"{file} has several columns called {twice[0]!r}; remove all but one")
     return {column: name for name, column in canonical.items()}
 
 
-def _common_type(column: str, types: "Mapping[str, pa.DataType]") -> "pa.DataType":
+def _common_type(column: str, types: "Mapping[str, pa.DataType]", columns: Columns) -> "pa.DataType":
     """The pyarrow type that a column is read as. Raises DataError naming the first file whose type doesn't fit."""
     import pyarrow as pa
 
@@ -91,9 +85,9 @@ def _common_type(column: str, types: "Mapping[str, pa.DataType]") -> "pa.DataTyp
         return distinct.pop()
     if column in (*ID_COLUMNS, *FLAG_COLUMNS) and holds <= {"text", "number", "flag"}:
         return pa.string()
-    if column in NUMBER_COLUMNS and holds <= {"number", "flag"}:
+    if column in (*NUMBER_COLUMNS, *columns.numbers) and holds <= {"number", "flag"}:
         return pa.float64()
-    if column in NUMBER_COLUMNS and holds <= {"text", "number"}:  # numbers may be written as text
+    if column in (*NUMBER_COLUMNS, *columns.numbers) and holds <= {"text", "number"}:  # numbers may be written as text
         return pa.string()
     first, *rest = filled
     other = next(file for file in rest if types[file] != types[first])
@@ -120,7 +114,7 @@ def _feature(
     return Features.from_arrow_schema(pa.schema([(name, type)], metadata=metadata))[name]
 
 
-def with_members(files: Sequence[str]) -> list[str]:
+def with_members(files: Sequence[str], columns: Columns) -> list[str]:
     """The tars that hold samples. Their members must be called alike, since the first tar decides what is read.
 
     Raises DataError naming the tar that has other members, several for one column, or that is none.
@@ -128,15 +122,15 @@ def with_members(files: Sequence[str]) -> list[str]:
     first: dict[str, str] = {}
     filled = []
     for file in files:
-        if members := members_of(file):
+        if members := members_of(file, columns):
             filled.append(file)
-            refuse_other_members(first, members, file, files[0])
+            refuse_other_members(first, members, columns, file, files[0])
     if not filled:
         raise DataError(f"no tar holds a sample, {files[0]} for one")
     return filled
 
 
-def members_of(file: str) -> dict[str, str]:
+def members_of(file: str, columns: Columns) -> dict[str, str]:
     """Column → member of a tar's first sample; none in a tar without samples.
 
     Raises DataError for a file that is no readable tar, and for several members of one column.
@@ -147,16 +141,18 @@ def members_of(file: str) -> dict[str, str]:
         with open(file, "rb") as opened:
             fault = lfs_pointer(opened.read(40)) or first_line(error)
         raise DataError(f"{file} is not a readable tar: {fault}") from error
-    by_column = {column: name for name, column in canonical_names(names).items()}
+    by_column = {column: name for name, column in columns.names(names).items()}
     for column, name in by_column.items():
         if len(clash := [other for other in names if other.split(".")[0] == name.split(".")[0]]) > 1:
             raise DataError(f"{file}: its samples hold {' and '.join(clash)}, and {column} can be but one; keep one")
     return by_column
 
 
-def refuse_other_members(first: dict[str, str], members: Mapping[str, str], file: str, first_file: str) -> None:
+def refuse_other_members(
+    first: dict[str, str], members: Mapping[str, str], columns: Columns, file: str, first_file: str
+) -> None:
     """Raise DataError where required members have other names than before. `first` learns those that are new."""
-    for column in set(REQUIRED_COLUMNS) & set(members):
+    for column in set(columns.required) & set(members):
         expected = first.setdefault(column, members[column])
         if members[column] != expected:
             raise DataError(

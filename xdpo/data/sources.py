@@ -11,29 +11,24 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xdpo import processes
 from xdpo.config import DataConfig
+from xdpo.data.columns import Columns, DataError, columns_of, listed
+from xdpo.data.filters import Filters
+from xdpo.data.folder import file_of_folder, read_folder
 from xdpo.data.index import MOST_GROUP_BYTES, largest_group, names_in_place, parquet_rows_in_place, tar_rows_in_place
 from xdpo.data.remote import is_remote
 from xdpo.data.rows import Rows
 from xdpo.data.shards import alike, file_at_fault, first_line, read_parquet, read_tar, with_members
-from xdpo.data.table import (
-    SCORE_COLUMNS,
-    DataError,
-    PairTable,
-    in_arrow,
-    listed,
-    require_columns,
-    usable_pairs,
-    with_canonical_columns,
-)
+from xdpo.data.table import PairTable, in_arrow, usable_pairs, with_canonical_columns
 from xdpo.files import storage_fault
-from xdpo.paths import expanded, matching, user_path
-from xdpo.tables import TableError, read_table
+from xdpo.paths import matching, user_path
+from xdpo.tables import TableError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,6 +53,7 @@ _TOO_LARGE = (
 def load_pairs(
     data_config: DataConfig,
     *,
+    filters: Filters | None = None,
     path: str | list[str] | None = None,
     split: str | None = None,
     max_pairs: int | None = None,
@@ -70,9 +66,9 @@ def load_pairs(
     """Load the pairs that the `data` section of a config describes.
 
     `path`, `split` and `max_pairs`, where given, replace those of data_config (for held-out pairs). Ties, unlabelled
-    rows, rows without a caption and pairs of identical images are dropped and counted, ties only without keep_ties;
-    then the first max_pairs are kept. A split selects files of a hub data set, or within a folder (`train.parquet`,
-    `train-*.parquet`, `train/*.parquet`); files that are named themselves are all used.
+    rows, rows without a caption, pairs of identical images and what `filters` leave out are dropped and counted, ties
+    only without keep_ties; then the first max_pairs are kept. A split selects files of a hub data set, or within a
+    folder (`train.parquet`, `train-*.parquet`, `train/*.parquet`); files that are named themselves are all used.
     in_order: whether images will be read in the order of their rows, as for caches and held-out pairs. num_proc:
     processes that index or convert files on their first use. Neither changes rows or their order.
     streamed_into: a folder into which remote files are read one by one (data.streaming), while their images are used.
@@ -85,20 +81,37 @@ def load_pairs(
         raise DataError(f"unknown data.source {data_config.source!r}; choose from {', '.join(loaders)}")
     paths = _paths(data_config, path)
     where = f"{data_config.source} data at {', '.join(paths)}"
+    filters = filters or Filters()
+    columns, with_sides = columns_of(data_config.columns, filters.columns), filters.config.needs_sides
+    if columns.are_ranked and data_config.source != "folder":
+        raise DataError(
+            f"data.columns names image: ranked images are read from a list of their files, which data.source=folder "
+            f"names, and not from {where}; docs/data.md has examples"
+        )
+    names = list(columns.given.values())
+    if data_config.source != "folder" and (twice := [name for name in names if names.count(name) > 1]):
+        raise DataError(f"data.columns names the column {twice[0]} twice; a column of {where} stands for one thing")
+    how = _Reading(split or data_config.split, data_config.revision, columns, with_sides, in_order, num_proc)
     try:
-        rows = _streamed(data_config, paths, split, streamed_into, keep_source) or loaders[data_config.source](
-            paths, split or data_config.split, data_config.revision, in_order, num_proc
+        _ = filters.phrases  # a file that can't be read is found before all others are
+        rows = _streamed(data_config, paths, split, columns, streamed_into, keep_source) or loaders[data_config.source](
+            paths, how
         )
     except TableError as error:
         raise DataError(str(error)) from error
     if not isinstance(rows, Rows):
-        rows = in_arrow(with_canonical_columns(rows, where))
+        rows = in_arrow(with_canonical_columns(rows, columns, where))
     most = data_config.max_pairs if max_pairs is None else max_pairs
-    return usable_pairs(rows, most, where, keep_ties=keep_ties)
+    return usable_pairs(rows, most, columns, where, filters, keep_ties=keep_ties)
 
 
 def _streamed(
-    data_config: DataConfig, paths: list[str], split: str | None, folder: Path | None, keep_source: bool
+    data_config: DataConfig,
+    paths: list[str],
+    split: str | None,
+    columns: Columns,
+    folder: Path | None,
+    keep_source: bool,
 ) -> Rows | None:
     """The rows of remote files, read file by file into a folder; None where the source isn't read so."""
     from xdpo.data.streaming import stream_parquet, stream_tars
@@ -117,9 +130,9 @@ def _streamed(
             f"{remote[0]} is remote: such files are read once, into a cache. Set cache.examples, or download the files"
         )
     if all(path.endswith(".parquet") for path in paths):
-        return stream_parquet(paths, folder)
+        return stream_parquet(paths, columns, folder)
     if all(path.endswith(".tar") for path in paths):
-        return stream_tars(paths, folder, keep_source=keep_source)
+        return stream_tars(paths, columns, folder, keep_source=keep_source)
     if data_config.source == "hub":
         return None  # JSON or the like
     raise DataError(f"remote files must end in .parquet or in .tar, all alike; data.path has {listed(paths[:3])}")
@@ -132,7 +145,7 @@ def source_files(
     paths, split = _paths(data_config, path), split or data_config.split
     match data_config.source:
         case "hub":
-            return _hub_files(_only(paths, "hub"), split, data_config.revision)
+            return _hub_files(_only(paths, "hub"), split, data_config.revision, columns_of(data_config.columns))
         case "parquet":
             return _matching_files(paths, ".parquet", split)
         case "webdataset":
@@ -146,9 +159,9 @@ def is_converted(data_config: DataConfig, files: list[str], *, in_order: bool) -
         case "hub":
             return True
         case "parquet":
-            return not in_order and largest_group(alike(files)) > MOST_GROUP_BYTES
+            return not in_order and largest_group(alike(files, columns_of(data_config.columns))) > MOST_GROUP_BYTES
         case "webdataset":
-            return names_in_place(files) is None
+            return names_in_place(files, columns_of(data_config.columns)) is None
     return False
 
 
@@ -156,7 +169,8 @@ def local_files(data_config: DataConfig, *, path: str | list[str] | None = None,
     """This machine's files that `load_pairs` would read; for a folder its listing, for a hub data set none."""
     paths, split = _paths(data_config, path), split or data_config.split
     if data_config.source == "folder":
-        return [str(_listing(paths, split).absolute())]
+        columns = columns_of(data_config.columns)
+        return [str(file_of_folder(_only(paths, "folder"), split, columns).absolute())]
     files = [] if data_config.source == "hub" else source_files(data_config, path=path, split=split)
     return [os.path.abspath(file) for file in files if not is_remote(file)]
 
@@ -169,32 +183,44 @@ def _paths(data_config: DataConfig, path: str | list[str] | None) -> list[str]:
     return paths
 
 
-# Sources: (paths, split, revision, in_order, num_proc) → Rows, or a Dataset with whatever columns the source has.
+@dataclass(frozen=True)
+class _Reading:
+    """How a source's files are read; with_sides: with the sizes of all images in pixels. See load_pairs."""
+
+    split: str
+    revision: str | None
+    columns: Columns
+    with_sides: bool
+    in_order: bool
+    num_proc: int | None
 
 
-def _load_hub(paths: list[str], split: str, revision: str | None, in_order: bool, num_proc: int | None) -> "Dataset":
+# Sources: (paths, how) → Rows, or a Dataset with the source's own columns.
+
+
+def _load_hub(paths: list[str], how: _Reading) -> "Dataset":
     from datasets import load_dataset
 
     name = _only(paths, "hub")
-    files = _hub_files(name, split, revision)
+    files = _hub_files(name, how.split, how.revision, how.columns)
     try:
         # Naming the files keeps `datasets` from fetching every split; the card's totals then cannot be verified.
         return load_dataset(
             name,
-            revision=revision,
-            data_files={split: files},
-            split=split,
+            revision=how.revision,
+            data_files={how.split: files},
+            split=how.split,
             verification_mode="no_checks",
-            num_proc=num_proc,
+            num_proc=how.num_proc,
         )
     except Exception as error:
-        _refuse_bad_cache(error.__cause__ or error, f"split {split!r} of the hub data set {name!r}")
+        _refuse_bad_cache(error.__cause__ or error, f"split {how.split!r} of the hub data set {name!r}")
         raise DataError(
-            f"cannot load split {split!r} of the hub data set {name!r}: {first_line(error)}\n{HUB_HELP}"
+            f"cannot load split {how.split!r} of the hub data set {name!r}: {first_line(error)}\n{HUB_HELP}"
         ) from error
 
 
-def _hub_files(name: str, split: str, revision: str | None) -> list[str]:
+def _hub_files(name: str, split: str, revision: str | None, columns: Columns) -> list[str]:
     """URLs of a split's files. Raises DataError where there are none, or the data set's card lacks a column."""
     from datasets import load_dataset_builder
 
@@ -206,37 +232,33 @@ def _hub_files(name: str, split: str, revision: str | None) -> list[str]:
     if split not in files:
         raise DataError(f"the hub data set {name!r} has no split {split!r}; choose from {', '.join(files) or 'none'}")
     if builder.info.features:  # known from the data set's card: say so before hundreds of gigabytes arrive
-        require_columns(list(builder.info.features), f"the hub data set {name!r}")
+        columns.require(list(builder.info.features), f"the hub data set {name!r}")
     return [str(file) for file in files[split]]
 
 
-def _load_parquet(
-    paths: list[str], split: str, revision: str | None, in_order: bool, num_proc: int | None
-) -> "Dataset | Rows":
+def _load_parquet(paths: list[str], how: _Reading) -> Rows:
     from datasets import concatenate_datasets
 
-    groups = alike(_matching_files(paths, ".parquet", split))
-    if in_order or largest_group(groups) <= MOST_GROUP_BYTES:
-        return parquet_rows_in_place(groups, num_proc)
+    groups = alike(_matching_files(paths, ".parquet", how.split), how.columns)
+    if how.in_order or largest_group(groups) <= MOST_GROUP_BYTES:
+        return parquet_rows_in_place(groups, how.columns, how.num_proc, with_sides=how.with_sides)
     if processes.rank() == 0:
         print(f"note: {_TOO_LARGE}", file=sys.stderr)
     parts = []
     for group in groups:
-        columns = list(group.features)
-        read = partial(read_parquet, columns=columns)
+        own = list(group.features)
+        read = partial(read_parquet, columns=own)
         dataset = _load_files(
-            "parquet", group.files, split, read, columns=columns, features=group.features, num_proc=num_proc
+            "parquet", group.files, how.split, read, columns=own, features=group.features, num_proc=how.num_proc
         )
-        parts.append(with_canonical_columns(dataset, group.files[0]))
-    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+        parts.append(with_canonical_columns(dataset, how.columns, group.files[0]))
+    return in_arrow(parts[0] if len(parts) == 1 else concatenate_datasets(parts))
 
 
-def _load_webdataset(
-    paths: list[str], split: str, revision: str | None, in_order: bool, num_proc: int | None
-) -> "Dataset | Rows":
-    files = with_members(_matching_files(paths, ".tar", split))
-    rows = tar_rows_in_place(files, num_proc)
-    return _load_files("webdataset", files, split, read_tar, num_proc=num_proc) if rows is None else rows
+def _load_webdataset(paths: list[str], how: _Reading) -> "Dataset | Rows":
+    files = with_members(_matching_files(paths, ".tar", how.split), how.columns)
+    rows = tar_rows_in_place(files, how.columns, how.num_proc, with_sides=how.with_sides)
+    return _load_files("webdataset", files, how.split, read_tar, num_proc=how.num_proc) if rows is None else rows
 
 
 def _load_files(builder: str, files: list[str], split: str, read: Callable[[str], None], **settings: Any) -> "Dataset":
@@ -275,56 +297,8 @@ def _refuse_bad_cache(cause: BaseException, data: str) -> None:
         ) from cause
 
 
-def _listing(paths: list[str], split: str) -> Path:
-    """The file that lists a folder's pairs; it may be named itself."""
-    folder = user_path(_only(paths, "folder"))
-    if folder.is_file() and folder.suffix.lower() in (".csv", ".jsonl"):
-        return folder
-    for parent in (folder / split, folder):
-        found = [parent / name for name in ("pairs.csv", "pairs.jsonl") if (parent / name).is_file()]
-        if len(found) > 1:
-            raise DataError(f"{parent} holds both pairs.csv and pairs.jsonl; name the one that is meant as data.path")
-        if found:
-            return found[0]
-    raise DataError(f"{folder} holds no pairs.csv or pairs.jsonl (nor does its sub-folder {split!r})")
-
-
-def _load_folder(paths: list[str], split: str, revision: str | None, in_order: bool, num_proc: int | None) -> "Dataset":
-    """Pairs of FOLDER/SPLIT/pairs.* if there is one, else of FOLDER/pairs.*, in the columns of Pick-a-Pic."""
-    from datasets import Dataset, Features, Value
-
-    listing = _listing(paths, split)
-    table = read_table(listing)
-    if not table.rows:
-        raise DataError(f"{listing} lists no pairs")
-    by_choice, by_label = ("chosen", "rejected", "caption"), ("image_0", "image_1", "label_0", "caption")
-    columns = by_choice if set(by_choice) <= set(table.names) else by_label
-    if not set(columns) <= set(table.names):
-        raise DataError(
-            f"{listing} has the columns {listed(table.names)}; it needs {listed(by_choice)} or {listed(by_label)}"
-        )
-
-    def files(name: str) -> list[str | None]:
-        return [os.path.join(listing.parent, expanded(cell)) if cell else None for cell in table.texts(name)]
-
-    text, number = Value("string"), Value("float64")
-    content: dict[str, list[Any]] = {
-        "jpg_0": files(columns[0]),
-        "jpg_1": files(columns[1]),
-        "caption": table.texts("caption"),
-    }
-    optional = {"has_label": "has_label", "ranking_id": "ranking_id"}
-    if columns is by_choice:
-        content["label_0"] = [1.0] * len(table.rows)
-        optional |= {"score_0": "score_chosen", "score_1": "score_rejected"}
-    else:
-        content |= {name: table.floats(name) for name in ("label_0", "label_1") if name in table.names}
-        optional |= {name: name for name in SCORE_COLUMNS}
-    import pyarrow as pa
-
-    content |= {name: table.scalars(column) for name, column in optional.items() if column in table.names}
-    features = Features({name: number if name.startswith("label") else text for name in content})
-    return Dataset(pa.table(content, features.arrow_schema))  # not from_dict, which inspects each cell again
+def _load_folder(paths: list[str], how: _Reading) -> Rows:
+    return in_arrow(read_folder(_only(paths, "folder"), how.split, how.columns))
 
 
 def _only(paths: list[str], source: str) -> str:

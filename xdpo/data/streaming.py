@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xdpo.data.columns import IMAGE_COLUMNS, Columns, DataError
 from xdpo.data.identity import image_sha256, sampled_rows
 from xdpo.data.index import (
     Measured,
@@ -39,9 +40,9 @@ from xdpo.data.index import (
     within,
 )
 from xdpo.data.remote import Remote, RemoteError, RemoteFile, State
-from xdpo.data.rows import IMAGE_COLUMNS, ParquetImages, ParquetPart, Rows, TarImages, TarPart
+from xdpo.data.rows import ParquetImages, ParquetPart, Rows, TarImages, TarPart
 from xdpo.data.shards import alike, first_line, members_of, refuse_other_members
-from xdpo.data.table import DataError, canonical_names, kind_of, require_columns
+from xdpo.data.table import kind_of
 from xdpo.files import StorageError, one_at_a_time, reading, replacing, writing
 from xdpo.tables import TableError
 
@@ -103,11 +104,18 @@ class StreamedImages:
     def cells(self, side: int, rows: Iterable[int]) -> Iterator[Any]:
         return self._images.cells(side, rows)
 
-    def sizes(self, side: int) -> np.ndarray:
-        sizes = np.concatenate([self._of_measured(file, f"sizes_{side}") for file in self.files])
+    def sizes(self, side: int, end: int | None = None) -> np.ndarray:
+        needed = [self.files[number] for number in self.before(end)]
+        sizes = np.concatenate([self._of_measured(file, f"sizes_{side}") for file in needed])[:end]
         if (sizes < 0).all():
             raise DataError(f"{self.files[0].url} and the others hold no images in {IMAGE_COLUMNS[side]}")
         return sizes
+
+    def sides(self, side: int) -> np.ndarray:
+        raise DataError(
+            "filter.min_side and filter.max_aspect need the sizes of all images, which remote files "
+            f"({self.files[0].url} for one) don't tell before they are fetched; set both to null, or download the files"
+        )
 
     def recorded_digest(self, side: int, row: int) -> str | None:
         file = self.files[self.file_of(row)]
@@ -115,6 +123,10 @@ class StreamedImages:
 
     def file_of(self, row: int) -> int:
         return int(np.searchsorted(self._ends, row, side="right"))
+
+    def before(self, end: int | None) -> range:
+        """The numbers of the files with rows before one."""
+        return range(len(self.files) if end is None else self.file_of(end - 1) + 1)
 
     def is_measured(self, number: int) -> bool:
         return self.files[number].measured.is_file()
@@ -192,7 +204,7 @@ def fetch(remote: Remote, path: Path) -> None:
         remote.fetch(opened)
 
 
-def stream_parquet(urls: Sequence[str], folder: Path) -> Rows:
+def stream_parquet(urls: Sequence[str], columns: Columns, folder: Path) -> Rows:
     """The rows of remote parquet files. folder: keeps what is read of them; a later call finds it.
 
     Raises RemoteError, naming all files that could not be read; DataError where their columns don't fit.
@@ -200,18 +212,18 @@ def stream_parquet(urls: Sequence[str], folder: Path) -> Rows:
     import pyarrow as pa
     from datasets import Dataset
 
-    _first_pass(urls, folder, _keep_parquet, READ_AT_ONCE)
+    _first_pass(urls, columns, folder, partial(_keep_parquet, columns), READ_AT_ONCE)
     with _named_instead([(str(_kept(folder, number)), url) for number, url in enumerate(urls)]):
-        groups = alike([str(_kept(folder, number)) for number in range(len(urls))])
+        groups = alike([str(_kept(folder, number)) for number in range(len(urls))], columns)
         files: list[Streamed] = []
         tables, parts = [], []
         for group in groups:
-            columns = own_image_columns(group)
+            own = own_image_columns(group)
             for kept in group.files:
-                tables.append(parquet_texts(kept, group.features))
+                tables.append(parquet_texts(kept, group))
                 files.append(_streamed(Path(kept), files, len(tables[-1])))
                 copy = str(files[-1].copy)
-                parts.append(ParquetPart(copy, tuple(_notes(Path(kept))["groups"]), columns))
+                parts.append(ParquetPart(copy, tuple(_notes(Path(kept))["groups"]), own))
     sampled, ends = sampled_rows(files[-1].end), [file.end for file in files]
     images = ParquetImages(None, (), parts)
 
@@ -222,7 +234,7 @@ def stream_parquet(urls: Sequence[str], folder: Path) -> Rows:
     return Rows(texts, StreamedImages(files, images, measure))
 
 
-def _keep_parquet(url: str, kept: Path) -> None:
+def _keep_parquet(columns: Columns, url: str, kept: Path) -> None:
     """Write a parquet file without its images: their columns are there, and empty."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -230,22 +242,22 @@ def _keep_parquet(url: str, kept: Path) -> None:
     remote = Remote(url)
     file = pq.ParquetFile(pa.PythonFile(RemoteFile(remote), "r"), pre_buffer=True)
     schema = file.schema_arrow
-    require_columns(schema.names, url)
-    names = canonical_names(schema.names)
+    columns.require(schema.names, url)
+    names = columns.names(schema.names)
     for name, column in names.items():
         if column in IMAGE_COLUMNS and kind_of(schema.field(name).type) == "text":
             raise DataError(f"{url}: column {name} holds paths, which say nothing on another machine; it needs images")
     texts = file.read(columns=[name for name, column in names.items() if column not in IMAGE_COLUMNS])
-    columns = {
+    content = {
         name: pa.nulls(len(texts), schema.field(name).type) if column in IMAGE_COLUMNS else texts.column(name)
         for name, column in names.items()
     }
-    notes = {"url": url, "state": asdict(remote.state), "groups": group_rows(file)}
+    notes = {"url": url, "state": asdict(remote.state), "groups": group_rows(file), "columns": columns.key}
     metadata = (schema.metadata or {}) | {NOTES: json.dumps(notes)}
-    _write(pa.table(columns).replace_schema_metadata(metadata), kept)
+    _write(pa.table(content).replace_schema_metadata(metadata), kept)
 
 
-def stream_tars(urls: Sequence[str], folder: Path, *, keep_source: bool) -> Rows:
+def stream_tars(urls: Sequence[str], columns: Columns, folder: Path, *, keep_source: bool) -> Rows:
     """The rows of remote tars, as stream_parquet. The first pass reads all of them; keep_source keeps the copies."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -257,30 +269,30 @@ def stream_tars(urls: Sequence[str], folder: Path, *, keep_source: bool) -> Rows
         remote, copy = Remote(url), kept.with_suffix(".shard")
         fetch(remote, copy)
         with _named_instead([(str(copy), url)]):
-            members = members_of(str(copy))
+            members = members_of(str(copy), columns)
             if members and not first:
-                names = names_in_place([str(copy)])
+                names = names_in_place([str(copy)], columns)
                 if names is None:
                     raise DataError(
                         f"{url} is compressed, or has members in rare formats; download the tars and name them"
                     )
                 first.update(names=names, required={}, url=url)
             if members:
-                refuse_other_members(first["required"], members, url, first["url"])
+                refuse_other_members(first["required"], members, columns, url, first["url"])
             table = tar_table(str(copy), first["names"]) if members else pa.table({})
-        notes = {"url": url, "state": asdict(remote.state), "first": first}
+        notes = {"url": url, "state": asdict(remote.state), "first": first, "columns": columns.key}
         _write(table.replace_schema_metadata({NOTES: json.dumps(notes)}), kept)
         if not keep_source:
             copy.unlink(missing_ok=True)
 
     for count in range(1, len(urls) + 1):  # up to the first that isn't empty, which decides what is read
-        _first_pass(urls[:count], folder, keep_tar, 1)
+        _first_pass(urls[:count], columns, folder, keep_tar, 1)
         first.update(_notes(_kept(folder, count - 1))["first"])
         if first:
             break
     else:
         raise DataError(f"no tar holds a sample, {urls[0]} for one")
-    _first_pass(urls, folder, keep_tar, FETCHED_AT_ONCE)
+    _first_pass(urls, columns, folder, keep_tar, FETCHED_AT_ONCE)
     files: list[Streamed] = []
     tables, parts = [], []
     for number in range(len(urls)):
@@ -309,12 +321,14 @@ def _write(table: "pa.Table", kept: Path) -> None:
         pq.write_table(table, opened)
 
 
-def _first_pass(urls: Sequence[str], folder: Path, keep: Callable[[str, Path], None], at_once: int) -> None:
+def _first_pass(
+    urls: Sequence[str], columns: Columns, folder: Path, keep: Callable[[str, Path], None], at_once: int
+) -> None:
     """Keep what is needed first of every file that isn't kept yet. Raises RemoteError after all were tried."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
-    missing = [number for number, url in enumerate(urls) if not _is_kept(_kept(folder, number), url)]
+    missing = [number for number, url in enumerate(urls) if not _is_kept(_kept(folder, number), url, columns)]
     failures: list[str] = []
 
     def of_file(place: int) -> None:
@@ -348,8 +362,11 @@ def _kept(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.parquet"
 
 
-def _is_kept(kept: Path, url: str) -> bool:
-    return kept.is_file() and _notes(kept)["url"] == url
+def _is_kept(kept: Path, url: str, columns: Columns) -> bool:
+    if not kept.is_file():
+        return False
+    notes = _notes(kept)
+    return (notes["url"], notes.get("columns", "")) == (url, columns.key)
 
 
 def _notes(kept: Path) -> dict[str, Any]:

@@ -1,38 +1,27 @@
-"""The table of usable pairs: the columns read, which rows are dropped and why, which image is the chosen one.
+"""The table of usable pairs: which rows are dropped and why, and which image is the chosen one.
 
-The columns are those of Pick-a-Pic v2: encoded images `jpg_0` and `jpg_1`, `label_0` (1: image 0 is preferred,
-0: image 1 is, 0.5: a tie), `caption`; optionally a scorer's `score_0` and `score_1`, as scripts/relabel.py writes
-them. Pairs are oriented here, once; every other module says chosen and rejected.
+The columns have the names of data.columns. Pairs are oriented here, once; every other module says chosen and rejected.
 """
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xdpo.data.columns import ID_COLUMNS, IMAGE_COLUMNS, SCORE_COLUMNS, VOTE_COLUMNS, Columns, DataError
+from xdpo.data.filters import Filters
 from xdpo.data.identity import bytes_of, image_digest
-from xdpo.data.rows import IMAGE_COLUMNS, ArrowImages, Rows
+from xdpo.data.rows import ArrowImages, Rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
-REQUIRED_COLUMNS = (*IMAGE_COLUMNS, "label_0", "caption")
-SCORE_COLUMNS = ("score_0", "score_1")
-OPTIONAL_COLUMNS = (
-    *("label_1", "has_label", "are_different", "ranking_id", "image_0_uid", "image_1_uid", "__key__"),
-    *SCORE_COLUMNS,
-)
-ID_COLUMNS = ("ranking_id", "image_0_uid", "image_1_uid", "__key__")
-FLAG_COLUMNS = ("has_label", "are_different")
-NUMBER_COLUMNS = ("label_0", "label_1", *SCORE_COLUMNS)
 
-
-class DataError(ValueError):
-    """Preference data that cannot be used as they are; the message names the remedy."""
+ROWS_AT_ONCE = 100_000  # as Python's objects, which take more memory than columns
 
 
 @dataclass(frozen=True)
@@ -46,9 +35,22 @@ class PairCounts:
     ties: int
     beyond_max_pairs: int
     kept: int
+    denied_caption: int = 0  # here and below: see data.filters
+    out_of_bounds: int = 0
+    too_small: int = 0
+    too_long: int = 0
+    held_out_caption: int = 0
+
+    def by_name(self) -> dict[str, int]:
+        """Each count, but for those of filters that left nothing out."""
+        counts = asdict(self)
+        filtered = {field.name for field in fields(self) if field.default == 0}
+        return {name: count for name, count in counts.items() if count or name not in filtered}
 
     def __str__(self) -> str:
-        return ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in asdict(self).items())
+        counts = self.by_name()
+        last = {name: counts.pop(name) for name in ("beyond_max_pairs", "kept")}
+        return ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in (counts | last).items())
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +70,11 @@ class PairTable:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def end(self) -> int:
+        """The row before which all of the source lies that matters: what follows the last pair of max_pairs doesn't."""
+        return int(self.rows[-1]) + 1 if self.counts.beyond_max_pairs else len(self.dataset)
 
     def pair_id(self, row: int) -> str:
         """Name of the pair at a row of the source, without reading its images."""
@@ -121,9 +128,13 @@ class PairTable:
         digest = hashlib.sha256(self.rows.astype("<i8").tobytes() + self.chosen_side.tobytes())
         if self.tied.any():
             digest.update(self.tied.tobytes())
-        digest.update(image_digest(self.dataset.images).encode())
-        for name, values in self.columns("caption", *ID_COLUMNS).items():
-            digest.update("\0".join([name, *map(str, values)]).encode())
+        digest.update(image_digest(self.dataset.images, len(self.dataset), self.end).encode())
+        for name in self._present(("caption", *ID_COLUMNS)):
+            digest.update(name.encode())
+            column = self._arrow([name]).column(0)
+            for start in range(0, len(column), ROWS_AT_ONCE):
+                values = column.slice(start, ROWS_AT_ONCE).to_pylist()
+                digest.update("\0".join(["", *map(str, values)]).encode())
         return digest.hexdigest()[:16]
 
     def _oriented(self, sides: np.ndarray) -> np.ndarray:
@@ -148,12 +159,12 @@ def pair_id(example: dict[str, Any], row: int) -> str:
     return str(example.get("__key__") or row)
 
 
-def with_canonical_columns(dataset: "Dataset", where: str) -> "Dataset":
+def with_canonical_columns(dataset: "Dataset", columns: Columns, where: str) -> "Dataset":
     """Rename columns to Pick-a-Pic's, keep images encoded, drop unused columns."""
     from datasets import Image
 
-    require_columns(dataset.column_names, where)
-    names = canonical_names(dataset.column_names)
+    columns.require(dataset.column_names, where)
+    names = columns.names(dataset.column_names)
     dataset = dataset.select_columns(list(names)).rename_columns(names)
     check_images({column: dataset.data.schema.field(column).type for column in IMAGE_COLUMNS}, where)
     for column in IMAGE_COLUMNS:
@@ -181,23 +192,6 @@ def check_images(types: Mapping[str, Any], where: str) -> None:
             )
 
 
-def canonical_names(columns: Iterable[str]) -> dict[str, str]:
-    """Source column → canonical column. Members of a tar have endings (`jpg_0.jpg`); exact names take precedence."""
-    names: dict[str, str] = {}
-    for column in sorted(columns, key=lambda column: "." in column):
-        name = column.split(".")[0]
-        name = "caption" if name == "original_prompt" else name
-        if name in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS) and name not in names.values():
-            names[column] = name
-    return names
-
-
-def require_columns(columns: list[str], where: str) -> None:
-    missing = set(REQUIRED_COLUMNS) - set(canonical_names(columns).values())
-    if missing:
-        raise DataError(f"{where} lacks the columns {listed(sorted(missing))}; it has {listed(columns)}")
-
-
 def kind_of(type: "pa.DataType") -> str:
     """The kind of a pyarrow type: text, number, flag, bytes, nothing, or its name where it is none of these."""
     import pyarrow.types as t
@@ -214,13 +208,19 @@ def kind_of(type: "pa.DataType") -> str:
     return next((kind for kind, tests in kinds.items() if any(test(type) for test in tests)), str(type))
 
 
-def usable_pairs(dataset: Rows, max_pairs: int | None, where: str, *, keep_ties: bool = False) -> PairTable:
+def usable_pairs(
+    dataset: Rows,
+    max_pairs: int | None,
+    columns: Columns,
+    where: str,
+    filters: Filters | None = None,
+    *,
+    keep_ties: bool = False,
+) -> PairTable:
     """Filter and orient by the label columns alone: a million rows take about a second and no image is read."""
     table = dataset.texts.with_format("arrow")[:]
     _check_texts(table, where)
-    label_0 = _numbers(table, "label_0", where)
-    label_1 = _numbers(table, "label_1", where) if "label_1" in table.column_names else 1 - label_0
-
+    label_0, label_1 = _labels(table, columns, where)
     labelled = _flags(table, "has_label") & ~np.isnan(label_0) & ~np.isnan(label_1)
     tie = label_0 == label_1
     decided = ((label_0 == 1) & (label_1 == 0)) | ((label_0 == 0) & (label_1 == 1))
@@ -234,10 +234,12 @@ def usable_pairs(dataset: Rows, max_pairs: int | None, where: str, *, keep_ties:
     captioned = ~table.column("caption").is_null().to_numpy()
     different = _flags(table, "are_different")
     # A row counts once: each filter sees only what the ones before it let through.
-    filters = {"unlabelled": labelled, "without_caption": captioned, "identical": different, "ties": ~tie | keep_ties}
+    passing = {"unlabelled": labelled, "without_caption": captioned, "identical": different, "ties": ~tie | keep_ties}
+    if filters is not None:
+        passing |= filters.passing(table, lambda name: _numbers(table, name, where), dataset.images)
     remaining = np.ones(len(label_0), dtype=bool)
     dropped = {}
-    for reason, passes in filters.items():
+    for reason, passes in passing.items():
         dropped[reason] = int((remaining & ~passes).sum())
         remaining &= passes
     rows = np.flatnonzero(remaining)
@@ -248,10 +250,26 @@ def usable_pairs(dataset: Rows, max_pairs: int | None, where: str, *, keep_ties:
     return PairTable(dataset, kept, (label_0[kept] == 0).astype(np.uint8), counts, tie[kept])
 
 
+def _labels(table: "pa.Table", columns: Columns, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """The labels of both images, float64, NaN where they are missing."""
+    if columns.are_oriented:
+        return np.ones(len(table)), np.zeros(len(table))
+    if set(VOTE_COLUMNS) <= set(table.column_names):
+        one, other = (_numbers(table, name, where) for name in VOTE_COLUMNS)
+        label_0 = np.where(np.isnan(one) | np.isnan(other), np.nan, (np.sign(one - other) + 1) / 2)
+        return label_0, 1 - label_0
+    label_0 = _numbers(table, "label_0", where)
+    return label_0, _numbers(table, "label_1", where) if "label_1" in table.column_names else 1 - label_0
+
+
 def _numbers(table: "pa.Table", name: str, where: str) -> np.ndarray:
     """A column as float64, missing values as NaN. WebDataset and CSV carry labels and scores as text."""
+    import pyarrow.types as t
+
     if kind_of(type := table.column(name).type) not in ("number", "flag", "text", "bytes", "nothing"):
         raise DataError(f"{where}: column {name} must hold numbers, it holds {type}")
+    if t.is_integer(type) or t.is_floating(type):
+        return table.column(name).cast("float64", safe=False).to_numpy()
     values = ["nan" if value is None or value == "" else value for value in table.column(name).to_pylist()]
     try:
         return np.array(values, dtype=object).astype(np.float64)
@@ -298,10 +316,8 @@ def _flags(table: "pa.Table", name: str) -> np.ndarray:
     """A column as booleans; missing values and columns count as True."""
     if name not in table.column_names:
         return np.ones(table.num_rows, dtype=bool)
+    if kind_of(table.column(name).type) == "flag":
+        return table.column(name).cast("bool").fill_null(True).to_numpy()
     return np.array(
         [str(value).strip().lower() not in ("false", "0", "0.0") for value in table.column(name).to_pylist()]
     )
-
-
-def listed(names: Iterable[str]) -> str:
-    return ", ".join(map(str, names))

@@ -15,9 +15,9 @@ from torch.utils.data import Dataset
 
 from xdpo import noise
 from xdpo.batch import Batch, LatentMoments, SingleImages, SingleItem, stack
+from xdpo.data.columns import DataError
 from xdpo.data.examples import MAX_SUBSTITUTIONS
 from xdpo.data.interface import PairExamples
-from xdpo.data.table import DataError
 
 IMAGES_PER_POSITION = 2
 """Two single images per position of the training order, so that a batch costs what a batch of pairs does."""

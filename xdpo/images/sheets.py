@@ -131,6 +131,6 @@ def _fit(text: str, width: int, size: int) -> str:
     """The text, cut with an ellipsis where it is wider than `width` pixels."""
     if text_width(text, size) <= width:
         return text
-    while text and text_width(text + "…", size) > width:
-        text = text[:-1]
-    return text + "…"
+    counts = range(1, len(text) + 1)
+    end = bisect.bisect_right(counts, width, key=lambda count: ceil(text_width(text[:count] + "…", size)))
+    return text[:end] + "…"

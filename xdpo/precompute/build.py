@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,7 +109,7 @@ def build_examples(
         sweep(folder / SOURCE, f"*{PART}")  # what a killed run was fetching; this run is the only one here
         plan = ExamplePlan.load(folder)
         if plan is None:
-            plan = _begin(folder, table, parts, settings, split, shard_bytes=shard_bytes)
+            plan = begin(folder, table, parts, settings, split, shard_bytes=shard_bytes)
         plan.refuse_another(folder, example_key(settings, split))
         if plan.fingerprint not in _fingerprints(table):
             raise CacheError(f"cache.examples: {folder} was begun with other pairs; remove it, or name another folder")
@@ -134,7 +134,7 @@ def build_examples(
             bar.update(bar.total - bar.n)
     images = table.dataset.images
     if isinstance(images, StreamedImages):
-        _measure_rest(folder.name, images, kinds[0], failures)
+        _measure_rest(folder.name, images, table.end, kinds[0], failures)
     processes.wait()
     if is_main and not is_finished(folder):
         for shards in plan.shards(folder):  # other processes wrote them, perhaps on other machines
@@ -158,16 +158,16 @@ def _fingerprints(table: PairTable) -> tuple[str, ...]:
     images = table.dataset.images
     if not isinstance(images, StreamedImages):
         return (table.fingerprint,)
-    are_known = all(map(images.is_measured, range(len(images.files))))
+    are_known = all(map(images.is_measured, images.before(table.end)))
     return (images.begun_as, table.fingerprint) if are_known else (images.begun_as,)
 
 
-def _measure_rest(name: str, images: StreamedImages, kind: Kind, failures: set[str]) -> None:
-    """Read the files without an image to encode, which count in the fingerprint too.
+def _measure_rest(name: str, images: StreamedImages, end: int, kind: Kind, failures: set[str]) -> None:
+    """Read the files without an image to encode, which count in the fingerprint too if they have rows before `end`.
 
     Raises RemoteError for all files that no process could read, the `failures` of each. Every process calls it.
     """
-    every = range(len(images.files))
+    every = images.before(end)
     unmeasured = processes.agree([number for number in every if not images.is_measured(number)])
     for number in processes.deal(f"examples/{name}/unmeasured", unmeasured):
         if len(failures) >= MOST_FAILURES:
@@ -236,7 +236,7 @@ def verify_examples(
     return differences
 
 
-def _begin(
+def begin(
     folder: Path,
     table: PairTable,
     parts: PipelineParts,
@@ -314,7 +314,7 @@ def _plan(
     return ExamplePlan(
         key=example_key(settings, split),
         fingerprint=_fingerprints(table)[0],
-        counts=asdict(table.counts),
+        counts=table.counts.by_name(),
         num_pairs=len(table),
         num_images=len(images),
         num_prompts=len(prompts),
@@ -358,9 +358,9 @@ def _estimate(folder: Path, plan: ExamplePlan, kinds: list[Kind], num_processes:
     latents, text = (kind.num_bytes / 1e9 for kind in kinds)
     duration = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
     time_needed = f"about {duration} from here on {num_processes} processes (one batch timed, decoding included)"
-    if kinds[0].copies is not None:
-        count, kept = len(kinds[0].copies.images.files), "kept" if kinds[0].copies.keep else "each let go when encoded"
-        time_needed = f"from {count:,} remote files, {kept}"
+    if (copies := kinds[0].copies) is not None:
+        count = len(copies.images.before(int(copies.rows[-1]) + 1))
+        time_needed = f"from {count:,} remote files, {'kept' if copies.keep else 'each let go when encoded'}"
     return (
         f"example cache in {folder}: {plan.num_images:,} images, {plan.num_prompts:,} captions of {plan.num_pairs:,} "
         f"pairs; {latents:.3g} GB of latents, {text:.3g} GB of text states; {time_needed}"

@@ -7,7 +7,7 @@ from xdpo.cache import ExampleCache
 from xdpo.cache.examples import PRECISION, SOURCE
 from xdpo.compute import device_kind, precision_of
 from xdpo.config import Config
-from xdpo.data import PairTable, Split
+from xdpo.data import Filters, PairTable, Split
 from xdpo.families import caption_choices, family_of_pipeline, part_checksum
 from xdpo.files import file_sha256
 
@@ -40,9 +40,16 @@ def example_key(settings: Config, split: Split) -> dict[str, Any]:
     if split.is_held_out:
         source |= {"path": settings.eval.path or data.path, "split": settings.eval.split}
         source["max_pairs"] = settings.eval.pairs
+    filters = Filters(settings.filter).key()
+    if split.is_held_out:
+        filters.pop("filter.held_out_captions", None)
+    elif settings.filter.held_out_captions:
+        filters["filter.held_out_captions"] = {"path": settings.eval.path, "split": settings.eval.split}
     return {
         **{f"data.{name}": list(value) if isinstance(value, tuple) else value for name, value in source.items()},
         "data.revision": data.revision,
+        **({} if data.columns is None else {"data.columns": data.columns}),
+        **filters,
         "data.resolution": data.resolution,
         "crop": "center",
         "mirrored images": data.horizontal_flip and not split.is_held_out,

@@ -11,7 +11,7 @@ from xdpo import processes
 from xdpo.cache import CachedPairDataset, CacheError, ExampleCache, ExamplePlan, ReferenceCache
 from xdpo.cache.examples import is_finished
 from xdpo.config import Config
-from xdpo.data import PairDataset, PairTable, Split, UnpairedDataset, label_images, load_pairs
+from xdpo.data import Filters, PairDataset, PairTable, Split, UnpairedDataset, label_images, load_pairs
 from xdpo.data.examples import Tokenize
 from xdpo.families import PipelineParts
 from xdpo.files import is_own, reading, replacing
@@ -98,19 +98,36 @@ def load_table(
     together.
     """
     max_pairs = settings.eval.pairs if split.is_held_out else None
-    streamed_into = source_folder(settings, split) if settings.cache.examples else None
     with processes.one_first(
         accelerator.is_main_process
     ):  # the first process indexes or converts the files, the others find it done
         return load_pairs(
             settings.data,
+            filters=filters_of(settings, split),
             **source_of(settings, split),
             max_pairs=max_pairs,
             in_order=in_order,
-            streamed_into=streamed_into,
+            streamed_into=_streamed_into(settings, split),
             keep_source=settings.cache.keep_source,
             keep_ties=keep_ties,
         )
+
+
+def filters_of(settings: Config, split: Split) -> Filters:
+    """The filters of a split's pairs. Training captions may be compared with those of all held-out pairs."""
+    if split.is_held_out or not settings.filter.held_out_captions:
+        return Filters(settings.filter)
+    held_out = load_pairs(
+        settings.data,
+        **source_of(settings, Split.HELD_OUT),
+        in_order=True,
+        streamed_into=_streamed_into(settings, Split.HELD_OUT),
+    )
+    return Filters(settings.filter, frozenset(held_out.captions()))
+
+
+def _streamed_into(settings: Config, split: Split) -> Path | None:
+    return source_folder(settings, split) if settings.cache.examples else None
 
 
 def source_of(settings: Config, split: Split) -> dict[str, Any]:
