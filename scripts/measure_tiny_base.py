@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=expanded, default="assets/tiny/pipeline", help="a pipeline or a run folder")
     parser.add_argument("--out", type=user_path, default=Path("assets/tiny/base.json"))
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 4.0, 7.5])
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 4.0, 7.5])
     parser.add_argument("--seed", type=int, default=1000, help="image i starts from noise of seed + i")
     parser.add_argument("--judge", default="heldout_reward", help="whose network reads the images")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")

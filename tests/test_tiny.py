@@ -9,8 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from tiny_base.images import draw
+from tiny_base.stages import Stage
 from tolerances import ELEMENT
 
+from xdpo.config import ModelConfig
+from xdpo.families import check_model, family_of_pipeline
 from xdpo.scorers.loading import load_scorer
 from xdpo.tiny import world
 from xdpo.tiny.annotator import ANNOTATORS, APPEAL_FLAWS, Rendering, random_flaws, render
@@ -261,3 +265,49 @@ def test_the_shipped_base_is_a_small_stable_diffusion_pipeline_that_follows_its_
     right = np.mean(load_scorer("tiny_alignment").score(images, prompts))
     wrong = np.mean(load_scorer("tiny_alignment").score(images, prompts[::-1]))
     assert right > wrong + 0.15
+
+
+# --- how the bases are trained -----------------------------------------------------------------------------
+
+
+def test_a_stage_goes_on_where_it_was_stopped_and_another_number_of_steps_changes_nothing_before_its_decay(tmp_path):
+    def train(folder, steps, until):
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+        folder.mkdir(exist_ok=True)
+        stage = Stage("small", module, folder, steps, learning_rate=1e-2, decay=0.25)
+        while stage.step < until:
+            inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(stage.step))
+            stage.update((module(inputs) - inputs).square().mean())
+        stage.save()
+        return stage
+
+    whole = train(tmp_path / "whole", steps=12, until=12)
+    train(tmp_path / "stopped", steps=1000, until=7)
+    resumed = train(tmp_path / "stopped", steps=12, until=12)
+    assert resumed.smoothed == whole.smoothed
+    for one, other in zip(whole.module.parameters(), resumed.module.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert all(map(torch.equal, whole.ema.shadow_params, resumed.ema.shadow_params))
+
+
+def test_the_training_set_is_the_same_for_any_number_of_processes():
+    images, captions = draw(3, seed=0)
+    again, _ = draw(3, seed=0)
+    others, _ = draw(4, seed=0)
+    assert np.array_equal(images, again) and not np.array_equal(images, others)
+    assert not any(world.is_held_out(world.parse(caption)) for caption in captions)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("pipeline", "Stable Diffusion 1.x and 2.x"), ("flow_pipeline", "Stable Diffusion 3 and 3.5")]
+)
+def test_the_shipped_bases_fit_their_families_and_the_repository(name, kind):
+    folder = PAIRS.parent / name
+    check_model(ModelConfig(pipeline=str(folder)))
+    assert family_of_pipeline(ModelConfig(pipeline=str(folder))).name == kind
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 8.3e6
+
+
+def test_all_assets_stay_small():
+    assert sum(path.stat().st_size for path in PAIRS.parents[1].rglob("*") if path.is_file()) < 24e6
