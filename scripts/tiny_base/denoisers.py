@@ -23,8 +23,11 @@ class Base(Protocol):
     name: str
     encoders: nn.ModuleDict
     denoiser: nn.Module
-    process: DiffusionProcess | FlowProcess
     learning_rate: float
+
+    @property
+    def process(self) -> DiffusionProcess | FlowProcess:
+        """What turns clean latents into noisy ones, and what the denoiser should predict."""
 
     def tokenize(self, captions: list[str]) -> dict[str, Tensor]:
         """Token ids by tokenizer."""
