@@ -188,6 +188,7 @@ def settings_of(bench, name, micro_batch=1):
     ("name", "cached"),
     [("full", "full-examples"), ("full", "full-cached"), ("lora", "lora-examples"), ("lora", "lora-cached")],
 )
+@pytest.mark.slow
 def test_the_modes_that_are_compared_train_alike(bench, name, cached):
     gradients = []
     for mode in (name, cached):
@@ -293,11 +294,13 @@ def test_a_meter_adds_up_what_is_alive():
 
 
 @pytest.mark.parametrize("trainable", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_tensors_without_contents_count_as_those_with(trainable):
     overrides = [f"model.trainable={trainable}", "model.lora_rank=4"]
     assert count_small(*overrides, fake=True) == count_small(*overrides)
 
 
+@pytest.mark.slow
 def test_frozen_weights_in_bf16_are_counted_as_the_training_holds_them(flux):
     overrides = ["data.resolution=32", "model.trainable=lora", "model.lora_rank=4"]
     plain = load_config(BASE_CONFIG, [f"model.pipeline={flux}", *overrides])
@@ -324,6 +327,7 @@ def test_what_lies_still_is_what_it_is_on_paper(weights):
     assert of_two["resume"].peak - of_two["resume"].at_rest == max(allocated([weight]) for weight in weights[0])
 
 
+@pytest.mark.slow
 def test_what_the_config_adds_or_saves_is_counted(weights):
     unet, encoders = map(allocated, weights)
     plain = count_small()["save"].at_rest
@@ -545,6 +549,7 @@ def test_generate_and_the_plain_loop_make_the_same_images_and_are_both_timed(sma
     assert set(measured["seconds_per_round"]) == {"generate.py", "plain loop"}
 
 
+@pytest.mark.slow
 def test_the_scorer_is_timed_against_the_bare_work(tmp_path):
     assert benchmark.main(["score", "--images", "2", "--rounds", "1", "--json", str(tmp_path / "score.json")]) == 0
 

@@ -49,7 +49,7 @@ def test_runs_share_the_caches_that_they_can_share(tmp_path):
     assert caches(SFT) == (examples, None)
     assert caches(ROOT / "configs/tiny/seppo.yaml") == (examples, None)
     assert caches(XDPO, "model.reference_decay=0.9") == (examples, None)
-    assert caches(XDPO, "data.resolution=64")[0] not in (examples, None)
+    assert caches(XDPO, "data.resolution=32")[0] not in (examples, None)
     assert caches(XDPO, "data.crop=random") == (None, reference)
     assert caches(XDPO, "cache.examples=mine") == ("mine", reference)
 
@@ -104,6 +104,7 @@ def test_a_sweep_shares_its_caches_skips_what_is_done_and_names_what_failed(smal
     assert "the cells are 0 to 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_with_its_error_and_the_others_go_on(small_config, tmp_path):
     runs = make_runs([small_config], tmp_path, grid={"model.pipeline": ["nowhere/at/all", "PIPELINE"]})
     good = make_runs([small_config], tmp_path / "good")

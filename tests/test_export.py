@@ -65,6 +65,7 @@ def test_a_whole_checkpoint_in_one_file_draws_what_the_pipeline_draws(pipelines,
 
 
 @each_family
+@pytest.mark.slow
 def test_a_run_exports_its_adapter_in_kohyas_names_with_its_alpha(run, pipelines, name, tmp_path):
     options = ("model.trainable=lora", "model.lora_rank=2", "model.lora_alpha=6", "optim.learning_rate=1e-2")
     formats = "export.formats=[diffusers,diffusers_fp16,single_file,single_file_fp16]"

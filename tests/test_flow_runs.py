@@ -76,6 +76,7 @@ def test_a_full_training_starts_at_ln_2_and_its_export_draws_what_it_drew(run, p
 
 
 @sd3_and_slow_flux
+@pytest.mark.slow
 def test_adapters_resume_bit_for_bit_and_are_loaded_by_the_library(run, pipeline, samples, tmp_path):
     options = (f"model.pipeline={pipeline}", *SIZE, *SAMPLES, *LORA)
     _, whole = run("whole", *options)

@@ -198,7 +198,10 @@ def test_other_settings_are_refused_by_name_before_a_model_is_loaded(make, monke
 
 BAD_INPUT = {
     "unknown prompt set": (["--prompts", "hpsv3"], "did you mean 'hpsv2'"),
-    "unknown model": (["--model", "sd51"], "choose from diffusion_dpo, diffusion_kto, sd15, sdxl, seppo, xdpo"),
+    "unknown model": (
+        ["--model", "sd51"],
+        "choose from diffusion_dpo, diffusion_kto, sd15, sdxl, seppo, tiny_flow, xdpo",
+    ),
     "unknown category": (["--categories", "photo"], "choose from single object"),
     "fp16 without a GPU": (["--precision", "fp16"], "needs a GPU"),
     "a set twice": (["--prompts", "tinyprompts", "tinyprompts"], "names a set twice"),
@@ -380,6 +383,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("overrides", slow_but(("lora",), RUNS))
+@pytest.mark.slow
 def test_a_run_its_export_and_its_last_checkpoint_are_one_model(small_pipeline, small_pairs, tmp_path, overrides):
     run = train(small_pipeline, small_pairs, tmp_path / "run", *overrides)
     base, first, last = (
@@ -443,11 +447,11 @@ def test_every_shipped_model_is_known_by_name_and_pinned_where_its_commit_is_kno
     name, spec = read_model_spec(path.stem)
 
     assert name == path.stem
-    bases = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
+    bases = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0", "tiny_flow": "assets/tiny/flow_pipeline"}
     assert spec.run or spec.base == bases.get(name, "stable-diffusion-v1-5/stable-diffusion-v1-5")
     pinned = [revision for revision in (spec.base_revision, spec.revision) if revision]
     assert all(len(revision) == 40 for revision in pinned)
-    assert len(pinned) == {"sd15": 1, "sdxl": 1, "diffusion_kto": 1, "xdpo": 0}.get(name, 2)
+    assert len(pinned) == {"sd15": 1, "sdxl": 1, "diffusion_kto": 1, "xdpo": 0, "tiny_flow": 0}.get(name, 2)
 
 
 BAD_SPECS = {

@@ -75,6 +75,7 @@ def test_a_large_source_is_sampled_and_its_sizes_are_all_counted(tmp_path, monke
 
 
 @pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.slow
 def test_held_out_pairs_that_are_trained_on_are_counted(run, small_pairs, tmp_path, capsys, cached):
     rows = pq.read_table(small_pairs)
     pq.write_table(rows.slice(0, 9), tmp_path / "most.parquet")
@@ -121,6 +122,7 @@ def test_errors_recorded_on_other_images_are_not_taken(run, folder, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["folder", "parquet"])
+@pytest.mark.slow
 def test_a_cache_of_images_that_were_edited_since_is_refused(run, folder, small_pairs, tmp_path, capsys, source):
     path = folder if source == "folder" else shutil.copy(small_pairs, tmp_path / "pairs.parquet")
     common = (f"data.source={source}", f"data.path={path}", "train.max_steps=1", f"cache.examples={tmp_path / 'cache'}")

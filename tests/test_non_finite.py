@@ -88,6 +88,7 @@ def test_a_run_of_nothing_but_overflows_stops_and_keeps_its_checkpoint(run, scal
     assert all(torch.equal(weights[0][name], weights[-1][name]) for name in weights[0])
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_counted_over_a_resume(run, scaled, capsys):
     scaled(lambda step: step > 2)
     run("run", "train.max_steps=6", "checkpoint.every=6")

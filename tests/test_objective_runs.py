@@ -64,6 +64,7 @@ def test_weights_that_are_all_equal_are_a_factor_of_beta(run, scored):
     assert json.loads((weighted / "run.json").read_text())["score_range"] == [0, 1]
 
 
+@pytest.mark.slow
 def test_weighted_training_is_the_same_from_the_source_and_from_caches_that_another_run_made(
     run, scored, tmp_path, capsys
 ):
@@ -144,6 +145,7 @@ def test_z0_is_the_mean_gain_of_the_step_before_and_never_negative(run):
     assert any(row["z0"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_unpaired_training_does_not_depend_on_the_micro_batch_and_records_its_reference(run, tmp_path, capsys):
     """z0 is of the whole batch: a micro-batch of one would otherwise have a z0 of one pair."""
     cached = (*KTO, f"cache.reference={tmp_path / 'reference'}", "train.micro_batch_pairs=4")

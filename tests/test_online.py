@@ -266,6 +266,7 @@ def test_a_share_of_the_pairs_can_be_the_datas(run, online, monkeypatch):
     assert status == 0 and len(seen) == 32 and 8 < len(sampled) < 24
 
 
+@pytest.mark.slow
 def test_a_renewed_reference_is_the_policy_where_a_round_begins(run, online):
     _, folder = run("run", *online, "online.renew_reference=true", "optim.learning_rate=1e-3")
     rows = [row for row in rows_of(folder) if "margin" in row]
@@ -301,6 +302,7 @@ def test_any_objective_on_pairs_trains_online(run, online, objective):
     assert status == 0 and all(np.isfinite(row["loss"]) for row in rows_of(folder) if "loss" in row)
 
 
+@pytest.mark.slow
 def test_cached_examples_give_the_captions(run, online, tmp_path):
     status, folder = run("run", *online, f"cache.examples={tmp_path / 'cache'}", "cache.dtype=fp32")
     _, uncached = run("uncached", *online)
@@ -346,6 +348,7 @@ AS_PUBLISHED = "diffusion_nft loss.error_weight=self_normalized loss.kl_weight=0
 
 
 @pytest.mark.parametrize("objective", slow_but((AS_PUBLISHED,), (AS_PUBLISHED, "diffusion_kto")))
+@pytest.mark.slow
 def test_a_decayed_old_policy_can_sample_and_a_run_on_images_resumes_bit_for_bit(run, images_of, objective):
     """DiffusionNFT then also pulls to the base model, a third network."""
     moving = ["model.reference_decay=0.5", "online.sampler=reference", "optim.learning_rate=1e-2"]

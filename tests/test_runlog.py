@@ -61,6 +61,7 @@ def test_peak_memory_is_in_gigabytes():
     assert 0.05 < peak_memory_gb(torch.device("cpu")) < 1000
 
 
+@pytest.mark.slow
 def test_peak_memory_is_the_programs_own_and_not_its_parents():
     measure = "import torch; from xdpo.runlog import peak_memory_gb; print(peak_memory_gb(torch.device('cpu')))"
     command = [sys.executable, "-c", measure]

@@ -361,6 +361,7 @@ def test_the_first_loss_is_ln_2_and_caches_change_no_bit(run_xl, tmp_path):
     assert plan["key"]["empty caption"] == "zeros"
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(run_xl):
     _, whole = run_xl("whole")
     run_xl("parts", "train.max_steps=1")

@@ -255,6 +255,7 @@ def test_a_folder_without_a_study_and_a_taken_port_are_refused_in_words(tmp_path
         assert ended.returncode == 1 and message in ended.stderr and "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_every_acknowledged_vote_of_200_annotators_outlives_kills_of_the_server(tmp_path, folders):
     """All vote at once; the server is killed three times meanwhile. A vote without an answer is sent again."""
     plan = StudyPlan(None, 0, 100, 200, 0, 0, None)

@@ -319,6 +319,7 @@ def test_every_layout_of_weights_and_moments_resumes_bit_for_bit(run, options):
 
 
 @pytest.mark.skipif(not (BITSANDBYTES / "bitsandbytes").is_dir(), reason="scripts/test.sh installs bitsandbytes")
+@pytest.mark.slow
 def test_8_bit_adamw_saves_and_resumes_bit_for_bit(small_pipeline, small_pairs, tmp_path):
     for name, steps in (("whole", 6), ("parts", 3), ("parts", 6)):
         options = ("optim.name=adamw8bit", f"train.max_steps={steps}")
@@ -474,6 +475,7 @@ OTHERS = {"full": [], "bf16": ["compute.precision=bf16"], "lora": ["model.traina
 
 
 @pytest.mark.parametrize("options", slow_but(("bf16",), OTHERS))
+@pytest.mark.slow
 def test_recorded_errors_that_are_not_the_references_are_refused(run, tmp_path, monkeypatch, capsys, options):
     original = ReferenceCache.get
     reference = (f"cache.reference={tmp_path / 'reference'}", *options)
@@ -552,6 +554,7 @@ def test_a_held_out_pair_is_read_and_encoded_once_for_all_its_draws(run, small_p
     assert len(encoded) == 2 * 3 + 2
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_depend_on_the_micro_batch_or_the_training_seed(run, small_pairs):
     common = ("eval.every=1", f"eval.path={small_pairs}", "train.max_steps=1")
     _, one = run("one", *common, "train.micro_batch_pairs=1")
