@@ -92,10 +92,17 @@ def page(browser, report):
             return element
 
         def click(self, selector):
-            browser.execute_script(
-                "arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", self.one(selector)
-            )
-            self.one(selector).click()
+            """Click as soon as nothing moves it: a jump may still be scrolling the page."""
+            from selenium.common.exceptions import ElementClickInterceptedException
+            from selenium.webdriver.support.wait import WebDriverWait
+
+            def clicked(_):
+                element = self.one(selector)
+                browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", element)
+                element.click()
+                return True
+
+            WebDriverWait(browser, 10, ignored_exceptions=[ElementClickInterceptedException]).until(clicked)
 
         def choose(self, name, text):
             from selenium.webdriver.support.select import Select
