@@ -72,14 +72,15 @@ def check(options: argparse.Namespace) -> int:
     if not is_possible:
         print("there is no CUDA GPU here, so nothing is checked; --device cpu --tiny runs the same code on a CPU")
         findings = [rows.Finding(rows.Verdict.IMPOSSIBLE, remedy="there is no GPU")] * len(every)
+        written = report.write(options.output, facts, every, findings)
     else:
         with working_folder() as working:
             context = Context(SIZES[options.size], working, on_gpu=options.device == "cuda")
             for row in every:
                 findings.append(rows.judge(row, context))
                 print(report.line(row, findings[-1]), flush=True)
-                report.write(options.output, facts, every[: len(findings)], findings)  # one that is stopped has these
-    written = report.write(options.output, facts, every, findings)
+                # After each row, so that a check that is stopped leaves what it found.
+                written = report.write(options.output, facts, every[: len(findings)], findings)
     print(f"{report.tally(findings)}; see {' and '.join(map(str, written))}")
     return 1 if any(finding.verdict is rows.Verdict.FAILS for finding in findings) else 0
 

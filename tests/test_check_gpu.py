@@ -71,6 +71,21 @@ def test_an_error_in_a_row_is_a_finding_and_the_others_go_on(check):
     assert holding["verdict"] == "holds"
 
 
+def test_a_check_that_is_stopped_leaves_what_it_found(check, tmp_path):
+    def stop(context):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        check((HOLDING, Row("a check that takes too long", stop)), "--device", "cpu", "--tiny")
+    record = json.loads((tmp_path / "gpu_report.json").read_text(encoding="utf-8"))
+    assert [row["claim"] for row in record["rows"]] == [HOLDING.claim]
+
+
+def test_one_part_has_the_rows_of_its_own():
+    assert check_gpu.rows_of(["speed"]) == speed.ROWS
+    assert check_gpu.rows_of(["speed", "memory"]) == (*memory.ROWS, *speed.ROWS)
+
+
 def test_what_is_not_possible_here_fails_nothing(check):
     assert check((IMPOSSIBLE, TOO_LARGE, HOLDING), "--device", "cpu", "--tiny")[0] == 0
 

@@ -15,6 +15,7 @@ from tolerances import ELEMENT
 
 from xdpo.config import ModelConfig
 from xdpo.families import check_model, family_of_pipeline
+from xdpo.runlog import read_rows
 from xdpo.scorers.loading import load_scorer
 from xdpo.tiny import world
 from xdpo.tiny.annotator import ANNOTATORS, APPEAL_FLAWS, Rendering, random_flaws, render
@@ -271,7 +272,7 @@ def test_the_shipped_base_is_a_small_stable_diffusion_pipeline_that_follows_its_
 
 
 def test_a_stage_goes_on_where_it_was_stopped_and_another_number_of_steps_changes_nothing_before_its_decay(tmp_path):
-    def train(folder, steps, until):
+    def train(folder, steps, until, saved_at=None):
         torch.manual_seed(0)
         module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
         folder.mkdir(exist_ok=True)
@@ -279,19 +280,23 @@ def test_a_stage_goes_on_where_it_was_stopped_and_another_number_of_steps_change
         while stage.step < until:
             inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(stage.step))
             stage.update((module(inputs) - inputs).square().mean())
-        stage.save()
+            stage.log(loss=stage.smoothed)
+            if stage.step == saved_at:
+                stage.save()
         return stage
 
     whole = train(tmp_path / "whole", steps=12, until=12)
-    train(tmp_path / "stopped", steps=1000, until=7)
+    train(tmp_path / "stopped", steps=1000, until=8, saved_at=6)  # two steps are in its log and not in its checkpoint
     resumed = train(tmp_path / "stopped", steps=12, until=12)
     assert resumed.smoothed == whole.smoothed
+    logs = [[(row["step"], row["loss"]) for row in read_rows(stage.log_path)] for stage in (whole, resumed)]
+    assert logs[0] == logs[1]
     for one, other in zip(whole.module.parameters(), resumed.module.parameters(), strict=True):
         assert torch.equal(one, other)
     assert all(map(torch.equal, whole.ema.shadow_params, resumed.ema.shadow_params))
 
 
-def test_the_training_set_is_the_same_for_any_number_of_processes():
+def test_a_part_of_the_training_set_depends_on_the_seed_and_its_number_alone():
     images, captions = draw(3, seed=0)
     again, _ = draw(3, seed=0)
     others, _ = draw(4, seed=0)

@@ -64,7 +64,7 @@ class RunLog:
         self.path = folder / "metrics.jsonl"
         self.page = page
         if self.is_main:
-            rows = _keep_rows_until(self.path, start_step)
+            rows = keep_rows_until(self.path, start_step)
             if page is not None:
                 for row in rows:
                     page.add(row)
@@ -146,7 +146,7 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def _keep_rows_until(path: Path, step: int) -> list[dict]:
+def keep_rows_until(path: Path, step: int) -> list[dict]:
     """Drop a file's rows after a step. Returns the others."""
     kept = [row for row in read_rows(path) if row["step"] <= step]
     if path.is_file():

@@ -1,6 +1,5 @@
 """Tokenizers learnt on the captions, and the sizes of their encoders."""
 
-import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTokenizer, T5TokenizerFast
 
@@ -46,4 +45,4 @@ def t5_tokenizer(captions: list[str]) -> T5TokenizerFast:
 def t5_ids(tokenizer: T5TokenizerFast, captions: list[str]) -> Tensor:
     """(N, MAX_TOKENS) token ids."""
     said = tokenizer(captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-    return said.input_ids.to(torch.int64)
+    return said.input_ids

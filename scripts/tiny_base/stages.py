@@ -10,6 +10,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from xdpo.files import replacing
+from xdpo.runlog import keep_rows_until
 
 WARMUP_STEPS = 100
 LOG_EVERY = 100
@@ -51,6 +52,7 @@ class Stage:
                 optimizer.load_state_dict(stored)
             self.ema.load_state_dict(state["ema"])
             self.step, self.smoothed = state["step"], state["smoothed"]
+        keep_rows_until(self.log_path, self.step)
 
     @property
     def is_to_log(self) -> bool:
