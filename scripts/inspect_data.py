@@ -71,9 +71,10 @@ def load(settings: Config, split: "Split", folder: Path) -> "PairTable":
     from xdpo import data, precompute
     from xdpo.precompute.keys import source_folder
 
+    most = None if split.is_held_out else settings.data.max_pairs
     return data.load_pairs(
-        settings.data,
-        filters=precompute.filters_of(settings, split),
+        settings.data.model_copy(update={"max_pairs": most}),
+        filters=precompute.filters_of(settings, split, folder.with_name(data.Split.HELD_OUT.value)),
         **precompute.source_of(settings, split),
         in_order=True,
         streamed_into=source_folder(settings, split) if settings.cache.examples else folder,
@@ -236,11 +237,10 @@ def sizes_of(table: "PairTable") -> "np.ndarray":
 
     from xdpo.data.streaming import StreamedImages
 
-    images, sides = table.dataset.images, table.chosen_side
+    images = table.dataset.images
     if isinstance(images, StreamedImages):  # not all of them are there
         return np.full((2, len(table)), -1)
-    one, other = (images.sizes(side)[table.rows] for side in (0, 1))
-    return np.stack([np.where(sides, other, one), np.where(sides, one, other)])
+    return table.oriented(np.stack([images.sizes(side)[table.rows] for side in (0, 1)]))
 
 
 def spaced(values: Sequence[int], count: int) -> list[int]:

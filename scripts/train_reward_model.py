@@ -181,8 +181,11 @@ def train(settings: Config, options: argparse.Namespace, accelerator: "Accelerat
 
 def what_decides(options: argparse.Namespace, settings: Config, pairs: str) -> dict[str, Any]:
     """Everything that decides the trained weights, as a checkpoint and the model's record keep it."""
+    from xdpo.compute import precision_of
+
     names = ("base", "recipe", "steps", "batch", "learning_rate", "warmup_steps")
-    return {"pairs": pairs, "seed": settings.seed} | {name: getattr(options, name) for name in names}
+    of_settings = {"pairs": pairs, "seed": settings.seed, "precision": precision_of(settings.compute)}
+    return of_settings | {name: getattr(options, name) for name in names}
 
 
 def refuse_others(folder: Path, saved: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """What a config leaves out of the pairs: by captions, columns of numbers, sizes of images, held-out captions."""
 
+import errno
 import io
 import json
 import tarfile
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import encoded_image, pick_a_pic_row, write_pick_a_pic
 from file_server import serving
+from PIL import Image
 from training_runs import ROOT
 
 from xdpo import precompute
@@ -17,6 +19,8 @@ from xdpo.compute import build_accelerator
 from xdpo.config import ConfigError, load_config
 from xdpo.data import DataError, Filters, Split, load_pairs
 from xdpo.data.filters import Denied, words_of
+from xdpo.data.rows import sides_of
+from xdpo.files import StorageError
 
 
 def load(path, *overrides, **options):
@@ -181,13 +185,13 @@ def test_remote_files_are_asked_again_for_columns_that_filters_need(tmp_path):
 
 def settings_with_held_out(tmp_path, *overrides):
     train = write_captions(tmp_path / "train.parquet", "A  fox", "a hen", "a cow")
-    held_out = write_captions(tmp_path / "held_out.parquet", "a cat", "a FOX")
+    held_out = write_captions(tmp_path / "held_out.parquet", "a cat", "a dog", "a FOX")
     options = [f"data.path={train}", f"eval.path={held_out}", "data.source=parquet", "eval.pairs=1", *overrides]
     return load_config(ROOT / "configs/tiny/xdpo.yaml", options)
 
 
 def test_captions_of_all_held_out_pairs_are_left_out_of_training(tmp_path):
-    settings = settings_with_held_out(tmp_path, "filter.held_out_captions=true")
+    settings = settings_with_held_out(tmp_path, "filter.held_out_captions=true", "data.max_pairs=2")
     accelerator = build_accelerator(settings)
     table = precompute.load_table(settings, accelerator, Split.TRAIN, in_order=True)
     assert (table.captions(), table.counts.held_out_caption) == (["a hen", "a cow"], 1)
@@ -217,6 +221,18 @@ def test_a_cache_belongs_to_its_filters_and_columns(tmp_path):
     keys = [json.dumps(each) for each in (plain, denied, *others)]
     assert len(set(keys)) == len(keys)
     assert key("filter.held_out_captions=true", split=Split.HELD_OUT) == key(split=Split.HELD_OUT)
+
+
+def test_a_failing_disk_is_no_image_of_unknown_size(tmp_path, monkeypatch):
+    def fail(file):
+        raise OSError(number, "as told")
+
+    monkeypatch.setattr(Image, "open", fail)
+    number = errno.EIO
+    with pytest.raises(StorageError, match=r"could not read one\.png"):
+        sides_of("one.png")
+    number = errno.ENOENT
+    assert sides_of("one.png") == (0, 0)
 
 
 def test_sides_are_known_by_their_rows(tmp_path):

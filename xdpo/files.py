@@ -26,6 +26,13 @@ LOCK = "lock"
 LISTING_SECONDS = 30.0  # how long network storage may keep an old listing of a folder
 STALE_SECONDS = 24 * 3600  # a file written aside that is older belongs to a process that is gone
 
+STORAGE_ERRORS = frozenset(  # of reading, which say nothing about the file
+    {
+        *(errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ETIMEDOUT),
+        *(errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    }
+)
+
 
 class StorageError(ValueError):
     """The storage failed, not the data. The message names the path, what happened, and what to do."""

@@ -71,11 +71,11 @@ def run(options: argparse.Namespace) -> Outcome:
             "index of a new source": (index, source),
             "opening the source, fingerprint": (index, source),
             "first batch from the source": (first_batch, source),
-            "resume at its end": (last_batch, source),
+            "resume at the end of the source": (last_batch, source),
             "plan of a cache": (plan, cache),
             OPENING: (open_cache, cache),
             "first batch from the cache": (first_batch, cache),
-            "its resume at the end": (last_batch, cache),
+            "resume at the end of the cache": (last_batch, cache),
         }
         measured = {}
         for name, (job, overrides) in jobs.items():

@@ -1,6 +1,5 @@
 """Encoded image → square RGB tensor. The one decoder of training, caches, relabelling, evaluation and studies."""
 
-import errno
 import io
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from xdpo.files import StorageError, lfs_pointer, storage_fault
+from xdpo.files import STORAGE_ERRORS, StorageError, lfs_pointer, storage_fault
 
 _UPRIGHT = {  # EXIF orientation → what turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -20,12 +19,6 @@ _UPRIGHT = {  # EXIF orientation → what turns the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_STORAGE_ERRORS = frozenset(  # they say nothing about the file
-    {
-        *(errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ETIMEDOUT),
-        *(errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH),
-    }
-)
 _SIXTEEN_BIT_FORMATS = ("PNG", "PPM")  # whose 32-bit mode holds the file's 16 bits
 
 
@@ -65,7 +58,7 @@ def decode_rgb(cell: bytes | str | dict[str, Any] | None) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # decoders are many, and what they raise on damage has nothing in common
-        if content is None and isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
+        if content is None and isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
             raise StorageError(f"could not read {path}: {storage_fault(error, Path(str(path)))}") from error
         reason = str(error) if isinstance(error, UnreadableImageError) else f"{type(error).__name__}: {error}"
         reason = lfs_pointer(_start(path, content)) or reason

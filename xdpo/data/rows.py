@@ -8,12 +8,13 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from xdpo.data.columns import IMAGE_COLUMNS
-from xdpo.files import StorageError, reading
+from xdpo.files import STORAGE_ERRORS, StorageError, reading, storage_fault
 from xdpo.progress import Progress
 
 if TYPE_CHECKING:
@@ -130,7 +131,10 @@ def sides_of_cell(cell: Any) -> tuple[int, int]:
 
 
 def sides_of(file: "IO[bytes] | str") -> tuple[int, int]:
-    """Width and height of an image file by its header, as it is stored; 0 where they can't be read."""
+    """Width and height of an image file by its header, as it is stored; 0 where it is no image.
+
+    Raises StorageError where the storage fails, which says nothing about the image.
+    """
     from PIL import Image
 
     try:
@@ -138,7 +142,10 @@ def sides_of(file: "IO[bytes] | str") -> tuple[int, int]:
             return image.size
     except MemoryError:
         raise
-    except Exception:  # decoders are many, and what they raise on damage has nothing in common
+    except Exception as error:  # decoders are many, and what they raise on damage has nothing in common
+        if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
+            path = Path(str(getattr(file, "name", file)))
+            raise StorageError(f"could not read {path}: {storage_fault(error, path)}") from error
         return 0, 0
 
 

@@ -106,7 +106,7 @@ class PairTable:
             names = np.stack([np.array(uids[f"image_{side}_uid"], dtype=str) for side in (0, 1)])
         else:
             names = np.stack([2 * self.rows, 2 * self.rows + 1])
-        chosen, rejected = self._oriented(names)
+        chosen, rejected = self.oriented(names)
         return chosen, rejected
 
     @property
@@ -120,7 +120,7 @@ class PairTable:
         table = self.dataset.texts.select_columns(list(SCORE_COLUMNS)).with_format("arrow")[:]
         # Of all rows, so that an error names the row.
         scores = np.stack([_numbers(table, name, "the pairs") for name in SCORE_COLUMNS])
-        return self._oriented(scores[:, self.rows])
+        return self.oriented(scores[:, self.rows])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -137,7 +137,7 @@ class PairTable:
                 digest.update("\0".join(["", *map(str, values)]).encode())
         return digest.hexdigest()[:16]
 
-    def _oriented(self, sides: np.ndarray) -> np.ndarray:
+    def oriented(self, sides: np.ndarray) -> np.ndarray:
         """(2, N), image 0 first → (2, N), chosen first."""
         pairs = np.arange(len(self))
         return np.stack([sides[self.chosen_side, pairs], sides[1 - self.chosen_side, pairs]])

@@ -113,15 +113,19 @@ def load_table(
         )
 
 
-def filters_of(settings: Config, split: Split) -> Filters:
-    """The filters of a split's pairs. Training captions may be compared with those of all held-out pairs."""
+def filters_of(settings: Config, split: Split, streamed_into: Path | None = None) -> Filters:
+    """The filters of a split's pairs. Training captions may be compared with those of all held-out pairs.
+
+    streamed_into: where remote files of held-out pairs are kept, if there is no cache where they would stay.
+    """
     if split.is_held_out or not settings.filter.held_out_captions:
         return Filters(settings.filter)
     held_out = load_pairs(
-        settings.data,
+        settings.data.model_copy(update={"max_pairs": None}),
         **source_of(settings, Split.HELD_OUT),
         in_order=True,
-        streamed_into=_streamed_into(settings, Split.HELD_OUT),
+        streamed_into=_streamed_into(settings, Split.HELD_OUT) or streamed_into,
+        keep_source=settings.cache.keep_source,
     )
     return Filters(settings.filter, frozenset(held_out.captions()))
 
