@@ -80,6 +80,9 @@ def test_values_that_are_not_finite_are_counted_and_not_drawn(tmp_path):
     text = run_page.path.read_text()
     assert run_page.series["loss"].not_finite == 2 and "2 values are not finite and not drawn" in text
     assert not re.search(r'points="[^"]*(nan|inf)', text)
+    run_page = page_of(tmp_path, [{"step": step, "margin": float("nan")} for step in range(3)])
+    run_page.close()
+    assert "3 values are not finite and not drawn" in run_page.path.read_text()
 
 
 def test_a_long_run_has_a_page_as_small_as_a_short_one(tmp_path):
@@ -160,11 +163,20 @@ def test_the_words_are_on_held_out_pairs_once_these_say_something(tmp_path):
         assert title in text and numbers in text
 
 
-@pytest.mark.parametrize("low, high, level", [(0, 0, None), (0.5, 0.5, 0.5), (-3e-7, 4e-7, 0), (12, 13_000, None)])
+@pytest.mark.parametrize(
+    "low, high, level",
+    [(0, 0, None), (0.5, 0.5, 0.5), (-3e-7, 4e-7, 0), (12, 13_000, None), (6.719079026348635, 6.719079026348636, None)],
+)
 def test_ticks_are_few_and_around_everything(low, high, level):
     ticks = nice_ticks(low, high, level)
     assert 2 <= len(ticks) <= 7 and ticks[0] <= low and high <= ticks[-1] * (1 + 1e-9)
     assert level is None or ticks[0] <= level <= ticks[-1]
+
+
+def test_a_run_that_ends_with_an_error_says_so_on_its_page(run):
+    status, folder = run("run", "optim.learning_rate=1e30", "train.max_steps=6")
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    assert status == 1 and re.search(r"ended with an error: [^<]*not finite", text) and 'data-refresh="0"' in text
 
 
 def test_a_page_that_can_not_be_written_is_an_error(tmp_path, full_disk):

@@ -4,6 +4,7 @@ import json
 import resource
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -12,10 +13,11 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from xdpo.files import reading, write_text, writing
+from xdpo.files import StorageError, reading, write_text, writing
 from xdpo.progress import Progress
 
 HELD_OUT = "eval/"  # before the name of a metric on held-out pairs
+WARNED = f"{HELD_OUT}both_errors_above_reference"  # a metric: 1 in the evaluation at which a run warned
 _GROUPS = {  # in the trackers, of metrics whose name has no group
     "optim": ("learning_rate", "gradient_norm", "effective_beta", "loss_scale", "skipped_steps"),
     "speed": ("pairs_per_second", "data_wait_share", "peak_memory_gb"),
@@ -32,6 +34,8 @@ class Page(Protocol):
     def write_if_due(self) -> None: ...
 
     def close(self) -> None: ...
+
+    def fail(self, error: BaseException) -> None: ...
 
 
 class RunLog:
@@ -112,6 +116,12 @@ class RunLog:
             for tracker in self.accelerator.trackers:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({name: pixels}, step=step, **layout)
+
+    def fail(self, error: BaseException) -> None:
+        """Say on the page that the run ended with an error."""
+        if self.page is not None:
+            with suppress(StorageError):  # the error itself is more important
+                self.page.fail(error)
 
     def close(self) -> None:
         if self.page is not None:

@@ -21,9 +21,9 @@ from xdpo.data import Split
 from xdpo.families import PipelineParts
 from xdpo.feeds import build_feed
 from xdpo.find_batch import find_batch
-from xdpo.learner import build_learner, build_optimizer, open_recorded_errors
+from xdpo.learner import Learner, build_learner, build_optimizer, open_recorded_errors
 from xdpo.non_finite import NonFiniteError, refuse_non_finite
-from xdpo.precompute import Pairs, make_dataset, open_pairs
+from xdpo.precompute import Examples, Pairs, make_dataset, open_pairs
 from xdpo.runlog import RunLog, peak_memory_gb
 from xdpo.tally import Tally
 from xdpo.watch import Watch
@@ -109,8 +109,7 @@ def train(
     held_out_pairs: Pairs | None,
     margin_weights: data.PairWeights,
 ) -> int:
-    """The training loop. Returns 0 when the run is finished, 128 + signal when it was asked to stop."""
-    total_batch, max_steps = settings.train.total_batch_pairs, settings.train.max_steps
+    """Build, then train. Returns 0 when the run is finished, 128 + signal when it was asked to stop."""
     start_step = runs.step_of(resume_from) if resume_from else 0
 
     # What is trained, and what it is measured against.
@@ -130,6 +129,26 @@ def train(
     log = open_log(settings, accelerator, folder, start_step, train_pairs, held_out_pairs, margin_weights)
     if resume_from:
         log.say(f"resumed from {resume_from}")
+    try:
+        return take_steps(learner, train_pairs, held_out_pairs, dataset, sampler, folder, log, start_step)
+    except BaseException as error:
+        log.fail(error)
+        raise
+
+
+def take_steps(
+    learner: Learner,
+    train_pairs: Pairs,
+    held_out_pairs: Pairs | None,
+    dataset: Examples,
+    sampler: data.StepSampler,
+    folder: Path,
+    log: RunLog,
+    start_step: int,
+) -> int:
+    """The steps of the training, and its end. Returns what `train` does."""
+    settings, accelerator = learner.settings, learner.accelerator
+    total_batch, max_steps = settings.train.total_batch_pairs, settings.train.max_steps
     stop = ending.StopRequest()
     if (grace := ending.launcher_grace_seconds()) is not None:
         log.say(f"asked to stop, the run finishes its step and saves; the launcher leaves it {grace} s for both")

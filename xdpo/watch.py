@@ -14,13 +14,12 @@ from xdpo.families import pipeline_with
 from xdpo.images.sheets import contact_sheet, save_sheet
 from xdpo.learner import Learner
 from xdpo.precompute import Pairs, make_dataset
-from xdpo.runlog import RunLog, read_rows
+from xdpo.runlog import WARNED, RunLog, read_rows
 from xdpo.sampling.images import sample_images
 from xdpo.tally import Tally
 
 SAMPLE_CHUNK = 4  # images sampled at once
 WORSE_IN_A_ROW = 3  # evaluations before a run warns
-WARNED = "eval/both_errors_above_reference"
 
 
 class Watch:

@@ -64,7 +64,7 @@ def draw(chart: Chart) -> str:
         f"<b>{_shown(line.series.latest, chart.is_share)}</b></span>"
         for line in lines
     )
-    lost = sum(line.series.not_finite for line in lines)
+    lost = sum(line.series.not_finite for line in chart.lines)
     note = chart.note + (f" {lost} values are not finite and not drawn." if lost else "")
     frame = f'data-low="{low:g}" data-high="{high:g}" data-right="{right:g}"' + " data-share" * chart.is_share
     box = f'data-box="{_LEFT} {_TOP} {_WIDTH - _RIGHT} {_HEIGHT - _BOTTOM}"'
@@ -94,7 +94,7 @@ def nice_ticks(low: float, high: float, level: float | None = None) -> list[floa
     """Three to seven round numbers with equal distances around low, high and a level; two at least if all are equal."""
     if level is not None:
         low, high = min(low, level), max(high, level)
-    if low == high:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # equal but for rounding
         low, high = low - (abs(low) or 1) * 0.1, high + (abs(high) or 1) * 0.1
     raw = (high - low) / 4
     power = 10.0 ** floor(log10(raw))

@@ -13,8 +13,8 @@ from xdpo.dashboard.charts import Chart, Line, draw
 from xdpo.dashboard.series import Series
 from xdpo.dashboard.verdict import of_held_out, verdict_of
 from xdpo.files import reading, write_text
-from xdpo.report.style import STYLE
-from xdpo.runlog import HELD_OUT, tracker_name
+from xdpo.report.style import STYLE, fill
+from xdpo.runlog import HELD_OUT, WARNED, tracker_name
 from xdpo.runs import sample_sheets
 
 SECONDS_BETWEEN_PAGES = 10
@@ -45,7 +45,7 @@ _CURVES = (
     _Curve("loss", "Loss", "Noisy in training; the other curves say more."),
 )
 _SHOWN_FIRST = {"d_chosen", "d_rejected", *(curve.metric for curve in _CURVES)}
-_NO_CURVE = {"pairs_seen", f"{HELD_OUT}both_errors_above_reference"}
+_NO_CURVE = {"pairs_seen", WARNED}
 _SECTIONS = {  # by the trackers' groups
     "online": "Rounds of online training",
     "train": "More about the objective",
@@ -87,6 +87,10 @@ class RunPage:
         """Write the page for the last time. Raises StorageError."""
         self.write("finished" if self.step >= self.max_steps else "stopped; the same command resumes")
 
+    def fail(self, error: BaseException) -> None:
+        """Write the page of a run that ended with an error. Raises StorageError."""
+        self.write(f"ended with an error: {error or type(error).__name__}")
+
     def write(self, state: str) -> None:
         self._written = time.monotonic()
         self._pace.append((self._written, self.step))
@@ -123,7 +127,7 @@ class RunPage:
                 f'<section id="{anchor}"><h2>{title}</h2>{content}</section>' for anchor, title, content in sections
             ),
         }
-        return re.sub(r"\{\{(\w+)\}\}", lambda match: filling[match[1]], _text_of("dashboard.html"))
+        return fill(_HERE / "dashboard.html", filling)
 
     def _tiles(self, is_live: bool) -> Iterator[str]:
         share = min(1.0, self.step / self.max_steps)

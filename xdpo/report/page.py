@@ -12,7 +12,7 @@ from xdpo.report.exports import file_stem, to_csv, to_latex
 from xdpo.report.figures import colours_of
 from xdpo.report.grids import Grid, to_html
 from xdpo.report.sections import Evaluation, FigureFile, Section
-from xdpo.report.style import STYLE
+from xdpo.report.style import STYLE, fill
 from xdpo.report.thumbnails import embed
 from xdpo.scores.results import Benchmark
 
@@ -55,7 +55,7 @@ def page(title: str, evaluation: Evaluation, sections: Sequence[Section], folder
         # No "<" inside a script element: neither "</script" nor "<!--" can end it early.
         "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: filling[match[1]], _text_of("page.html"))
+    return fill(_HERE / "page.html", filling)
 
 
 def _text_of(name: str) -> str:
