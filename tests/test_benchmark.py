@@ -81,6 +81,7 @@ def flops_record(tmp_path_factory):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_stable_diffusion_costs_what_is_known_of_it(flops_record):
     assert flops_record["measurements"]["parts"] == pytest.approx(
         {
@@ -97,6 +98,7 @@ def test_stable_diffusion_costs_what_is_known_of_it(flops_record):
     )
 
 
+@pytest.mark.slow
 def test_caches_save_what_they_should(flops_record):
     costs = {
         (mode["trained"], mode["cached"]): mode
@@ -119,6 +121,7 @@ def test_a_true_model_has_the_weights_that_are_published(model, billions):
     assert sum(weight.numel() for weight in denoiser.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_record_says_how_to_repeat_it(flops_record):
     assert flops_record["benchmark"] == "flops" and flops_record["settings"] == {
         "model": "sd15",
@@ -204,6 +207,7 @@ def test_the_modes_that_are_compared_train_alike(bench, name, cached):
     assert all(torch.equal(*both) for both in zip(*gradients, strict=True))
 
 
+@pytest.mark.slow
 def test_every_mode_and_every_bare_part_is_timed_at_every_micro_batch(bench):
     options = SimpleNamespace(
         modes=["full", "full-cached"], micro_batches=[1, 2], pairs=2, rounds=1, pipeline="small", resolution=RESOLUTION
@@ -221,6 +225,7 @@ def test_every_mode_and_every_bare_part_is_timed_at_every_micro_batch(bench):
     ]
 
 
+@pytest.mark.slow
 def test_a_gap_in_the_reference_cache_is_refused_and_not_timed(bench):
     settings = settings_of(bench, "full-cached")
     longer = settings.model_copy(update={"train": settings.train.model_copy(update={"max_steps": 100})})

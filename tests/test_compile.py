@@ -154,7 +154,7 @@ def test_compiled_policy_and_reference_share_a_graph(trainable, checkpointing, c
 @pytest.mark.parametrize(
     ("flow", "trainable"),
     [
-        ("sd3", "lora"),
+        pytest.param("sd3", "lora", marks=pytest.mark.slow),
         pytest.param("sd3", "full", marks=pytest.mark.slow),
         pytest.param("flux", "lora", marks=pytest.mark.slow),
         pytest.param("flux", "full", marks=pytest.mark.slow),

@@ -27,21 +27,21 @@ TO_ALL = "to the process group"
 
 
 USUAL = {
-    ("torchrun", "SIGTERM", "to the launcher"),
     ("accelerate launch", "SIGTERM", "to the launcher"),
     ("python", "SIGINT", TO_ALL),
 }
+ONCE_LOST = USUAL | {("torchrun", "SIGTERM", "to the launcher")}
 
 
 def every_case():
     """Every signal to every launcher, in turn to the launcher alone and to its whole process group.
 
-    All but the usual three are slow; beside the three are the two that once lost runs.
+    All but the usual two are slow; beside the cases in turn are those that once lost runs.
     """
     for row, launcher in enumerate(LAUNCHERS):
         for column, name in enumerate(SIGNALS):
             whom = (TO_ALL, "to the launcher")[(row + column) % 2]
-            cases = {(launcher, name, whom), *(case for case in USUAL if case[:2] == (launcher, name))}
+            cases = {(launcher, name, whom), *(case for case in ONCE_LOST if case[:2] == (launcher, name))}
             for case in sorted(cases):
                 marks = () if case in USUAL else (pytest.mark.slow,)
                 yield pytest.param(*case, marks=marks, id=f"{launcher}, {name} {case[2]}")

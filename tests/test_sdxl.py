@@ -15,7 +15,7 @@ from forks import launch
 from PIL import Image
 from safetensors.torch import load_file
 from tolerances import assert_same_image
-from training_runs import ROOT, SMALL_RUN, assert_same_run, command, rows_of
+from training_runs import ROOT, SMALL_RUN, assert_same_run, command, rows_of, slow_but
 
 import generate
 from xdpo import families, models, noise, precompute, step, watch
@@ -370,7 +370,7 @@ def test_resumed_equals_uninterrupted(run_xl):
     assert_same_run(whole, resumed)
 
 
-@pytest.mark.parametrize("trainable", ["full", "lora"])
+@pytest.mark.parametrize("trainable", slow_but({"full"}, ["full", "lora"]))
 def test_the_exported_model_draws_in_diffusers_the_image_that_the_run_drew(
     run_xl, xl_pipeline, tmp_path, monkeypatch, trainable
 ):
