@@ -30,6 +30,31 @@ BERT_WORDS = [
 ]
 BERT_VOCABULARY = len(BERT_WORDS) + 2  # the two that BLIP adds
 
+QWEN_MERGES = [("Y", "e"), ("Ye", "s"), ("Ġ", "t"), ("h", "e"), ("Ġt", "he")]
+QWEN_SPECIAL = [
+    f"<|{name}|>"
+    for name in (
+        *("endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end"),
+        *("quad_start", "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"),
+    )
+]
+QWEN_TOKENS = 256 + len(QWEN_MERGES) + len(QWEN_SPECIAL)
+QWEN_VOCABULARY = QWEN_TOKENS + 5  # more embeddings than tokens, as published
+QWEN_TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "rope_parameters": {"mrope_section": [2, 3, 3]},
+}
+QWEN_VISION = {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 64}
+QWEN_PENALTY = 1.3
+HPSV3_INSTRUCTION = "\nRate from 0 to 10.  \n**Both:**\nTextual prompt - {text_prompt}\n\n\n"
+HPSV3_QUESTION = "\nPlease rate this image: <|Reward|>\n\nEND\n"
+
 SIZES = {
     "clip_vit_h_14": {
         "projection_dim": 64,
@@ -52,6 +77,17 @@ SIZES = {
         },
     },
     "dinov2_vit_l_14": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 70},
+    "clip_vit_h_14_vision": {"projection_dim": 64, "vision_config": VISION},
+    "hpsv3_qwen2_vl_7b": {
+        "dtype": "float32",
+        "text_config": QWEN_TEXT | {"vocab_size": QWEN_TOKENS + 1},
+        "vision_config": QWEN_VISION,
+    },
+    "qwen2_vl_2b": {
+        "dtype": "float32",
+        "text_config": QWEN_TEXT | {"vocab_size": QWEN_VOCABULARY},
+        "vision_config": QWEN_VISION,
+    },
 }
 
 LAION = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -63,6 +99,13 @@ CLIP_L = "openai/clip-vit-large-patch14/model.safetensors"
 AESTHETIC_HEAD = "christophschuhmann/improved-aesthetic-predictor/sac+logos+ava1-l14-linearMSE.pth"
 IMAGE_REWARD = "zai-org/ImageReward/ImageReward.pt"
 DINOV2 = "facebook/dinov2-large/model.safetensors"
+ICT = "8y/ICT/pytorch_model.bin"
+HP_BACKBONE = "8y/HP/hp_backbone/pytorch_model.bin"
+HP_HEAD = "8y/HP/hp_scorer/mlp_pytorch_model.bin"
+HPSV3 = "MizzenAI/HPSv3/HPSv3.safetensors"
+HPSV3_PACKAGE = "pypi/hpsv3/hpsv3-1.0.0-py3-none-any.whl"
+QWEN_7B = "Qwen/Qwen2-VL-7B-Instruct"
+QWEN_2B = "Qwen/Qwen2-VL-2B-Instruct"
 
 
 def tensors_of(shapes, seed):
@@ -230,9 +273,56 @@ def dinov2_shapes(sizes, patch=14):
     return shapes
 
 
-def head_shapes():
-    """Names and shapes of the head that the aesthetic predictor and ImageReward have alike."""
-    layers = {0: (1024, 768), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
+def qwen2_vl_shapes(text, vision, patch=14, frames=2, merged=2):
+    """Names and shapes in the published files of Qwen2-VL, which are those of transformers 4."""
+    width, inner, vocabulary = text["hidden_size"], text["intermediate_size"], text["vocab_size"]
+    keys = width * text["num_key_value_heads"] // text["num_attention_heads"]
+    seen, joined = vision["embed_dim"], vision["embed_dim"] * merged**2
+    shapes = {
+        "model.embed_tokens.weight": (vocabulary, width),
+        "model.norm.weight": (width,),
+        "visual.patch_embed.proj.weight": (seen, 3, frames, patch, patch),
+        "visual.merger.ln_q.weight": (seen,),
+        "visual.merger.ln_q.bias": (seen,),
+        "visual.merger.mlp.0.weight": (joined, joined),
+        "visual.merger.mlp.0.bias": (joined,),
+        "visual.merger.mlp.2.weight": (width, joined),
+        "visual.merger.mlp.2.bias": (width,),
+    }
+    for number in range(text["num_hidden_layers"]):
+        layer = f"model.layers.{number}"
+        shapes |= {f"{layer}.{norm}_layernorm.weight": (width,) for norm in ("input", "post_attention")}
+        for part, rows in (("q", width), ("k", keys), ("v", keys)):
+            shapes |= {f"{layer}.self_attn.{part}_proj.weight": (rows, width)}
+            shapes |= {f"{layer}.self_attn.{part}_proj.bias": (rows,)}
+        shapes |= {f"{layer}.self_attn.o_proj.weight": (width, width), f"{layer}.mlp.down_proj.weight": (width, inner)}
+        shapes |= {f"{layer}.mlp.{part}_proj.weight": (inner, width) for part in ("gate", "up")}
+    for number in range(vision["depth"]):
+        block = f"visual.blocks.{number}"
+        for norm in ("norm1", "norm2"):
+            shapes |= {f"{block}.{norm}.weight": (seen,), f"{block}.{norm}.bias": (seen,)}
+        for part, rows, columns in (
+            ("attn.qkv", 3 * seen, seen),
+            ("attn.proj", seen, seen),
+            ("mlp.fc1", 4 * seen, seen),
+            ("mlp.fc2", seen, 4 * seen),
+        ):
+            shapes |= {f"{block}.{part}.weight": (rows, columns), f"{block}.{part}.bias": (rows,)}
+    return shapes
+
+
+def hpsv3_shapes(text, vision):
+    """Names and shapes in HPSv3.safetensors."""
+    width, vocabulary = text["hidden_size"], text["vocab_size"]
+    shapes = qwen2_vl_shapes(text, vision) | {"lm_head.weight": (vocabulary, width)}
+    for layer, rows, columns in ((0, 1024, width), (3, 16, 1024), (5, 2, 16)):
+        shapes |= {f"rm_head.{layer}.weight": (rows, columns), f"rm_head.{layer}.bias": (rows,)}
+    return shapes
+
+
+def head_shapes(width=768):
+    """Names and shapes of the head that the aesthetic predictor, ImageReward and HP have alike."""
+    layers = {0: (1024, width), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
     return {f"layers.{number}.weight": shape for number, shape in layers.items()} | {
         f"layers.{number}.bias": shape[:1] for number, shape in layers.items()
     }
@@ -273,6 +363,45 @@ def clip_tokenizer():
     return tokenizer
 
 
+def qwen_vocabulary():
+    """Qwen2's vocabulary before most of its merges, without the special tokens: token → id."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokens = [*sorted(ByteLevel.alphabet()), *(first + second for first, second in QWEN_MERGES)]
+    return {token: number for number, token in enumerate(tokens)}
+
+
+def qwen_tokenizer():
+    """What Qwen2-VL's tokenizer.json holds, with the vocabulary above."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    words = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+        r"\s+(?!\S)|\s+"
+    )
+    tokenizer = Tokenizer(models.BPE(vocab=qwen_vocabulary(), merges=QWEN_MERGES))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.add_special_tokens(QWEN_SPECIAL)
+    return tokenizer
+
+
+def write_package(path):
+    """The part of the package hpsv3 that holds what its network is asked, with a question of ours."""
+    import zipfile
+
+    source = f"INSTRUCTION = {HPSV3_INSTRUCTION!r}\nprompt_with_special_token = {HPSV3_QUESTION!r}\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as package:
+        package.writestr("hpsv3/dataset/data_collator_qwen.py", f"import torch\n\n{source}\n\nclass Collator: ...\n")
+
+
 def write_weights(folder):
     """Lay the folder out; takes a quarter of a second or so. Returns it."""
     import torch
@@ -299,6 +428,24 @@ def write_weights(folder):
 
     save(DINOV2, tensors_of(dinov2_shapes(SIZES["dinov2_vit_l_14"]), SEED + 7))
 
+    save(ICT, tensors_of(transformers_clip_shapes(64, *towers), SEED + 8))
+    save(HP_BACKBONE, tensors_of(transformers_clip_shapes(64, *towers), SEED + 9))
+    save(HP_HEAD, tensors_of(head_shapes(64), SEED + 10))
+    sizes = SIZES["hpsv3_qwen2_vl_7b"]
+    save(HPSV3, tensors_of(hpsv3_shapes(sizes["text_config"], sizes["vision_config"]), SEED + 11))
+    write_package(folder / HPSV3_PACKAGE)
+    sizes = SIZES["qwen2_vl_2b"]
+    qwen = tensors_of(qwen2_vl_shapes(sizes["text_config"], sizes["vision_config"]), SEED + 12)
+    qwen["model.norm.weight"] *= 2
+    qwen["model.embed_tokens.weight"][qwen_vocabulary()["Yes"]] *= 4  # an answer as likely as not
+    halves = {1: [name for name in qwen if name < "model.m"], 2: [name for name in qwen if name >= "model.m"]}
+    for number, names in halves.items():
+        save(f"{QWEN_2B}/model-0000{number}-of-00002.safetensors", {name: qwen[name] for name in names})
+    (folder / QWEN_2B / "generation_config.json").write_text(json.dumps({"repetition_penalty": QWEN_PENALTY}))
+
+    for place in (QWEN_2B, QWEN_7B):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        qwen_tokenizer().save(str(folder / place / "tokenizer.json"))
     clip_tokenizer().save(str(folder / LAION / "tokenizer.json"))
     bert = folder / "google-bert/bert-base-uncased"
     bert.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The five metrics against their originals' scores, and what happens to files, names and images that are not in order.
+"""The metrics against their originals' scores, and what happens to files, names and images that are not in order.
 
 tests/vectors/metric_scores.json holds what the originals print for tests/metric_fixtures.py; where ../shared has tiny
 checkpoints with golden scores of its own, those are compared too.
@@ -18,20 +18,38 @@ from conftest import Answer
 from PIL import Image
 from tolerances import ELEMENT
 
-from xdpo.scorers import EMBEDDER_NAMES, METRIC_NAMES, SCORER_NAMES, pixels
+from xdpo.scorers import (
+    DEFAULT_SCORERS,
+    EMBEDDER_NAMES,
+    METRIC_NAMES,
+    SCORER_NAMES,
+    hpsv3,
+    pixels,
+    qwen2_vl,
+    vqascore,
+)
 from xdpo.scorers.blip import BLIP_VIT_L_16, build_image_reward, load_bert_tokenizer
-from xdpo.scorers.clip import VIT_H_14, VIT_L_14, build_clip, clean, from_open_clip, load_tokenizer
+from xdpo.scorers.clip import (
+    VIT_H_14,
+    VIT_H_14_VISION,
+    VIT_L_14,
+    build_clip,
+    clean,
+    from_open_clip,
+    load_tokenizer,
+)
 from xdpo.scorers.dino import DINOV2_VIT_L_14
 from xdpo.scorers.embedders import DINOV2_L, EMBEDDERS
 from xdpo.scorers.head import build_head
 from xdpo.scorers.interface import full_precision
 from xdpo.scorers.loading import embedder_version, load_embedder, load_scorer, scorer_version
-from xdpo.scorers.metrics import METRICS
+from xdpo.scorers.metrics import ARCHITECTURES, METRICS
 from xdpo.scorers.weights import WeightFile, find_files
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "reference" / "metrics"
 GOLDEN = json.loads((ROOT / "tests" / "vectors" / "metric_scores.json").read_text())["scores"]
+GOLDEN_IN_BFLOAT16 = GOLDEN.pop("hpsv3, bfloat16")
 TOLERANCE = 3 * ELEMENT  # of a cosine: the rounding of two networks' outputs and of what normalises them
 FACTORS = {"hpsv2": 100, "hpsv2.1": 100}  # ours over the number in the golden file
 UNITS = {"pickscore": 100, "hpsv2": 100, "hpsv2.1": 100}  # what multiplies the cosine that the tolerance is for
@@ -166,6 +184,29 @@ def test_an_image_that_fails_in_the_original_gets_a_finite_score(metric_weights,
         assert np.isfinite(scorer.score([odd_images[key] for key in keys], ["a cat"] * len(keys))).all(), name
 
 
+LINE, GRID = qwen2_vl.positions_in_a_line(4000), qwen2_vl.positions_in_a_grid(30, 12, 20, 4000)
+
+
+@pytest.mark.parametrize(
+    "name, positions, others",
+    [
+        ("hpsv3", "positions_in_a_line", lambda length: GRID[:, :length]),
+        ("vqascore", "positions_in_a_grid", lambda first, rows, columns, length: LINE[:, :length]),
+    ],
+    ids=["hpsv3", "vqascore"],
+)
+def test_the_golden_scores_tell_rotary_positions_apart(
+    name, positions, others, metric_weights, odd_images, monkeypatch
+):
+    """HPSv3 counts an image's tokens in a line, VQAScore places them in a grid, and neither may do as the other."""
+    image, prompt = odd_images["RGBA"], fixtures.PROMPTS["RGBA"]
+    scorer = load_scorer(name, weights=metric_weights)
+    (right,) = scorer.score([image], [prompt])
+    monkeypatch.setattr(qwen2_vl, positions, others)
+    (wrong,) = scorer.score([image], [prompt])
+    assert abs(right - wrong) > 100 * TOLERANCE
+
+
 SHARED_SIZES = {
     "clip_vit_h_14": {
         "projection_dim": 64,
@@ -216,7 +257,7 @@ def shared_weights(tmp_path_factory):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/reference/metrics is not on this machine")
 @pytest.mark.parametrize("batch_size", [1, 6])
-@pytest.mark.parametrize("name", sorted(METRICS))
+@pytest.mark.parametrize("name", sorted(DEFAULT_SCORERS))
 def test_a_metric_equals_its_original_on_the_shared_checkpoints(name, batch_size, shared_weights):
     golden = json.loads((SHARED / "golden.json").read_text())
     key = {"pickscore": "pickscore_cosine", "hpsv2.1": "hpsv2"}.get(name, name)
@@ -270,6 +311,89 @@ def test_the_clip_models_have_the_published_sizes_and_activations():
     assert flat(VIT_H_14) == text | vision(1280, 32, "gelu")
     assert flat(VIT_L_14) == vision(1024, 24, "quick_gelu")
     assert (VIT_H_14["projection_dim"], VIT_L_14["projection_dim"]) == (1024, 768)
+
+
+def test_hp_has_the_image_half_of_clip_h_and_a_head_of_its_width():
+    assert {half: VIT_H_14[half] for half in ("projection_dim", "vision_config")} == VIT_H_14_VISION
+    tensors = {name: torch.zeros(shape) for name, shape in fixtures.head_shapes(1024).items()}
+    layers = [module for module in build_head(tensors, Path("head"), 1024) if isinstance(module, torch.nn.Linear)]
+    assert [layer.in_features for layer in layers] == [1024, 1024, 128, 64, 16]
+
+
+# Of Qwen2-VL-2B and 7B with its language head, as published.
+@pytest.mark.parametrize(
+    "sizes, parameters, is_tied",
+    [(qwen2_vl.QWEN2_VL_2B, 2_208_985_600, True), (qwen2_vl.QWEN2_VL_7B, 8_291_375_616, False)],
+    ids=["2B", "7B"],
+)
+def test_qwen2_vl_has_the_published_sizes_epsilons_and_activations(sizes, parameters, is_tied):
+    with torch.device("meta"):
+        model = qwen2_vl.qwen2_vl_network(sizes)
+    embeddings = model.language_model.embed_tokens.weight
+    found = sum(tensor.numel() for tensor in model.parameters())
+    assert found + (0 if is_tied else embeddings.numel()) == parameters
+    text, vision = model.config.text_config, model.config.vision_config
+    heads = (text.num_attention_heads, text.num_key_value_heads, vision.num_heads)
+    assert heads == ((12, 2, 16) if is_tied else (28, 4, 16))
+    assert (text.hidden_act, vision.hidden_act) == ("silu", "quick_gelu")
+    assert epsilons(model.visual) == {1e-6}
+    norms = [module for module in model.language_model.modules() if "RMSNorm" in type(module).__name__]
+    assert {norm.variance_epsilon for norm in norms} == {1e-6} and len(norms) == 2 * text.num_hidden_layers + 1
+    assert text.rope_parameters["rope_theta"] == 1e6 and text.rope_parameters["mrope_section"] == [16, 24, 24]
+    assert vision.rope_parameters["rope_theta"] == 1e4
+    assert not text.use_sliding_window and set(text.layer_types) == {"full_attention"}
+    assert (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size) == (14, 2, 2)
+    assert sizes["dtype"] == "bfloat16"
+
+
+def test_hpsv3_has_an_embedding_for_every_token_and_the_published_head():
+    sizes = ARCHITECTURES["hpsv3_qwen2_vl_7b"]
+    assert sizes["text_config"] == qwen2_vl.QWEN2_VL_7B["text_config"] | {"vocab_size": 151658}
+    assert sizes["vision_config"] == qwen2_vl.QWEN2_VL_7B["vision_config"] and sizes["dtype"] == "bfloat16"
+    with torch.device("meta"):
+        _, head = hpsv3.hpsv3_networks(sizes)
+    kinds = [type(module).__name__ for module in head]
+    assert kinds == ["Linear", "ReLU", "Dropout", "Linear", "ReLU", "Linear"]
+    assert [(head[n].in_features, head[n].out_features) for n in (0, 3, 5)] == [(3584, 1024), (1024, 16), (16, 2)]
+
+
+@pytest.fixture
+def hpsv3_in_bfloat16(altered):
+    sizes = fixtures.SIZES | {"hpsv3_qwen2_vl_7b": fixtures.SIZES["hpsv3_qwen2_vl_7b"] | {"dtype": "bfloat16"}}
+    (altered / "sizes.json").write_text(json.dumps(sizes))
+    return altered
+
+
+def test_hpsv3_in_bfloat16_is_its_original_in_bfloat16(hpsv3_in_bfloat16, odd_images):
+    """But for roundings, of which every operation of bfloat16 makes one of up to an eps."""
+    keys = [key for key, score in GOLDEN_IN_BFLOAT16.items() if score is not None]
+    scorer = load_scorer("hpsv3", weights=hpsv3_in_bfloat16)
+    scores = scorer.score([odd_images[key] for key in keys], [fixtures.PROMPTS[key] for key in keys])
+    gaps = differences("hpsv3", scores, [GOLDEN_IN_BFLOAT16[key] for key in keys], 1)
+    assert max(gaps) < 4 * torch.finfo(torch.bfloat16).eps, dict(zip(keys, gaps, strict=True))
+
+
+def test_in_bfloat16_hpsv3_rounds_the_rotary_frequencies_and_not_the_head(hpsv3_in_bfloat16):
+    """Its original casts all that the network holds. A far token's angle moves by more than rounding can."""
+    from xdpo.scorers.loading import _sizes_of
+
+    sizes = _sizes_of("hpsv3_qwen2_vl_7b", hpsv3_in_bfloat16)
+    network = hpsv3.build_hpsv3(sizes, hpsv3_in_bfloat16 / fixtures.HPSV3)
+    assert {tensor.dtype for tensor in network.model.parameters()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in network.head.parameters()} == {torch.float32}
+
+    def rounded(width, theta):
+        return (theta ** -(torch.arange(0, width, 2) / width)).bfloat16()
+
+    length = 900
+    positions = qwen2_vl.positions_in_a_line(length)[:, None]
+    cosines, _ = network.model.language_model.rotary_emb(torch.zeros(1, dtype=torch.bfloat16), positions)
+    angles = torch.arange(length)[:, None] * rounded(16, 1e6).float()
+    torch.testing.assert_close(cosines[0], angles.cos().bfloat16().repeat(1, 2), rtol=0, atol=1e-2)
+    places = torch.tensor([[0, 3], [371, 2]])
+    cosines, _ = network.model.visual.rotary_pos_emb(None, places)
+    angles = (places[..., None].bfloat16() * rounded(8, 1e4)).flatten(1)
+    torch.testing.assert_close(cosines, angles.cos().repeat(1, 2), rtol=0, atol=1e-2)
 
 
 def test_image_reward_has_the_published_sizes_epsilons_and_heads():
@@ -362,6 +486,14 @@ def test_the_two_crops_part_ways_at_an_overhang_of_three_pixels():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9000), (9000, 1), (30000, 2)])
+@pytest.mark.parametrize("preprocess", [hpsv3.pixels_of, vqascore.pixels_of])
+def test_a_whole_image_of_any_ratio_has_sides_of_whole_tokens(preprocess, size):
+    found = preprocess(Image.new("RGB", size, "teal"))
+    assert found.dtype == torch.float32 and found.shape[0] == 3
+    assert all(side > 0 and side % 28 == 0 for side in found.shape[1:])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9000), (9000, 1), (30000, 2)])
 @pytest.mark.parametrize("preprocess", [pixels.crop_floor, pixels.crop_half_even, pixels.crop_256, pixels.pad])
 def test_strips_of_any_ratio_are_preprocessed(preprocess, size):
     assert preprocess(Image.new("RGB", size, "teal")).shape == (3, 224, 224)
@@ -406,6 +538,16 @@ def test_a_long_prompt_keeps_its_end_token_at_the_77th_place(metric_weights):
     assert ids.shape == (2, 77)
     assert ids[0, 0] == start and ids[0, 76] == end and (ids[0, 1:76] < start).all()
     assert ids[1].tolist() == [start, fixtures.clip_vocabulary()["a</w>"], end] + [0] * 74
+
+
+@pytest.mark.parametrize("name", ["hpsv3", "vqascore"])
+def test_a_prompt_that_holds_special_tokens_is_scored_alone_and_beside_others(name, metric_weights, odd_images):
+    """Where the originals fail or mistake it for the image."""
+    prompts = ["a <|image_pad|> in {braces} <|Reward|> <|im_end|>", "a cat"]
+    scorer = load_scorer(name, weights=metric_weights)
+    together = scorer.score([odd_images["square"]] * 2, prompts)
+    assert np.isfinite(together).all()
+    assert together == [scorer.score([odd_images["square"]], [prompt])[0] for prompt in prompts]
 
 
 # --- files ---------------------------------------------------------------------------------------------
@@ -502,6 +644,37 @@ def test_pickled_code_is_not_run(altered):
     with pytest.raises(ValueError, match=r"HPS_v2_compressed.pt .* can't be read"):
         load_scorer("hpsv2", weights=altered)
     assert not (altered / "sprung").exists()
+
+
+def test_the_package_of_hpsv3_is_read_and_not_run(altered):
+    import zipfile
+
+    path = altered / fixtures.HPSV3_PACKAGE
+    assert hpsv3.read_message(path) == fixtures.HPSV3_INSTRUCTION + fixtures.HPSV3_QUESTION
+    for content in ("raise SystemExit", "def"):
+        with zipfile.ZipFile(path, "w") as package:
+            package.writestr("hpsv3/dataset/data_collator_qwen.py", content)
+        with pytest.raises(ValueError, match=r"is not the package hpsv3: .*fetch it again"):
+            load_scorer("hpsv3", weights=altered)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"repetition_penalty": "much"}'])
+def test_a_wrong_generation_config_is_named(altered, content):
+    (altered / fixtures.QWEN_2B / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"generation_config\.json is not a generation config"):
+        load_scorer("vqascore", weights=altered)
+
+
+def test_another_models_tokenizer_is_refused(altered):
+    shutil.copy(altered / fixtures.LAION / "tokenizer.json", altered / fixtures.QWEN_7B / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"another model's tokenizer: it has no token <\|image_pad\|>"):
+        load_scorer("hpsv3", weights=altered)
+
+
+def test_a_half_of_qwen2_vl_that_is_another_models_is_refused(altered):
+    shutil.copy(altered / fixtures.CLIP_L, altered / fixtures.QWEN_2B / "model-00002-of-00002.safetensors")
+    with pytest.raises(ValueError, match=r"model-00001.* holds another model than the scorer's"):
+        load_scorer("vqascore", weights=altered)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"clip_vit_b_32": {}}'])

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.pipelines import without_contents
-from benchmarks.true_models import COUNTABLE, Model, scorer_network
+from benchmarks.true_models import COUNTABLE, Model, is_counted, scorer_network
 from xdpo import learner, models, step
 from xdpo.batch import Batch, Conditioning, LatentMoments, SingleImages
 from xdpo.compute import build_accelerator
@@ -39,7 +39,6 @@ from xdpo.noisy import NoisyBatchMaker
 from xdpo.non_finite import SkippedSteps
 from xdpo.precompute import takes_single_images
 from xdpo.reference import Frozen, Recorded
-from xdpo.scorers.metrics import METRICS
 from xdpo.watch import SAMPLE_CHUNK as IMAGES_OF_A_SHEET
 
 GPU_PRECISIONS = {"auto": "bf16", "fp16": "bf16"}  # what a GPU takes; of one size, and a CPU has no fp16
@@ -196,8 +195,8 @@ def scorers_of(settings: Config) -> tuple[str, ...]:
 
 
 def uncounted_scorers(settings: Config) -> list[str]:
-    """Those of a training's scorers whose shapes are not known here: users' own, reward models, embedded judges."""
-    return [name for name in scorers_of(settings) if name not in METRICS]
+    """Those of a training's scorers whose shapes are not known here: users' own, reward models, judges, Qwen2-VL's."""
+    return [name for name in scorers_of(settings) if not is_counted(name)]
 
 
 class Training:
@@ -245,7 +244,7 @@ class Training:
         self.latent_shape = parts.latent_shape(settings.data.resolution)
         self.encoded = parts.encode_captions(model.captions())
         self.batch = self._batch()
-        self.scorers = [scorer_network(name) for name in scorers_of(settings) if name in METRICS]
+        self.scorers = [scorer_network(name) for name in scorers_of(settings) if is_counted(name)]
 
     def start(self) -> None:
         """Weights on the device, and with several processes DDP's buckets, in which the gradients are."""

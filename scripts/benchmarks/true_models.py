@@ -232,7 +232,17 @@ def _pixels(images: int) -> torch.Tensor:
     return torch.zeros(images, 3, SIDE, SIDE)
 
 
-_SCORERS = {"clip_vit_h_14": _Clip, "clip_vit_l_14": _ClipVision, "blip_vit_l_16": _Blip}
+_SCORERS = {
+    "clip_vit_h_14": _Clip,
+    "clip_vit_h_14_vision": _ClipVision,
+    "clip_vit_l_14": _ClipVision,
+    "blip_vit_l_16": _Blip,
+}
+
+
+def is_counted(name: str) -> bool:
+    """Whether a scorer is a metric whose network is described here; Qwen2-VL's are not."""
+    return name in METRICS and METRICS[name].architecture in _SCORERS
 
 
 def scorer_network(name: str) -> nn.Module:

@@ -1,7 +1,8 @@
 """Scorers behind one small interface: `load_scorer(name).score(images, prompts)`, one float per image.
 
-There are the paper's five metrics, HPS v2.1, the embedded world's judges, and any class in a user's file. `load_scorer`
-is in `xdpo.scorers.loading`; this module has only the names, so that a command line finds them without importing torch.
+There are the paper's five metrics, five later ones, the embedded world's judges, and any class in a user's file.
+`load_scorer` is in `xdpo.scorers.loading`; this module has only the names, so that a command line finds them without
+importing torch.
 """
 
 import difflib
@@ -10,7 +11,7 @@ from xdpo.paths import user_path
 
 PAPER_SCORERS = ("pickscore", "hpsv2", "image_reward", "clip", "aesthetic")
 DEFAULT_SCORERS = ("pickscore", "hpsv2", "hpsv2.1", "image_reward", "clip", "aesthetic")
-METRIC_NAMES = DEFAULT_SCORERS
+METRIC_NAMES = (*DEFAULT_SCORERS, "ict", "hp", "hpsv3", "vqascore")
 _TINY_SCALES = {
     "alignment": "expected share of the caption's claims that hold, 0 to 1",
     "appeal": "estimated cleanness, 0 to 1",

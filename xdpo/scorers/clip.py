@@ -42,6 +42,7 @@ VIT_H_14 = {
         "layer_norm_eps": 1e-5,
     },
 }
+VIT_H_14_VISION = {half: VIT_H_14[half] for half in ("projection_dim", "vision_config")}  # its image half (HP)
 # The same for the image half of OpenAI's ViT-L/14 (aesthetic).
 VIT_L_14 = {
     "projection_dim": 768,

@@ -158,8 +158,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Give `module`, built without memory, these tensors as float32. Errors name `path`, the tensors' file.
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Give `module`, built without memory, these tensors as `dtype`. Errors name `path`, the tensors' file.
 
     Raises ValueError unless all names and shapes fit and none is left over.
     """
@@ -176,7 +176,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
             f"{path} ({size_in_words(path.stat().st_size)}) holds another model than the scorer's: tensors "
             f"{'; '.join(examples)}. Fetch the original again, or describe your own in {SIZES_FILE}"
         )
-    module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    module.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
 
 
 def read_sizes(folder: str | Path | None) -> dict | None:
