@@ -19,8 +19,8 @@ Some packages import more than they need when opened as a whole, so their module
 theirs from PIL image and prompt to score: hpsv2's transform, tokenizer and model (for clip too, which Diffusion-DPO
 computes with that code), image-reward's transform, tokenizer and model, for PickScore and aesthetic transformers 4's
 CLIPProcessor and CLIPModel as their authors call them, ICTHP's function, hpsv3's HPSv3RewardInferencer, and
-t2v-metrics' Qwen2VLModel. Everything is float32 on the CPU, one by one. "hpsv3, bfloat16" is in the precision that
-hpsv3 ships with; its autocast, which works on CUDA alone, is done by hand there.
+t2v-metrics' Qwen2VLModel. Everything is float32 on the CPU, one by one. "…, bfloat16" is in the precision that hpsv3
+and t2v-metrics ship with; hpsv3's autocast, which works on CUDA alone, is done by hand there.
 
 An image that an original cannot score is null: hpsv2 keeps the alpha of RGBA and then fails, does not pad an image
 whose longer side is 224, and rounds a side of an extreme ratio to 0; transformers 4 takes images one pixel high for
@@ -366,11 +366,11 @@ def hpsv3_scorer(folder: Path, dtype: str):
     return lambda image, prompt: original.reward([image], [prompt])[0][0]
 
 
-def vqascore_scorer(folder: Path):
-    """t2v-metrics' own class on a small Qwen2-VL."""
+def vqascore_scorer(folder: Path, dtype: str):
+    """t2v-metrics' own class on a small Qwen2-VL, with the attention that CPUs have."""
     original = open_module("t2v_metrics.models.vqascore_models.qwen2vl_model")
-    place = str(write_qwen2_vl(folder / "vqa", qwen_2b_tensors(folder), tied=True))
-    model = {"path": place, "torch_dtype": torch.float32, "attn_implementation": "sdpa"}
+    place = str(write_qwen2_vl(folder / f"asked in {dtype}", qwen_2b_tensors(folder), tied=True))
+    model = {"path": place, "torch_dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
     original.QWEN2_VL_MODELS["small"] = {"tokenizer": {"path": place}, "model": model}
     asked = original.Qwen2VLModel("small", device="cpu")
 
@@ -400,7 +400,8 @@ def main() -> None:
             "hp": lambda: icthp_scorer(folder, "hp"),
             "hpsv3": lambda: hpsv3_scorer(folder, "float32"),
             "hpsv3, bfloat16": lambda: hpsv3_scorer(folder, "bfloat16"),
-            "vqascore": lambda: vqascore_scorer(folder),
+            "vqascore": lambda: vqascore_scorer(folder, "float32"),
+            "vqascore, bfloat16": lambda: vqascore_scorer(folder, "bfloat16"),
         }
         scores = json.loads(OUTPUT.read_text())["scores"]
         for metric in names:

@@ -49,7 +49,7 @@ from xdpo.scorers.weights import WeightFile, find_files
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "reference" / "metrics"
 GOLDEN = json.loads((ROOT / "tests" / "vectors" / "metric_scores.json").read_text())["scores"]
-GOLDEN_IN_BFLOAT16 = GOLDEN.pop("hpsv3, bfloat16")
+GOLDEN_IN_BFLOAT16 = {name: GOLDEN.pop(f"{name}, bfloat16") for name in ("hpsv3", "vqascore")}
 TOLERANCE = 3 * ELEMENT  # of a cosine: the rounding of two networks' outputs and of what normalises them
 FACTORS = {"hpsv2": 100, "hpsv2.1": 100}  # ours over the number in the golden file
 UNITS = {"pickscore": 100, "hpsv2": 100, "hpsv2.1": 100}  # what multiplies the cosine that the tolerance is for
@@ -358,27 +358,31 @@ def test_hpsv3_has_an_embedding_for_every_token_and_the_published_head():
 
 
 @pytest.fixture
-def hpsv3_in_bfloat16(altered):
-    sizes = fixtures.SIZES | {"hpsv3_qwen2_vl_7b": fixtures.SIZES["hpsv3_qwen2_vl_7b"] | {"dtype": "bfloat16"}}
+def in_bfloat16(altered):
+    """A weights folder whose Qwen2-VL computes as published."""
+    sizes = {
+        name: value | {"dtype": "bfloat16"} if "dtype" in value else value for name, value in fixtures.SIZES.items()
+    }
     (altered / "sizes.json").write_text(json.dumps(sizes))
     return altered
 
 
-def test_hpsv3_in_bfloat16_is_its_original_in_bfloat16(hpsv3_in_bfloat16, odd_images):
+@pytest.mark.parametrize("name", GOLDEN_IN_BFLOAT16)
+def test_a_metric_in_bfloat16_is_its_original_in_bfloat16(name, in_bfloat16, odd_images):
     """But for roundings, of which every operation of bfloat16 makes one of up to an eps."""
-    keys = [key for key, score in GOLDEN_IN_BFLOAT16.items() if score is not None]
-    scorer = load_scorer("hpsv3", weights=hpsv3_in_bfloat16)
-    scores = scorer.score([odd_images[key] for key in keys], [fixtures.PROMPTS[key] for key in keys])
-    gaps = differences("hpsv3", scores, [GOLDEN_IN_BFLOAT16[key] for key in keys], 1)
-    assert max(gaps) < 4 * torch.finfo(torch.bfloat16).eps, dict(zip(keys, gaps, strict=True))
+    golden = {key: score for key, score in GOLDEN_IN_BFLOAT16[name].items() if score is not None}
+    scorer = load_scorer(name, weights=in_bfloat16)
+    scores = scorer.score([odd_images[key] for key in golden], [fixtures.PROMPTS[key] for key in golden])
+    gaps = differences(name, scores, golden.values(), 1)
+    assert max(gaps) < 4 * torch.finfo(torch.bfloat16).eps, dict(zip(golden, gaps, strict=True))
 
 
-def test_in_bfloat16_hpsv3_rounds_the_rotary_frequencies_and_not_the_head(hpsv3_in_bfloat16):
+def test_in_bfloat16_hpsv3_rounds_the_rotary_frequencies_and_not_the_head(in_bfloat16):
     """Its original casts all that the network holds. A far token's angle moves by more than rounding can."""
     from xdpo.scorers.loading import _sizes_of
 
-    sizes = _sizes_of("hpsv3_qwen2_vl_7b", hpsv3_in_bfloat16)
-    network = hpsv3.build_hpsv3(sizes, hpsv3_in_bfloat16 / fixtures.HPSV3)
+    sizes = _sizes_of("hpsv3_qwen2_vl_7b", in_bfloat16)
+    network = hpsv3.build_hpsv3(sizes, in_bfloat16 / fixtures.HPSV3)
     assert {tensor.dtype for tensor in network.model.parameters()} == {torch.bfloat16}
     assert {tensor.dtype for tensor in network.head.parameters()} == {torch.float32}
 
