@@ -653,7 +653,7 @@ def test_images_beyond_the_budget_are_links_beside_the_page(world):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (["--scorers", "hps"], "unknown scorer 'hps'; choose from aesthetic, clip, hpsv2"),
+        (["--scorers", "hps"], "unknown scorer 'hps'; choose from aesthetic, clip, hp, hpsv2"),
         (["--scorers", ","], "--scorers names none"),
         (["--baseline", "sd14"], "unknown model 'sd14' in --baseline; choose from sd15, xdpo"),
         (["--sets", "hpsv2"], "no images of prompt set 'hpsv2' in these folders; there are mine"),
