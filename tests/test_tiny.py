@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from tiny_base.captions import clip_tokenizer
 from tiny_base.images import draw
 from tiny_base.stages import Stage
 from tolerances import ELEMENT
@@ -276,10 +277,17 @@ def test_a_stage_goes_on_where_it_was_stopped_and_another_number_of_steps_change
         torch.manual_seed(0)
         module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
         folder.mkdir(exist_ok=True)
-        stage = Stage("small", module, folder, steps, learning_rate=1e-2, decay=0.25)
+        stage = Stage(
+            "small",
+            module,
+            lambda inputs: (module(inputs) - inputs).square().mean(),
+            folder,
+            steps,
+            learning_rate=1e-2,
+            decay=0.25,
+        )
         while stage.step < until:
-            inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(stage.step))
-            stage.update((module(inputs) - inputs).square().mean())
+            stage.take_step(torch.randn(8, 4, generator=torch.Generator().manual_seed(stage.step)))
             stage.log(loss=stage.smoothed)
             if stage.step == saved_at:
                 stage.save()
@@ -294,6 +302,15 @@ def test_a_stage_goes_on_where_it_was_stopped_and_another_number_of_steps_change
     for one, other in zip(whole.module.parameters(), resumed.module.parameters(), strict=True):
         assert torch.equal(one, other)
     assert all(map(torch.equal, whole.ema.shadow_params, resumed.ema.shadow_params))
+
+
+def test_the_clip_tokenizer_of_a_base_has_a_token_for_every_word_and_is_the_same_every_time():
+    captions = draw(0, seed=0)[1]
+    tokenizer = clip_tokenizer(captions)
+    words = {word for caption in captions for word in caption.replace(",", " ,").split()}
+    assert all(len(tokenizer.tokenize(word)) == 1 for word in words)
+    assert clip_tokenizer(captions[::-1]).get_vocab() == tokenizer.get_vocab()
+    assert tokenizer.decode(tokenizer("An été, 漢字!").input_ids, skip_special_tokens=True) == "an été , 漢字 !"
 
 
 def test_a_part_of_the_training_set_depends_on_the_seed_and_its_number_alone():

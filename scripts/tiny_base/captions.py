@@ -1,15 +1,44 @@
-"""Tokenizers learnt on the captions, and the sizes of their encoders."""
+"""Tokenizers made for the captions, and the sizes of their encoders."""
+
+import re
 
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTokenizer, T5TokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 MAX_TOKENS = 32
+START, END, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 
-def train_clip_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer whose BPE was learnt on the captions: one token for every word of the grammar."""
-    blank = CLIPTokenizer(model_max_length=MAX_TOKENS)
-    return blank.train_new_from_iterator(captions, vocab_size=640)
+def clip_tokenizer(captions: list[str]) -> CLIPTokenizer:
+    """A CLIP tokenizer with one token for every word of the captions.
+
+    Its merges are made word by word. The tokenizers library would learn them from counts, and break ties by chance: two
+    trainings from one seed would have different tokens.
+    """
+    alphabet = [character for _, character in sorted(bytes_to_unicode().items())]
+    merges: dict[tuple[str, str], None] = {}  # in order
+    for word in sorted({word for caption in captions for word in re.findall(r"[a-z]+|[^\sa-z]", caption)}):
+        pieces = [*word[:-1], word[-1] + END_OF_WORD]
+        for pair in merges:
+            pieces = merged(pieces, pair)
+        while len(pieces) > 1:
+            merges[pieces[0], pieces[1]] = None
+            pieces = merged(pieces, (pieces[0], pieces[1]))
+    tokens = [*alphabet, *(each + END_OF_WORD for each in alphabet), *map("".join, merges), START, END]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=list(merges), model_max_length=MAX_TOKENS)
+
+
+def merged(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    """Pieces of a word after one merge of byte-pair encoding, from left to right."""
+    done: list[str] = []
+    for piece in pieces:
+        if done and (done[-1], piece) == pair:
+            done[-1] += piece
+        else:
+            done.append(piece)
+    return done
 
 
 def clip_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:

@@ -18,12 +18,13 @@ TokenIds = Mapping[str, Tensor]  # by tokenizer, (N, its length)
 
 
 class Base(Protocol):
-    """A base model in the making. `name` names its stages' files."""
+    """A base model in the making. `name` names its stages' files; `steps` is how long the shipped one was trained."""
 
     name: str
     encoders: nn.ModuleDict
     denoiser: nn.Module
     learning_rate: float
+    steps: int
 
     @property
     def process(self) -> DiffusionProcess | FlowProcess:
@@ -73,16 +74,18 @@ def train_encoders(work: Path, base: Base, captions: list[str], steps: int, batc
     width = base.read(chosen(ids, torch.arange(1))).shape[1]
     heads = nn.ModuleDict({name: nn.Linear(width, int(values.max()) + 1) for name, values in classes.items()})
     trained = nn.ModuleDict({"encoders": base.encoders, "heads": heads.to(device)})
-    stage = Stage(f"{base.name}_text", trained, work, steps, learning_rate=5e-3)
-    while stage.step < steps:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + stage.step)
-        rows = torch.randint(0, len(captions), (batch,), generator=generator).to(device)
+
+    def loss(rows: Tensor) -> Tensor:
         state = base.read(chosen(ids, rows))
         losses = [cross_entropy(heads[name](state), classes[name][rows], ignore_index=-1) for name in heads]
-        total = torch.stack(losses).sum()
-        stage.update(total)
-        if stage.is_to_log:
-            stage.log(loss=total.detach() / len(losses))
+        return torch.stack(losses).sum()
+
+    stage = Stage(f"{base.name}_text", trained, loss, work, steps, learning_rate=5e-3)
+    while stage.step < steps:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + stage.step)
+        stage.take_step(torch.randint(0, len(captions), (batch,), generator=generator))
+        if stage.is_to_log and stage.smoothed is not None:
+            stage.log(loss=stage.smoothed / len(heads))
 
 
 def train_denoiser(
@@ -90,21 +93,25 @@ def train_denoiser(
 ) -> None:
     """Train encoders and denoiser together on the denoising loss (paper Eq. 1), with a share of captions dropped."""
     trained = nn.ModuleDict({"encoders": base.encoders, "denoiser": base.denoiser})
-    stage = Stage(base.name, trained, work, steps, base.learning_rate, decay=0.25)
     process = base.process.to(device)
     ids = {name: each.to(device) for name, each in base.tokenize(captions).items()}
     empty = {name: each.to(device) for name, each in base.tokenize([""]).items()}
-    while stage.step < steps:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + stage.step)
-        rows = torch.randint(0, len(latents), (batch,), generator=generator).to(device)
-        times = base.draw_times(batch, generator).to(device)
-        noise = torch.randn((batch, *latents.shape[1:]), generator=generator).to(device)
-        is_dropped = (torch.rand(batch, generator=generator) < DROPPED_SHARE).to(device)[:, None]
-        told = {name: torch.where(is_dropped, empty[name], each) for name, each in chosen(ids, rows).items()}
+
+    def loss(rows: Tensor, times: Tensor, noise: Tensor, is_dropped: Tensor) -> Tensor:
+        told = {name: torch.where(is_dropped[:, None], empty[name], each) for name, each in chosen(ids, rows).items()}
         clean = latents[rows]
         prediction = base.predict(process.add_noise(clean, noise, times), times, told)
         errors = (prediction - process.target(clean, noise, times)).square().mean((1, 2, 3))
-        stage.update((process.weights(times) * errors).mean())
+        return (process.weights(times) * errors).mean()
+
+    stage = Stage(base.name, trained, loss, work, steps, base.learning_rate, decay=0.25)
+    while stage.step < steps:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + stage.step)
+        rows = torch.randint(0, len(latents), (batch,), generator=generator)
+        times = base.draw_times(batch, generator)
+        noise = torch.randn((batch, *latents.shape[1:]), generator=generator)
+        is_dropped = torch.rand(batch, generator=generator) < DROPPED_SHARE
+        stage.take_step(rows, times, noise, is_dropped)
         if stage.is_to_log and stage.smoothed is not None:
             stage.log(loss=stage.smoothed)
     stage.ema.copy_to(trained.parameters())

@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from tiny_base.captions import clip_config, clip_ids, train_clip_tokenizer
+from tiny_base.captions import clip_config, clip_ids, clip_tokenizer
 from tiny_base.denoisers import TokenIds
 from xdpo.noise import DiffusionProcess, Weighting
 
@@ -48,10 +48,11 @@ class Diffusion:
 
     name = "unet"
     learning_rate = 7e-3
+    steps = 15_000
 
     def __init__(self, captions: list[str], latent_channels: int, seed: int, device: str):
         torch.manual_seed(seed + 1)
-        self.tokenizer = train_clip_tokenizer(captions)
+        self.tokenizer = clip_tokenizer(captions)
         self.scheduler = new_scheduler()
         self.process = DiffusionProcess.from_scheduler(self.scheduler, Weighting("min_snr"))
         self.encoders = nn.ModuleDict({"text_encoder": CLIPTextModel(clip_config(self.tokenizer, WIDTH))}).to(device)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from tiny_base.captions import MAX_TOKENS, clip_config, clip_ids, t5_ids, t5_tokenizer, train_clip_tokenizer
+from tiny_base.captions import MAX_TOKENS, clip_config, clip_ids, t5_ids, t5_tokenizer, clip_tokenizer
 from tiny_base.denoisers import TokenIds
 from xdpo.noise import FlowProcess
 
@@ -22,10 +22,11 @@ class Flow:
 
     name = "transformer"
     learning_rate = 7e-3
+    steps = 9_000
 
     def __init__(self, captions: list[str], latent_channels: int, seed: int, device: str):
         torch.manual_seed(seed + 3)
-        self.tokenizer, self.t5_tokenizer = train_clip_tokenizer(captions), t5_tokenizer(captions)
+        self.tokenizer, self.t5_tokenizer = clip_tokenizer(captions), t5_tokenizer(captions)
         self.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
         self.process = FlowProcess.from_scheduler(self.scheduler)
         one, other = (CLIPTextModelWithProjection(clip_config(self.tokenizer, width)) for width in CLIP_WIDTHS)

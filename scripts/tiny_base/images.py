@@ -18,6 +18,7 @@ from xdpo.tiny.annotator import random_flaws, render
 MISALIGNED_SHARE, SPOILT_SHARE = 0.15, 0.6
 DRAWN_TOGETHER = 1000  # images of one generator: as many processes as there are may draw
 HELD_BACK = 256
+LATENT_SHAPE = (16, 8, 8)
 
 
 def draw(part: int, seed: int) -> tuple[np.ndarray, list[str]]:
@@ -62,28 +63,30 @@ def train_autoencoder(work: Path, images: np.ndarray, steps: int, batch: int, se
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(16, 32, 64, 64),
         layers_per_block=1,
-        latent_channels=16,
+        latent_channels=LATENT_SHAPE[0],
         norm_num_groups=8,
         sample_size=world.IMAGE_SIZE,
         mid_block_add_attention=False,
     ).to(device)
-    stage = Stage("vae", vae, work, steps, learning_rate=5e-3)
+
+    def loss(pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        posterior = vae.encode(pixels).latent_dist
+        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        error = decoded - pixels
+        return error.abs().mean() + error.square().mean() + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+
+    stage = Stage("vae", vae, loss, work, steps, learning_rate=5e-3)
     held_back = to_tensor(images[-HELD_BACK:], device)
     while stage.step < steps:
         rng = np.random.default_rng((seed, stage.step))
         pixels = to_tensor(images[rng.integers(0, len(images) - HELD_BACK, batch)], device)
-        posterior = vae.encode(pixels).latent_dist
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-        error = decoded - pixels
-        loss = error.abs().mean() + error.square().mean() + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
-        stage.update(loss)
-        if stage.is_to_log:
+        stage.take_step(pixels, torch.randn((batch, *LATENT_SHAPE), generator=generator))
+        if stage.is_to_log and stage.smoothed is not None:
             with torch.no_grad():
                 again = vae.decode(vae.encode(held_back).latent_dist.mode()).sample.clamp(-1, 1)
             psnr = -10 * torch.log10(((again - held_back) / 2).square().mean())
-            stage.log(loss=loss.detach(), psnr_db=psnr)
+            stage.log(loss=stage.smoothed, psnr_db=psnr)
     stage.ema.copy_to(vae.parameters())
     vae.eval().requires_grad_(False)
     normalise_latents(vae, to_tensor(images[:4096], device))
