@@ -217,6 +217,7 @@ def draw(table: "PairTable", path: Path, examples: int, sample: int) -> None:
 
 def cells_of(table: "PairTable", sample: int) -> dict[int, tuple]:
     """Cells of the chosen and the rejected image of evenly spaced pairs, by their index; of remote files' first one."""
+    from xdpo.data.identity import evenly
     from xdpo.data.streaming import StreamedImages
 
     images, indices = table.dataset.images, list(range(len(table)))
@@ -225,7 +226,7 @@ def cells_of(table: "PairTable", sample: int) -> dict[int, tuple]:
         indices = [index for index in indices if images.file_of(int(table.rows[index])) == number]
         images.bring([number])
     cells = {}
-    for index in spaced(indices, sample):
+    for index in (indices[place] for place in evenly(len(indices), sample)):
         row, side = int(table.rows[index]), int(table.chosen_side[index])
         cells[index] = (images.cell(row, side), images.cell(row, 1 - side))
     return cells
@@ -241,11 +242,6 @@ def sizes_of(table: "PairTable") -> "np.ndarray":
     if isinstance(images, StreamedImages):  # not all of them are there
         return np.full((2, len(table)), -1)
     return table.oriented(np.stack([images.sizes(side)[table.rows] for side in (0, 1)]))
-
-
-def spaced(values: Sequence[int], count: int) -> list[int]:
-    """At most `count` of some values, evenly spaced."""
-    return [values[place * len(values) // count] for place in range(count)] if len(values) > count else list(values)
 
 
 def spread(values: Sequence[float]) -> str:
