@@ -71,11 +71,10 @@ def load(settings: Config, split: "Split", folder: Path) -> "PairTable":
     from xdpo import data, precompute
     from xdpo.precompute.keys import source_folder
 
-    most = None if split.is_held_out else settings.data.max_pairs
+    source = split.source(settings)
     return data.load_pairs(
-        settings.data.model_copy(update={"max_pairs": most}),
+        source.model_copy(update={"max_pairs": None}) if split.is_held_out else source,
         filters=precompute.filters_of(settings, split, folder.with_name(data.Split.HELD_OUT.value)),
-        **precompute.source_of(settings, split),
         in_order=True,
         streamed_into=source_folder(settings, split) if settings.cache.examples else folder,
     )

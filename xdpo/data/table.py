@@ -14,7 +14,7 @@ import numpy as np
 from xdpo.data.columns import ID_COLUMNS, IMAGE_COLUMNS, SCORE_COLUMNS, VOTE_COLUMNS, Columns, DataError
 from xdpo.data.filters import Filters
 from xdpo.data.identity import bytes_of, image_digest
-from xdpo.data.rows import ArrowImages, Rows
+from xdpo.data.rows import ArrowImages, Rows, is_list
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -181,15 +181,22 @@ def in_arrow(dataset: "Dataset") -> Rows:
 
 def check_images(types: Mapping[str, Any], where: str) -> None:
     """Raise DataError for a column whose pyarrow type holds neither images nor their paths, nor both in a struct."""
-    import pyarrow.types as t
-
     for name, type in types.items():
-        fields = {type.field(place).name for place in range(type.num_fields)} if t.is_struct(type) else set()
-        if kind_of(type) not in ("bytes", "text") and not fields >= {"bytes", "path"}:
+        if kind_of(type) != "text" and (is_list(type) or not holds_images(type)):
             raise DataError(
                 f"{where}: column {name} must hold images, as encoded bytes, as paths, or as a struct of bytes and "
                 f"path; it holds {type}"
             )
+
+
+def holds_images(type: "pa.DataType") -> bool:
+    """Whether a pyarrow type holds encoded images, alone, in a struct of bytes and path, or in lists of either."""
+    import pyarrow.types as t
+
+    if is_list(type):
+        return holds_images(type.value_type)
+    fields = {type.field(place).name for place in range(type.num_fields)} if t.is_struct(type) else set()
+    return kind_of(type) == "bytes" or fields >= {"bytes", "path"}
 
 
 def kind_of(type: "pa.DataType") -> str:

@@ -24,7 +24,7 @@ from xdpo.families import PipelineParts, load_parts
 from xdpo.files import PART, appears, file_sha256, is_own, only_run, replacing, sweep
 from xdpo.precompute.keys import example_key, examples_folder
 from xdpo.precompute.kinds import Kind, kinds_of
-from xdpo.precompute.opening import load_table, refuse_without_sizes, source_of
+from xdpo.precompute.opening import load_table, refuse_without_sizes
 from xdpo.progress import Progress
 
 if TYPE_CHECKING:
@@ -329,7 +329,7 @@ def _plan(
         dtype={"fp16": "float16", "fp32": "float32"}[settings.cache.dtype],
         has_scores="chosen_score" in pairs.column_names,
         has_sizes="size_conditioning" in parts.family.keys,
-        sources=file_states(local_files(settings.data, **source_of(settings, split))),
+        sources=file_states(local_files(split.source(settings))),
     )
 
 
