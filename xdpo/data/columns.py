@@ -93,10 +93,10 @@ class Columns:
                 names[column] = name
         return names
 
-    def require(self, columns: Sequence[str], where: str) -> None:
-        """Raise DataError where a source lacks a column, naming those that it has."""
+    def require(self, columns: Sequence[str], where: str, required: Sequence[str] | None = None) -> None:
+        """Raise DataError where a source lacks a column, naming those that it has. required: None means all of them."""
         found = set(self.names(columns).values())
-        if missing := [name for name in self.required if name not in found]:
+        if missing := [name for name in required or self.required if name not in found]:
             sides = dict(zip(ORIENTED.values(), ORIENTED, strict=True)) if self.are_oriented else {}
             given = [self.given.get(sides.get(name, name), sides.get(name, name)) for name in missing]
             raise DataError(

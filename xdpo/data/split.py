@@ -25,7 +25,7 @@ class Split(Enum):
         return HELD_OUT_SEED if self.is_held_out else settings.seed
 
     def source(self, settings: Config) -> DataConfig:
-        """The `data` section for its pairs; how many held-out ones there are, and where, the `eval` section says."""
+        """The `data` section for its pairs. The `eval` section replaces held-out ones' path, split, columns, number."""
         if not self.is_held_out:
             return settings.data
         given = {name: getattr(settings.eval, name) for name in ("path", "split", "columns")}

@@ -227,7 +227,7 @@ def usable_pairs(
     """Filter and orient by the label columns alone: a million rows take about a second and no image is read."""
     table = dataset.texts.with_format("arrow")[:]
     _check_texts(table, where)
-    label_0, label_1 = _labels(table, columns, where)
+    label_0, label_1 = labels_of(table, columns, where)
     labelled = _flags(table, "has_label") & ~np.isnan(label_0) & ~np.isnan(label_1)
     tie = label_0 == label_1
     decided = ((label_0 == 1) & (label_1 == 0)) | ((label_0 == 0) & (label_1 == 1))
@@ -257,8 +257,11 @@ def usable_pairs(
     return PairTable(dataset, kept, (label_0[kept] == 0).astype(np.uint8), counts, tie[kept])
 
 
-def _labels(table: "pa.Table", columns: Columns, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """The labels of both images, float64, NaN where they are missing."""
+def labels_of(table: "pa.Table", columns: Columns, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """The labels of both images of some rows by canonical names, float64, NaN where they are missing.
+
+    Raises DataError for a column that doesn't hold numbers.
+    """
     if columns.are_oriented:
         return np.ones(len(table)), np.zeros(len(table))
     if set(VOTE_COLUMNS) <= set(table.column_names):
