@@ -172,9 +172,11 @@ def duplicates(table: "PairTable") -> str:
     repeated = sum(order.total() - 1 for order in orders.values())
     contradictory = sum(len(order) > 1 for order in orders.values())
     same = int((chosen == rejected).sum())
+    misnamed = 0 if (sizes_of(table) < 0).all() else table.misnamed()
     return (
         f"{repeated:,} pairs have caption and images of an earlier one; {contradictory:,} such pairs are labelled both "
         f"ways round; {same:,} pairs have the same image twice, {how}"
+        + (f"; {misnamed:,} images differ in size from the first one of their name" if misnamed else "")
     )
 
 

@@ -109,6 +109,24 @@ class PairTable:
         chosen, rejected = self.oriented(names)
         return chosen, rejected
 
+    def misnamed(self) -> int:
+        """How many images have another size than the first one of their name, which a cache of examples has for both.
+
+        Only names that the source gives, and images whose sizes it tells.
+        """
+        import pyarrow as pa
+
+        uids = self._present(["image_0_uid", "image_1_uid"])
+        if len(uids) < 2:
+            return 0
+        columns = [self._arrow([name]).column(0).cast(pa.string()) for name in uids]
+        names = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
+        codes = names.combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy().reshape(2, -1).T.ravel()
+        sizes = np.stack([self.dataset.images.sizes(side, self.end)[self.rows] for side in (0, 1)]).T.ravel()
+        known = (codes >= 0) & (sizes >= 0)
+        _, first, places = np.unique(codes[known], return_index=True, return_inverse=True)
+        return int((sizes[known] != sizes[known][first][places]).sum())
+
     @property
     def scores(self) -> np.ndarray | None:
         """(2, N) float64, of each pair's chosen and rejected image; NaN where missing, None without score columns.

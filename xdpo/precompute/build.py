@@ -143,10 +143,17 @@ def build_examples(
         if isinstance(images, StreamedImages):
             plan = replace(plan, fingerprint=table.fingerprint)
             plan.save(folder)
+        misnamed = table.misnamed()
         finish(folder, plan)
         if not settings.cache.keep_source:
             shutil.rmtree(folder / SOURCE, ignore_errors=True)
         say(f"{folder}: finished; {len(plan.latents(folder).unreadable())} unreadable images")
+        if misnamed:
+            say(
+                f"note: {misnamed:,} images differ in size from the first one of their name (image_*_uid), "
+                "which was encoded for all. If this is wrong, encode anew without names: "
+                "data.columns='{image_0_uid: none, image_1_uid: none}'"
+            )
     processes.wait()
 
 
