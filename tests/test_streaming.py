@@ -218,6 +218,39 @@ def test_a_file_that_changed_since_is_refused(fill, server, tmp_path):
     fill("streamed", urls)
 
 
+def test_a_file_that_changes_while_it_is_fetched_is_refused(server, tmp_path):
+    path = server.folder / "train-2.parquet"
+    before = path.read_bytes()
+    assert len(before) > 2 * remote.FETCHED_AT_ONCE, "several requests"
+    file = Remote(f"{server.url}/{path.name}")
+    assert file.read(0, 10) == before[:10]
+    for changed in (before[:-1] + b"!", before[: len(before) // 2]):
+        path.write_bytes(changed)
+        with pytest.raises(RemoteError, match=r"train-2\.parquet is another file than when this cache was begun"):
+            streaming.fetch(file, tmp_path / "copy")
+        assert not (tmp_path / "copy").exists()
+    path.write_bytes(before)
+    streaming.fetch(file, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == before
+
+
+@pytest.mark.parametrize("source", ["parquet", "webdataset"])
+def test_a_file_that_is_truncated_on_the_server_is_named(server, tmp_path, source):
+    suffix = {"parquet": "parquet", "webdataset": "tar"}[source]
+    write_tars(server.folder, count=3, samples=3)
+    urls, path = server.urls(f"*.{suffix}"), server.folder / f"train-1.{suffix}"
+    settings = settings_of("x", urls, tmp_path, f"data.source={source}").data
+    whole = path.read_bytes()
+    middle = len(whole) // 1024 * 512
+    for cut in (middle, middle + 512, middle + 700):  # of a tar between members, within one, and within a block
+        path.write_bytes(whole[:cut])
+        with pytest.raises(DataError, match=rf"train-1\.{suffix}"):
+            load_pairs(settings, in_order=True, streamed_into=tmp_path / "source")
+    path.write_bytes(whole)
+    table = load_pairs(settings, in_order=True, streamed_into=tmp_path / "source")
+    assert table.counts.rows == {"parquet": 4, "webdataset": 3}[source] * len(urls)
+
+
 def test_a_copy_that_cannot_be_read_is_named_and_fetched_again(fill, server, expected, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(Remote, "fetch", lambda self, file: file.write(b"a proxy's page"))

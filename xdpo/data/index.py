@@ -260,8 +260,14 @@ def tar_table(file: str, names: Mapping[str, str], *, with_sides: bool = False) 
                     places[f"width_{side}"].append(width)
                     places[f"height_{side}"].append(height)
         tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header for the end, which is a block of zeros
-        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        end = tar.fileobj.read(tarfile.BLOCKSIZE)
+        if end.strip(b"\0"):
             raise tarfile.ReadError(f"the header at byte {tar.offset:,} is damaged; download the tar again")
+        if not end:
+            raise tarfile.ReadError(
+                "it ends without the blocks of zeros that close a tar, as one that was cut short does. Download it "
+                "again or, if its writer left them out, add them: truncate -s +1024 FILE"
+            )
     whole_numbers = {name: pa.array(values, pa.int64()) for name, values in places.items()}
     return pa.table({name: pa.array(values) for name, values in columns.items()} | whole_numbers)
 
