@@ -71,11 +71,10 @@ def load(settings: Config, split: "Split", folder: Path) -> "PairTable":
     from xdpo import data, precompute
     from xdpo.precompute.keys import source_folder
 
-    most = None if split.is_held_out else settings.data.max_pairs
+    source = split.source(settings)
     return data.load_pairs(
-        settings.data.model_copy(update={"max_pairs": most}),
+        source.model_copy(update={"max_pairs": None}) if split.is_held_out else source,
         filters=precompute.filters_of(settings, split, folder.with_name(data.Split.HELD_OUT.value)),
-        **precompute.source_of(settings, split),
         in_order=True,
         streamed_into=source_folder(settings, split) if settings.cache.examples else folder,
     )
@@ -173,9 +172,11 @@ def duplicates(table: "PairTable") -> str:
     repeated = sum(order.total() - 1 for order in orders.values())
     contradictory = sum(len(order) > 1 for order in orders.values())
     same = int((chosen == rejected).sum())
+    misnamed = 0 if (sizes_of(table) < 0).all() else table.misnamed()
     return (
         f"{repeated:,} pairs have caption and images of an earlier one; {contradictory:,} such pairs are labelled both "
         f"ways round; {same:,} pairs have the same image twice, {how}"
+        + (f"; {misnamed:,} images differ in size from the first one of their name" if misnamed else "")
     )
 
 
@@ -217,6 +218,7 @@ def draw(table: "PairTable", path: Path, examples: int, sample: int) -> None:
 
 def cells_of(table: "PairTable", sample: int) -> dict[int, tuple]:
     """Cells of the chosen and the rejected image of evenly spaced pairs, by their index; of remote files' first one."""
+    from xdpo.data.identity import evenly
     from xdpo.data.streaming import StreamedImages
 
     images, indices = table.dataset.images, list(range(len(table)))
@@ -225,7 +227,7 @@ def cells_of(table: "PairTable", sample: int) -> dict[int, tuple]:
         indices = [index for index in indices if images.file_of(int(table.rows[index])) == number]
         images.bring([number])
     cells = {}
-    for index in spaced(indices, sample):
+    for index in (indices[place] for place in evenly(len(indices), sample)):
         row, side = int(table.rows[index]), int(table.chosen_side[index])
         cells[index] = (images.cell(row, side), images.cell(row, 1 - side))
     return cells
@@ -241,11 +243,6 @@ def sizes_of(table: "PairTable") -> "np.ndarray":
     if isinstance(images, StreamedImages):  # not all of them are there
         return np.full((2, len(table)), -1)
     return table.oriented(np.stack([images.sizes(side)[table.rows] for side in (0, 1)]))
-
-
-def spaced(values: Sequence[int], count: int) -> list[int]:
-    """At most `count` of some values, evenly spaced."""
-    return [values[place * len(values) // count] for place in range(count)] if len(values) > count else list(values)
 
 
 def spread(values: Sequence[float]) -> str:

@@ -38,19 +38,19 @@ def prepare(settings: Config, split: "Split") -> None:
     """Print what there is to do, do it, and print how many pairs came of it. Raises DataError."""
     from xdpo import data, precompute
 
-    title, source = split.title, precompute.source_of(settings, split)
+    title, source = split.title, split.source(settings)
     in_order = split.is_held_out or settings.cache.examples is not None
-    files = data.source_files(settings.data, **source)
+    files = data.source_files(source)
     if settings.cache.examples and any("://" in file for file in files):
         print(f"{title}: {len(files):,} remote files; scripts/cache_examples.py reads them into cache.examples itself")
         return
     if files:
-        copied = data.is_converted(settings.data, files, in_order=in_order)
+        copied = data.is_converted(source, files, in_order=in_order)
         print(f"{title}: {describe(files, copied)}", flush=True)
     # As many processes as there are cores, each with files of its own.
     num_proc = min(len(files), os.cpu_count() or 1) or None
     filters = precompute.filters_of(settings, split)
-    table = data.load_pairs(settings.data, filters=filters, **source, in_order=in_order, num_proc=num_proc)
+    table = data.load_pairs(source, filters=filters, in_order=in_order, num_proc=num_proc)
     print(f"{title}: {table.counts}", flush=True)
 
 

@@ -1,10 +1,11 @@
-"""AI feedback: relabel preference pairs with a scorer, into new parquet files in the same columns.
+"""AI feedback: relabel preference pairs with a scorer, into new parquet files.
 
     python scripts/relabel.py --data 'pickapic/train-*.parquet' --scorer pickscore --output relabelled
     python train_xdpo.py --config configs/xdpo_sd15.yaml data.source=parquet data.path='relabelled/*.parquet'
 
-The image with the higher score becomes the preferred one of its pair (Diffusion-DPO's AI feedback, Section 5.3). New
-columns are score_0 and score_1, which loss.margin_weight uses, and human_label_0 and human_label_1, the earlier labels.
+The image with the higher score becomes the preferred one of its pair (Diffusion-DPO's AI feedback, Section 5.3). The
+new files have Pick-a-Pic's columns, whatever the first ones have (--columns), and all further columns. New ones are
+score_0 and score_1, which loss.margin_weight uses, and human_label_0 and human_label_1, the earlier labels.
 Scores that differ by at most --tie-threshold are a tie, and so is a pair with an unreadable image; training leaves ties
 out. The same command resumes: a file is whole or absent. `accelerate launch scripts/relabel.py …` shares the files out
 to several GPUs.
@@ -29,8 +30,10 @@ from accelerate import PartialState
 
 from xdpo import ending, processes
 from xdpo.arguments import positive
+from xdpo.config import load_config
+from xdpo.data.columns import IMAGE_COLUMNS, VOTE_COLUMNS, Columns
 from xdpo.data.images import UnreadableImageError, decode_rgb
-from xdpo.data.table import check_images, kind_of
+from xdpo.data.table import check_images, kind_of, labels_of
 from xdpo.files import check_writable, only_run, reading, replacing
 from xdpo.paths import expanded, matching, user_path
 from xdpo.progress import Progress
@@ -39,8 +42,7 @@ from xdpo.scorers.loading import load_scorer, scorer_version
 from xdpo.scores.scoring import choose_device
 from xdpo.tables import parquet_rows, parquet_schema
 
-IMAGES = ("jpg_0", "jpg_1")
-NEEDED = (*IMAGES, "caption")
+BASE_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "base.yaml"
 ROWS_AT_ONCE = 64
 
 
@@ -48,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Relabel every file that isn't there yet. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="parquet files or globs")
+    parser.add_argument("--columns", metavar="MAPPING", help="as data.columns, such as '{jpg_0: left, jpg_1: right}'")
     parser.add_argument(
         "--scorer", type=expanded, required=True, help="as for evaluate.py: pickscore, hpsv2, …, or file.py:Class"
     )
@@ -59,26 +62,35 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         check_writable(options.output, "--output")
+        columns = columns_of(options.columns)
         state = PartialState(cpu=not torch.accelerator.is_available(), timeout=processes.COLLECTIVE_TIMEOUT)
         processes.connect()
         with ending.together():
-            relabel_missing(options, state)
+            relabel_missing(options, columns, state)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def relabel_missing(options: argparse.Namespace, state: PartialState) -> None:
+def columns_of(mapping: str | None) -> Columns:
+    """The columns that a mapping names, as data.columns does. Raises ConfigError, or ValueError for ranked images."""
+    columns = Columns(load_config(BASE_CONFIG, [f"data.columns={mapping or 'null'}"]).data.columns or {})
+    if columns.are_ranked:
+        raise ValueError("--columns names image, and relabelling needs pairs: ranked images have an order already")
+    return columns
+
+
+def relabel_missing(options: argparse.Namespace, columns: Columns, state: PartialState) -> None:
     """Relabel every file that isn't there yet. Every process calls it and makes its share of the files."""
-    files = processes.agree(input_files(options.data, options.output) if state.is_main_process else None)
+    files = processes.agree(input_files(options.data, options.output, columns) if state.is_main_process else None)
     with processes.one_first(state.is_main_process):  # it downloads, the others find the files
         version = scorer_version(options.scorer, options.weights)
     processes.refuse_differences({options.scorer: version}, "Give every machine the same files")
     with only_run([options.output], "relabel.py", is_main=state.is_main_process):
         todo: dict[Path, dict] = {}
         if state.is_main_process:
-            made_by = {file: origin(file, version, options.tie_threshold) for file in files}
+            made_by = {file: origin(file, version, options.tie_threshold, columns) for file in files}
             todo = {file: by for file, by in made_by.items() if not is_done(options.output / file.name, by)}
         todo = processes.agree(todo)
         counts: Counter[str] = Counter()
@@ -90,7 +102,8 @@ def relabel_missing(options: argparse.Namespace, state: PartialState) -> None:
                 for number in processes.deal("files", range(len(order))):
                     file = order[number]
                     try:
-                        counts += relabel(file, options.output / file.name, scorer, todo[file], options.batch_size)
+                        target, by = options.output / file.name, todo[file]
+                        counts += relabel(file, target, columns, scorer, by, options.batch_size)
                     except (pa.ArrowException, UnicodeDecodeError) as error:
                         raise ValueError(f"{file} can't be read: {error}") from error
                     progress.update(number + 1 - progress.n)  # earlier ones are another process's, or done
@@ -103,7 +116,7 @@ def relabel_missing(options: argparse.Namespace, state: PartialState) -> None:
                 print(f"  {name}: {counts[name]:,}")
 
 
-def input_files(patterns: list[str], output: Path) -> list[Path]:
+def input_files(patterns: list[str], output: Path, columns: Columns) -> list[Path]:
     """The files with rows that the patterns match, checked by their footers. Raises ValueError before any is read."""
     matches = {pattern: matching(pattern) for pattern in patterns}
     if empty := [pattern for pattern in patterns if not matches[pattern]]:
@@ -119,24 +132,29 @@ def input_files(patterns: list[str], output: Path) -> list[Path]:
                 f"--output {output} is the folder of {file.name}; choose another, labels are not overwritten"
             )
         schema = parquet_schema(file)
-        if missing := [name for name in NEEDED if name not in schema.names]:
-            raise ValueError(
-                f"{file} lacks the columns {', '.join(missing)}: relabelling needs {', '.join(NEEDED)}; "
-                f"it has {', '.join(schema.names)}"
-            )
+        unlabelled = [name for name in columns.required if name != "label_0"]
+        columns.require(schema.names, str(file), unlabelled)
+        own = {column: name for name, column in columns.names(schema.names).items()}
         if repeated := [name for name, count in Counter(schema.names).items() if count > 1]:
             raise ValueError(f"{file} has several columns called {repeated[0]!r}; remove all but one")
-        if kind_of(schema.field("caption").type) not in ("text", "nothing"):
-            raise ValueError(f"{file}: column caption must hold text, it holds {schema.field('caption').type}")
-        check_images({name: schema.field(name).type for name in IMAGES}, str(file))
+        if kind_of(schema.field(own["caption"]).type) not in ("text", "nothing"):
+            raise ValueError(
+                f"{file}: column {own['caption']} must hold text, it holds {schema.field(own['caption']).type}"
+            )
+        check_images({own[name]: schema.field(own[name]).type for name in IMAGE_COLUMNS}, str(file))
     if not (filled := [file for file in files if parquet_rows(file)]):
         raise ValueError(f"--data: no file has any row, {files[0]} for one")
     return filled
 
 
-def origin(file: Path, scorer: str, tie_threshold: float) -> dict:
+def origin(file: Path, scorer: str, tie_threshold: float, columns: Columns) -> dict:
     """What decides the labels of a file's pairs, as it is written into the new file."""
-    return {"scorer": scorer, "tie_threshold": tie_threshold, "source": footer_sha256(file)}
+    return {
+        "scorer": scorer,
+        "tie_threshold": tie_threshold,
+        "mapping": columns.key,
+        "source": footer_sha256(file),
+    }
 
 
 def footer_sha256(file: Path) -> str:
@@ -154,17 +172,22 @@ def is_done(path: Path, made_by: dict) -> bool:
         return False
     metadata = parquet_schema(path).metadata or {}
     expected = {name: str(value).encode() for name, value in made_by.items()}
-    if other := [name.replace("_", "-") for name, value in expected.items() if metadata.get(name.encode()) != value]:
-        raise ValueError(f"{path} was made with another {' and '.join(other)}; choose another --output, or remove it")
+    other = [name for name, value in expected.items() if metadata.get(name.encode(), b"") != value]
+    if other:
+        named = " and ".join(other).replace("_", "-")
+        raise ValueError(f"{path} was made with another {named}; choose another --output, or remove it")
     return True
 
 
-def relabel(source: Path, target: Path, scorer: Scorer, made_by: dict, batch_size: int) -> Counter:
+def relabel(
+    source: Path, target: Path, columns: Columns, scorer: Scorer, made_by: dict, batch_size: int
+) -> Counter[str]:
     """Write one file's pairs with new labels, whole or not at all. Returns counts of the outcomes."""
     counts: Counter[str] = Counter()
     with replacing(target, "wb") as file:
         writer = None
         for table in _tables(source):
+            table = with_canonical_names(table, columns, source)
             scores = score_pairs(table, scorer, batch_size)
             labels = new_labels(scores, made_by["tie_threshold"])
             counts += count(table, scores, labels)
@@ -185,15 +208,29 @@ def _tables(source: Path) -> Iterator[pa.Table]:
             yield pa.Table.from_batches([batch])
 
 
+def with_canonical_names(table: pa.Table, columns: Columns, source: Path) -> pa.Table:
+    """The pairs with Pick-a-Pic's columns, and labels where votes or the images' columns say which is preferred."""
+    names = columns.names(table.column_names)
+    kept = [name for name in table.column_names if name in names or name not in names.values()]
+    table = table.select(kept).rename_columns([names.get(name, name) for name in kept])
+    if columns.are_oriented or VOTE_COLUMNS[0] in columns.given:
+        for side, labels in enumerate(labels_of(table, columns, str(source))):
+            table = with_column(table, f"label_{side}", pa.array(labels, from_pandas=True))
+    return table
+
+
+def with_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
+    """A table with a column at its end, in place of one of that name."""
+    return (table.drop_columns([name]) if name in table.column_names else table).append_column(name, values)
+
+
 def with_new_labels(table: pa.Table, scores: np.ndarray, labels: np.ndarray) -> pa.Table:
     """The pairs with these labels and scores instead of their own; the first labels are kept as human_label."""
     for side in (0, 1):
         if f"label_{side}" in table.column_names and f"human_label_{side}" not in table.column_names:
             table = table.append_column(f"human_label_{side}", table.column(f"label_{side}"))
         for name, values in ((f"label_{side}", labels), (f"score_{side}", scores)):
-            if name in table.column_names:
-                table = table.remove_column(table.column_names.index(name))
-            table = table.append_column(name, pa.array(values[:, side]))
+            table = with_column(table, name, pa.array(values[:, side]))
     if "has_label" in table.column_names:  # what had none has one now
         column = table.column_names.index("has_label")
         table = table.set_column(column, "has_label", pa.array(np.ones(len(table), dtype=bool)))
@@ -215,7 +252,7 @@ def score_pairs(table: pa.Table, scorer: Scorer, batch_size: int) -> np.ndarray:
 
 
 def _readable(table: pa.Table) -> Iterator[tuple]:
-    for row, record in enumerate(table.select(list(NEEDED)).to_pylist()):
+    for row, record in enumerate(table.select([*IMAGE_COLUMNS, "caption"]).to_pylist()):
         for side in (0, 1):
             try:
                 if record["caption"] is not None:

@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class FileServer:
     """faults: by a file's name, what its next answers suffer, in turn:
 
-    an HTTP status; "cut", which breaks off half-way; "slow", which dawdles; "whole", which ignores the range.
+    an HTTP status; "cut", which breaks off half-way; "short", which ends half-way as if that were all; "slow", which
+    dawdles; "whole", which ignores the range.
     requests: by a file's name, the bytes that each request asked for.
     """
 
@@ -40,6 +41,7 @@ def serving(folder):
             content = (folder / name).read_bytes()
             first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
             part = content if fault == "whole" else content[first : last + 1]
+            part = part[: 1 + len(part) // 2] if fault == "short" else part
             server.requests[name].append(len(part))
             self.send_response(200 if fault == "whole" else 206)
             self.send_header("ETag", f'"{hash(content)}"')

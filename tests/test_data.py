@@ -17,9 +17,11 @@ import torch
 from conftest import encoded_image, failing, pick_a_pic_row, write_pick_a_pic
 from PIL import Image
 
+from xdpo.config import load_config
 from xdpo.data import (
     DataError,
     PairDataset,
+    Split,
     StepSampler,
     UnreadableTracker,
     collate_pairs,
@@ -160,11 +162,17 @@ def test_globs_folders_and_lists_name_parquet_files(tmp_path):
         assert [table.pair_id(row) for row in table.rows.tolist()] == ["1000", "1001", "1002"]
 
 
-def test_path_split_and_max_pairs_can_be_given_for_held_out_pairs(tmp_path):
+def test_held_out_pairs_have_a_path_a_split_a_number_and_columns_of_their_own(tmp_path):
     write_pick_a_pic(tmp_path / "train.parquet", [pick_a_pic_row(0)])
     write_pick_a_pic(tmp_path / "test.parquet", [pick_a_pic_row(5), pick_a_pic_row(6)])
-    table = load_pairs(data_config("elsewhere"), path=str(tmp_path), split="test", max_pairs=1)
+    keys = ["data.source=parquet", "data.path=elsewhere", "data.columns={caption: prompt}", "data.max_pairs=9"]
+    keys += [f"eval.path={tmp_path}", "eval.split=test", "eval.pairs=1"]
+    table = load_pairs(Split.HELD_OUT.source(load_config("configs/base.yaml", [*keys, "eval.columns={}"])))
     assert [table.pair_id(row) for row in table.rows.tolist()] == ["1005"]
+    settings = load_config("configs/base.yaml", keys)
+    assert Split.TRAIN.source(settings) == settings.data
+    with pytest.raises(DataError, match=r"test\.parquet lacks the columns prompt;.* in eval\.columns where"):
+        load_pairs(Split.HELD_OUT.source(settings))
 
 
 def test_a_folder_without_the_split_never_yields_another_one(tmp_path):

@@ -217,9 +217,13 @@ def test_a_cache_belongs_to_its_filters_and_columns(tmp_path):
         key("filter.columns={nsfw: [null, 1]}"),
         key("filter.held_out_captions=true"),
         key("data.columns={caption: prompt}"),
+        key("filter.held_out_captions=true", "eval.columns={caption: prompt}"),
     ]
     keys = [json.dumps(each) for each in (plain, denied, *others)]
     assert len(set(keys)) == len(keys)
+    other = key("eval.columns={caption: prompt}", split=Split.HELD_OUT)
+    assert other == key("data.columns={caption: prompt}", split=Split.HELD_OUT) != key(split=Split.HELD_OUT)
+    assert key("eval.columns={caption: prompt}") == plain
     assert key("filter.held_out_captions=true", split=Split.HELD_OUT) == key(split=Split.HELD_OUT)
 
 

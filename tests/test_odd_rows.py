@@ -2,16 +2,22 @@
 
 import importlib.util
 import io
+import struct
+import zlib
 from functools import partial
 
 import numpy as np
 import pytest
 from conftest import encoded_image, pick_a_pic_row, write_pick_a_pic
 from PIL import Image
+from tolerances import assert_same_output
 from training_runs import ROOT
 
+from xdpo import families, precompute
+from xdpo.cache import CachedPairDataset
+from xdpo.compute import build_accelerator
 from xdpo.config import load_config
-from xdpo.data import PairDataset, load_pairs
+from xdpo.data import PairDataset, Split, load_pairs
 from xdpo.families.stable_diffusion import tokenize
 
 
@@ -30,7 +36,15 @@ READABLE = {  # all lime, or white where they have no colour
     "with a comment behind it": encoded_image("lime") + b"\0 appended",
     "one pixel wide": encoded(LIME.resize((1, 300)), "PNG"),
 }
-UNREADABLE = {"null": None, "empty": b"", "truncated": PHOTO[: len(PHOTO) // 2], "no image": b"\x89PNG\r\n\x1a\n"}
+PNG = encoded_image()
+GIGANTIC = PNG[12:16] + struct.pack(">II", 100_000, 100_000) + PNG[24:29]  # 10,000 megapixels, by its header
+UNREADABLE = {
+    "null": None,
+    "empty": b"",
+    "truncated": PHOTO[: len(PHOTO) // 2],
+    "no image": b"\x89PNG\r\n\x1a\n",
+    "gigantic": PNG[:12] + GIGANTIC + struct.pack(">I", zlib.crc32(GIGANTIC)) + PNG[33:],
+}
 CAPTIONS = ["a\0b", "🦊👨‍👩‍👧 und ein Igel", "word " * 10_000, "ثعلب في الغابة", "\u202egnirts\u202c", "", "   "]
 
 
@@ -74,4 +88,35 @@ def test_odd_rows_are_inspected_and_drawn(path, tmp_path, capsys):
     assert script.main(["--config", str(ROOT / "configs/base.yaml"), *keys]) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     assert f"{len(UNREADABLE)} of them unreadable" in out and "Arabic" in out
+    named = [image for image in (*READABLE.values(), *UNREADABLE.values()) if image is not None]
+    others = sum(len(image) != len(named[0]) for image in named)
+    assert f"; {others} images differ in size from the first one of their name" in out
     assert Image.open(tmp_path / "sheet.jpg").width > 500
+
+
+def test_odd_rows_are_encoded_as_without_a_cache_but_for_images_of_one_name(path, small_pipeline, tmp_path):
+    """Those of one name are the first of them, and their number is said."""
+    settings = load_config(
+        ROOT / "configs/base.yaml",
+        [
+            f"model.pipeline={small_pipeline}",
+            f"data.path={path}",
+            f"cache.examples={tmp_path / 'cache'}",
+            *("data.source=parquet", "data.resolution=16", "data.num_workers=0", "data.caption_dropout=0"),
+            *("data.horizontal_flip=false", "data.sample_latents=false", "train.micro_batch_pairs=1"),
+            *("cache.dtype=fp32", "compute.precision=fp32", "eval.every=0", "log.trackers=[]"),
+        ],
+    )
+    said, accelerator = [], build_accelerator(settings)
+    precompute.build_missing_examples(settings, accelerator, said.append)
+    assert "images differ in size from the first one of their name" in said[-1] and "0 unreadable images" in said[-2]
+    cache, parts = precompute.open_examples(settings, accelerator, Split.TRAIN), families.load_parts(settings.model)
+    source = PairDataset(load_pairs(settings.data), parts.tokenize, 0, settings.data, shuffle=False, augment=False)
+    cached = CachedPairDataset(cache, 0, settings.data, shuffle=False, augment=False)
+    first = len(READABLE) + len(UNREADABLE)
+    for position in range(first, len(source)):
+        expected, found = source.batch([position]), cached.batch([position])
+        assert found.pair_ids == expected.pair_ids and found.truncated == expected.truncated
+        assert_same_output(found.images.means, parts.encode_images(expected.images).means)
+        assert_same_output(found.captions["text"], parts.encode_captions(expected.captions)["text"])
+    assert len({cache.images_of(index)[0] for index in range(first)}) == 1

@@ -11,7 +11,7 @@ from conftest import failing
 from training_runs import ROOT
 
 from xdpo.config import load_config
-from xdpo.data import load_pairs
+from xdpo.data import Split, load_pairs
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_training_finds_what_was_prepared_in_its_order(prepare, small_pairs, tmp
     settings = load_config("configs/base.yaml", overrides)
     found = load_pairs(settings.data)
     assert found.columns("caption")["caption"] == [f"a photo of {number}" for number in range(10)]
-    assert len(load_pairs(settings.data, path=settings.eval.path, split=settings.eval.split)) == 2
+    assert len(load_pairs(Split.HELD_OUT.source(settings))) == 2
 
 
 def test_what_relabelling_leaves_is_prepared_and_what_a_run_leaves_is_not(prepare, small_pairs, tmp_path, capsys):

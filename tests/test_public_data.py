@@ -5,6 +5,7 @@ The preferred image is lime, others are red or grey.
 
 import io
 import json
+import pickle
 import re
 import tarfile
 
@@ -17,7 +18,7 @@ from PIL import Image
 from training_runs import ROOT
 
 from xdpo.config import ConfigError, load_config
-from xdpo.data import DataError, load_pairs
+from xdpo.data import DataError, Filters, Split, load_pairs
 
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 GREYS = ["lime", (200, 200, 200), (120, 120, 120), "red"]  # from the best on
@@ -31,13 +32,13 @@ def blocks_of(heading):
 
 @pytest.fixture
 def load(tmp_path, monkeypatch):
-    """load(heading, number=0): the pairs of a block of the page, seen from tmp_path."""
+    """load(heading, number=0): the pairs of a split of a block of the page, seen from tmp_path."""
     monkeypatch.chdir(tmp_path)
 
-    def call(heading, number=0, *overrides):
+    def call(heading, number=0, *overrides, split=Split.TRAIN, **options):
         file = tmp_path / "config.yaml"
         file.write_text(f"inherits: {ROOT}/configs/base.yaml\n" + blocks_of(heading)[number])
-        return load_pairs(load_config(file, overrides).data)
+        return load_pairs(split.source(load_config(file, overrides)), **options)
 
     return call
 
@@ -95,7 +96,7 @@ def test_hpdv2_has_choices_of_two_and_ranks_of_many(load, tmp_path):
     assert (chosen.tolist(), rejected.tolist()) == (["0.jpg", "0.jpg"], ["3.jpg", "1.jpg"])
     ranked = {"prompt": "b", "image_path": ["2.jpg", "0.jpg", "3.jpg", "1.jpg"], "rank": [2, 0, 3, 1]}
     (tmp_path / "HPDv2" / "test" / "test.json").write_text(json.dumps([ranked, ranked | {"rank": [1, 0, 1, 1]}]))
-    table = load("HPDv2", 1)
+    table = load("HPDv2", split=Split.HELD_OUT)
     pairs = list(zip(*(names.tolist() for names in table.image_names()), strict=True))
     assert (len(pairs), table.counts.ties) == (9, 3)
     assert all(int(chosen[0]) < int(rejected[0]) for chosen, rejected in pairs)
@@ -179,7 +180,7 @@ def test_two_folders_have_the_same_names_in_both(two_folders):
     assert_lime_is_chosen(table)
     assert table.captions() == ["photo of a/fox", "photo of hen"]
     assert [table.pair_id(row) for row in (0, 1)] == ["a/fox", "hen"]
-    assert len(load_pairs(settings(two_folders, columns), split="hens", max_pairs=1)) == 1
+    assert len(load_pairs(settings(two_folders, columns, "data.split=hens", "data.max_pairs=1"))) == 1
     (two_folders / "texts").mkdir()
     (two_folders / "texts" / "hen.txt").write_text("a hen")
     table = load_pairs(settings(two_folders, "{chosen: winner, rejected: loser, caption: texts}"))
@@ -189,17 +190,88 @@ def test_two_folders_have_the_same_names_in_both(two_folders):
         load_pairs(settings(two_folders, columns))
 
 
+# Ranked images in parquet files
+
+
+BEST_FIRST = [encoded_image(colour) for colour in GREYS]
+
+
+def write_ranked(path, rows, images, **options):
+    """Rows of (images, ranks, prompt). images: the column's type."""
+    path.parent.mkdir(exist_ok=True)
+    columns = {name: [row[place] for row in rows] for place, name in enumerate(("images", "ranks", "prompt"))}
+    pq.write_table(pa.table(columns | {"images": pa.array(columns["images"], images)}), path, **options)
+
+
+@pytest.mark.parametrize("is_struct", [False, True], ids=["bytes", "structs"])
+def test_lists_of_ranked_images_in_parquet_files_are_read_in_place(load, tmp_path, is_struct, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("copied"))
+    struct = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    type = pa.list_(struct if is_struct else pa.binary())
+    best, second, third, worst = [{"bytes": content} if is_struct else content for content in BEST_FIRST]
+    rows = [
+        ([second, best, worst], [2, 1, 2], "a"),
+        (None, None, "b"),
+        ([best], [1], "c"),
+        ([third, best], [5, None], "d"),
+    ]
+    write_ranked(tmp_path / "ranked" / "0.parquet", rows, type, row_group_size=2)
+    write_ranked(tmp_path / "ranked" / "1.parquet", [([None, best], [1, 2], "a")], type)
+    table = load("Ranked images")
+    assert (table.counts.rows, table.counts.ties, table.counts.unlabelled, len(table)) == (5, 1, 1, 3)
+    named = list(zip(*(names.tolist() for names in table.image_names()), strict=True))
+    assert named == [("0/1", "0/0"), ("0/1", "0/2"), ("4/0", "4/1")] and table.captions() == ["a"] * 3
+    green, light, _, red = BEST_FIRST
+    expected = [(green, light), (green, red), (b"", green)]  # a missing image is unreadable, as elsewhere
+    assert [table.images_of(index) for index in range(3)] == expected
+    assert table.dataset.images.sizes(0).tolist() == [len(light), len(light), len(green), len(BEST_FIRST[2]), -1]
+
+    monkeypatch.setattr("xdpo.data.ranked.parquet_texts", lambda *_: pytest.fail("indexed anew"))
+    again = pickle.loads(pickle.dumps(load("Ranked images")))
+    assert again.fingerprint == table.fingerprint
+    assert [again.images_of(index) for index in (2, 1, 0)] == expected[::-1]
+
+
+def test_ranked_images_of_a_row_each_are_grouped_and_filtered_by_size(tmp_path):
+    images = [*BEST_FIRST[:2], encoded_image("red", (8, 16))]
+    rows = [(images[0], "1", "a"), (images[1], "2", "b"), (images[1], "2", "a"), (images[2], "3", "a")]
+    write_ranked(tmp_path / "train.parquet", rows, pa.binary())
+    columns = "{image: images, votes: ranks, caption: prompt}"
+    keys = ["data.source=parquet", f"data.path={tmp_path}", f"data.columns={columns}", "filter.min_side=9"]
+    config = load_config(ROOT / "configs/base.yaml", keys)
+    table = load_pairs(config.data, filters=Filters(config.filter))
+    assert (table.counts.kept, table.counts.too_small) == (1, 2)
+    assert table.images_of(0) == (images[1], images[0])
+    assert [names.tolist() for names in table.image_names()] == [["2/0"], ["0/0"]]
+
+
+def test_ranked_images_that_cannot_be_read_so_are_refused_in_words(tmp_path, monkeypatch):
+    file, columns = tmp_path / "train.parquet", "{image: images, rank: ranks, caption: prompt}"
+    write_ranked(file, [([BEST_FIRST[0]] * 2, [1, 2], "a"), ([BEST_FIRST[0]] * 2, [1], "b")], pa.list_(pa.binary()))
+    with pytest.raises(
+        DataError, match=r"train\.parquet row 1: column ranks must hold 2 numbers, one for each of images"
+    ):
+        load_pairs(settings(file, columns, "data.source=parquet"))
+    with pytest.raises(DataError, match=r"images holds images themselves.* read it with data\.source=parquet"):
+        load_pairs(settings(file, columns))
+    write_ranked(file, [([BEST_FIRST[0]] * 2, [1, 2], "a")], pa.list_(pa.binary()))
+    monkeypatch.setattr("xdpo.data.sources.MOST_GROUP_BYTES", 100)
+    with pytest.raises(DataError, match=r"a row group holds more than .* Set cache\.examples"):
+        load_pairs(settings(file, columns, "data.source=parquet"))
+    assert len(load_pairs(settings(file, columns, "data.source=parquet"), in_order=True)) == 1
+    with pytest.raises(DataError, match=r"ranked images .* parquet files on this machine .* not from .* http://a/b"):
+        load_pairs(settings("http://a/b.parquet", columns, "data.source=parquet"), streamed_into=tmp_path)
+    write_ranked(file, [([1], [1], "a")], pa.list_(pa.int64()))
+    with pytest.raises(DataError, match=r"column images must hold images.*; it holds int64"):
+        load_pairs(settings(file, columns, "data.source=parquet"))
+
+
 # What doesn't go together
 
 
 @pytest.mark.parametrize(
     "columns, message",
     [
-        ("{chosen: a}", "names chosen, and not rejected; name both"),
-        ("{votes_1: a}", "names votes_1, and not votes_0"),
-        ("{chosen: a, rejected: b, image: c, rank: d}", "names chosen and image, which are different layouts"),
-        ("{image: a}", "needs rank .* or votes"),
-        ("{group: a}", "names group, which goes with image"),
         ("{chosen: good, rejected: path2}", "has the columns path1, path2, caption; it needs good, path2, caption"),
         ("{image: path1, rank: place}", "lacks the columns place; it has path1, path2, caption"),
         ("{image: path1, rank: path2}", "entry 1: column path2 must hold numbers, got 'x'"),
@@ -211,11 +283,11 @@ def test_columns_that_cannot_be_read_are_named(tmp_path, columns, message):
         load_pairs(settings(tmp_path / "list.json", columns))
 
 
-def test_ranked_images_are_read_of_lists_alone(tmp_path):
+def test_ranked_images_are_read_of_parquet_files_and_lists_alone(tmp_path):
     with pytest.raises(
-        DataError, match=r"ranked images are read from a list of their files, which data\.source=folder"
+        DataError, match=r"ranked images \(image: a\) are read from parquet files .* not from webdataset"
     ):
-        load_pairs(settings(tmp_path, "{image: a, rank: b}", "data.source=parquet"))
+        load_pairs(settings(tmp_path, "{image: a, rank: b}", "data.source=webdataset"))
 
 
 def test_votes_go_before_columns_that_would_be_taken_without_them(tmp_path):
@@ -255,6 +327,14 @@ def test_missing_columns_are_named_as_in_the_source(tmp_path):
     [
         ("data.columns={prompt: caption}", "data.columns: has prompt, and a column may stand for caption, jpg_0"),
         ("data.columns=[caption]", "data.columns: must be a mapping such as {caption: prompt}"),
+        ("data.columns={chosen: a}", "data.columns: has chosen, and not rejected; name both"),
+        ("eval.columns={votes_1: a}", "eval.columns: has votes_1, and not votes_0"),
+        (
+            "data.columns={chosen: a, rejected: b, image: c, rank: d}",
+            "data.columns: has chosen and image, which are different layouts",
+        ),
+        ("data.columns={image: a}", "data.columns: has image, which needs rank (the lowest is the best) or votes"),
+        ("eval.columns={group: a}", "eval.columns: has group, which goes with image"),
         ("data.columns={caption: 1}", "data.columns: must be a mapping such as {caption: prompt}"),
         ("filter.columns={nsfw: 0.5}", "filter.columns: must be a mapping such as {nsfw: [null, 0.5]}"),
         ("filter.columns={nsfw: [1, 0]}", "filter.columns: has bounds of nsfw that nothing or everything keeps to"),

@@ -13,6 +13,7 @@ from conftest import ROOT, encoded_image, held_elsewhere, pick_a_pic_row, write_
 from forks import launch
 from PIL import features
 
+from xdpo.config import load_config
 from xdpo.data import load_pairs
 from xdpo.files import is_untouched
 
@@ -137,7 +138,10 @@ def test_bad_input_is_refused_before_anything_is_scored(call, tmp_path, capsys, 
     rows = [{name: value for name, value in pick_a_pic_row(0).items() if name != "caption"}]
     bare = write_pick_a_pic(tmp_path / "bare.parquet", rows)
     for arguments, message in (
-        (["--data", bare], "lacks the columns caption: relabelling needs jpg_0, jpg_1, caption"),
+        (["--data", bare], "bare.parquet lacks the columns caption; it has are_different, "),
+        (["--columns", "{caption: prompt}"], "train-0.parquet lacks the columns prompt; it has "),
+        (["--columns", "{caption: [a]}"], "data.columns: must be a mapping such as {caption: prompt}"),
+        (["--columns", "{image: jpg_0, rank: label_0}"], "--columns names image, and relabelling needs pairs"),
         (["--data", str(tmp_path / "none*.parquet")], "no file matches"),
         (["--data", str(tmp_path / "red.py")], "not a readable parquet file"),
         (["--output", str(call.data)], "labels are not overwritten"),
@@ -315,3 +319,38 @@ def test_a_folder_in_brackets_is_that_folder(call, tmp_path):
     call.data.rename(tmp_path / "data[1]")
     assert call("--data", str(tmp_path / "data[1]" / "train-*.parquet")) == 0
     assert len(list(call.output.glob("*.parquet"))) == 2
+
+
+OTHER_NAMES = {
+    "orientation": ("{chosen: left, rejected: right, caption: prompt}", {}, [1.0] * 6, [2, 2]),
+    "votes": (
+        "{jpg_0: left, jpg_1: right, votes_0: up, votes_1: down, caption: prompt}",
+        {"up": [3, 0, 1, 2, 1, None], "down": ["0.5", "1", "1", "1", "2", "1"]},
+        [1.0, 0.0, 0.5, 1.0, 0.0, None],
+        [2, 1],
+    ),
+}
+
+
+@pytest.mark.parametrize(("columns", "votes", "human", "agreement"), OTHER_NAMES.values(), ids=OTHER_NAMES)
+def test_pairs_with_other_columns_are_written_with_those_of_pick_a_pic(
+    call, tmp_path, columns, votes, human, agreement, capsys
+):
+    table = pq.read_table(call.data / "train-0.parquet").select(["jpg_0", "jpg_1", "caption", "label_0"])
+    table = table.rename_columns(["left", "right", "prompt", "jpg_0"])  # the last is another one, which isn't read
+    for name, values in votes.items():
+        table = table.append_column(name, pa.array(values))
+    pq.write_table(table.append_column("nsfw", pa.array(range(6))), tmp_path / "other.parquet")
+    given = ["--data", str(tmp_path / "other.parquet")]
+    assert call(*given, "--columns", columns) == 0
+    said = capsys.readouterr().out
+    assert f"agrees with the label: {agreement[0]}\n  contradicts the label: {agreement[1]}" in said
+    made = pq.read_table(call.output / "other.parquet")
+    assert made["label_0"].to_pylist() == [1, 0, 0.5, 0.5, 1, 0] and made["human_label_0"].to_pylist() == human
+    assert made["nsfw"].to_pylist() == list(range(6)) and "left" not in made.column_names
+    settings = load_config(ROOT / "configs/base.yaml", ["data.source=parquet", f"data.path={call.output}/*.parquet"])
+    pairs = load_pairs(settings.data)
+    assert pairs.chosen_side.tolist() == [0, 1, 0, 1] and pairs.captions()[0] == "a photo of 0"
+    assert call(*given, "--columns", columns.replace("prompt", "'prompt'")) == 0, "the same mapping"
+    assert call(*given, "--columns", "{jpg_0: left, jpg_1: right, caption: prompt}") == 1
+    assert "other.parquet was made with another mapping; choose another --output" in capsys.readouterr().err

@@ -1,4 +1,9 @@
-"""Caches filled from remote files: what is in them, what a bad network costs, and what lies on the disk meanwhile."""
+"""Caches filled from remote files: what is in them, what a bad network costs, and what lies on the disk meanwhile.
+
+The suite kills those who fill them a few times. More often:
+
+    XDPO_KILLS=20 python -m pytest tests/test_streaming.py -q -m slow
+"""
 
 import json
 import os
@@ -26,6 +31,7 @@ from xdpo.config import load_config
 from xdpo.data import DataError, Split, load_pairs, remote, sources, streaming
 from xdpo.data.remote import Remote, RemoteError, State
 
+KILLS = int(os.environ.get("XDPO_KILLS", 5))
 FILES = 6
 SHARD_BYTES = 2 * 4 * 8 * 8 * 2 * 3  # three images without mirror images
 
@@ -175,7 +181,7 @@ def test_few_copies_lie_on_the_disk_at_once(fill, server, monkeypatch):
 
 def test_a_bad_network_costs_time_alone(fill, server, expected):
     for number, path in enumerate(sorted(server.folder.iterdir())):
-        faults = [None, 429, 500, 503, "cut", "slow", "cut", 408]
+        faults = [None, 429, 500, 503, "cut", "slow", "short", "cut", 408]
         server.faults[path.name] += faults[number:] + faults[:number]
     assert content_of(fill("streamed", server.urls())) == expected
     assert not any(server.faults.values())
@@ -210,6 +216,39 @@ def test_a_file_that_changed_since_is_refused(fill, server, tmp_path):
         fill("streamed", urls)
     (server.folder / "train-2.parquet").write_bytes(before)
     fill("streamed", urls)
+
+
+def test_a_file_that_changes_while_it_is_fetched_is_refused(server, tmp_path):
+    path = server.folder / "train-2.parquet"
+    before = path.read_bytes()
+    assert len(before) > 2 * remote.FETCHED_AT_ONCE, "several requests"
+    file = Remote(f"{server.url}/{path.name}")
+    assert file.read(0, 10) == before[:10]
+    for changed in (before[:-1] + b"!", before[: len(before) // 2]):
+        path.write_bytes(changed)
+        with pytest.raises(RemoteError, match=r"train-2\.parquet is another file than when this cache was begun"):
+            streaming.fetch(file, tmp_path / "copy")
+        assert not (tmp_path / "copy").exists()
+    path.write_bytes(before)
+    streaming.fetch(file, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == before
+
+
+@pytest.mark.parametrize("source", ["parquet", "webdataset"])
+def test_a_file_that_is_truncated_on_the_server_is_named(server, tmp_path, source):
+    suffix = {"parquet": "parquet", "webdataset": "tar"}[source]
+    write_tars(server.folder, count=3, samples=3)
+    urls, path = server.urls(f"*.{suffix}"), server.folder / f"train-1.{suffix}"
+    settings = settings_of("x", urls, tmp_path, f"data.source={source}").data
+    whole = path.read_bytes()
+    middle = len(whole) // 1024 * 512
+    for cut in (middle, middle + 512, middle + 700):  # of a tar between members, within one, and within a block
+        path.write_bytes(whole[:cut])
+        with pytest.raises(DataError, match=rf"train-1\.{suffix}"):
+            load_pairs(settings, in_order=True, streamed_into=tmp_path / "source")
+    path.write_bytes(whole)
+    table = load_pairs(settings, in_order=True, streamed_into=tmp_path / "source")
+    assert table.counts.rows == {"parquet": 4, "webdataset": 3}[source] * len(urls)
 
 
 def test_a_copy_that_cannot_be_read_is_named_and_fetched_again(fill, server, expected, monkeypatch):
@@ -308,18 +347,23 @@ fill_cache(sys.argv[1], sys.argv[3:], Path(sys.argv[2]))
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_processes_killed_at_any_moment_go_on_to_the_same_cache(server, expected, small_pipeline, tmp_path, processes):
-    """SIGKILL of all processes at once, a random time after a file has come or gone, on a network that is bad too."""
-    chance, kills, folder = random.Random(processes), 0, tmp_path / "cache" / "train"
-    arguments = [small_pipeline, folder.parent, *server.urls()]
+    """SIGKILL of all processes at once, a random time after a file has come or gone, on a network that is bad too.
+
+    A cache that was finished before its kill begins anew in another folder.
+    """
+    chance, kills, folders = random.Random(processes), 0, [tmp_path / "cache 0" / "train"]
 
     def files():
-        return {path.name for path in folder.rglob("*") if path.suffix != ".part"}
+        return {path.name for path in folders[-1].rglob("*") if path.suffix != ".part"}
 
-    for _ in range(5):
+    def arguments():
+        return [small_pipeline, folders[-1].parent, *server.urls()]
+
+    for _ in range(3 * KILLS):
         for url in server.urls():
-            server.faults[url.rpartition("/")[2]] = [None, chance.choice([429, 500, "cut", "slow"])] * 2
+            server.faults[url.rpartition("/")[2]] = [None, chance.choice([429, 500, "cut", "short", "slow"])] * 2
         before = files()
-        begun = [fork(FILLING, arguments, os.devnull, **rank) for rank in (ranks(2) if processes == 2 else [{}])]
+        begun = [fork(FILLING, arguments(), os.devnull, **rank) for rank in (ranks(2) if processes == 2 else [{}])]
         while files() - before <= {"lock"} and all(process.is_alive() for process in begun):
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.3))
@@ -327,13 +371,16 @@ def test_processes_killed_at_any_moment_go_on_to_the_same_cache(server, expected
         for process in begun:
             process.kill()
             process.join()
-        if (folder / "manifest.json").exists():
+        if kills == KILLS:
             break
-    assert kills >= 3
-    ended = launch(FILLING, arguments, processes)
+        if (folders[-1] / "manifest.json").exists():
+            folders.append(tmp_path / f"cache {len(folders)}" / "train")
+    assert kills == KILLS
+    ended = launch(FILLING, arguments(), processes)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert content_of(folder) == expected
-    assert not (folder / "source").exists()
+    for folder in folders:
+        assert content_of(folder) == expected
+    assert not (folders[-1] / "source").exists()
 
 
 def test_a_copy_is_needed_until_every_encoding_of_its_images_is_there():

@@ -413,6 +413,11 @@ class EvalConfig(Section):
         None, description="held-out pairs, read as data.source says; null: data.path, with this section's split"
     )
     split: Text = Field("validation_unique", description="split of a hub data set")
+    columns: Columns | None = Field(
+        None,
+        description="what columns of held-out pairs stand for, where theirs differ; null: as data.columns says; {}: "
+        "the names of Pick-a-Pic",
+    )
     pairs: Count = Field(
         256, description="how many held-out pairs, the first of the split; more: narrower intervals, more time"
     )

@@ -35,13 +35,24 @@ def _paths(value: Any) -> str | tuple[str, ...]:
 
 
 def _columns(value: Any) -> Any:
-    """What a column stands for → its name in the files; the names must be known ones."""
+    """What a column stands for → its name in the files; the names must be known ones, and make one layout."""
     if value is None:
         return None
     if not isinstance(value, dict) or not all(isinstance(name, str) and name for name in value.values()):
         raise ValueError("must be a mapping such as {caption: prompt}, from what a column stands for to its name")
     if unknown := [name for name in value if name not in COLUMNS]:
         raise ValueError(f"has {unknown[0]}, and a column may stand for {', '.join(COLUMNS)}")
+    for one, other in (("chosen", "rejected"), ("votes_0", "votes_1")):
+        if (one in value) != (other in value):
+            there, missing = (one, other) if one in value else (other, one)
+            raise ValueError(f"has {there}, and not {missing}; name both")
+    layouts = (("chosen", "rejected"), ("jpg_0", "jpg_1"), ("image",))  # ways of saying which images there are
+    if len(named := [found[0] for names in layouts if (found := [name for name in names if name in value])]) > 1:
+        raise ValueError(f"has {' and '.join(named)}, which are different layouts; leave one out")
+    if "image" in value and ("rank" in value) == ("votes" in value):
+        raise ValueError("has image, which needs rank (the lowest is the best) or votes (the highest is)")
+    if idle := [name for name in ("rank", "votes", "group") if name in value and "image" not in value]:
+        raise ValueError(f"has {idle[0]}, which goes with image; votes for two images are votes_0, votes_1")
     return value
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 IMAGE_COLUMNS = ("jpg_0", "jpg_1")
+IMAGE = "image"  # one of several of a caption, in place of both: see data.ranked
 REQUIRED_COLUMNS = (*IMAGE_COLUMNS, "label_0", "caption")
 SCORE_COLUMNS = ("score_0", "score_1")
 VOTE_COLUMNS = ("votes_0", "votes_1")
@@ -19,9 +20,8 @@ OPTIONAL_COLUMNS = (
 )
 ID_COLUMNS = ("ranking_id", "image_0_uid", "image_1_uid", "__key__")
 FLAG_COLUMNS = ("has_label", "are_different")
-NUMBER_COLUMNS = ("label_0", "label_1", *SCORE_COLUMNS, *VOTE_COLUMNS)
+NUMBER_COLUMNS = ("label_0", "label_1", *SCORE_COLUMNS, *VOTE_COLUMNS, "rank", "votes")
 ORIENTED = {"chosen": "jpg_0", "rejected": "jpg_1"}  # columns that say which image is preferred by their names
-RANKED = ("image", "rank", "votes", "group")  # columns of lists of ranked images; see data.folder
 
 
 class DataError(ValueError):
@@ -47,11 +47,18 @@ class Columns:
     @property
     def are_ranked(self) -> bool:
         """Whether the source lists images with ranks or votes, several of a caption, in place of pairs."""
-        return "image" in self.given
+        return IMAGE in self.given
+
+    @property
+    def order(self) -> str:
+        """What ranks images: `rank`, of which the lowest is the best, or `votes`, of which the highest is."""
+        return "rank" if "rank" in self.given else "votes"
 
     @property
     def required(self) -> tuple[str, ...]:
         """What the source must have, by canonical names."""
+        if self.are_ranked:
+            return (IMAGE, self.order, "caption", *(("group",) if "group" in self.given else ()))
         labels = () if self.are_oriented else VOTE_COLUMNS if "votes_0" in self.given else ("label_0",)
         return (*IMAGE_COLUMNS, *labels, "caption", *self.numbers)
 
@@ -77,7 +84,8 @@ class Columns:
         taken = {*self.given, *(ORIENTED.get(name, name) for name in self.given)}
         if "label_0" not in self.required:  # something else says which image is preferred
             taken |= {"label_0", "label_1"}
-        read = {*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS, *self.numbers} - taken
+        read = {"caption"} if self.are_ranked else {*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS, *self.numbers}
+        read -= taken
         for column in sorted(columns, key=lambda column: "." in column):
             name = column.split(".")[0]
             name = "caption" if name == "original_prompt" else name
@@ -85,38 +93,17 @@ class Columns:
                 names[column] = name
         return names
 
-    def require(self, columns: Sequence[str], where: str) -> None:
-        """Raise DataError where a source lacks a column, naming those that it has."""
+    def require(self, columns: Sequence[str], where: str, required: Sequence[str] | None = None) -> None:
+        """Raise DataError where a source lacks a column, naming those that it has. required: None means all of them."""
         found = set(self.names(columns).values())
-        if missing := [name for name in self.required if name not in found]:
+        if missing := [name for name in required or self.required if name not in found]:
             sides = dict(zip(ORIENTED.values(), ORIENTED, strict=True)) if self.are_oriented else {}
             given = [self.given.get(sides.get(name, name), sides.get(name, name)) for name in missing]
             raise DataError(
                 f"{where} lacks the columns {listed(sorted(given))}; it has {listed(columns)}. Columns of other names "
-                "are named in data.columns, as in data.columns='{caption: prompt}'"
+                "are named in data.columns, as in data.columns='{caption: prompt}', and in eval.columns where those of "
+                "held-out pairs differ"
             )
-
-
-def columns_of(given: Mapping[str, str] | None, numbers: Sequence[str] = ()) -> Columns:
-    """The columns of `data.columns`, and those that filters read. Raises DataError where they don't go together."""
-    given = dict(given or {})
-    for one, other in (tuple(ORIENTED), VOTE_COLUMNS):
-        if (one in given) != (other in given):
-            there, missing = (one, other) if one in given else (other, one)
-            raise DataError(f"data.columns names {there}, and not {missing}; name both")
-    ways = [
-        [name for name in names if name in given]
-        for names in (ORIENTED, IMAGE_COLUMNS, ("image",))  # of saying which images there are
-    ]
-    if len(named := [names[0] for names in ways if names]) > 1:
-        raise DataError(f"data.columns names {' and '.join(named)}, which are different layouts; leave one out")
-    if "image" in given and ("rank" in given) == ("votes" in given):
-        raise DataError("data.columns names image, which needs rank (the lowest is the best) or votes (the highest is)")
-    if idle := [name for name in ("rank", "votes", "group") if name in given and "image" not in given]:
-        raise DataError(
-            f"data.columns names {idle[0]}, which goes with image; votes for two images are votes_0, votes_1"
-        )
-    return Columns(given, tuple(numbers))
 
 
 def listed(names: Iterable[str]) -> str:

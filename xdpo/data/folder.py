@@ -10,14 +10,15 @@ FOLDER/{chosen,rejected}/*       with data.columns='{chosen: chosen, rejected: r
 """
 
 import os
-from collections.abc import Sequence
-from itertools import combinations
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from xdpo.data.columns import ORIENTED, SCORE_COLUMNS, VOTE_COLUMNS, Columns, DataError, listed
+from xdpo.data.columns import IMAGE, ORIENTED, SCORE_COLUMNS, VOTE_COLUMNS, Columns, DataError, listed
+from xdpo.data.ranked import ranked_pairs
+from xdpo.data.table import holds_images
 from xdpo.paths import expanded, user_path
-from xdpo.tables import Table, as_text, read_table, read_text
+from xdpo.tables import Table, as_text, parquet_schema, read_table, read_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,6 +44,7 @@ def read_folder(path: str, split: str, columns: Columns) -> "Dataset":
     else:
         listing = listing_of(path, split)
         read = {*DEFAULT_NAMES, *columns.given.values(), *columns.numbers}
+        _refuse_images(listing, read)
         table = read_table(listing, lambda name: name in read)
         if not table.rows:
             raise DataError(f"{listing} lists no pairs")
@@ -50,6 +52,16 @@ def read_folder(path: str, split: str, columns: Columns) -> "Dataset":
     numbers = ("label_0", "label_1", *VOTE_COLUMNS)
     features = Features({name: Value("float64" if name in numbers else "string") for name in content})
     return Dataset(pa.table(content, features.arrow_schema))  # not from_dict, which inspects each cell again
+
+
+def _refuse_images(listing: Path, read: Collection[str]) -> None:
+    """Raise DataError for a parquet file that holds images themselves, before they are in memory."""
+    for field in parquet_schema(listing) if listing.suffix.lower() == ".parquet" else ():
+        if field.name in read and holds_images(field.type):
+            raise DataError(
+                f"{listing}: column {field.name} holds images themselves, and data.source=folder reads lists of their "
+                "files; read it with data.source=parquet"
+            )
 
 
 def listing_of(path: str, split: str) -> Path:
@@ -123,59 +135,29 @@ def _paths(listing: Path, files: Sequence[str | None]) -> list[str | None]:
 # --- a list of ranked images ---------------------------------------------------------------------------
 
 
-class _Ranked(NamedTuple):
-    """One of the images of a caption; the more votes, the better."""
-
-    image: str | None
-    votes: float | None
-    caption: str | None
-
-
 def _ranked(table: Table, columns: Columns) -> dict[str, list[Any]]:
-    """All pairs of images with one caption and, where a column names it, of one group.
-
-    A row has an image, or lists of images and of their ranks or votes, which are a group then.
-    """
-    if columns.numbers:
-        raise DataError(
-            f"filter.columns: {listed(columns.numbers)} can't be read of ranked images, of which pairs are made"
-        )
     given = columns.given
-    order = "rank" if "rank" in given else "votes"
-    sign = -1 if order == "rank" else 1  # the lowest rank is the best
-    image, number, caption = given["image"], given[order], given.get("caption", "caption")
+    image, number, caption = given[IMAGE], given[columns.order], given.get("caption", "caption")
     group = given.get("group", caption)
     if missing := [name for name in (image, number, caption, group) if name not in table.names]:
         raise DataError(f"{table.path} lacks the columns {listed(missing)}; it has {listed(table.names)}")
-    groups: dict[Any, list[_Ranked]] = {}
-    for row, (cells, text) in enumerate(zip(table.rows, table.texts(caption), strict=True)):
-        images, numbers = cells.get(image), cells.get(number)
-        key = row if isinstance(images, list) else (str(cells.get(group)), text)
-        if not isinstance(images, list):
-            images, numbers = [images], [numbers]
-        if not isinstance(numbers, list) or len(numbers) != len(images):
-            raise DataError(f"{table.where(row, number)} must hold {len(images)} numbers, one for each of {image}")
-        for file, value in zip(images, numbers, strict=True):
-            votes = _number(table, row, number, value)
-            ranked = _Ranked(as_text(file, table.where(row, image)), None if votes is None else sign * votes, text)
-            groups.setdefault(key, []).append(ranked)
-    pairs = [pair for group in groups.values() for pair in combinations(group, 2)]
-    files = [[pair[side].image for pair in pairs] for side in (0, 1)]
+
+    def files_of(row: int) -> Any:
+        where, cell = table.where(row, image), table.rows[row].get(image)
+        return [as_text(file, where) for file in cell] if isinstance(cell, list) else as_text(cell, where)
+
+    numbers, groups = ([cells.get(name) for cells in table.rows] for name in (number, group))
+    files = [files_of(row) for row in range(len(table.rows))]
+    pairs = ranked_pairs(columns, files, numbers, table.texts(caption), groups, lambda row: table.where(row, number))
+    names = [[pair[side].image for pair in pairs] for side in (0, 1)]
     return {
-        "jpg_0": _paths(table.path, files[0]),
-        "jpg_1": _paths(table.path, files[1]),
+        "jpg_0": _paths(table.path, names[0]),
+        "jpg_1": _paths(table.path, names[1]),
         "caption": [one.caption for one, _ in pairs],
         **{name: [pair[side].votes for pair in pairs] for side, name in enumerate(VOTE_COLUMNS)},
-        "image_0_uid": files[0],  # an image that recurs is encoded once
-        "image_1_uid": files[1],
+        "image_0_uid": names[0],  # an image that recurs is encoded once
+        "image_1_uid": names[1],
     }
-
-
-def _number(table: Table, row: int, name: str, cell: Any) -> float | None:
-    try:
-        return None if cell is None or cell == "" else float(cell)
-    except (ValueError, TypeError):
-        raise DataError(f"{table.where(row, name)} must hold numbers, got {cell!r:.60}") from None
 
 
 # --- two folders ---------------------------------------------------------------------------------------

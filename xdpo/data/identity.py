@@ -27,7 +27,7 @@ def image_digest(images: Images, rows: int, end: int) -> str:
     for side in (0, 1):
         sizes = images.sizes(side, end)
         if (sizes < 0).all():  # separate files
-            paths = map(_path_of, images.cells(side, _evenly(end, MOST_FILES)))
+            paths = map(_path_of, images.cells(side, evenly(end, MOST_FILES)))
             sizes = np.array([_file_size(path) for path in paths], dtype=np.int64)
         digest.update(sizes.astype("<i8").tobytes())
         for row in [row for row in sampled_rows(rows).tolist() if row < end]:
@@ -37,7 +37,7 @@ def image_digest(images: Images, rows: int, end: int) -> str:
 
 def sampled_rows(count: int) -> np.ndarray:
     """The rows of a source of `count` rows whose images' bytes are read, ascending."""
-    return _evenly(count, SAMPLED)
+    return evenly(count, SAMPLED)
 
 
 def image_sha256(cell: Any) -> str:
@@ -55,7 +55,8 @@ def file_states(paths: list[str]) -> dict[str, list[int]]:
     return states
 
 
-def _evenly(count: int, most: int) -> np.ndarray:
+def evenly(count: int, most: int) -> np.ndarray:
+    """At most `most` of the numbers 0 … count − 1, evenly spaced and ascending."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
 
 

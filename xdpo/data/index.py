@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from xdpo.data import identity
-from xdpo.data.columns import IMAGE_COLUMNS, Columns, DataError
+from xdpo.data.columns import IMAGE, IMAGE_COLUMNS, Columns, DataError
 from xdpo.data.identity import file_states, image_sha256, sampled_rows
 from xdpo.data.rows import (
     BAR_AFTER,
@@ -47,7 +47,10 @@ if TYPE_CHECKING:
 
 VERSION = 1  # of the index's layout
 SIDES = ("width_0", "height_0", "width_1", "height_1")
-PLACES = ("size_0", "size_1", "offset_0", "offset_1", *SIDES)  # columns of the index that are no columns of the source
+PLACES = (  # columns of the index that are no columns of the source
+    *("size_0", "size_1", "offset_0", "offset_1", *SIDES),
+    *("row_0", "row_1", "place_0", "place_1"),  # of ranked images
+)
 TEXT_MEMBERS = ("txt", "text", "transcript", "cls", "cls2", "index", "inx", "id", "json", "jsn")
 INDEXED_AT_ONCE = 4  # files, on as many cores
 MOST_GROUP_BYTES = 32 * 2**20
@@ -90,7 +93,7 @@ def parquet_rows_in_place(
     for group in groups:
         own = own_image_columns(group)
         for file in group.files:
-            parts.append(ParquetPart(file, group_rows(_parquet(file)), own))
+            parts.append(ParquetPart(file, group_rows(open_parquet(file)), own))
             files.append((file, group))
     ends = np.cumsum([sum(part.groups) for part in parts]).tolist()
 
@@ -99,7 +102,7 @@ def parquet_rows_in_place(
 
         def of_part(number: int) -> tuple[pa.Table, Measured]:
             file, group = files[number]
-            with _named(file, "parquet", len(files)):
+            with named(file, "parquet", len(files)):
                 texts = parquet_texts(file, group)
                 measured = measure_parquet(parts[number], within(sampled, ends, number), with_sides=with_sides)
             return texts, measured
@@ -109,7 +112,7 @@ def parquet_rows_in_place(
         return with_sizes(table, [measured for _, measured in indexed]), ends
 
     layout = str([group.features for _, group in files]) + columns.key + with_sides * " sides"
-    index, digests, _ = _opened([part.path for part in parts], layout, make)
+    index, digests, _ = opened([part.path for part in parts], layout, make)
     return Rows(texts_of(index), ParquetImages(index, digests, parts))
 
 
@@ -119,10 +122,10 @@ def largest_group(files: Iterable[Alike]) -> int:
     for group in files:
         own = {column: name for name, column in group.names.items()}
         for file in group.files:
-            metadata = _parquet(file).metadata
+            metadata = open_parquet(file).metadata
             for number in range(metadata.num_row_groups):
                 columns = [metadata.row_group(number).column(place) for place in range(metadata.num_columns)]
-                for side in IMAGE_COLUMNS:
+                for side in own.keys() & {*IMAGE_COLUMNS, IMAGE}:
                     sizes = [
                         column.total_uncompressed_size
                         for column in columns
@@ -137,10 +140,10 @@ def parquet_texts(file: str, group: Alike) -> "pa.Table":
     import pyarrow as pa
     from datasets.table import table_cast
 
-    names = {name: column for name, column in group.names.items() if column not in IMAGE_COLUMNS}
+    names = {name: column for name, column in group.names.items() if column not in (*IMAGE_COLUMNS, IMAGE)}
     schema = pa.schema([field for field in group.features.arrow_schema if field.name in names])
     # Casts what another file of the data set has as another type; `alike` has seen to it that all can be cast.
-    table = table_cast(_parquet(file).read(columns=list(names), use_threads=False).select(schema.names), schema)
+    table = table_cast(open_parquet(file).read(columns=list(names), use_threads=False).select(schema.names), schema)
     return table.rename_columns([names[name] for name in schema.names])
 
 
@@ -152,7 +155,7 @@ def measure_parquet(part: ParquetPart, sampled: Mapping[int, int], *, with_sides
     for side, name in enumerate(part.names):
         found, row = [np.empty(0, np.int64)], 0
         pixels: list[tuple[int, int]] = []
-        for batch in _parquet(part.path).iter_batches(BATCH_ROWS, columns=[name], use_threads=False):
+        for batch in open_parquet(part.path).iter_batches(BATCH_ROWS, columns=[name], use_threads=False):
             cells = batch.column(0)
             found.append(sizes_of(cells))
             for place in range(len(cells)):
@@ -167,7 +170,7 @@ def measure_parquet(part: ParquetPart, sampled: Mapping[int, int], *, with_sides
     return Measured(sizes, digests, sides)
 
 
-def _parquet(file: Any) -> "pq.ParquetFile":
+def open_parquet(file: Any) -> "pq.ParquetFile":
     import pyarrow.parquet as pq
 
     return pq.ParquetFile(file, pre_buffer=False, buffer_size=BUFFER_BYTES)
@@ -196,7 +199,7 @@ def tar_rows_in_place(
 
     def make() -> "tuple[pa.Table, list[int]]":
         def of_part(number: int) -> "pa.Table":
-            with _named(files[number], "webdataset", len(files)):
+            with named(files[number], "webdataset", len(files)):
                 return tar_table(files[number], names, with_sides=with_sides)
 
         tables = each(of_part, len(files), num_proc, "index")
@@ -212,16 +215,16 @@ def tar_rows_in_place(
                 offset, size = (table.column(f"{what}_{side}")[row].as_py() for what in ("offset", "size"))
                 if size >= 0:
                     digests[side][str(row)] = image_sha256(read_member(files[number], offset, size))
-        return _with_digests(table, digests), ends
+        return with_digests(table, digests), ends
 
-    index, digests, ends = _opened(files, str(names) + columns.key + with_sides * " sides", make)
+    index, digests, ends = opened(files, str(names) + columns.key + with_sides * " sides", make)
     parts = [TarPart(file, end) for file, end in zip(files, ends, strict=True)]
     return Rows(texts_of(index), TarImages(index, digests, parts, (own["jpg_0"], own["jpg_1"])))
 
 
 def names_in_place(files: Sequence[str], columns: Columns) -> dict[str, str] | None:
     """Member name → column, for tars that can be read in place; None for compressed ones and for rare formats."""
-    with _named(files[0], "webdataset", len(files)):
+    with named(files[0], "webdataset", len(files)):
         names = _member_names(files[0], columns)
     return names if all(map(_is_plain, files)) else None
 
@@ -257,8 +260,14 @@ def tar_table(file: str, names: Mapping[str, str], *, with_sides: bool = False) 
                     places[f"width_{side}"].append(width)
                     places[f"height_{side}"].append(height)
         tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header for the end, which is a block of zeros
-        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        end = tar.fileobj.read(tarfile.BLOCKSIZE)
+        if end.strip(b"\0"):
             raise tarfile.ReadError(f"the header at byte {tar.offset:,} is damaged; download the tar again")
+        if not end:
+            raise tarfile.ReadError(
+                "it ends without the blocks of zeros that close a tar, as one that was cut short does. Download it "
+                "again or, if its writer left them out, add them: truncate -s +1024 FILE"
+            )
     whole_numbers = {name: pa.array(values, pa.int64()) for name, values in places.items()}
     return pa.table({name: pa.array(values) for name, values in columns.items()} | whole_numbers)
 
@@ -319,7 +328,7 @@ def _is_plain(file: str) -> bool:
 # --- the index -----------------------------------------------------------------------------------------
 
 
-def _opened(
+def opened(
     files: Sequence[str], layout: str, make: "Callable[[], tuple[pa.Table, Sequence[int]]]"
 ) -> "tuple[Dataset, Digests, list[int]]":
     """The index of some files, made by `make` unless it is there: its table, its digests, the row where each file ends.
@@ -358,10 +367,10 @@ def with_sizes(table: "pa.Table", measured: Sequence[Measured]) -> "pa.Table":
             table = table.append_column(f"{what}_{side}", pa.array(pixels))
         for of_file in measured:
             digests[side] |= of_file.digests[side]
-    return _with_digests(table, digests)
+    return with_digests(table, digests)
 
 
-def _with_digests(table: "pa.Table", digests: Digests) -> "pa.Table":
+def with_digests(table: "pa.Table", digests: Digests) -> "pa.Table":
     return table.replace_schema_metadata({b"digests": json.dumps(digests)})
 
 
@@ -395,7 +404,7 @@ def each(of_part: Callable[[int], Any], count: int, num_proc: int | None, what: 
 
 
 @contextmanager
-def _named(file: str, kind: str, count: int) -> Iterator[None]:
+def named(file: str, kind: str, count: int) -> Iterator[None]:
     """Turn whatever is raised in a block that reads a file into a DataError, or a StorageError, that names it."""
     try:
         yield

@@ -108,6 +108,13 @@ class ArrowImages:
         return {"_dataset": self._dataset}
 
 
+def is_list(type: "pa.DataType") -> bool:
+    """Whether a pyarrow type holds lists."""
+    import pyarrow.types as t
+
+    return t.is_list(type) or t.is_large_list(type) or t.is_fixed_size_list(type)
+
+
 def sizes_of(images: "pa.Array") -> np.ndarray:
     """Bytes of each image of an Arrow array, int64, −1 where it holds none."""
     import pyarrow as pa
@@ -268,6 +275,22 @@ class ParquetImages(_IndexedImages):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_readers": {}}
+
+
+class RankedImages(_IndexedImages):
+    """Images of pairs that were made of ranked images in parquet files.
+
+    The index has the row of each among all rows of the files and, where a row holds a list, its place in that.
+    """
+
+    def __init__(self, index: "Dataset", digests: Sequence[Mapping[str, str]], parts: Sequence[ParquetPart]):
+        super().__init__(index, digests)
+        self._images = ParquetImages(index, digests, parts)
+
+    def cell(self, row: int, side: int) -> Any:
+        ranked_row, place = (self._index.data.column(f"{what}_{side}")[row].as_py() for what in ("row", "place"))
+        cell = self._images.cell(ranked_row, side)
+        return cell[place] if isinstance(cell, list) else cell
 
 
 class _ColumnReader:

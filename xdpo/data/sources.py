@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from xdpo import processes
 from xdpo.config import DataConfig
-from xdpo.data.columns import Columns, DataError, columns_of, listed
+from xdpo.data.columns import IMAGE, Columns, DataError, listed
 from xdpo.data.filters import Filters
 from xdpo.data.folder import file_of_folder, read_folder
 from xdpo.data.index import MOST_GROUP_BYTES, largest_group, names_in_place, parquet_rows_in_place, tar_rows_in_place
+from xdpo.data.ranked import ranked_rows_in_place
 from xdpo.data.remote import is_remote
 from xdpo.data.rows import Rows
 from xdpo.data.shards import alike, file_at_fault, first_line, read_parquet, read_tar, with_members
@@ -54,9 +55,6 @@ def load_pairs(
     data_config: DataConfig,
     *,
     filters: Filters | None = None,
-    path: str | list[str] | None = None,
-    split: str | None = None,
-    max_pairs: int | None = None,
     in_order: bool = False,
     streamed_into: Path | None = None,
     keep_source: bool = False,
@@ -65,10 +63,10 @@ def load_pairs(
 ) -> PairTable:
     """Load the pairs that the `data` section of a config describes.
 
-    `path`, `split` and `max_pairs`, where given, replace those of data_config (for held-out pairs). Ties, unlabelled
-    rows, rows without a caption, pairs of identical images and what `filters` leave out are dropped and counted, ties
-    only without keep_ties; then the first max_pairs are kept. A split selects files of a hub data set, or within a
-    folder (`train.parquet`, `train-*.parquet`, `train/*.parquet`); files that are named themselves are all used.
+    Ties, unlabelled rows, rows without a caption, pairs of identical images and what `filters` leave out are dropped
+    and counted, ties only without keep_ties; then the first max_pairs are kept. A split selects files of a hub data
+    set, or within a folder (`train.parquet`, `train-*.parquet`, `train/*.parquet`); files that are named themselves are
+    all used.
     in_order: whether images will be read in the order of their rows, as for caches and held-out pairs. num_proc:
     processes that index or convert files on their first use. Neither changes rows or their order.
     streamed_into: a folder into which remote files are read one by one (data.streaming), while their images are used.
@@ -79,36 +77,34 @@ def load_pairs(
     loaders = {"hub": _load_hub, "parquet": _load_parquet, "webdataset": _load_webdataset, "folder": _load_folder}
     if data_config.source not in loaders:
         raise DataError(f"unknown data.source {data_config.source!r}; choose from {', '.join(loaders)}")
-    paths = _paths(data_config, path)
+    paths = _paths(data_config)
     where = f"{data_config.source} data at {', '.join(paths)}"
     filters = filters or Filters()
-    columns, with_sides = columns_of(data_config.columns, filters.columns), filters.config.needs_sides
-    if columns.are_ranked and data_config.source != "folder":
+    columns, with_sides = Columns(data_config.columns or {}, filters.columns), filters.config.needs_sides
+    if columns.are_ranked and (data_config.source not in ("folder", "parquet") or any(map(is_remote, paths))):
         raise DataError(
-            f"data.columns names image: ranked images are read from a list of their files, which data.source=folder "
-            f"names, and not from {where}; docs/data.md has examples"
+            f"ranked images ({IMAGE}: {columns.given[IMAGE]}) are read from parquet files on this machine or, with "
+            f"data.source=folder, from a list of their files, and not from {where}; docs/data.md has examples"
         )
     names = list(columns.given.values())
     if data_config.source != "folder" and (twice := [name for name in names if names.count(name) > 1]):
         raise DataError(f"data.columns names the column {twice[0]} twice; a column of {where} stands for one thing")
-    how = _Reading(split or data_config.split, data_config.revision, columns, with_sides, in_order, num_proc)
+    how = _Reading(data_config.split, data_config.revision, columns, with_sides, in_order, num_proc)
     try:
         _ = filters.phrases  # a file that can't be read is found before all others are
-        rows = _streamed(data_config, paths, split, columns, streamed_into, keep_source) or loaders[data_config.source](
+        rows = _streamed(data_config, paths, columns, streamed_into, keep_source) or loaders[data_config.source](
             paths, how
         )
     except TableError as error:
         raise DataError(str(error)) from error
     if not isinstance(rows, Rows):
         rows = in_arrow(with_canonical_columns(rows, columns, where))
-    most = data_config.max_pairs if max_pairs is None else max_pairs
-    return usable_pairs(rows, most, columns, where, filters, keep_ties=keep_ties)
+    return usable_pairs(rows, data_config.max_pairs, columns, where, filters, keep_ties=keep_ties)
 
 
 def _streamed(
     data_config: DataConfig,
     paths: list[str],
-    split: str | None,
     columns: Columns,
     folder: Path | None,
     keep_source: bool,
@@ -119,7 +115,7 @@ def _streamed(
     if data_config.source == "folder" or (data_config.source == "hub" and folder is None):
         return None
     if data_config.source == "hub":
-        paths = source_files(data_config, path=paths, split=split)
+        paths = source_files(data_config)
     remote = [path for path in paths if is_remote(path)]
     if not remote:
         return None
@@ -138,14 +134,12 @@ def _streamed(
     raise DataError(f"remote files must end in .parquet or in .tar, all alike; data.path has {listed(paths[:3])}")
 
 
-def source_files(
-    data_config: DataConfig, *, path: str | list[str] | None = None, split: str | None = None
-) -> list[str]:
+def source_files(data_config: DataConfig) -> list[str]:
     """Paths or URLs of the files that `load_pairs` would read; none for a folder. Raises DataError where none match."""
-    paths, split = _paths(data_config, path), split or data_config.split
+    paths, split = _paths(data_config), data_config.split
     match data_config.source:
         case "hub":
-            return _hub_files(_only(paths, "hub"), split, data_config.revision, columns_of(data_config.columns))
+            return _hub_files(_only(paths, "hub"), split, data_config.revision, Columns(data_config.columns or {}))
         case "parquet":
             return _matching_files(paths, ".parquet", split)
         case "webdataset":
@@ -159,25 +153,26 @@ def is_converted(data_config: DataConfig, files: list[str], *, in_order: bool) -
         case "hub":
             return True
         case "parquet":
-            return not in_order and largest_group(alike(files, columns_of(data_config.columns))) > MOST_GROUP_BYTES
+            columns = Columns(data_config.columns or {})
+            if in_order or columns.are_ranked:
+                return False
+            return largest_group(alike(files, columns)) > MOST_GROUP_BYTES
         case "webdataset":
-            return names_in_place(files, columns_of(data_config.columns)) is None
+            return names_in_place(files, Columns(data_config.columns or {})) is None
     return False
 
 
-def local_files(data_config: DataConfig, *, path: str | list[str] | None = None, split: str | None = None) -> list[str]:
+def local_files(data_config: DataConfig) -> list[str]:
     """This machine's files that `load_pairs` would read; for a folder its listing, for a hub data set none."""
-    paths, split = _paths(data_config, path), split or data_config.split
     if data_config.source == "folder":
-        columns = columns_of(data_config.columns)
-        return [str(file_of_folder(_only(paths, "folder"), split, columns).absolute())]
-    files = [] if data_config.source == "hub" else source_files(data_config, path=path, split=split)
+        folder, columns = _only(_paths(data_config), "folder"), Columns(data_config.columns or {})
+        return [str(file_of_folder(folder, data_config.split, columns).absolute())]
+    files = [] if data_config.source == "hub" else source_files(data_config)
     return [os.path.abspath(file) for file in files if not is_remote(file)]
 
 
-def _paths(data_config: DataConfig, path: str | list[str] | None) -> list[str]:
-    given = data_config.path if path is None else path
-    paths = [given] if isinstance(given, str) else list(given)
+def _paths(data_config: DataConfig) -> list[str]:
+    paths = [data_config.path] if isinstance(data_config.path, str) else list(data_config.path)
     if not paths:
         raise DataError(f"data.path is empty; name what data.source={data_config.source} should read")
     return paths
@@ -240,6 +235,14 @@ def _load_parquet(paths: list[str], how: _Reading) -> Rows:
     from datasets import concatenate_datasets
 
     groups = alike(_matching_files(paths, ".parquet", how.split), how.columns)
+    if how.columns.are_ranked:
+        if not how.in_order and largest_group(groups) > MOST_GROUP_BYTES:
+            raise DataError(
+                f"{groups[0].files[0]} and the others: a row group holds more than {MOST_GROUP_BYTES / 1e6:.0f} MB of "
+                "ranked images, too many to read pairs from it in random order. Set cache.examples, or write the files "
+                "with smaller row groups"
+            )
+        return ranked_rows_in_place(groups, how.columns, how.num_proc, with_sides=how.with_sides)
     if how.in_order or largest_group(groups) <= MOST_GROUP_BYTES:
         return parquet_rows_in_place(groups, how.columns, how.num_proc, with_sides=how.with_sides)
     if processes.rank() == 0:

@@ -2,7 +2,7 @@
 
 from enum import Enum
 
-from xdpo.config import Config
+from xdpo.config import Config, DataConfig
 from xdpo.noise import HELD_OUT_SEED
 
 
@@ -23,6 +23,14 @@ class Split(Enum):
     def seed(self, settings: Config) -> int:
         """The seed of its draws; held-out pairs have the same (t, ε) in every run."""
         return HELD_OUT_SEED if self.is_held_out else settings.seed
+
+    def source(self, settings: Config) -> DataConfig:
+        """The `data` section for its pairs. The `eval` section replaces held-out ones' path, split, columns, number."""
+        if not self.is_held_out:
+            return settings.data
+        given = {name: getattr(settings.eval, name) for name in ("path", "split", "columns")}
+        replaced = {name: value for name, value in given.items() if value is not None}
+        return settings.data.model_copy(update={**replaced, "max_pairs": settings.eval.pairs})
 
     @classmethod
     def of(cls, settings: Config) -> tuple["Split", ...]:

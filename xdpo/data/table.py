@@ -14,7 +14,7 @@ import numpy as np
 from xdpo.data.columns import ID_COLUMNS, IMAGE_COLUMNS, SCORE_COLUMNS, VOTE_COLUMNS, Columns, DataError
 from xdpo.data.filters import Filters
 from xdpo.data.identity import bytes_of, image_digest
-from xdpo.data.rows import ArrowImages, Rows
+from xdpo.data.rows import ArrowImages, Rows, is_list
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -109,6 +109,24 @@ class PairTable:
         chosen, rejected = self.oriented(names)
         return chosen, rejected
 
+    def misnamed(self) -> int:
+        """How many images have another size than the first one of their name, which a cache of examples has for both.
+
+        Only names that the source gives, and images whose sizes it tells.
+        """
+        import pyarrow as pa
+
+        uids = self._present(["image_0_uid", "image_1_uid"])
+        if len(uids) < 2:
+            return 0
+        columns = [self._arrow([name]).column(0).cast(pa.string()) for name in uids]
+        names = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
+        codes = names.combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy().reshape(2, -1).T.ravel()
+        sizes = np.stack([self.dataset.images.sizes(side, self.end)[self.rows] for side in (0, 1)]).T.ravel()
+        known = (codes >= 0) & (sizes >= 0)
+        _, first, places = np.unique(codes[known], return_index=True, return_inverse=True)
+        return int((sizes[known] != sizes[known][first][places]).sum())
+
     @property
     def scores(self) -> np.ndarray | None:
         """(2, N) float64, of each pair's chosen and rejected image; NaN where missing, None without score columns.
@@ -181,15 +199,22 @@ def in_arrow(dataset: "Dataset") -> Rows:
 
 def check_images(types: Mapping[str, Any], where: str) -> None:
     """Raise DataError for a column whose pyarrow type holds neither images nor their paths, nor both in a struct."""
-    import pyarrow.types as t
-
     for name, type in types.items():
-        fields = {type.field(place).name for place in range(type.num_fields)} if t.is_struct(type) else set()
-        if kind_of(type) not in ("bytes", "text") and not fields >= {"bytes", "path"}:
+        if kind_of(type) != "text" and (is_list(type) or not holds_images(type)):
             raise DataError(
                 f"{where}: column {name} must hold images, as encoded bytes, as paths, or as a struct of bytes and "
                 f"path; it holds {type}"
             )
+
+
+def holds_images(type: "pa.DataType") -> bool:
+    """Whether a pyarrow type holds encoded images, alone, in a struct of bytes and path, or in lists of either."""
+    import pyarrow.types as t
+
+    if is_list(type):
+        return holds_images(type.value_type)
+    fields = {type.field(place).name for place in range(type.num_fields)} if t.is_struct(type) else set()
+    return kind_of(type) == "bytes" or fields >= {"bytes", "path"}
 
 
 def kind_of(type: "pa.DataType") -> str:
@@ -220,7 +245,7 @@ def usable_pairs(
     """Filter and orient by the label columns alone: a million rows take about a second and no image is read."""
     table = dataset.texts.with_format("arrow")[:]
     _check_texts(table, where)
-    label_0, label_1 = _labels(table, columns, where)
+    label_0, label_1 = labels_of(table, columns, where)
     labelled = _flags(table, "has_label") & ~np.isnan(label_0) & ~np.isnan(label_1)
     tie = label_0 == label_1
     decided = ((label_0 == 1) & (label_1 == 0)) | ((label_0 == 0) & (label_1 == 1))
@@ -250,8 +275,11 @@ def usable_pairs(
     return PairTable(dataset, kept, (label_0[kept] == 0).astype(np.uint8), counts, tie[kept])
 
 
-def _labels(table: "pa.Table", columns: Columns, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """The labels of both images, float64, NaN where they are missing."""
+def labels_of(table: "pa.Table", columns: Columns, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """The labels of both images of some rows by canonical names, float64, NaN where they are missing.
+
+    Raises DataError for a column that doesn't hold numbers.
+    """
     if columns.are_oriented:
         return np.ones(len(table)), np.zeros(len(table))
     if set(VOTE_COLUMNS) <= set(table.column_names):

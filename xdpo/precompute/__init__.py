@@ -13,7 +13,6 @@ from xdpo.precompute.opening import (
     open_examples,
     open_pairs,
     open_reference,
-    source_of,
 )
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "open_pairs",
     "open_reference",
     "reference_key",
-    "source_of",
     "takes_single_images",
     "verify_examples",
 ]

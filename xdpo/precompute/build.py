@@ -24,7 +24,7 @@ from xdpo.families import PipelineParts, load_parts
 from xdpo.files import PART, appears, file_sha256, is_own, only_run, replacing, sweep
 from xdpo.precompute.keys import example_key, examples_folder
 from xdpo.precompute.kinds import Kind, kinds_of
-from xdpo.precompute.opening import load_table, refuse_without_sizes, source_of
+from xdpo.precompute.opening import load_table, refuse_without_sizes
 from xdpo.progress import Progress
 
 if TYPE_CHECKING:
@@ -143,10 +143,17 @@ def build_examples(
         if isinstance(images, StreamedImages):
             plan = replace(plan, fingerprint=table.fingerprint)
             plan.save(folder)
+        misnamed = table.misnamed()
         finish(folder, plan)
         if not settings.cache.keep_source:
             shutil.rmtree(folder / SOURCE, ignore_errors=True)
         say(f"{folder}: finished; {len(plan.latents(folder).unreadable())} unreadable images")
+        if misnamed:
+            say(
+                f"note: {misnamed:,} images differ in size from the first one of their name (image_*_uid), "
+                "which was encoded for all. If this is wrong, encode anew without names: "
+                "data.columns='{image_0_uid: none, image_1_uid: none}'"
+            )
     processes.wait()
 
 
@@ -329,7 +336,7 @@ def _plan(
         dtype={"fp16": "float16", "fp32": "float32"}[settings.cache.dtype],
         has_scores="chosen_score" in pairs.column_names,
         has_sizes="size_conditioning" in parts.family.keys,
-        sources=file_states(local_files(settings.data, **source_of(settings, split))),
+        sources=file_states(local_files(split.source(settings))),
     )
 
 

@@ -34,17 +34,15 @@ def example_key(settings: Config, split: Split) -> dict[str, Any]:
     The encoders' device and batch, which change rounding, are left out. A reference's key identifies cached examples by
     their bytes.
     """
-    data, model = settings.data, settings.model
+    data, model = split.source(settings), settings.model
     family = family_of_pipeline(model)
     source = {"source": data.source, "path": data.path, "split": data.split, "max_pairs": data.max_pairs}
-    if split.is_held_out:
-        source |= {"path": settings.eval.path or data.path, "split": settings.eval.split}
-        source["max_pairs"] = settings.eval.pairs
     filters = Filters(settings.filter).key()
     if split.is_held_out:
         filters.pop("filter.held_out_captions", None)
     elif settings.filter.held_out_captions:
-        filters["filter.held_out_captions"] = {"path": settings.eval.path, "split": settings.eval.split}
+        given = {"path", "split"} if settings.eval.columns is None else {"path", "split", "columns"}
+        filters["filter.held_out_captions"] = settings.eval.model_dump(mode="json", include=given)
     return {
         **{f"data.{name}": list(value) if isinstance(value, tuple) else value for name, value in source.items()},
         "data.revision": data.revision,

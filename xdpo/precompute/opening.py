@@ -3,7 +3,6 @@
 import filecmp
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
@@ -97,15 +96,12 @@ def load_table(
     in_order: whether their images will be read in the order of their rows. Every process calls it, and all return
     together.
     """
-    max_pairs = settings.eval.pairs if split.is_held_out else None
     with processes.one_first(
         accelerator.is_main_process
     ):  # the first process indexes or converts the files, the others find it done
         return load_pairs(
-            settings.data,
+            split.source(settings),
             filters=filters_of(settings, split),
-            **source_of(settings, split),
-            max_pairs=max_pairs,
             in_order=in_order,
             streamed_into=_streamed_into(settings, split),
             keep_source=settings.cache.keep_source,
@@ -121,8 +117,7 @@ def filters_of(settings: Config, split: Split, streamed_into: Path | None = None
     if split.is_held_out or not settings.filter.held_out_captions:
         return Filters(settings.filter)
     held_out = load_pairs(
-        settings.data.model_copy(update={"max_pairs": None}),
-        **source_of(settings, Split.HELD_OUT),
+        Split.HELD_OUT.source(settings).model_copy(update={"max_pairs": None}),
         in_order=True,
         streamed_into=_streamed_into(settings, Split.HELD_OUT) or streamed_into,
         keep_source=settings.cache.keep_source,
@@ -132,11 +127,6 @@ def filters_of(settings: Config, split: Split, streamed_into: Path | None = None
 
 def _streamed_into(settings: Config, split: Split) -> Path | None:
     return source_folder(settings, split) if settings.cache.examples else None
-
-
-def source_of(settings: Config, split: Split) -> dict[str, Any]:
-    """The values of the `eval` section that replace those of the `data` section: path and split of held-out pairs."""
-    return {"path": settings.eval.path, "split": settings.eval.split} if split.is_held_out else {}
 
 
 def open_examples(settings: Config, accelerator: Accelerator, split: Split) -> ExampleCache:
