@@ -1,10 +1,11 @@
 """Make the paper's tables and answer its open questions from one plan: tune, train, sample, score, write.
 
-    python scripts/reproduce.py --scale tiny                 the embedded world, on a CPU in about two hours
-    python scripts/reproduce.py --scale sd15                 prints the GPU plan; --go runs it
+    python scripts/reproduce.py --scale tiny                      the embedded world, on a CPU in some hours
+    python scripts/reproduce.py --scale tiny --only tuning        a part of it; the next start adds another one
+    python scripts/reproduce.py --scale sd15                      prints the GPU plan; --go runs it
 
 A scale is a plan in configs/experiments/, or the path of your own. After a stop or a kill the same command resumes.
-The results are in OUTPUT/results.md with figures, or in --page; OUTPUT/results/report.html shows every image.
+The results are in OUTPUT/results.md with figures, or in --page; OUTPUT/results/guidance…/report.html shows every image.
 """
 
 import argparse
@@ -15,14 +16,14 @@ from pathlib import Path
 
 from xdpo.experiments import page
 from xdpo.experiments.findings import Findings
-from xdpo.experiments.plan import BASE, load_plan
+from xdpo.experiments.plan import BASE, Parts, load_plan
 from xdpo.experiments.runs import ROOT, Run, train_all
 from xdpo.experiments.stages import Reproduction, choose, model_name
 from xdpo.experiments.tasks import Interrupted, Task, print_line, run_all
 from xdpo.paths import user_path
 
 PLANS = ROOT / "configs" / "experiments"
-STARTED_AT_ONCE = "tiny"  # the scale that needs no --go
+STARTED_AT_ONCE = ("tiny", "tiny_flow", "tiny_online")  # the scales that need no --go
 
 
 class StageError(RuntimeError):
@@ -37,13 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = load_plan(path if path.suffix in (".yaml", ".yml") else PLANS / f"{options.scale}.yaml")
         output = options.output or Path("runs") / f"reproduce_{path.stem}"
         reproduction = Reproduction(plan, output, options.processes)
-        if options.dry_run or not (options.go or options.scale == STARTED_AT_ONCE):
-            print(what_would_run(reproduction))
+        parts = reproduction.with_finished(plan.parts(options.only))
+        if options.dry_run or not (options.go or options.scale in STARTED_AT_ONCE):
+            print(what_would_run(reproduction, parts))
             return 0
-        findings = reproduce(reproduction, options.jobs)
+        findings = reproduce(reproduction, parts, options.jobs)
         command = shlex.join(["python", "scripts/reproduce.py", *(arguments or sys.argv[1:])])
         for written in page.write(findings, options.page or output / "results.md", command):
             print(written)
+        reproduction.record_finished(parts)
     except (ValueError, OSError, StageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -57,7 +60,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     plans = ", ".join(sorted(file.stem for file in PLANS.glob("*.yaml")))
     parser.add_argument("--scale", required=True, help=f"{plans}, or a plan's file")
-    parser.add_argument("--go", action="store_true", help=f"run it; {STARTED_AT_ONCE} needs no --go")
+    parser.add_argument("--go", action="store_true", help=f"run it; {', '.join(STARTED_AT_ONCE)} need no --go")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="PART",
+        help="groups or methods of the plan, or tuning, which is that of all methods and nothing else; the baseline, "
+        "what a part is tuned as, and parts that are finished come along (default: all)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would run")
     parser.add_argument("--output", type=user_path, metavar="DIR", help="default: runs/reproduce_SCALE")
     parser.add_argument("--page", type=user_path, metavar="FILE", help="default: OUTPUT/results.md")
@@ -66,17 +77,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def reproduce(reproduction: Reproduction, jobs: int) -> Findings:
-    """Run all stages. A failed training is left out and reported. Raises StageError if images or scores fail."""
+def reproduce(reproduction: Reproduction, parts: Parts, jobs: int) -> Findings:
+    """Run all stages of these parts. A failed training is left out and reported.
+
+    Raises StageError if a preparation, images or scores fail.
+    """
     plan, processes = reproduction.plan, reproduction.num_processes
-    candidates = reproduction.tuning_runs()  # checks all configs that are tuned
-    reproduction.runs(dict.fromkeys(plan.tuned, plan.tuning.values[0]))  # and all others
+    candidates = reproduction.tuning_runs(parts.tuned)  # checks all configs that are tuned
+    reproduction.runs(parts.methods, any_values(reproduction))  # and all others
+    finish(reproduction.preparations(parts), 1, 1)
 
     # Tuning: one run for each value, on prompts of its own.
     print_line(f"tuning: {len(candidates)} trainings")
     failed = train_all(list(candidates.values()), jobs, processes)
     trained = {candidate: run for candidate, run in candidates.items() if run.name not in failed}
-    images = [reproduction.images(run, plan.steps, plan.tuning.prompts) for run in trained.values()]
+    images = [reproduction.images(run, plan.steps, plan.tuning.prompts, plan.guidance) for run in trained.values()]
     finish(images, jobs, processes)
     finish([reproduction.evaluation("tuning", images)], 1, 1)
     names = {candidate: model_name(run, plan.steps) for candidate, run in trained.items()}
@@ -85,20 +100,35 @@ def reproduce(reproduction: Reproduction, jobs: int) -> Findings:
     chosen = choose(means)
 
     # The methods, with every seed.
-    runs = reproduction.runs(chosen)
+    runs = reproduction.runs(parts.methods, chosen)
     print_line(f"methods: {len(runs)} trainings")
     failed |= train_all(list(runs.values()), jobs, processes)
-    pipeline = next(iter(candidates.values())).settings.model.pipeline
-    images = [reproduction.base_images(pipeline, plan.prompts)]
-    models = [BASE]
+    by_guidance: dict[float, dict[str, Task]] = {guidance: {} for guidance in plan.guidances if runs}
+    for guidance, images_of in by_guidance.items():
+        pipeline = next(iter(candidates.values())).settings.model.pipeline
+        images_of[BASE] = reproduction.base_images(pipeline, guidance)
     for (method, _), run in runs.items():
-        for step in plan.measured_steps(method) if run.name not in failed else ():
-            images.append(reproduction.images(run, step, plan.prompts))
-            models.append(model_name(run, step))
-    finish(images, jobs, processes)
-    finish([reproduction.evaluation("results", images)], 1, 1)
+        for step, guidance in plan.measurements(method) if run.name not in failed else ():
+            images_of_run = reproduction.images(run, step, plan.prompts, guidance)
+            by_guidance[guidance][model_name(run, step)] = images_of_run
+    finish([task for images_of in by_guidance.values() for task in images_of.values()], jobs, processes)
+    evaluations = [
+        reproduction.evaluation(reproduction.results(guidance), list(images_of.values()))
+        for guidance, images_of in by_guidance.items()
+    ]
+    finish(evaluations, 1, 1)
+    results = {
+        guidance: reproduction.scores(reproduction.results(guidance), list(images_of))
+        for guidance, images_of in by_guidance.items()
+    }
     tuning = {candidate: means.get(candidate, float("nan")) for candidate in candidates}
-    return Findings(plan, candidates, tuning, chosen, runs, reproduction.scores("results", models), failed)
+    return Findings(plan, candidates, tuning, chosen, runs, results, failed)
+
+
+def any_values(reproduction: Reproduction) -> dict[str, str]:
+    """A value for each tuned method, where the best ones are not known yet."""
+    plan = reproduction.plan
+    return dict.fromkeys(plan.tuned, plan.tuning.values[0])
 
 
 def finish(tasks: Sequence[Task], jobs: int, processes: int) -> None:
@@ -107,32 +137,37 @@ def finish(tasks: Sequence[Task], jobs: int, processes: int) -> None:
         raise StageError(f"{name} failed:\n{end}")
 
 
-def what_would_run(reproduction: Reproduction) -> str:
+def what_would_run(reproduction: Reproduction, parts: Parts) -> str:
     """Every command that a run would start, and the amount of work."""
     plan = reproduction.plan
-    tuning = list(reproduction.tuning_runs().values())
-    runs = reproduction.runs(dict.fromkeys(plan.tuned, plan.tuning.values[0]))
-    lines = [f"# Tuning: {len(tuning)} trainings, then their images of {', '.join(plan.tuning.prompts)}"]
+    tuning = list(reproduction.tuning_runs(parts.tuned).values())
+    runs = reproduction.runs(parts.methods, any_values(reproduction))
+    lines = [shlex.join(task.command) for task in reproduction.preparations(parts)]
+    lines.append(f"# Tuning: {len(tuning)} trainings, then their images of {', '.join(plan.tuning.prompts)}")
     for run in tuning:
-        lines += commands(reproduction, run, (plan.steps,), plan.tuning.prompts)
+        lines += commands(reproduction, run, [(plan.steps, plan.guidance)], plan.tuning.prompts)
     lines.append(f"# Methods: {len(runs)} trainings, with the best {plan.tuning.key} in place of the first one")
     pipeline = tuning[0].settings.model.pipeline
-    lines.append(shlex.join(reproduction.base_images(pipeline, plan.prompts).command))
+    bases = [reproduction.base_images(pipeline, guidance) for guidance in plan.guidances if runs]
+    lines += [shlex.join(task.command) for task in bases]
     for (method, _), run in runs.items():
-        lines += commands(reproduction, run, plan.measured_steps(method), plan.prompts)
+        lines += commands(reproduction, run, plan.measurements(method), plan.prompts)
     trains = [run.settings.train for run in [*tuning, *runs.values()]]
     pairs = sum(train.max_steps * train.total_batch_pairs for train in trains)
-    sets = sum(len(plan.measured_steps(method)) for method, _ in runs) + 1
+    sets = sum(len(plan.measurements(method)) for method, _ in runs) + len(bases)
     lines.append(
-        f"# In all {len(trains)} trainings with {pairs:,} pairs seen, and images of {len(tuning)} models for "
-        f"the tuning and of {sets} for the results. docs/performance.md tells what a pair costs. --go runs it"
+        f"# In all {len(trains)} trainings with {pairs:,} pairs seen, and {len(tuning)} sets of images for the tuning "
+        f"and {sets} for the results. docs/performance.md tells what a pair costs. --go runs it"
     )
     return "\n".join(lines)
 
 
-def commands(reproduction: Reproduction, run: Run, steps: Sequence[int], prompts: Sequence[str]) -> list[str]:
-    training = shlex.join(run.task(reproduction.num_processes).command)
-    return [training, *(shlex.join(reproduction.images(run, step, prompts).command) for step in steps)]
+def commands(
+    reproduction: Reproduction, run: Run, measurements: Sequence[tuple[int, float]], prompts: Sequence[str]
+) -> list[str]:
+    """The commands of a training and of its images, at each (step, guidance)."""
+    images = [reproduction.images(run, step, prompts, guidance) for step, guidance in measurements]
+    return [shlex.join(task.command) for task in (run.task(reproduction.num_processes), *images)]
 
 
 if __name__ == "__main__":

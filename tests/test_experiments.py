@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ def test_runs_share_the_caches_that_they_can_share(tmp_path):
     assert caches(SFT) == (examples, None)
     assert caches(ROOT / "configs/tiny/seppo.yaml") == (examples, None)
     assert caches(XDPO, "model.reference_decay=0.9") == (examples, None)
+    assert caches(ROOT / "configs/tiny/online/xdpo.yaml") == (examples, None)
     assert caches(XDPO, "data.resolution=32")[0] not in (examples, None)
     assert caches(XDPO, "data.crop=random") == (None, reference)
     assert caches(XDPO, "cache.examples=mine") == ("mine", reference)
@@ -242,18 +244,22 @@ def test_several_processes_on_a_cpu_go_through_torchrun():
 # --- plans -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", ["tiny", "sd15"])
+@pytest.mark.parametrize("scale", ["tiny", "tiny_flow", "tiny_online", "sd15"])
 def test_the_shipped_plans_make_runs_that_their_configs_allow(scale, tmp_path):
     plan = load_plan(reproduce.PLANS / f"{scale}.yaml")
+    assert all(len(plan.seeds_of(method)) >= 3 for method in plan.methods)
+    plan = plan.model_copy(update={"seeds": plan.seeds[:1]})  # the other seeds' runs are alike
     reproduction = Reproduction(plan, tmp_path)
-    tuning = reproduction.tuning_runs()
-    runs = reproduction.runs(dict.fromkeys(plan.tuned, plan.tuning.values[0]))
+    tuned, methods = plan.parts()
+    tuning = reproduction.tuning_runs(tuned)
+    runs = reproduction.runs(methods, reproduce.any_values(reproduction))
     assert len(tuning) == len(plan.tuned) * len(plan.tuning.values)
-    assert len(runs) == len(plan.methods) * len(plan.seeds) and len(plan.seeds) >= 3
-    assert {run.settings.train.max_steps for run in runs.values()} == {plan.steps}
-    assert {run.settings.train.total_batch_pairs for run in runs.values()} == {
-        runs["xdpo", 0].settings.train.total_batch_pairs
-    }
+    assert {method for method, _ in runs} == set(plan.methods)
+    assert all(run.settings.train.max_steps == plan.last_step(method) for (method, _), run in runs.items())
+    settings = [run.settings for run in [*tuning.values(), *runs.values()]]
+    assert len({(each.train.total_batch_pairs, each.cache.examples, each.model.pipeline) for each in settings}) == 1
+    if scale not in ("tiny", "sd15"):
+        return
     rows = {(c.settings.loss.eta, c.settings.loss.n) for (m, _), c in runs.items() if m.startswith("eta")}
     assert rows | {(0.05, 6.0)} == {(1, 1), (1, 3), (1, 6), (0.5, 6), (0.1, 6), (0.05, 6)}  # Table 3
 
@@ -265,6 +271,9 @@ def test_saying_what_would_run_starts_nothing(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+QUESTION = {"ask": "?", "method": "xdpo", "than": "dpo"}
+
+
 def write_plan(path, **changes):
     import yaml
 
@@ -274,7 +283,8 @@ def write_plan(path, **changes):
         "checkpoints": [2, 4],
         "seeds": [0, 1],
         "prompts": [str(path.parent / "prompts.txt")],
-        "generate": ["--steps", 1, "--guidance", 1, "--batch-size", 4],
+        "guidances": [1, 2],
+        "generate": ["--steps", 1, "--batch-size", 4, "--images-per-prompt", 2],
         "scorers": ["tiny_reward", "tiny_alignment"],
         "score": "tiny_reward",
         "alignment": "tiny_alignment",
@@ -288,8 +298,8 @@ def write_plan(path, **changes):
         },
         "questions": [
             {"ask": "Better?", "method": "xdpo", "than": "dpo"},
-            {"ask": "Does it hold?", "kind": "holds", "score": "tiny_alignment", "method": "xdpo", "than": "base"},
-            {"ask": "Higher?", "kind": "differs", "logged": "eval/d_chosen", "method": "xdpo", "than": "base"},
+            {"ask": "Does it hold?", "kind": "holds", "quantity": "tiny_alignment", "method": "xdpo", "than": "base"},
+            {"ask": "Higher?", "kind": "differs", "quantity": "eval/d_chosen", "method": "xdpo", "than": "base"},
         ],
     }  # fmt: skip
     path.write_text(yaml.safe_dump(plan | changes))
@@ -300,13 +310,17 @@ def write_plan(path, **changes):
     ("changes", "message"),
     [
         ({"baseline": "sft"}, "'sft' is no method of the plan"),
-        ({"steps": 5}, "checkpoints must rise to steps = 5"),
+        ({"steps": 5}, "checkpoints must rise and have steps = 5"),
         ({"score": "pickscore"}, "pickscore is asked for and not among the scorers"),
         ({"seeds": [9]}, "the tuning's seed 9 is one of those reported"),
         ({"questions": [{"ask": "?", "method": "xdpo", "than": "kto"}]}, "a question is about 'kto'"),
         ({"methods": {"dpo": {"config": "a", "group": "b", "tuned_as": "xdpo"},
                       "xdpo": {"config": "a", "group": "b", "tuned_as": "dpo"}}}, "tuned as a method that is not"),
         ({"sedes": [1]}, "sedes: Extra inputs"),
+        ({"questions": [QUESTION | {"guidance": 3}]}, "guidance 3 is none of the plan's"),
+        ({"questions": [QUESTION | {"than": "base", "at_equal": "pairs"}]}, "two methods with curves"),
+        ({"questions": [QUESTION | {"step": 3}]}, "not both measured at step 3"),
+        ({"questions": [QUESTION | {"quantity": "distance"}]}, "ask whether distance"),
     ],
 )  # fmt: skip
 def test_a_plan_that_does_not_fit_together_is_refused_in_words(tmp_path, changes, message):
@@ -324,7 +338,7 @@ def test_a_whole_plan_is_stopped_goes_on_and_is_written_up(small_config, tmp_pat
     captions = (reproduce.PLANS / "tiny_tuning.txt").read_text().splitlines()
     (tmp_path / "prompts.txt").write_text("\n".join(captions[:3]))
     (tmp_path / "tuning.txt").write_text("\n".join(captions[3:5]))
-    plan, output = write_plan(tmp_path / "plan.yaml"), tmp_path / "out"
+    plan, output = write_plan(tmp_path / "plan.yaml", guidances=[1]), tmp_path / "out"
     command = [sys.executable, str(ROOT / "scripts/reproduce.py"), "--scale", str(plan), "--go", "--jobs", "2"]
     command += ["--output", str(output), "--page", str(tmp_path / "docs/small.md")]
 
@@ -341,16 +355,16 @@ def test_a_whole_plan_is_stopped_goes_on_and_is_written_up(small_config, tmp_pat
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr + again.stdout
     assert json.loads((output / "runs/tuning-dpo-1e-4/run.json").read_text()) == tuned
-    written = {path.name: path.stat().st_mtime_ns for path in (output / "images").rglob("*.png")}
+    written = {path: path.stat().st_mtime_ns for path in (output / "images").rglob("*.png")}
     third = subprocess.run(command, capture_output=True, text=True, check=True)
     assert third.stdout.count("[1/") == 1 and "[1/1] tuning-dpo-1e30: failed" in third.stdout  # it is tried anew
-    assert {path.name: path.stat().st_mtime_ns for path in (output / "images").rglob("*.png")} == written
+    assert {path: path.stat().st_mtime_ns for path in (output / "images").rglob("*.png")} == written
 
     # The value that diverged was not taken, and the page says so.
     text = (tmp_path / "docs/small.md").read_text()
     assert "| dpo | **" in text and "| failed |" in text
     assert "`tuning-dpo-1e30`" in text and "not finite" in text
-    assert all(word in text for word in ("# A small field", "Better?", "## Pairs", "seeds 0, 1", "3 prompts"))
+    assert all(word in text for word in ("# A small field", "Better?", "## Pairs", "seeds are 0, 1", "3 prompts"))
     assert f"reproduce.py --scale {plan} --go" in text
     for name in ("quality", "errors", "slopes"):
         assert f"](small/{name}.png)" in text and (tmp_path / f"docs/small/{name}.png").stat().st_size > 5000
@@ -384,10 +398,10 @@ def test_the_speed_up_is_the_ratio_of_pairs_to_the_baselines_final_score():
         return np.array(means)[:, None, None] * np.ones((len(means), 2, 5))
 
     baseline = curve(0, 1, 2)
-    assert measures.speed_up(pairs, baseline, baseline).value == 1
-    assert measures.speed_up(pairs, curve(0, 2, 3), baseline).value == 2  # reached at 10 pairs instead of 20
-    assert measures.speed_up(pairs, curve(0, 0.5, 1), baseline).value == 0  # never
-    assert np.isnan(measures.speed_up(pairs, curve(0, 1, 2), curve(0, -1, 0)).value)  # nothing to reach
+    assert measures.speed_up(pairs, baseline, pairs, baseline).value == 1
+    assert measures.speed_up(pairs, curve(0, 2, 3), pairs, baseline).value == 2  # reached at 10 pairs instead of 20
+    assert measures.speed_up(pairs, curve(0, 0.5, 1), pairs, baseline).value == 0  # never
+    assert np.isnan(measures.speed_up(pairs, curve(0, 1, 2), pairs, curve(0, -1, 0)).value)  # nothing to reach
 
 
 def test_slopes_are_those_of_the_formulas():
@@ -409,13 +423,20 @@ class FakeRun:
 @pytest.fixture
 def findings(tmp_path):
     plan = load_plan(write_plan(tmp_path / "plan.yaml"))
-    logged = [{"step": 2, "eval/d_chosen": 0.5}, {"step": 4, "eval/d_chosen": -0.002}, {"step": 5, "loss": 1.0}]
+    logged = [
+        {"step": step, "pairs_seen": 2 * step, "pairs_per_second": 1.0, "eval/d_chosen": d, "eval/d_rejected": 3 * d}
+        for step, d in ((2, 0.5), (4, -0.002))
+    ]
     runs = {(method, seed): FakeRun(f"{method}-seed{seed}", logged) for method in plan.methods for seed in plan.seeds}
-    scores = {("base", scorer): np.zeros(4) for scorer in plan.scorers}
-    for (method, seed), _ in runs.items():
-        for step in (2, 4):
-            for scorer in plan.scorers:
-                scores[f"{method}-seed{seed}-step{step}", scorer] = np.full(4, step + (method == "xdpo"), float)
+    scores = {
+        guidance: {
+            (model, scorer): np.full(4, value + guidance - 1)
+            for scorer in plan.scorers
+            for model, value in [("base", 0.0)]
+            + [(f"{m}-seed{s}-step{step}", float(step + (m == "xdpo"))) for m, s in runs for step in (2, 4)]
+        }
+        for guidance in plan.guidances
+    }
     return Findings(plan, {}, {}, {"dpo": "1"}, runs, scores, {})
 
 
@@ -426,12 +447,81 @@ def test_questions_are_answered_by_the_sign_of_an_interval(findings):
     assert findings.answer(better.model_copy(update={"than": "xdpo"}))[0] == "not resolved"
     assert findings.answer(holds)[0] == "yes, it rises"
     answer, found = findings.answer(differs)
-    assert (answer, found.value) == ("yes, lower", -0.002)  # the last logged value, less being better
+    assert (answer, found.value) == ("yes, lower", -0.002)  # as logged after the plan's steps
+    assert findings.answer(differs.model_copy(update={"step": 2}))[1].value == 0.5
+    assert findings.answer(differs.model_copy(update={"quantity": "eval/d", "step": 2}))[1].value == 1.0
+    assert findings.answer(differs.model_copy(update={"quantity": "eval/other"}))[0].startswith("cannot be told")
+    assert findings.of("dpo", "tiny_reward", guidance=2).tolist() == [[5.0] * 4] * 2
     assert findings.curve("xdpo", "tiny_reward")[:, 0, 0].tolist() == [0, 3, 5]
 
 
+def test_further_guidances_have_a_table_of_their_own(findings):
+    grid = page.at_guidance(findings, 2)
+    assert [(row[0].text, row[1].value) for row in grid.rows] == [("base", 1), ("dpo", 5), ("xdpo", 6)]
+    assert [cell.text for cell in grid.rows[2][3:]] == ["100.0 %", "100.0 %"]
+
+
+def asking(findings, question):
+    return replace(findings, plan=findings.plan.model_copy(update={"questions": (question,)}))
+
+
+def test_questions_compare_at_equal_progress(findings):
+    """Curves are straight: dpo has 4 after 8 pairs, xdpo 5; so 4 is xdpo's after 6 pairs, on the way from 3 to 5."""
+    better = findings.plan.questions[0]
+    assert findings.answer(better.model_copy(update={"at_equal": "pairs"}))[1].value == 1
+    at_equal_reward = {"kind": "differs", "quantity": "pairs", "at_equal": "tiny_reward"}
+    answer, found = findings.answer(better.model_copy(update=at_equal_reward))
+    assert (answer, found.value) == ("yes, lower", -2)
+    answer, found = findings.answer(better.model_copy(update={"at_equal": "eval/d_chosen"}))
+    assert found.value == 1  # where d is first 0.5
+    row = page.questions(asking(findings, better.model_copy(update=at_equal_reward))).rows[0]
+    assert row[2].text == "pairs at equal Reward (tiny): xdpo − dpo"
+
+
 def test_a_method_that_lacks_a_seed_is_left_out_and_its_questions_stay_open(findings):
-    del findings.scores["xdpo-seed1-step4", "tiny_reward"]
+    del findings.scores[1]["xdpo-seed1-step4", "tiny_reward"]
     assert findings.methods == ["dpo"]
     rows = page.questions(findings).rows
     assert [row[1].text for row in rows] == ["not answered: a method failed"] * 3
+
+
+def test_seeds_that_only_one_of_two_methods_has_are_left_out():
+    scores = np.array([[1.0, 2.0], [3.0, 4.0], [50.0, 60.0]])
+    assert measures.difference(scores, scores[:2] - 1).value == 1
+    assert measures.win_rate(scores[:1], scores).value == 0.5
+
+
+def test_a_progress_that_never_rises_is_never_equal():
+    up, flat = np.arange(3.0)[:, None, None] * np.ones((3, 2, 4)), np.zeros((3, 2, 4))
+    assert np.isnan(measures.difference_at_equal(up, flat, up, up).value)
+    assert measures.difference_at_equal(2 * up, up, up, up).value == 2
+
+
+def test_parts_bring_the_baseline_and_the_tuning_that_they_need(tmp_path):
+    plan = load_plan(reproduce.PLANS / "tiny.yaml")
+    assert plan.parts() == (plan.tuned, list(plan.methods))
+    assert plan.parts(["tuning"]) == (plan.tuned, [])
+    assert plan.parts(["xdpo_n100"]) == (["diffusion_dpo", "xdpo"], ["diffusion_dpo", "xdpo_n100"])
+    assert set(plan.parts(["Safeguard", "sft"]).methods) == {"diffusion_dpo", "xdpo", "xdpo_safeguard", "sft"}
+    with pytest.raises(ValueError, match="--only all: no group or method of the plan; choose from tuning, Table 2"):
+        plan.parts(["all"])
+
+    reproduction = Reproduction(plan, tmp_path)
+    reproduction.record_finished(plan.parts(["sft"]))
+    assert reproduction.with_finished(plan.parts(["ipo"])).methods == ["diffusion_dpo", "sft", "ipo"]
+
+
+def test_a_value_is_that_of_the_method_it_is_tuned_as_or_a_multiple():
+    plan = load_plan(reproduce.PLANS / "tiny.yaml")
+    values = {name: plan.value_of(name, {"diffusion_dpo": "3e-5"}) for name in ("f_dpo", "dpo_rate_1000th", "sft")}
+    assert values == {"f_dpo": "3e-5", "dpo_rate_1000th": "3e-08", "sft": None}
+
+
+def test_what_a_method_needs_is_prepared_before_it_trains(tmp_path):
+    reproduction = Reproduction(load_plan(reproduce.PLANS / "tiny_online.yaml"), tmp_path)
+    assert reproduction.preparations(reproduction.plan.parts(["appeal"])) == []
+    parts = reproduction.plan.parts(["learnt_reward"])
+    (task,) = reproduction.preparations(parts)
+    assert str(tmp_path / "reward") in task.command and "1500" in task.command
+    run = reproduction.runs(parts.methods, reproduce.any_values(reproduction))["learnt_reward", 0]
+    assert run.settings.online.rewards == (str(tmp_path / "reward/reward_model"),)

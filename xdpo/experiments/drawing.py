@@ -17,42 +17,69 @@ from xdpo.report.grids import title_of
 FORMS = KEYS["reward"].choices
 
 
+def styles_of(findings: Findings) -> dict[str, dict[str, str]]:
+    """The colour of each method with curves, the same in all figures; dashes tell it from an earlier one's."""
+    styles: dict[str, dict[str, str]] = {}
+    names = [name for name, method in findings.plan.methods.items() if method.curves]
+    for name, colour in colours_of(names, baseline=None).items():
+        repeated = any(style["color"] == colour for style in styles.values())
+        styles[name] = {"color": colour, "linestyle": "--" if repeated else "-"}
+    return styles
+
+
 def quality(findings: Findings) -> Figure:
     """Changes of score and alignment from the base, against training pairs: a line and its interval for each method.
 
     There is a row of panels for each group of methods with curves. The baseline is in all of them.
     """
-    plan = findings.plan
-    curves = [name for name in findings.methods if plan.methods[name].curves]
-    groups = list(dict.fromkeys(plan.methods[name].group for name in curves))
+    plan, styles = findings.plan, styles_of(findings)
+    rows = _by_group(findings)
     with rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 3.4 * len(groups) + 0.2), layout="constrained")
-        panels = figure.subplots(len(groups), 2, squeeze=False, sharex=True, sharey="col")
-        for row, group in zip(panels, groups, strict=True):
-            others = [name for name in curves if name != plan.baseline and plan.methods[name].group == group]
-            styles: dict[str, dict[str, str]] = {}
-            for name, colour in colours_of([plan.baseline, *others], baseline=None).items():
-                repeated = any(style["color"] == colour for style in styles.values())
-                styles[name] = {"color": colour, "linestyle": "--" if repeated else "-"}
+        figure = Figure(figsize=(10.5, 3.6 * len(rows)), layout="constrained")
+        panels = figure.subplots(len(rows), 2, squeeze=False, sharex=True, sharey="col")
+        for row, (group, methods) in zip(panels, rows.items(), strict=True):
             for axes, scorer in zip(row, (plan.score, plan.alignment), strict=True):
                 axes.axhline(0, color=BASELINE_COLOUR, linewidth=0.8)
-                for method, style in styles.items():
-                    if method in curves:
-                        _quality_line(axes, findings, method, scorer, style)
-                axes.set_title(f"{title_of(scorer)}: change against the base")
+                for method in methods:
+                    _quality_line(axes, findings, method, scorer, styles[method])
+                axes.set_title(f"{group}: {title_of(scorer)}, change against the base")
                 axes.grid(color="#e6e9ee", linewidth=0.7)
-            row[1].legend(title=group, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+                label_lines(axes)
         for axes in panels[-1]:
             axes.set_xlabel("training pairs seen")
     return figure
 
 
+def _by_group(findings: Findings) -> dict[str, list[str]]:
+    """Group → its methods with curves, the baseline first."""
+    plan, curves = findings.plan, findings.with_curves
+    groups = {plan.methods[name].group: [name for name in curves if name == plan.baseline] for name in curves}
+    for name in curves:
+        if name != plan.baseline:
+            groups[plan.methods[name].group].append(name)
+    return groups
+
+
 def _quality_line(axes: Axes, findings: Findings, method: str, scorer: str, style: dict[str, str]) -> None:
-    pairs, curve = findings.pairs_at(method), findings.curve(method, scorer)
+    pairs, curve = findings.curve(method, "pairs").mean(axis=(1, 2)), findings.curve(method, scorer)
     points = [measures.difference(point, curve[0]) for point in curve]
     axes.plot(pairs, [point.value for point in points], marker="o", markersize=4, label=method, **style)
     low, high = [point.low for point in points], [point.high for point in points]
     axes.fill_between(pairs, low, high, color=style["color"], alpha=0.08, linewidth=0)
+
+
+def label_lines(axes: Axes) -> None:
+    """Write each line's label beside its last point, in its colour, moved up or down from others' labels."""
+    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    low, high = axes.get_ylim()
+    least, previous = (high - low) / 14, -np.inf
+    for line in sorted(lines, key=lambda line: line.get_ydata()[-1]):
+        x, y = line.get_xdata()[-1], line.get_ydata()[-1]
+        previous = max(float(y), previous + least)
+        axes.annotate(
+            str(line.get_label()), (x, previous), xytext=(6, 0), textcoords="offset points", va="center", fontsize=7.5,
+            color=line.get_color(), annotation_clip=False,
+        )  # fmt: skip
 
 
 def errors(findings: Findings) -> Figure:

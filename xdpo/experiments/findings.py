@@ -8,9 +8,14 @@ import numpy as np
 
 from xdpo.experiments import measures
 from xdpo.experiments.measures import Estimate
-from xdpo.experiments.plan import BASE, Plan, Question
+from xdpo.experiments.plan import BASE, COSTS, Plan, Question
 from xdpo.experiments.runs import Run
 from xdpo.experiments.stages import model_name
+from xdpo.report.curves import progress_by_step
+
+BOTH_ERRORS = "eval/d"
+"""Mean of d of chosen and of rejected held-out images: how much more than the base's is the policy's bound on the KL
+divergence of held-out images from what it draws."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,8 @@ class Findings:
     """Everything that the results page needs.
 
     candidates: (method, value) → the tuning's training. tuning: (method, value) → its mean score on the tuning's
-    prompts, NaN if it failed. scores: (model's name or BASE, scorer) → (prompts,). failed: run → the end of its log.
+    prompts, NaN if it failed. scores: guidance → (model's name or BASE, quantity) → (prompts,). failed: run → the end
+    of its log.
     """
 
     plan: Plan
@@ -26,52 +32,65 @@ class Findings:
     tuning: Mapping[tuple[str, str], float]
     chosen: Mapping[str, str]
     runs: Mapping[tuple[str, int], Run]
-    scores: Mapping[tuple[str, str], np.ndarray]
+    scores: Mapping[float, Mapping[tuple[str, str], np.ndarray]]
     failed: Mapping[str, str]
 
     @cached_property
     def methods(self) -> list[str]:
-        """The methods with results for all seeds, in the plan's order."""
+        """The methods with results for all their seeds, in the plan's order."""
+        scored = self.scores.get(self.plan.guidance, {})
         return [
             name
             for name in self.plan.methods
-            if all((self.model(name, seed), self.plan.score) in self.scores for seed in self.plan.seeds)
+            if all((self.model(name, seed), self.plan.score) in scored for seed in self.plan.seeds_of(name))
         ]
+
+    @cached_property
+    def with_curves(self) -> list[str]:
+        return [name for name in self.methods if self.plan.methods[name].curves]
 
     def model(self, method: str, seed: int, step: int | None = None) -> str:
         if (method, seed) not in self.runs:
             return ""
         return model_name(self.runs[method, seed], step or self.plan.steps)
 
-    def of(self, method: str, scorer: str, step: int | None = None) -> np.ndarray:
-        """Scores (seeds, prompts) of a method; BASE has the same scores for every seed."""
+    def of(self, method: str, quantity: str, step: int | None = None, guidance: float | None = None) -> np.ndarray:
+        """A quantity of a method, (seeds, prompts). BASE has the same for every seed, and metrics for every prompt.
+
+        step: None for the plan's steps, 0 for the base. guidance: None for the plan's first.
+        """
+        scores = self.scores[self.plan.guidance if guidance is None else guidance]
+        seeds = self.plan.seeds if method == BASE else self.plan.seeds_of(method)
+        prompts = len(scores[BASE, self.plan.score])
         if method == BASE or step == 0:
-            return np.broadcast_to(self.scores[BASE, scorer], (len(self.plan.seeds), len(self.scores[BASE, scorer])))
-        return np.stack([self.scores[self.model(method, seed, step), scorer] for seed in self.plan.seeds])
+            of_base = scores[BASE, quantity] if (BASE, quantity) in scores else np.zeros(prompts)
+            return np.broadcast_to(of_base, (len(seeds), prompts))
+        if quantity in COSTS or quantity.startswith("eval/"):
+            values = [self._of_run(self.runs[method, seed], quantity, step or self.plan.steps) for seed in seeds]
+            return np.broadcast_to(np.array(values)[:, None], (len(seeds), prompts))
+        return np.stack([scores[self.model(method, seed, step), quantity] for seed in seeds])
 
-    def curve(self, method: str, scorer: str) -> np.ndarray:
-        """Scores (points, seeds, prompts) at step 0 and at the plan's checkpoints."""
-        return np.stack([self.of(method, scorer, step) for step in (0, *self.plan.checkpoints)])
+    @staticmethod
+    def _of_run(run: Run, quantity: str, step: int) -> float:
+        """A metric or a cost of a run at an optimizer step; NaN for a metric that it didn't log there."""
+        rows = run.rows()
+        if quantity in COSTS:
+            spent = progress_by_step(rows)[step]
+            return spent.pairs if quantity == "pairs" else 3600 * spent.hours
+        names = ("eval/d_chosen", "eval/d_rejected") if quantity == BOTH_ERRORS else (quantity,)
+        found = [[row[name] for row in rows if row["step"] == step and name in row] for name in names]
+        return float(np.mean([values[-1] if values else np.nan for values in found]))
 
-    def pairs_at(self, method: str) -> list[int]:
-        """Training pairs seen at the points of `curve`."""
-        batch = self.runs[method, self.plan.seeds[0]].settings.train.total_batch_pairs
-        return [step * batch for step in (0, *self.plan.checkpoints)]
-
-    def logged(self, method: str, key: str) -> np.ndarray:
-        """The last value of a logged metric, (seeds, 1); zeros for BASE, NaN if a method doesn't log it."""
-        if method == BASE:
-            return np.zeros((len(self.plan.seeds), 1))
-        last_values = []
-        for seed in self.plan.seeds:
-            values = [row[key] for row in self.runs[method, seed].rows() if key in row]
-            last_values.append([values[-1] if values else np.nan])
-        return np.array(last_values)
+    def curve(self, method: str, quantity: str, last: int | None = None) -> np.ndarray:
+        """A quantity (points, seeds, prompts) at step 0 and at the method's measured steps, up to `last` if given."""
+        steps = [step for step in self.plan.measured_steps(method) if last is None or step <= last]
+        return np.stack([self.of(method, quantity, step) for step in (0, *steps)])
 
     def logged_curve(self, method: str, key: str) -> tuple[list[int], np.ndarray]:
         """Optimizer steps, and a logged metric at them, (seeds, steps)."""
         series = [
-            {row["step"]: row[key] for row in self.runs[method, seed].rows() if key in row} for seed in self.plan.seeds
+            {row["step"]: row[key] for row in self.runs[method, seed].rows() if key in row}
+            for seed in self.plan.seeds_of(method)
         ]
         steps = sorted(set.intersection(*map(set, series)))
         return steps, np.array([[values[step] for step in steps] for values in series])
@@ -86,26 +105,36 @@ class Findings:
         return min(float(np.mean(1 / np.array(each))) for each in speeds if len(each) >= self.plan.steps)
 
     def speed_up(self, method: str) -> Estimate:
-        """The baseline's pairs to its final score, divided by the method's pairs to that score."""
-        score, baseline = self.plan.score, self.plan.baseline
-        return measures.speed_up(self.pairs_at(method), self.curve(method, score), self.curve(baseline, score))
+        """The baseline's pairs to its score after the plan's steps, divided by the method's pairs to that score."""
+        score, baseline, steps = self.plan.score, self.plan.baseline, self.plan.steps
+        pairs, baseline_pairs = (
+            self.curve(name, "pairs", last).mean(axis=(1, 2)) for name, last in ((method, None), (baseline, steps))
+        )
+        return measures.speed_up(pairs, self.curve(method, score), baseline_pairs, self.curve(baseline, score, steps))
+
+    def difference_at_equal(self, method: str, other: str, quantity: str, progress: str) -> Estimate:
+        """The difference of two methods' quantity where their `progress` is the same; NaN where it never is."""
+        ours, others = ((self.curve(name, quantity), self.curve(name, progress)) for name in (method, other))
+        return measures.difference_at_equal(*ours, *others)
 
     def answer(self, question: Question) -> tuple[str, Estimate]:
         """The answer in words, which follows from the interval of the difference; and the difference."""
-        if question.logged:
-            values, others = (self.logged(name, question.logged) for name in (question.method, question.than))
-            difference = measures.difference(values, others)
-            better, what = -difference.sign, ("lower", "higher")
+        quantity = question.quantity or self.plan.score
+        if question.at_equal:
+            difference = self.difference_at_equal(question.method, question.than, quantity, question.at_equal)
         else:
-            score = question.score or self.plan.score
-            difference = measures.difference(self.of(question.method, score), self.of(question.than, score))
-            better, what = difference.sign, ("higher", "lower")
+            values = (
+                self.of(name, quantity, question.step, question.guidance) for name in (question.method, question.than)
+            )
+            difference = measures.difference(*values)
+        if not np.isfinite(difference.value):
+            return "cannot be told: it was not measured, or never equal", difference
         words = {
             "better": {1: "yes", 0: "not resolved", -1: "no, it is worse"},
-            "differs": {1: f"yes, {what[0]}", 0: "no difference resolved", -1: f"yes, {what[1]}"},
+            "differs": {1: "yes, higher", 0: "no difference resolved", -1: "yes, lower"},
             "holds": {1: "yes, it rises", 0: "no change resolved", -1: "no, it falls"},
         }
-        return words[question.kind][better], difference
+        return words[question.kind][difference.sign], difference
 
     def can_answer(self, question: Question) -> bool:
         return all(name in (BASE, *self.methods) for name in (question.method, question.than))

@@ -46,18 +46,26 @@ def mean(scores: np.ndarray) -> Estimate:
     return estimate(lambda values: values.mean(), scores)
 
 
+def paired(scores: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both arrays (…, seeds, prompts) over the first seeds, which both have. Others of shape (prompts,) are for all."""
+    others = np.broadcast_to(others, (*scores.shape[:-1], others.shape[-1])) if others.ndim == 1 else others
+    seeds = min(scores.shape[-2], others.shape[-2])
+    return scores[..., :seeds, :], others[..., :seeds, :]
+
+
 def difference(scores: np.ndarray, others: np.ndarray) -> Estimate:
     """Mean of the differences, paired by seed and prompt."""
-    return estimate(lambda a, b: (a - b).mean(), scores, np.broadcast_to(others, scores.shape))
+    return estimate(lambda a, b: (a - b).mean(), *paired(scores, others))
 
 
 def win_rate(scores: np.ndarray, others: np.ndarray) -> Estimate:
     """Share of pairs of seed and prompt in which `scores` is higher, ties counted ½."""
-    others = np.broadcast_to(others, scores.shape)
-    return estimate(lambda a, b: float(((a > b) + 0.5 * (a == b)).mean()), scores, others)
+    return estimate(lambda a, b: float(((a > b) + 0.5 * (a == b)).mean()), *paired(scores, others))
 
 
-def speed_up(pairs: Sequence[float], curve: np.ndarray, baseline: np.ndarray) -> Estimate:
+def speed_up(
+    pairs: Sequence[float], curve: np.ndarray, baseline_pairs: Sequence[float], baseline: np.ndarray
+) -> Estimate:
     """How many times fewer pairs a method needs to reach the baseline's final score (the paper's 1.5 and 1.6).
 
     Curves are (points, seeds, prompts), with the first point before training. The result is 0 if the method never
@@ -66,10 +74,32 @@ def speed_up(pairs: Sequence[float], curve: np.ndarray, baseline: np.ndarray) ->
 
     def ratio(scores: np.ndarray, baseline_scores: np.ndarray) -> float:
         means, baseline_means = scores.mean(axis=(1, 2)), baseline_scores.mean(axis=(1, 2))
-        needed = first_reached(pairs, baseline_means, baseline_means[-1])
+        needed = first_reached(baseline_pairs, baseline_means, baseline_means[-1])
         reached = first_reached(pairs, means, baseline_means[-1])
         if not needed:
             return float("nan")
         return needed / reached if reached else 0.0
 
-    return estimate(ratio, curve, baseline)
+    return estimate(ratio, *paired(curve, baseline))
+
+
+def difference_at_equal(
+    curve: np.ndarray, progress: np.ndarray, other_curve: np.ndarray, other_progress: np.ndarray
+) -> Estimate:
+    """Difference of two curves where the progress of each first is what both reach: the lower of their highest values.
+
+    All are (points, seeds, prompts), with the first point before training; the curves are straight between points. NaN
+    where a progress never rises.
+    """
+
+    def at_equal(ours: np.ndarray, our_progress: np.ndarray, others: np.ndarray, other_progress: np.ndarray) -> float:
+        means = [array.mean(axis=(1, 2)) for array in (ours, our_progress, others, other_progress)]
+        reached = min(means[1].max(), means[3].max())
+        if reached <= max(means[1][0], means[3][0]):
+            return float("nan")
+        one, other = first_reached(means[0], means[1], reached), first_reached(means[2], means[3], reached)
+        return float("nan") if one is None or other is None else one - other
+
+    ours, others = paired(curve, other_curve)
+    our_progress, other_progress = paired(progress, other_progress)
+    return estimate(at_equal, ours, our_progress, others, other_progress)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from xdpo.experiments import drawing, measures
-from xdpo.experiments.findings import Findings
+from xdpo.experiments.findings import BOTH_ERRORS, Findings
 from xdpo.experiments.measures import Estimate
-from xdpo.experiments.plan import BASE
+from xdpo.experiments.plan import BASE, COSTS, Plan, Question
 from xdpo.files import write_text
 from xdpo.provenance import git_commit, library_versions
 from xdpo.report.figures import save
@@ -25,11 +25,11 @@ SlopeSettings = tuple[dict[str, float], float, tuple[float, float]]
 
 def write(findings: Findings, page: Path, command: str) -> list[Path]:
     """Write the page, and its figures into a folder of the same name beside it. Returns all written paths."""
-    figures = page.with_suffix("")
-    written = [
-        *save(drawing.quality(findings), figures / "quality"),
-        *save(drawing.errors(findings), figures / "errors"),
-    ]
+    figures, written = page.with_suffix(""), list[Path]()
+    if findings.with_curves:
+        written += save(drawing.quality(findings), figures / "quality")
+    if findings.methods:
+        written += save(drawing.errors(findings), figures / "errors")
     slopes = _slope_settings(findings)
     if slopes is not None:
         written += save(drawing.slopes(*slopes, DRAWN_EXPONENTS), figures / "slopes")
@@ -41,28 +41,28 @@ def write(findings: Findings, page: Path, command: str) -> list[Path]:
 
 def _blocks(findings: Findings, figures: str, command: str, slopes: SlopeSettings | None) -> list[str]:
     plan = findings.plan
-    blocks = [
-        f"# {plan.title}",
-        _made_by(findings, command),
-        "Intervals are 95 % bootstraps that draw seeds and prompts anew. Every method has the same data, batch, "
-        f"schedule, {plan.steps} optimizer steps and seeds {', '.join(map(str, plan.seeds))}; the scores are of "
-        f"{len(findings.scores[BASE, plan.score])} prompts ({', '.join(plan.prompts)}).",
-        "## Questions",
-        to_markdown(questions(findings)),
-        "## Quality over training",
-        f"![Quality over training]({figures}/quality.png)",
-        to_markdown(efficiency(findings)),
-    ]
+    blocks = [f"# {plan.title}", _made_by(findings, command)]
+    if findings.methods:
+        blocks += [_what_is_here(findings), "## Questions", to_markdown(questions(findings))]
+    if findings.with_curves:
+        blocks += [
+            "## Quality over training",
+            f"![Quality over training]({figures}/quality.png)",
+            to_markdown(efficiency(findings)),
+        ]
     for group in dict.fromkeys(plan.methods[name].group for name in findings.methods):
         blocks += [f"## {group}", to_markdown(methods(findings, group))]
-    blocks += [
-        "## Does every objective beat the base?",
-        _against_base(findings),
-        "## Both errors over training",
-        "d is the policy's error minus the reference's on held-out pairs, at the same timesteps and noise in all runs; "
-        "lines are means over seeds, bands their range.",
-        f"![Both errors over training]({figures}/errors.png)",
-    ]
+    for guidance in plan.guidances[1:] if findings.methods else ():
+        blocks += [f"## At guidance {guidance:g}", to_markdown(at_guidance(findings, guidance))]
+    if findings.methods:
+        blocks += [
+            "## Does every objective beat the base?",
+            _against_base(findings),
+            "## Both errors over training",
+            "d is the policy's error minus the reference's on held-out pairs, at the same timesteps and noise in all "
+            "runs; lines are means over seeds, bands their range.",
+            f"![Both errors over training]({figures}/errors.png)",
+        ]
     if slopes is not None:
         blocks += [
             "## How hard each reward form pulls",
@@ -75,10 +75,26 @@ def _blocks(findings: Findings, figures: str, command: str, slopes: SlopeSetting
     return blocks
 
 
+def _what_is_here(findings: Findings) -> str:
+    """The paragraph on what all results have in common, and on the parts of the plan that are missing."""
+    plan = findings.plan
+    text = (
+        "Intervals are 95 % bootstraps that draw seeds and prompts anew. Every method has the same data, batch and "
+        f"schedule, and is compared after {plan.steps} optimizer steps where nothing else is said; methods with curves "
+        f"go on. The seeds are {', '.join(map(str, plan.seeds))}, or the first so many of them. The scores are of "
+        f"{len(findings.scores[plan.guidance][BASE, plan.score])} prompts ({', '.join(plan.prompts)}), sampled at "
+        f"guidance {plan.guidance:g} where no other is named."
+    )
+    missing = [name for name in plan.methods if not any(method == name for method, _ in findings.runs)]
+    if missing:
+        text += f"\n\nParts of the plan that were not run: {', '.join(missing)}."
+    return text
+
+
 def _made_by(findings: Findings, command: str) -> str:
     """The line on command, commits, machine and versions. The commits are those that the trainings recorded."""
     commits, starts = set(), []
-    for run in findings.runs.values():
+    for run in [*findings.candidates.values(), *findings.runs.values()]:
         if (run.folder / "run.json").is_file():
             facts = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
             commits.add(str(facts.get("git_commit"))[:10])
@@ -94,23 +110,39 @@ def questions(findings: Findings) -> Grid:
     rows = []
     for question in findings.plan.questions:
         if not findings.can_answer(question):
-            rows.append((Cell(question.ask), Cell("not answered: a method failed"), Cell(""), Cell("")))
+            begun = {BASE} | {name for name, _ in findings.runs}
+            why = "a method failed" if {question.method, question.than} <= begun else "not run"
+            rows.append((Cell(question.ask), Cell(f"not answered: {why}"), Cell(""), Cell("")))
             continue
         answer, difference = findings.answer(question)
-        measured = question.logged or title_of(question.score or findings.plan.score)
         rows.append(
             (
                 Cell(question.ask),
                 Cell(answer, best=difference.sign != 0),
-                Cell(f"{measured}: {question.method} − {question.than}"),
-                Cell(_signed(difference)),
+                Cell(f"{_measured(question, findings.plan)}: {question.method} − {question.than}"),
+                Cell(_signed(difference) if np.isfinite(difference.value) else ""),
             )
         )
     note = (
         "A difference is resolved, and its answer bold, where its interval excludes zero. Otherwise these seeds and "
-        "prompts cannot tell whether there is a difference; it does not mean that there is none."
+        "prompts cannot tell whether there is a difference; it does not mean that there is none. “At equal” compares "
+        "two trainings where the quantity first reaches the lower of their highest values; the curves are straight "
+        f"between checkpoints. {title_of(BOTH_ERRORS)}: mean of d over chosen and rejected held-out images, by which "
+        "the policy's bound on the KL divergence of held-out images from its own exceeds the base's."
     )
     return Grid("Questions", ("question", "answer", "difference in", "difference [95 %]"), tuple(rows), note)
+
+
+def _measured(question: Question, plan: Plan) -> str:
+    """What a question compares, and where that is not after the plan's steps at its first guidance."""
+    text = title_of(question.quantity or plan.score)
+    if question.step is not None:
+        text += f" after {question.step} steps"
+    if question.guidance is not None:
+        text += f" at guidance {question.guidance:g}"
+    if question.at_equal:
+        text += f" at equal {title_of(question.at_equal)}"
+    return text
 
 
 def methods(findings: Findings, group: str) -> Grid:
@@ -121,49 +153,82 @@ def methods(findings: Findings, group: str) -> Grid:
     rows = [_method_row(findings, name, [s for s in plan.scorers if best[s] == name]) for name in names]
     columns = ("method", plan.tuning.key.rpartition(".")[2], *(title_of(s) for s in plan.scorers))
     columns += ("wins against base", f"wins against {plan.baseline}", "d chosen", "d rejected")
-    note = (
-        f"Win rates by {title_of(plan.score)}, pair by pair of seed and prompt; d at the end, held-out pairs, [lowest, "
-    )
+    note = f"Win rates by {title_of(plan.score)}, pair by pair of seed and prompt; d of held-out pairs, [lowest, "
     return Grid(group, columns, tuple(map(tuple, rows)), note + "highest] over seeds.")
 
 
 def _method_row(findings: Findings, name: str, best_by: Sequence[str]) -> list[Cell]:
     plan = findings.plan
-    row = [Cell(name), Cell("" if name == BASE else findings.chosen[plan.methods[name].tuned_as or name])]
-    for scorer in plan.scorers:
-        mean = measures.mean(findings.of(name, scorer))
-        row.append(Cell(number(mean.value, scorer), mean.value, _interval(mean), best=scorer in best_by))
+    row = [Cell(name), Cell("" if name == BASE else str(plan.value_of(name, findings.chosen)))]
+    row += [_mean_cell(findings.of(name, scorer), scorer, scorer in best_by) for scorer in plan.scorers]
     for other in (BASE, plan.baseline):
-        if name in (other, BASE) or other not in (BASE, *findings.methods):
-            row.append(Cell(""))
-            continue
-        wins = measures.win_rate(findings.of(name, plan.score), findings.of(other, plan.score))
-        row.append(Cell(percent(wins.value), wins.value, f"[{100 * wins.low:.1f}, {100 * wins.high:.1f}]"))
+        row.append(_wins_cell(findings, name, other))
     for side in ("chosen", "rejected"):
-        values = findings.logged(name, f"eval/d_{side}")
+        values = findings.of(name, f"eval/d_{side}")
         finite = name != BASE and np.isfinite(values).all()
         spread = f"[{values.min():.2g}, {values.max():.2g}]" if finite else ""
         row.append(Cell(f"{values.mean():.2g}" if finite else "", float(values.mean()) if finite else None, spread))
     return row
 
 
+def _mean_cell(scores: np.ndarray, scorer: str, is_best: bool) -> Cell:
+    mean = measures.mean(scores)
+    return Cell(number(mean.value, scorer), mean.value, _interval(mean), best=is_best)
+
+
+def _wins_cell(findings: Findings, name: str, other: str, guidance: float | None = None) -> Cell:
+    """How often a method wins against another; empty for one that has no results, or is the same."""
+    if name in (other, BASE) or other not in (BASE, *findings.methods):
+        return Cell("")
+    scores, others = (findings.of(each, findings.plan.score, guidance=guidance) for each in (name, other))
+    wins = measures.win_rate(scores, others)
+    return Cell(percent(wins.value), wins.value, f"[{100 * wins.low:.1f}, {100 * wins.high:.1f}]")
+
+
+def at_guidance(findings: Findings, guidance: float) -> Grid:
+    """Scores and win rates of all methods at one of the plan's further guidances."""
+    plan, names = findings.plan, [BASE, *findings.methods]
+    scores = {(name, s): findings.of(name, s, guidance=guidance) for name in names for s in plan.scorers}
+    best = {scorer: max(names, key=lambda name: scores[name, scorer].mean()) for scorer in plan.scorers}
+    rows = [
+        (
+            Cell(name),
+            *(_mean_cell(scores[name, scorer], scorer, best[scorer] == name) for scorer in plan.scorers),
+            *(_wins_cell(findings, name, other, guidance) for other in (BASE, plan.baseline)),
+        )
+        for name in names
+    ]
+    columns = ("method", *map(title_of, plan.scorers), "wins against base", f"wins against {plan.baseline}")
+    note = f"The same models as above; win rates by {title_of(plan.score)}."
+    return Grid(f"Guidance {guidance:g}", columns, tuple(rows), note)
+
+
 def efficiency(findings: Findings) -> Grid:
     """Pairs and time to reach the baseline's final score, as ratios: the paper's 1.5 and 1.6."""
     plan, rows = findings.plan, []
-    for name in findings.methods:
-        if not plan.methods[name].curves or plan.baseline not in findings.methods:
-            continue
+    for name in findings.with_curves if plan.baseline in findings.with_curves else ():
         speed_up = findings.speed_up(name)
         cost = findings.seconds_per_pair(name) / findings.seconds_per_pair(plan.baseline)
         in_time = Estimate(speed_up.value / cost, speed_up.low / cost, speed_up.high / cost)
-        rows.append((Cell(name), _times(speed_up), Cell(f"{cost:.2f}", cost), _times(in_time)))
-    columns = ("method", "pairs: times fewer", "time of a pair", "time: times less")
+        equal = (findings.difference_at_equal(name, plan.baseline, plan.score, spent) for spent in COSTS)
+        differences = [Cell("" if name == plan.baseline else _signed(each)) for each in equal]
+        rows.append((Cell(name), _times(speed_up), Cell(f"{cost:.2f}", cost), _times(in_time), *differences))
+    columns = (
+        "method",
+        "pairs: times fewer",
+        "time of a pair",
+        "time: times less",
+        "at equal pairs",
+        "at equal seconds",
+    )
     note = (
-        f"Pairs seen until the final {title_of(plan.score)} of {plan.baseline} is reached, {plan.baseline}'s over the "
-        "method's, by straight lines between checkpoints, 0 where it never is; the time of a pair in the fastest run "
-        f"of each, from caches where there can be any, against {plan.baseline}'s; and the ratio in time, whose "
-        "interval is that of the pairs. Objectives with the same passes cost the same: what they differ by is how busy "
-        "the machine was. The paper says 1.5 and 1.6, without a unit."
+        f"Pairs seen until the {title_of(plan.score)} of {plan.baseline} after {plan.steps} steps is reached, its own "
+        "over the method's, by straight lines between checkpoints, 0 where it never is; the time of a pair in the "
+        f"fastest run of each, from caches where there can be any, against {plan.baseline}'s; and the ratio in time, "
+        "whose interval is that of the pairs. Objectives with the same passes cost the same: what they differ by is "
+        f"how busy the machine was. “At equal”: {title_of(plan.score)} minus {plan.baseline}'s, where the shorter of "
+        "the two trainings ends; seconds are of optimizer steps, with sampling and scoring where these are part of the "
+        "training. The paper says 1.5 and 1.6, without a unit."
     )
     return Grid("Efficiency", columns, tuple(rows), note)
 
@@ -185,7 +250,7 @@ def _against_base(findings: Findings) -> str:
     ):
         if results:
             lines.append(f"{what}: {'; '.join(results)}.")
-    failed = [name for name in plan.methods if name not in findings.methods]
+    failed = [name for name in dict.fromkeys(name for name, _ in findings.runs) if name not in findings.methods]
     if failed:
         lines.append(f"**Failed**: {', '.join(failed)}.")
     return "\n\n".join(lines)
@@ -215,7 +280,7 @@ def tuning(findings: Findings) -> Grid:
     """The score of every tuning run; all methods have the same budget."""
     plan = findings.plan
     rows = []
-    for method in plan.tuned:
+    for method in dict.fromkeys(name for name, _ in findings.candidates):
         cells = [Cell(method)]
         for value in plan.tuning.values:
             score = findings.tuning[method, value]
@@ -225,8 +290,8 @@ def tuning(findings: Findings) -> Grid:
         rows.append((*cells, Cell("yes" if at_end else "")))
     note = (
         f"Mean {title_of(plan.score)} on {', '.join(Path(name).stem for name in plan.tuning.prompts)}, which nothing "
-        f"else uses, after training with seed {plan.tuning.seed}; bold is what was taken. Methods that are not listed "
-        "take the value of the method that they vary."
+        f"else uses, at guidance {plan.guidance:g} after {plan.steps} steps with seed {plan.tuning.seed}; bold is what "
+        "was taken. Methods that are not listed take the value of the method that they vary, or a multiple of it."
     )
     columns = (f"{plan.tuning.key} =", *plan.tuning.values, "at the end of the range")
     return Grid("Tuning", columns, tuple(rows), note)
@@ -239,10 +304,10 @@ def _slope_settings(findings: Findings) -> SlopeSettings | None:
     if not names:
         return None
     loss = first[names[0]].loss
-    ends = np.concatenate([findings.logged(n, f"eval/d_{side}") for n in names for side in ("chosen", "rejected")])
+    ends = np.concatenate([findings.of(n, f"eval/d_{side}") for n in names for side in ("chosen", "rejected")])
     if not np.isfinite(ends).all():
         return None
-    reference = float(findings.logged(names[0], "eval/reference_error").mean())
+    reference = float(findings.of(names[0], "eval/reference_error").mean())
     return loss.model_dump(include={"beta", "eta"}), reference, (min(float(ends.min()), 0.0), float(ends.max()))
 
 

@@ -124,7 +124,7 @@ def shared_caches(settings: Config, folder: Path) -> tuple[str, ...]:
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
         overrides.append(f"cache.examples={folder / f'examples-{digest}'}")
     stays = settings.loss.objective.can_reuse_reference and settings.model.reference_decay is None
-    if settings.cache.reference is None and stays:
+    if settings.cache.reference is None and stays and not settings.feed.is_online:
         overrides.append(f"cache.reference={folder / 'reference'}")
     return tuple(overrides)
 

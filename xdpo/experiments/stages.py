@@ -1,21 +1,26 @@
 """The stages of a plan: trainings, their images, their scores. Each stage is a list of tasks that can be interrupted.
 
+OUTPUT/{preparation}                         what some trainings need, such as a reward model
 OUTPUT/runs/{run}, OUTPUT/runs/cache         trainings; caches of examples and of the reference's errors
-OUTPUT/images/{run}-step{step}, …/base       generate.py's folders
-OUTPUT/tuning, OUTPUT/results                evaluate.py's folders
+OUTPUT/images/guidance{g}/{run}-step{step}   generate.py's folders, and …/base
+OUTPUT/tuning, OUTPUT/results/guidance{g}    evaluate.py's folders
+OUTPUT/parts.json                            the parts of the plan that were finished
 """
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from xdpo.experiments.plan import BASE, Plan
+from xdpo.experiments.plan import BASE, Parts, Plan
 from xdpo.experiments.runs import ROOT, Run, make_run
 from xdpo.experiments.tasks import Task, launcher, once
+from xdpo.files import write_text
 from xdpo.runs import checkpoint_path
+from xdpo.scores import image_statistics
 from xdpo.scores.results import benchmarks_of
 from xdpo.scores.table import ScoreTable
 
@@ -28,57 +33,88 @@ class Reproduction:
     output: Path
     num_processes: int = 1
 
-    def tuning_runs(self) -> dict[tuple[str, str], Run]:
-        """A training for each tuned method and value. Raises ConfigError."""
-        tuning = self.plan.tuning
+    def with_finished(self, parts: Parts) -> Parts:
+        """These parts and those that earlier starts have finished, as far as the plan still has them."""
+        record = self.output / "parts.json"
+        if not record.is_file():
+            return parts
+        finished = Parts(**json.loads(record.read_text(encoding="utf-8")))
+        return Parts(
+            [name for name in self.plan.tuned if name in (*parts.tuned, *finished.tuned)],
+            [name for name in self.plan.methods if name in (*parts.methods, *finished.methods)],
+        )
+
+    def record_finished(self, parts: Parts) -> None:
+        write_text(self.output / "parts.json", json.dumps(parts._asdict(), indent=2) + "\n")
+
+    def preparations(self, parts: Parts) -> list[Task]:
+        """The programs whose results the parts' trainings use."""
+        used = " ".join(word for name in {*parts.tuned, *parts.methods} for word in self.plan.methods[name].set)
+        return [
+            once(name, (*launcher(1), str(ROOT / program), *self._filled(words)), self.output / f"{name}.log", [])
+            for name, (program, *words) in self.plan.prepare.items()
+            if f"{{{name}}}" in used
+        ]
+
+    def tuning_runs(self, tuned: Collection[str]) -> dict[tuple[str, str], Run]:
+        """A training for each of these methods and each value. Raises ConfigError."""
+        tuning, steps = self.plan.tuning, self.plan.steps
         return {
-            (method, value): self._run(f"tuning-{method}-{value}", method, value, tuning.seed, (self.plan.steps,))
-            for method in self.plan.tuned
+            (method, value): self._run(f"tuning-{method}-{value}", method, value, tuning.seed, [steps])
+            for method in tuned
             for value in tuning.values
         }
 
-    def runs(self, chosen: Mapping[str, str]) -> dict[tuple[str, int], Run]:
-        """A training for each method and seed, at the values `chosen` for the tuned ones. Raises ConfigError.
+    def runs(self, methods: Collection[str], chosen: Mapping[str, str]) -> dict[tuple[str, int], Run]:
+        """A training for each of these methods and each seed, at the values `chosen` for the tuned ones.
 
-        Methods without a chosen value are left out.
+        Methods without a chosen value are left out. Raises ConfigError.
         """
         runs = {}
-        for name, method in self.plan.methods.items():
-            value = chosen.get(method.tuned_as or name)
-            if value is None:
-                continue
-            for seed in self.plan.seeds:
-                steps = self.plan.measured_steps(name)
-                runs[name, seed] = self._run(f"{name}-seed{seed}", name, value, seed, steps)
+        for name in methods:
+            value = self.plan.value_of(name, chosen)
+            for seed in self.plan.seeds_of(name) if value is not None else ():
+                runs[name, seed] = self._run(f"{name}-seed{seed}", name, value, seed, self.plan.measured_steps(name))
         return runs
 
     def _run(self, name: str, method: str, value: str, seed: int, steps: Sequence[int]) -> Run:
-        plan = self.plan
-        overrides = [f"train.max_steps={plan.steps}", "checkpoint.keep=1"]
+        plan, last = self.plan, max(steps)
+        overrides = [f"train.max_steps={last}", "checkpoint.keep=1"]
         if len(steps) > 1:  # keep the measured checkpoints
             every = math.gcd(*steps)
             # Keep all: a stopped run saves one more checkpoint, and must not remove a measured one for it.
-            overrides = [overrides[0], f"checkpoint.every={every}", f"checkpoint.keep={plan.steps}"]
-        set_here = (*plan.methods[method].set, f"{plan.tuning.key}={value}", f"seed={seed}")
+            overrides = [overrides[0], f"checkpoint.every={every}", f"checkpoint.keep={last}"]
+        set_here = (*self._filled(plan.methods[method].set), f"{plan.tuning.key}={value}", f"seed={seed}")
         return make_run(name, plan.methods[method].config, (*overrides, *plan.common, *set_here), self.output / "runs")
+
+    def _filled(self, words: Sequence[str]) -> list[str]:
+        """Words with the folders of preparations in place of their names in braces."""
+        for name in self.plan.prepare:
+            words = [word.replace(f"{{{name}}}", str(self.output / name)) for word in words]
+        return list(words)
 
     # --- images and scores -----------------------------------------------------------------------------
 
-    def images(self, run: Run, step: int, prompts: Sequence[str]) -> Task:
+    def images(self, run: Run, step: int, prompts: Sequence[str], guidance: float) -> Task:
         """The images of a run's model after `step` optimizer steps."""
         checkpoint = checkpoint_path(run.folder, step)
-        name = model_name(run, step)
-        return self._images(name, str(checkpoint), prompts, (checkpoint / "policy.safetensors",))
+        inputs = (checkpoint / "policy.safetensors",)
+        return self._images(model_name(run, step), str(checkpoint), prompts, guidance, inputs)
 
-    def base_images(self, pipeline: str, prompts: Sequence[str], name: str = BASE) -> Task:
+    def base_images(self, pipeline: str, guidance: float) -> Task:
         """The images of the model before training."""
-        return self._images(name, pipeline, prompts, ())
+        return self._images(BASE, pipeline, self.plan.prompts, guidance, ())
 
-    def _images(self, name: str, model: str, prompts: Sequence[str], inputs: Sequence[Path]) -> Task:
-        folder = self.output / "images" / name
-        arguments = ("--model", model, "--prompts", *prompts, "--output", str(folder), *self.plan.generate)
-        command = (*launcher(self.num_processes), str(ROOT / "generate.py"), *arguments)
-        return once(f"images of {name}", command, folder.with_name(name + ".log"), inputs)
+    def _images(self, name: str, model: str, prompts: Sequence[str], guidance: float, inputs: Sequence[Path]) -> Task:
+        folder = self.output / "images" / f"guidance{guidance:g}" / name
+        arguments = ("--model", model, "--prompts", *prompts, "--output", str(folder), "--guidance", f"{guidance:g}")
+        command = (*launcher(self.num_processes), str(ROOT / "generate.py"), *arguments, *self.plan.generate)
+        shown = f"images of {name} at guidance {guidance:g}"
+        return once(shown, command, folder.with_name(name + ".log"), inputs)
+
+    def results(self, guidance: float) -> str:
+        """The name of the folder of the scores at a guidance."""
+        return f"results/guidance{guidance:g}"
 
     def evaluation(self, folder: str, images: Sequence[Task]) -> Task:
         """The scores and report of images, in OUTPUT/`folder`."""
@@ -87,21 +123,22 @@ class Reproduction:
         command = (*launcher(1), str(ROOT / "evaluate.py"), "--images", *names, "--scorers")
         command += (",".join(self.plan.scorers), "--output", str(output), "--title", self.plan.title)
         inputs = [task.log.with_name(task.log.name + ".done") for task in images]
-        return once(f"scores in {output}", command, output.with_name(folder + ".log"), inputs)
+        return once(f"scores in {output}", command, output.with_name(output.name + ".log"), inputs)
 
     def scores(self, folder: str, models: Sequence[str]) -> dict[tuple[str, str], np.ndarray]:
-        """(model, scorer) → scores (prompts,), with the prompts of all sets in sequence.
+        """(model, scorer or statistic of images) → scores (prompts,), with the prompts of all sets in sequence.
 
         Raises ValueError if a model has no scores.
         """
         rows = [row for row in ScoreTable(self.output / folder).placed if row.placement.model in set(models)]
         if absent := sorted(set(models) - {row.placement.model for row in rows}):
             raise ValueError(f"no scores of {absent[0]} in {self.output / folder}")
-        benchmarks = benchmarks_of(rows, list(models), list(self.plan.scorers))
+        benchmarks = benchmarks_of(rows, list(models), [*self.plan.scorers, *image_statistics.NAMES])
         return {
-            (model, scorer): np.concatenate([benchmark.of(model, scorer) for benchmark in benchmarks])
+            (model, quantity): np.concatenate([benchmark.of(model, quantity) for benchmark in benchmarks])
             for model in models
-            for scorer in self.plan.scorers
+            for quantity in benchmarks[0].scorers
+            if all(quantity in benchmark.scores for benchmark in benchmarks)
         }
 
 

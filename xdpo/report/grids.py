@@ -32,10 +32,15 @@ TITLES = {
     "sharpness": "Sharpness",
     "high frequencies": "High frequencies",
     "distance": "Distance",
+    "spread": "Spread",
     "tiny_reward": "Reward (tiny)",
     "tiny_alignment": "Alignment (tiny)",
     "tiny_appeal": "Appeal (tiny)",
     "tiny_warmth": "Warmth (tiny)",
+    "tiny_heldout_reward": "Held-out reward (tiny)",
+    "tiny_heldout_alignment": "Held-out alignment (tiny)",
+    "tiny_heldout_appeal": "Held-out appeal (tiny)",
+    "eval/d": "d of both images",
 }
 BRIEF = 24  # characters up to which a cell of the page is kept on one line
 BEST = "Marked is a model whose paired difference from every other has a 95 % interval above zero."

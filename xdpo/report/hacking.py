@@ -118,7 +118,7 @@ def table(panel: Panel) -> Grid:
         f"Change against {panel.baseline}; ▲ or ▼ where its interval excludes zero. Saturation is the mean of HSV's; "
         "contrast the luma's standard deviation; sharpness that of its Laplacian; high frequencies the share of its "
         "variance above a quarter of a cycle per pixel; distance the root mean square difference from the baseline's "
-        "image of the same seed. Pixels run from 0 to 1."
+        "image of the same seed; spread that from the model's next image of the same prompt. Pixels run from 0 to 1."
     )
     columns = ("Statistic", "Model", "Mean", "Change", "95 % interval")
     return Grid(f"{panel.scores.name}: image statistics", columns, tuple(rows), note)

@@ -1,4 +1,4 @@
-"""Statistics of pixels that rise when a model games its reward: colour, contrast, sharpness, fine detail, distance.
+"""Statistics of pixels that change when a model games its reward: colour, contrast, sharpness, detail, distances.
 
 They are kept in the score table as scores are, so no image is measured twice.
 """
@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -21,7 +22,8 @@ from xdpo.scores.table import ScoreKey, ScoreTable
 COMPUTATION = 1  # raise it when a change here moves the numbers
 STATISTICS = ("saturation", "contrast", "sharpness", "high frequencies")
 DISTANCE = "distance"  # from the baseline's image of the same prompt and seed
-NAMES = (*STATISTICS, DISTANCE)
+SPREAD = "spread"  # distance from the model's next image of the same prompt, where it has several
+NAMES = (*STATISTICS, DISTANCE, SPREAD)
 SHARE = 64  # prompts that a process takes at once
 FINE = 0.25  # cycles per pixel, half of what an image can hold
 
@@ -66,19 +68,22 @@ def measure_missing(pictures: Sequence[Picture], baseline: str, table: ScoreTabl
     """Add the statistics that the first process's table lacks. Returns every picture with the keys of its statistics.
 
     Every process calls it, and each measures its share of the prompts.
-    The distance is left out on prompt sets where a seed differs from the baseline's. Pictures that can't be decoded
-    are left out.
+    The distance is left out on prompt sets where a seed differs from the baseline's, the spread on those where a prompt
+    has a single image of some model. Pictures that can't be decoded are left out.
     """
     of_baseline = {(p.prompt_set, p.key, p.repeat): p for p in pictures if p.model == baseline}
     seeds: dict[str, set] = defaultdict(set)
     for picture in pictures:
         seeds[picture.prompt_set].add(picture.settings.get("seed"))
+    following = _following(pictures)
 
     def keys_of(picture: Picture) -> dict[str, ScoreKey]:
         keys = {name: _key(picture, name, str(COMPUTATION)) for name in STATISTICS}
         partner = of_baseline.get((picture.prompt_set, picture.key, picture.repeat))
         if partner is not None and len(seeds[picture.prompt_set]) == 1:
             keys[DISTANCE] = _key(picture, DISTANCE, f"{COMPUTATION} from {partner.sha256}")
+        if picture.path in following:
+            keys[SPREAD] = _key(picture, SPREAD, f"{COMPUTATION} from {following[picture.path].sha256}")
         return keys
 
     slots: dict[tuple, list[Picture]] = defaultdict(list)
@@ -97,6 +102,9 @@ def measure_missing(pictures: Sequence[Picture], baseline: str, table: ScoreTabl
                 found |= {keys[name]: value for name, value in measure(np.asarray(image)).items()}
             if image is not None and partner is not None and DISTANCE in keys:
                 found[keys[DISTANCE]] = distance(image, partner)
+            other = _decoded(following[picture.path]) if SPREAD in keys else None
+            if image is not None and other is not None:
+                found[keys[SPREAD]] = distance(image, other)
         return found
 
     is_first = processes.rank() == 0
@@ -125,6 +133,23 @@ def measure_missing(pictures: Sequence[Picture], baseline: str, table: ScoreTabl
     for found in processes.gather(measured):
         table.gather(found)
     return [(picture, key) for picture in pictures for key in keys_of(picture).values() if key in table.scores]
+
+
+def _following(pictures: Sequence[Picture]) -> dict[Path, Picture]:
+    """A picture's path → the next picture of the same model and prompt; the first one follows the last.
+
+    Only of prompt sets in which every model has several images of each of its prompts.
+    """
+    of_prompt: dict[tuple, list[Picture]] = defaultdict(list)
+    for picture in sorted(pictures, key=lambda picture: picture.repeat):
+        of_prompt[picture.prompt_set, picture.model, picture.key].append(picture)
+    single = {prompt_set for (prompt_set, _, _), alike in of_prompt.items() if len(alike) < 2}
+    return {
+        picture.path: after
+        for (prompt_set, _, _), alike in of_prompt.items()
+        if prompt_set not in single
+        for picture, after in zip(alike, [*alike[1:], alike[0]], strict=True)
+    }
 
 
 def _key(picture: Picture, statistic: str, version: str) -> ScoreKey:
