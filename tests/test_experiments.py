@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import reproduce
 import sweep
+from matplotlib.figure import Figure
 from training_runs import ROOT, SMALL_RUN
 
 from xdpo.config import ConfigError
@@ -453,6 +454,23 @@ def test_questions_are_answered_by_the_sign_of_an_interval(findings):
     assert findings.answer(differs.model_copy(update={"quantity": "eval/other"}))[0].startswith("cannot be told")
     assert findings.of("dpo", "tiny_reward", guidance=2).tolist() == [[5.0] * 4] * 2
     assert findings.curve("xdpo", "tiny_reward")[:, 0, 0].tolist() == [0, 3, 5]
+
+
+def test_a_method_has_one_colour_in_all_figures_and_its_name_beside_its_line(findings):
+    for figure, panels in ((drawing.quality(findings), 2), (drawing.trade_offs(findings), 2)):
+        assert len(figure.axes) == panels
+        for axes in figure.axes:
+            names = {text.get_text(): text.get_color() for text in axes.texts if text.get_text() in ("dpo", "xdpo")}
+            assert names == {name: style["color"] for name, style in drawing.styles_of(findings).items()}
+
+
+def test_names_of_lines_that_end_together_stand_above_each_other():
+    axes = Figure().subplots()
+    for name, end in (("a", 1.0), ("b", 1.01), ("c", 3.0)):
+        axes.plot([0, 1], [0, end], label=name)
+    drawing.label_lines(axes)
+    heights = {text.get_text(): text.xy[1] for text in axes.texts}
+    assert heights["a"] == 1 and heights["b"] > 1.1 and heights["c"] == 3
 
 
 def test_further_guidances_have_a_table_of_their_own(findings):

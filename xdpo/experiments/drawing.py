@@ -1,4 +1,4 @@
-"""Figures of a reproduction: quality against pairs, both errors during training, and the slope of each reward form."""
+"""Figures of a reproduction: quality against pairs and what it is bought with, both errors, slopes of reward forms."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,13 +6,16 @@ import numpy as np
 import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.container import Container
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from xdpo.experiments import measures
-from xdpo.experiments.findings import Findings
+from xdpo.experiments.findings import BOTH_ERRORS, Findings
 from xdpo.loss import KEYS, PairErrors, xdpo_margin
 from xdpo.report.figures import BASELINE_COLOUR, CHOSEN_COLOUR, COLOURS, REJECTED_COLOUR, STYLE, colours_of
 from xdpo.report.grids import title_of
+from xdpo.scores.image_statistics import DISTANCE, SPREAD
 
 FORMS = KEYS["reward"].choices
 
@@ -35,18 +38,68 @@ def quality(findings: Findings) -> Figure:
     plan, styles = findings.plan, styles_of(findings)
     rows = _by_group(findings)
     with rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 3.6 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(10.5, 3.4 * len(rows)), layout="constrained")
         panels = figure.subplots(len(rows), 2, squeeze=False, sharex=True, sharey="col")
         for row, (group, methods) in zip(panels, rows.items(), strict=True):
             for axes, scorer in zip(row, (plan.score, plan.alignment), strict=True):
                 axes.axhline(0, color=BASELINE_COLOUR, linewidth=0.8)
                 for method in methods:
-                    _quality_line(axes, findings, method, scorer, styles[method])
-                axes.set_title(f"{group}: {title_of(scorer)}, change against the base")
+                    pairs = findings.curve(method, "pairs").mean(axis=(1, 2))
+                    points = _changes(findings, method, scorer)
+                    axes.plot(
+                        pairs, [p.value for p in points], marker="o", markersize=4, label=method, **styles[method]
+                    )
+                    low, high = [point.low for point in points], [point.high for point in points]
+                    axes.fill_between(pairs, low, high, color=styles[method]["color"], alpha=0.08, linewidth=0)
                 axes.grid(color="#e6e9ee", linewidth=0.7)
-                label_lines(axes)
+            row[0].set_ylabel(group)
+        for axes, scorer in zip(panels[0], (plan.score, plan.alignment), strict=True):
+            axes.set_title(f"{title_of(scorer)}, change")
         for axes in panels[-1]:
             axes.set_xlabel("training pairs seen")
+        for axes in panels.flat:
+            label_lines(axes)
+    return figure
+
+
+def _changes(findings: Findings, method: str, quantity: str) -> list[measures.Estimate]:
+    """The change from the base at each point of a method's curve."""
+    curve = findings.curve(method, quantity)
+    return [measures.difference(point, curve[0]) for point in curve]
+
+
+def trade_offs(findings: Findings) -> Figure:
+    """How methods with curves buy one thing with another: a line for each over its checkpoints, from the base on.
+
+    The score against the distance from the base's images and against the mean d of held-out images; alignment, and how
+    much a prompt's images differ where it has several, against the score. A row of panels for each group.
+    """
+    plan, styles = findings.plan, styles_of(findings)
+    rows = _by_group(findings)
+    columns = [(DISTANCE, plan.score), (BOTH_ERRORS, plan.score), (plan.score, plan.alignment), (plan.score, SPREAD)]
+    measured = {quantity for _, quantity in findings.scores[plan.guidance]} | {BOTH_ERRORS}
+    columns = [column for column in columns if set(column) <= measured]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3.6 * len(columns), 3.2 * len(rows)), layout="constrained")
+        panels = figure.subplots(len(rows), len(columns), squeeze=False, sharex="col", sharey="col")
+        for row, methods in zip(panels, rows.values(), strict=True):
+            for axes, (across, up) in zip(row, columns, strict=True):
+                axes.axhline(0, color=BASELINE_COLOUR, linewidth=0.8)
+                for method in methods:
+                    bought, paid = _changes(findings, method, up), _changes(findings, method, across)
+                    if not np.isfinite([point.value for point in paid]).all():
+                        continue  # an objective without a reference logs no d
+                    reach = [[p.value - p.low for p in bought], [p.high - p.value for p in bought]]
+                    look = dict(marker="o", markersize=4, capsize=2, elinewidth=0.7, label=method, **styles[method])
+                    axes.errorbar([p.value for p in paid], [p.value for p in bought], yerr=reach, **look)
+                axes.grid(color="#e6e9ee", linewidth=0.7)
+        for axes, group in zip(panels[:, 0], rows, strict=True):
+            axes.annotate(group, (0, 1), xycoords="axes fraction", xytext=(4, -10), textcoords="offset points")
+        for top, bottom, (across, up) in zip(panels[0], panels[-1], columns, strict=True):
+            top.set_title(f"{title_of(up)}, change", fontsize=9)
+            bottom.set_xlabel(f"{title_of(across)}, change")
+        for axes in panels.flat:
+            label_lines(axes)
     return figure
 
 
@@ -60,26 +113,31 @@ def _by_group(findings: Findings) -> dict[str, list[str]]:
     return groups
 
 
-def _quality_line(axes: Axes, findings: Findings, method: str, scorer: str, style: dict[str, str]) -> None:
-    pairs, curve = findings.curve(method, "pairs").mean(axis=(1, 2)), findings.curve(method, scorer)
-    points = [measures.difference(point, curve[0]) for point in curve]
-    axes.plot(pairs, [point.value for point in points], marker="o", markersize=4, label=method, **style)
-    low, high = [point.low for point in points], [point.high for point in points]
-    axes.fill_between(pairs, low, high, color=style["color"], alpha=0.08, linewidth=0)
-
-
 def label_lines(axes: Axes) -> None:
-    """Write each line's label beside its last point, in its colour, moved up or down from others' labels."""
-    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
-    low, high = axes.get_ylim()
-    least, previous = (high - low) / 14, -np.inf
-    for line in sorted(lines, key=lambda line: line.get_ydata()[-1]):
-        x, y = line.get_xdata()[-1], line.get_ydata()[-1]
-        previous = max(float(y), previous + least)
-        axes.annotate(
-            str(line.get_label()), (x, previous), xytext=(6, 0), textcoords="offset points", va="center", fontsize=7.5,
-            color=line.get_color(), annotation_clip=False,
-        )  # fmt: skip
+    """Write each line's label beside its last point, in its colour; further up where an earlier label is in the way.
+
+    To be called when everything is drawn, as it depends on the axes' limits.
+    """
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    ends = [
+        (line.get_xdata()[-1], line.get_ydata()[-1], label, line.get_color()) for label, line in _labelled(axes).items()
+    ]
+    written: list[tuple[float, float]] = []
+    for x, y, label, colour in sorted(ends, key=lambda end: end[1]):
+        place = y
+        for other_x, other_y in written:  # from below
+            if abs(other_x - x) < 0.3 * (right - left) and abs(other_y - place) < (high - low) / 15:
+                place = other_y + (high - low) / 15
+        written.append((x, place))
+        where = dict(xytext=(6, 0), textcoords="offset points", va="center", annotation_clip=False)
+        axes.annotate(label, (x, place), fontsize=7.5, color=colour, **where)
+
+
+def _labelled(axes: Axes) -> dict[str, Line2D]:
+    """Label → line, of plots and of error bars."""
+    handles, labels = axes.get_legend_handles_labels()
+    lines = [handle[0] if isinstance(handle, Container) else handle for handle in handles]
+    return dict(zip(labels, lines, strict=True))
 
 
 def errors(findings: Findings) -> Figure:

@@ -28,6 +28,7 @@ def write(findings: Findings, page: Path, command: str) -> list[Path]:
     figures, written = page.with_suffix(""), list[Path]()
     if findings.with_curves:
         written += save(drawing.quality(findings), figures / "quality")
+        written += save(drawing.trade_offs(findings), figures / "trade_offs")
     if findings.methods:
         written += save(drawing.errors(findings), figures / "errors")
     slopes = _slope_settings(findings)
@@ -49,6 +50,11 @@ def _blocks(findings: Findings, figures: str, command: str, slopes: SlopeSetting
             "## Quality over training",
             f"![Quality over training]({figures}/quality.png)",
             to_markdown(efficiency(findings)),
+            "## What quality is bought with",
+            "Each line goes from the base over a method's checkpoints; bars are intervals of what goes up. Distance is "
+            "the root mean square difference of pixels from the base's image of the same seed, spread that of a "
+            "prompt's images from each other; d as in the questions.",
+            f"![What quality is bought with]({figures}/trade_offs.png)",
         ]
     for group in dict.fromkeys(plan.methods[name].group for name in findings.methods):
         blocks += [f"## {group}", to_markdown(methods(findings, group))]
@@ -118,7 +124,7 @@ def questions(findings: Findings) -> Grid:
         rows.append(
             (
                 Cell(question.ask),
-                Cell(answer, best=difference.sign != 0),
+                Cell(answer, best=np.isfinite(difference.value) and difference.sign != 0),
                 Cell(f"{_measured(question, findings.plan)}: {question.method} − {question.than}"),
                 Cell(_signed(difference) if np.isfinite(difference.value) else ""),
             )
