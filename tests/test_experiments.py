@@ -537,9 +537,12 @@ def test_a_value_is_that_of_the_method_it_is_tuned_as_or_a_multiple():
 
 def test_what_a_method_needs_is_prepared_before_it_trains(tmp_path):
     reproduction = Reproduction(load_plan(reproduce.PLANS / "tiny_online.yaml"), tmp_path)
-    assert reproduction.preparations(reproduction.plan.parts(["appeal"])) == []
+    (examples,) = reproduction.preparations(reproduction.plan.parts(["appeal"]))
+    assert f"cache.examples={tmp_path / 'examples'}" in examples.command
     parts = reproduction.plan.parts(["learnt_reward"])
-    (task,) = reproduction.preparations(parts)
-    assert str(tmp_path / "reward") in task.command and "1500" in task.command
+    again, reward = reproduction.preparations(parts)
+    assert again.command == examples.command
+    assert str(tmp_path / "reward") in reward.command and "1500" in reward.command
     run = reproduction.runs(parts.methods, reproduce.any_values(reproduction))["learnt_reward", 0]
     assert run.settings.online.rewards == (str(tmp_path / "reward/reward_model"),)
+    assert run.settings.cache.examples == str(tmp_path / "examples")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from tiny_base.captions import MAX_TOKENS, clip_config, clip_ids, t5_ids, t5_tokenizer, clip_tokenizer
+from tiny_base.captions import MAX_TOKENS, clip_config, clip_ids, clip_tokenizer, t5_ids, t5_tokenizer
 from tiny_base.denoisers import TokenIds
 from xdpo.noise import FlowProcess
 

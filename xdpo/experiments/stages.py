@@ -49,7 +49,8 @@ class Reproduction:
 
     def preparations(self, parts: Parts) -> list[Task]:
         """The programs whose results the parts' trainings use."""
-        used = " ".join(word for name in {*parts.tuned, *parts.methods} for word in self.plan.methods[name].set)
+        names = {*parts.tuned, *parts.methods}
+        used = " ".join([*self.plan.common, *(word for name in names for word in self.plan.methods[name].set)])
         return [
             once(name, (*launcher(1), str(ROOT / program), *self._filled(words)), self.output / f"{name}.log", [])
             for name, (program, *words) in self.plan.prepare.items()
@@ -85,7 +86,8 @@ class Reproduction:
             # Keep all: a stopped run saves one more checkpoint, and must not remove a measured one for it.
             overrides = [overrides[0], f"checkpoint.every={every}", f"checkpoint.keep={last}"]
         set_here = (*self._filled(plan.methods[method].set), f"{plan.tuning.key}={value}", f"seed={seed}")
-        return make_run(name, plan.methods[method].config, (*overrides, *plan.common, *set_here), self.output / "runs")
+        everywhere = self._filled(plan.common)
+        return make_run(name, plan.methods[method].config, (*overrides, *everywhere, *set_here), self.output / "runs")
 
     def _filled(self, words: Sequence[str]) -> list[str]:
         """Words with the folders of preparations in place of their names in braces."""
