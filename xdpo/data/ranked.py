@@ -138,9 +138,8 @@ def _table(files: Sequence[str], contents: "Sequence[tuple[pa.Table, _Measured]]
     """The pairs of all files: their columns, and where their images are."""
     import pyarrow as pa
 
-    images: list[
-        Any
-    ] = []  # of each row: (row, its place in the row's list, number among all images), or a list of these
+    # Of each row: (row, its place in the row's list, number among all images), or a list of these.
+    images: list[Any] = []
     names: dict[str, list[Any]] = {column: [] for column in (columns.order, "caption", "group")}
     rows: list[tuple[str, int]] = []
     seen = 0
