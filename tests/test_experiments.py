@@ -320,7 +320,7 @@ def write_plan(path, **changes):
         ({"sedes": [1]}, "sedes: Extra inputs"),
         ({"questions": [QUESTION | {"guidance": 3}]}, "guidance 3 is none of the plan's"),
         ({"questions": [QUESTION | {"than": "base", "at_equal": "pairs"}]}, "two methods with curves"),
-        ({"questions": [QUESTION | {"step": 3}]}, "not both measured at step 3"),
+        ({"questions": [QUESTION | {"step": 3}]}, "xdpo is not measured at step 3"),
         ({"questions": [QUESTION | {"quantity": "distance"}]}, "ask whether distance"),
     ],
 )  # fmt: skip
@@ -452,6 +452,10 @@ def test_questions_are_answered_by_the_sign_of_an_interval(findings):
     assert findings.answer(differs.model_copy(update={"step": 2}))[1].value == 0.5
     assert findings.answer(differs.model_copy(update={"quantity": "eval/d", "step": 2}))[1].value == 1.0
     assert findings.answer(differs.model_copy(update={"quantity": "eval/other"}))[0].startswith("cannot be told")
+    later = better.model_copy(update={"than": "xdpo", "step": 4, "than_step": 2})
+    assert findings.answer(later) == ("yes", measures.Estimate(2.0, 2.0, 2.0))
+    row = page.questions(asking(findings, later)).rows[0]
+    assert row[2].text == "Reward (tiny) after 4 steps: xdpo − xdpo after 2"
     assert findings.of("dpo", "tiny_reward", guidance=2).tolist() == [[5.0] * 4] * 2
     assert findings.curve("xdpo", "tiny_reward")[:, 0, 0].tolist() == [0, 3, 5]
 

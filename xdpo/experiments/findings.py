@@ -123,10 +123,9 @@ class Findings:
         if question.at_equal:
             difference = self.difference_at_equal(question.method, question.than, quantity, question.at_equal)
         else:
-            values = (
-                self.of(name, quantity, question.step, question.guidance) for name in (question.method, question.than)
-            )
-            difference = measures.difference(*values)
+            values = self.of(question.method, quantity, question.step, question.guidance)
+            others = self.of(question.than, quantity, question.than_step or question.step, question.guidance)
+            difference = measures.difference(values, others)
         if not np.isfinite(difference.value):
             return "cannot be told: it was not measured, or never equal", difference
         words = {

@@ -125,7 +125,7 @@ def questions(findings: Findings) -> Grid:
             (
                 Cell(question.ask),
                 Cell(answer, best=np.isfinite(difference.value) and difference.sign != 0),
-                Cell(f"{_measured(question, findings.plan)}: {question.method} − {question.than}"),
+                Cell(_measured(question, findings.plan)),
                 Cell(_signed(difference) if np.isfinite(difference.value) else ""),
             )
         )
@@ -148,6 +148,9 @@ def _measured(question: Question, plan: Plan) -> str:
         text += f" at guidance {question.guidance:g}"
     if question.at_equal:
         text += f" at equal {title_of(question.at_equal)}"
+    text += f": {question.method} − {question.than}"
+    if question.than_step is not None:
+        text += f" after {question.than_step}"
     return text
 
 

@@ -64,6 +64,7 @@ class Question(Section):
     than: str
     quantity: str | None = None  # what is compared; None: the plan's score
     step: int | None = None  # when; None: after the plan's steps
+    than_step: int | None = None  # when the other one is measured; None: at the same step
     guidance: float | None = None  # None: the plan's first
     at_equal: str | None = None  # when this quantity, which rises in training, first reaches what both reach
 
@@ -133,6 +134,7 @@ class Plan(Section):
 
     def _problem_of(self, question: Question) -> str | None:
         asked = (question.method, question.than)
+        steps = (question.step, question.than_step or question.step)
         if unknown := [name for name in asked if name not in (BASE, *self.methods)]:
             return f"a question is about {unknown[0]!r}, which is no method of the plan"
         for quantity in filter(None, (question.quantity, question.at_equal)):
@@ -141,12 +143,12 @@ class Plan(Section):
                 return f"{quantity} is asked for and not among the scorers"
         if question.kind != "differs" and question.quantity and question.quantity not in self.scorers:
             return f"only of a scorer is it known that more is better; ask whether {question.quantity} differs"
-        if question.at_equal and (BASE in asked or question.step or not all(self.methods[n].curves for n in asked)):
+        if question.at_equal and (BASE in asked or any(steps) or not all(self.methods[n].curves for n in asked)):
             return "at_equal compares two methods with curves, at no step that is given"
-        measured = [self.measured_steps(name) for name in asked if name != BASE]
-        if question.step and not all(question.step in steps for steps in measured):
-            return f"its methods are not both measured at step {question.step}"
-        if question.guidance is not None and (question.guidance not in self.guidances or question.step):
+        for name, step in zip(asked, steps, strict=True):
+            if step and name != BASE and step not in self.measured_steps(name):
+                return f"{name} is not measured at step {step}"
+        if question.guidance is not None and (question.guidance not in self.guidances or any(steps)):
             return f"guidance {question.guidance:g} is none of the plan's, or not measured at that step"
         return None
 

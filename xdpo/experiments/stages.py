@@ -74,7 +74,9 @@ class Reproduction:
         runs = {}
         for name in methods:
             value = self.plan.value_of(name, chosen)
-            for seed in self.plan.seeds_of(name) if value is not None else ():
+            if value is None:
+                continue
+            for seed in self.plan.seeds_of(name):
                 runs[name, seed] = self._run(f"{name}-seed{seed}", name, value, seed, self.plan.measured_steps(name))
         return runs
 
