@@ -15,6 +15,7 @@ class Progress(tqdm):
     def __init__(self, iterable: Iterable | None = None, **options: Any):
         self._in_lines = not sys.stderr.isatty()
         if self._in_lines:
+            sys.stdout.flush()  # what was said before stands before the lines in a log of both
             options |= {"file": _Lines(sys.stderr), "mininterval": SECONDS_BETWEEN_LINES, "miniters": 1}
             options |= {"maxinterval": SECONDS_BETWEEN_LINES, "delay": SECONDS_BETWEEN_LINES, "ncols": 0}
             options |= {"dynamic_ncols": False, "leave": True}
