@@ -39,9 +39,10 @@ class _Lines:
 
     def write(self, text: str) -> None:
         line = text.strip()
-        if line and line != self._last:
+        count = line.partition(" [")[0]  # without times, which differ when a bar that is full closes
+        if count and count != self._last:
             self.stream.write(line + "\n")
-            self._last = line
+            self._last = count
 
     def flush(self) -> None:
         self.stream.flush()
