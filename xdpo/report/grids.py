@@ -32,6 +32,12 @@ TITLES = {
     "tiny_alignment": "Alignment (tiny)",
     "tiny_appeal": "Appeal (tiny)",
     "tiny_warmth": "Warmth (tiny)",
+    "tiny_warm_reward": "Warm reward (tiny)",
+    "tiny_heldout_reward": "Reward (tiny, held-out judge)",
+    "tiny_heldout_alignment": "Alignment (tiny, held-out judge)",
+    "tiny_heldout_appeal": "Appeal (tiny, held-out judge)",
+    "tiny_heldout_warmth": "Warmth (tiny, held-out judge)",
+    "tiny_heldout_warm_reward": "Warm reward (tiny, held-out judge)",
 }
 BRIEF = 24  # characters up to which a cell of the page is kept on one line
 BEST = "Marked is a model whose paired difference from every other has a 95 % interval above zero."
