@@ -15,6 +15,7 @@ from tiny_base.denoisers import train_denoiser, train_encoders
 from tiny_base.diffusion import Diffusion
 from tiny_base.flow import Flow
 from tiny_base.images import draw_training_set, encode_all, train_autoencoder
+from transformers.utils import logging
 
 from xdpo.files import replacing_folder
 from xdpo.paths import user_path
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    logging.disable_progress_bar()  # of writing weights
     options.work.mkdir(parents=True, exist_ok=True)
     work, seed, device = options.work, options.seed, options.device
 
