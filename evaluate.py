@@ -20,7 +20,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes con
 from xdpo.arguments import positive
 from xdpo.files import check_writable, write_text
 from xdpo.images.making import Making, differences, makings_of
-from xdpo.images.reading import Picture, Problem, by_prompt, name_folders, read_models
+from xdpo.images.manifest import MANIFEST
+from xdpo.images.reading import WITHOUT_PROMPT, Picture, Problem, by_prompt, name_folders, read_models
 from xdpo.paths import expanded, user_path
 from xdpo.scorers import (
     DEFAULT_EMBEDDER,
@@ -70,7 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=(),
         metavar="[NAME=]FOLDER",
-        help="one folder per model, as generate.py leaves it; the model is called after the folder unless named",
+        help="one folder per model, as generate.py leaves it; the model is called after the folder unless named "
+        "(images of another program: docs/evaluation.md)",
     )
     what.add_argument("--sets", nargs="+", help="only these prompt sets (default: all that are in the folders)")
     what.add_argument(
@@ -222,6 +224,8 @@ def find(options: argparse.Namespace, plan: Plan, state: "PartialState") -> Foun
     problems: list[Problem] = []
     if state.is_main_process:
         pictures, problems = read_models(plan.folders, options.sets)
+        if not pictures:
+            raise ValueError(nothing_to_compare(problems))
         references = reference_pictures(options.reference) if options.reference else []
     makings = makings_of(pictures)
     problems += differences(makings)
@@ -234,6 +238,17 @@ def find(options: argparse.Namespace, plan: Plan, state: "PartialState") -> Foun
     processes.refuse_differences(versions, "Give every machine the same files")
     pictures, references = processes.agree((pictures, references))
     return Found(pictures, references, problems, makings, versions)
+
+
+def nothing_to_compare(problems: Sequence[Problem]) -> str:
+    """The error of folders without a prompt that all models have images of."""
+    lines = ["nothing to compare:", *(problem.describe() for problem in problems)]
+    if any(problem.kind == WITHOUT_PROMPT for problem in problems):
+        lines.append(
+            f"Write a {MANIFEST} beside the images, with a line for each: "
+            '{"file": "fox.png", "prompt": "a red fox"} (docs/evaluation.md, "Images of another program")'
+        )
+    return "\n  ".join(lines)
 
 
 def score(options: argparse.Namespace, plan: Plan, state: "PartialState", found: Found) -> Scored:
@@ -280,7 +295,7 @@ def report(options: argparse.Namespace, plan: Plan, found: Found, scored: Scored
     none_in_common = "left out: no prompt has scored images of all of them"
     problems += [Problem("all models", name, none_in_common) for name in sets if name not in compared]
     if not benchmarks:
-        raise ValueError("nothing to compare:\n  " + "\n  ".join(problem.describe() for problem in problems))
+        raise ValueError(nothing_to_compare(problems))
     sources = {picture.model: picture.source for picture in reversed(found.pictures)}
     by_run = [curves.curve(run, read_rows(run / "metrics.jsonl"), sources, baselines[0]) for run in options.runs]
     shown = by_prompt(scored.whole)

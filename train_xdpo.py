@@ -1,4 +1,4 @@
-"""Align a text-to-image model to preference pairs: xDPO, Diffusion-DPO and eleven other objectives.
+"""Align a text-to-image model to preference pairs, with xDPO or another objective of docs/objectives.md.
 
     accelerate launch train_xdpo.py --config configs/xdpo_sd15.yaml [section.key=value …]
     python train_xdpo.py --config configs/tiny/xdpo.yaml          (the embedded default, minutes on a CPU)

@@ -25,4 +25,4 @@ make_environment() {
     cp requirements.txt "$stamp"
 }
 
-make_environment || exit 1
+make_environment || return 1  # ends a script with set -e, and not the shell of somebody who sources this

@@ -3,8 +3,8 @@
     python scripts/sweep.py --configs configs/tiny/xdpo.yaml configs/tiny/sft.yaml --seeds 0 1 2 --output runs/sweep
     python scripts/sweep.py --configs configs/tiny/xdpo.yaml --grid loss.eta=0.05,0.5 loss.n=3,6 --output runs/eta_n
 
-Every cell is checked before the first one starts. A finished cell is skipped, an interrupted one resumes, and a failed
-one is named while the others continue. --dry-run prints how far each cell is. On Slurm, run one job a cell, and fill
+Every run is checked before the first one starts. A finished run is skipped, an interrupted one resumes, and a failed
+one is named while the others continue. --dry-run prints how far each run is. On Slurm, run one job a run, and fill
 cache.examples before, so that no two jobs fill it:
 
     sbatch --array=0-5 --gpus=1 --wrap 'python scripts/sweep.py … --array $SLURM_ARRAY_TASK_ID'
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if options.array is not None:
             if not 0 <= options.array < len(runs):
-                raise ConfigError(f"--array {options.array}: the cells are 0 to {len(runs) - 1}")
+                raise ConfigError(f"--array {options.array}: the runs are 0 to {len(runs) - 1}")
             runs = runs[options.array : options.array + 1]
         if options.dry_run:
             for number, run in enumerate(runs):
@@ -54,14 +54,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--configs", type=user_path, nargs="+", required=True, metavar="FILE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
     parser.add_argument("--grid", type=_values, nargs="+", default=[], metavar="KEY=V,V,…", help="each with each")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all cells")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all runs")
     parser.add_argument(
-        "--output", type=user_path, required=True, metavar="DIR", help="a folder per cell, and the caches"
+        "--output", type=user_path, required=True, metavar="DIR", help="a folder per run, and the caches"
     )
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="GPUs for each cell (default: 1)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells trained at once (default: 1)")
-    parser.add_argument("--array", type=int, metavar="I", help="only cell I, counted from 0")
-    parser.add_argument("--dry-run", action="store_true", help="print the cells and how each would be started")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="GPUs for each run (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs trained at once (default: 1)")
+    parser.add_argument("--array", type=int, metavar="I", help="only run I, counted from 0")
+    parser.add_argument("--dry-run", action="store_true", help="print the runs and how each would be started")
     return parser
 
 

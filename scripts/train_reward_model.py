@@ -170,7 +170,8 @@ def train(settings: Config, options: argparse.Namespace, accelerator: "Accelerat
             optimizer.zero_grad()
             if (step + 1) % 100 == 0:
                 right = ((margin > 0) & ~tied).sum().item() / max(1, (~tied).sum().item())
-                accelerator.print(f"step {step + 1}: loss {loss.item():.4f}, {right:.1%} of the batch right")
+                line = f"step {step + 1}: loss {loss.item():.4f}, {right:.1%} of the batch right"
+                accelerator.print(line, flush=True)
             if (step + 1) % options.checkpoint_every == 0 or step + 1 == options.steps:
                 bare = accelerator.unwrap_model(prepared)
                 is_main = accelerator.is_main_process

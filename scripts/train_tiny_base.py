@@ -15,6 +15,7 @@ from tiny_base.denoisers import train_denoiser, train_encoders
 from tiny_base.diffusion import Diffusion
 from tiny_base.flow import Flow
 from tiny_base.images import draw_training_set, encode_all, train_autoencoder
+from transformers.utils import logging
 
 from xdpo.files import replacing_folder
 from xdpo.paths import user_path
@@ -35,9 +36,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+<<<<<<< HEAD
     torch.use_deterministic_algorithms(True)  # on a GPU this asks for CUBLAS_WORKSPACE_CONFIG=:4096:8
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cuda.matmul.allow_tf32 = True
+=======
+    logging.disable_progress_bar()  # of writing weights
+>>>>>>> door
     options.work.mkdir(parents=True, exist_ok=True)
     work, seed, device = options.work, options.seed, options.device
 

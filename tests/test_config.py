@@ -422,7 +422,7 @@ def test_flattened_values_are_what_trackers_take():
 def test_changed_keys_are_listed_with_both_values():
     assert changed_keys(config_with(), config_with("loss.beta=2000", "model.revision=v2")) == [
         "model.revision: null → 'v2'",
-        "loss.beta: 1000.0 → 2000.0",
+        "loss.beta: 1000 → 2000",
     ]
 
 
@@ -516,7 +516,7 @@ def test_the_effective_beta_is_the_slope_near_the_reference():
 def test_the_description_of_the_papers_run_can_be_checked_on_paper():
     text = describe(load_config(ROOT / "configs" / "xdpo_sd15.yaml"), num_processes=2)
     assert "256 pairs = 2 (processes) × 128 (accumulation) × 1 (micro batch)" in text
-    assert "1e-08 configured, 2.56e-06 effective (× 256 pairs, optim.scale_lr)" in text
+    assert "1e-8 configured, 2.56e-6 effective (× 256 pairs, optim.scale_lr)" in text
     assert "1050 = β·(η + γ·n) = 1000 × (0.05 + 0.166667 × 6)" in text
     assert "6,000 optimizer steps, 1,536,000 pairs seen" in text
     assert "about 1.80, if the data are Pick-a-Pic v2 (851,293 pairs)" in text

@@ -110,3 +110,9 @@ def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name == "index.md" or f"]({page.name})" in index, f"docs/index.md doesn't list {page.name}"
+
+
+def test_the_row_of_the_page_about_adding_one_is_one_of_the_list_of_variants():
+    page = (ROOT / "docs/adding_an_objective.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^VARIANTS = \[\n    \.\.\.,\n(    .+\n)\]$", page, re.MULTILINE)
+    assert eval(f"[{row}]", {"BETA": 40.0}) == [("robust_dpo", {"beta": 40.0, "flip_rate": 0.2})]

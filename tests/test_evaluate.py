@@ -347,6 +347,19 @@ def test_one_name_in_two_cases_or_widths_is_a_clash(world, capsys):
     assert "xdpo, mine: 3 clashes, left out: files for one image" in said
 
 
+def test_images_of_another_program_are_listed_as_the_page_says(world):
+    page = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    lists = re.findall(r"^images/(\w+)/(\S+)  +({.*})$", page, re.MULTILINE)
+    assert [model for model, _, _ in lists] == ["theirs", "ours"]
+    for model, path, line in lists:
+        listed = world.folder / "images" / model / path
+        listed.parent.mkdir(parents=True)
+        listed.write_text(line + "\n")
+        Image.new("RGB", (8, 8), (50, 0, 0)).save(listed.with_name(json.loads(line)["file"]))
+    assert world.run(models=("theirs", "ours")) == 0
+    assert scores(world) == {("theirs", "fox"): 50.0, ("ours", "fox"): 50.0}
+
+
 def test_its_own_output_is_no_model(world, capsys):
     """Figures are images too."""
     assert world.run() == 0
@@ -356,7 +369,7 @@ def test_its_own_output_is_no_model(world, capsys):
     )
     figures = len(list((world.output / "figures").glob("*.png")))
     assert "nothing to compare" in (said := capsys.readouterr().err)
-    assert f"{figures} left out: no prompt is known" in said
+    assert f"{figures} left out: no prompt is known" in said and "Write a manifest.jsonl" in said
     inside = world.folder / "images" / "sd15"
     for _ in range(2):
         arguments = ["--images", *world.images(), "--scorers", world.scorer, "--output", str(inside)]

@@ -64,7 +64,7 @@ def test_every_problem_of_every_run_is_told_before_any_starts(tmp_path):
     for grid, seeds, message in (
         ({"loss.etta": ["1"]}, [0], "--grid loss.etta: unknown key"),
         ({"loss.eta": ["1", "1"]}, [0], "1 is there twice"),
-        ({}, [0, 0], "two cells are called xdpo-seed=0"),
+        ({}, [0, 0], "two runs are called xdpo-seed=0"),
     ):
         with pytest.raises(ConfigError, match=message):
             make_runs([XDPO], tmp_path, grid=grid, seeds=seeds)
@@ -104,7 +104,7 @@ def test_a_sweep_shares_its_caches_skips_what_is_done_and_names_what_failed(smal
     (runs[0].folder / "config.yaml").write_text("not a config: [")
     assert sweep.main([*arguments, "--array", "1"]) == 0
     assert sweep.main([*arguments, "--array", "2"]) == 1
-    assert "the cells are 0 to 1" in capsys.readouterr().err
+    assert "the runs are 0 to 1" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Which micro-batch is fastest on this device."""
 
 import time
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -35,18 +36,17 @@ def find_batch(
     dataset = make_dataset(pairs, parts.tokenize, settings, Split.TRAIN)
     learner.settle_gradients(dataset.batch([0]))
 
+    say = partial(accelerator.print, flush=True)  # a line is seen when it is measured, in a log file too
     speeds: dict[int, float] = {}
-    accelerator.print(f"{'micro batch':>11}  {'accumulation':>12}  {'pairs/s':>9}  {'peak memory':>11}")
+    say(f"{'micro batch':>11}  {'accumulation':>12}  {'pairs/s':>9}  {'peak memory':>11}")
     for size in (size for size in range(1, total // processes + 1) if total // processes % size == 0):
         try:
             seconds = _time_micro_steps(learner, dataset.batch(list(range(size))))
         except torch.OutOfMemoryError:
-            accelerator.print(f"{size:>11}  does not fit")
+            say(f"{size:>11}  does not fit")
             break
         speeds[size] = processes * TIMED_STEPS * size / seconds
-        accelerator.print(
-            f"{size:>11}  {total // processes // size:>12}  {speeds[size]:>9.3g}  {peak_memory_gb(device):>8.2f} GB"
-        )
+        say(f"{size:>11}  {total // processes // size:>12}  {speeds[size]:>9.3g}  {peak_memory_gb(device):>8.2f} GB")
         if speeds[size] < max((speed for other, speed in speeds.items() if other <= size / 2), default=0.0):
             break
     if not speeds:
@@ -54,9 +54,7 @@ def find_batch(
             "not even one pair fits; compute.gradient_checkpointing=true or model.trainable=lora need less"
         )
     best = max(speeds, key=lambda size: speeds[size])
-    accelerator.print(
-        f"fastest here: train.micro_batch_pairs={best}; the total batch stays {total}, and so does the result"
-    )
+    say(f"fastest here: train.micro_batch_pairs={best}; the total batch stays {total}, and so does the result")
     return 0
 
 

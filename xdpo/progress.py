@@ -15,6 +15,7 @@ class Progress(tqdm):
     def __init__(self, iterable: Iterable | None = None, **options: Any):
         self._in_lines = not sys.stderr.isatty()
         if self._in_lines:
+            sys.stdout.flush()  # what was said before stands before the lines in a log of both
             options |= {"file": _Lines(sys.stderr), "mininterval": SECONDS_BETWEEN_LINES, "miniters": 1}
             options |= {"maxinterval": SECONDS_BETWEEN_LINES, "delay": SECONDS_BETWEEN_LINES, "ncols": 0}
             options |= {"dynamic_ncols": False, "leave": True}
@@ -38,9 +39,10 @@ class _Lines:
 
     def write(self, text: str) -> None:
         line = text.strip()
-        if line and line != self._last:
+        count = line.partition(" [")[0]  # without times, which differ when a bar that is full closes
+        if count and count != self._last:
             self.stream.write(line + "\n")
-            self._last = line
+            self._last = count
 
     def flush(self) -> None:
         self.stream.flush()

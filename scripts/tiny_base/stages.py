@@ -161,6 +161,6 @@ class Stage:
         """Write one line of metrics to the log file and the screen."""
         row = {"step": self.step, **{name: round(float(value), 5) for name, value in metrics.items()}}
         row["seconds"] = round(time.time() - self.started)
-        print(self.name, row, flush=True)
+        print(f"{self.name}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
         with self.log_path.open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -1,5 +1,8 @@
 """Values that follow from a config (batch, learning rate, effective β), and the differences between two configs."""
 
+from typing import Any
+
+from xdpo.config.explain import in_yaml
 from xdpo.config.files import shown, values_of
 from xdpo.config.sections import KEYS, Config
 from xdpo.config.splitting import micro_steps
@@ -30,7 +33,7 @@ change bits.
 
 
 def changed_keys(old: Config, new: Config) -> list[str]:
-    """Lines such as `loss.beta: 1000.0 → 2000.0`, for the keys that change what a run computes."""
+    """Lines such as `loss.beta: 1000 → 2000`, for the keys that change what a run computes."""
     ignored = KEYS_WITHOUT_EFFECT
     if bool(old.cache.examples) == bool(new.cache.examples):
         ignored = ignored | {"cache.examples"}  # it may move; reading from it at all rounds as cache.dtype does
@@ -38,10 +41,15 @@ def changed_keys(old: Config, new: Config) -> list[str]:
         ignored = ignored | {"train.max_steps"}
     before, after = values_of(old), values_of(new)
     return [
-        f"{key}: {shown(before[key])} → {shown(after[key])}"
+        f"{key}: {_text(before[key])} → {_text(after[key])}"
         for key in KEYS
         if key not in ignored and before[key] != after[key]
     ]
+
+
+def _text(value: Any) -> str:
+    """A value on one line, a number as a config file has it (1000, 5e-5, 1/6)."""
+    return in_yaml(value) if isinstance(value, float) else shown(value)
 
 
 def accumulation_steps(config: Config, num_processes: int) -> int:
@@ -79,15 +87,16 @@ def describe(config: Config, num_processes: int, num_pairs: int | None = None) -
     """
     train, optim, loss = config.train, config.optim, config.loss
     accumulation = accumulation_steps(config, num_processes)
+    effective_rate = float(f"{effective_learning_rate(config):g}")  # without what the product adds in its last digit
     lines = {
         "total batch": f"{train.total_batch_pairs} pairs = {num_processes} (processes) × {accumulation} (accumulation) "
         f"× {train.micro_batch_pairs} (micro batch)",
-        "learning rate": f"{optim.learning_rate:g} configured, {effective_learning_rate(config):g} effective "
+        "learning rate": f"{_text(optim.learning_rate)} configured, {_text(effective_rate)} effective "
         + (f"(× {train.total_batch_pairs} pairs, optim.scale_lr)" if optim.scale_lr else "(not scaled)"),
         "warm-up": f"{optim.warmup_steps} steps, then {optim.schedule}"
         + (": longer than the run" if optim.warmup_steps > train.max_steps else ""),
     }
-    lines["objective"] = loss.name + "".join(f", {key} {value}" for key, value in loss.hyperparameters.items())
+    lines["objective"] = loss.name + "".join(f", {key} {in_yaml(value)}" for key, value in loss.hyperparameters.items())
     if loss.objective.effective_beta:
         effective, formula = loss.objective.effective_beta(**loss.hyperparameters)
         lines["effective β"] = f"{effective:g} = {formula}"

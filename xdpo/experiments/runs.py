@@ -106,7 +106,7 @@ def make_runs(
                 except ConfigError as error:
                     problems.append(f"{name}: {error}")
     if repeated := [name for name, count in Counter(run.name for run in runs).items() if count > 1]:
-        problems.append(f"two cells are called {repeated[0]}: rename one of the config files")
+        problems.append(f"two runs are called {repeated[0]}: rename one of the config files")
     if problems:
         raise ConfigError("\n".join(problems))
     return runs
@@ -174,4 +174,4 @@ def progress(runs: Sequence[Run], failed: Collection[str] = ()) -> Grid:
     if speeds and left_pairs:
         speed = median(speeds)
         note = f"about {left_pairs / speed / 3600:.1f} hours of optimizer steps left at {speed:.3g} pairs/s, one by one"
-    return Grid("Cells", ("cell", "state", "steps", "pairs/s", "held-out accuracy"), tuple(rows), note)
+    return Grid("Runs", ("run", "state", "steps", "pairs/s", "held-out accuracy"), tuple(rows), note)

@@ -23,6 +23,7 @@ from xdpo.images.manifest import MANIFEST, ListedImage, ManifestRow
 from xdpo.paths import user_path
 from xdpo.prompts import load_prompts
 
+WITHOUT_PROMPT = "left out: no prompt is known"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _NUMBERED = re.compile(r"(\d+)(?:[-_](\d+))?")
 
@@ -115,7 +116,7 @@ def known_prompts(prompt_set: str) -> dict[str, tuple[str, str]]:
     try:
         prompts = load_prompts(prompt_set).prompts
     except ValueError as error:
-        print(f"note: no manifest, and {error}", file=sys.stderr)
+        print(f"note: images of {prompt_set!r} have no {MANIFEST}, and {error}", file=sys.stderr)
         return {}
     return {f"{prompt.folder}/{prompt.index}": (prompt.category, prompt.text) for prompt in prompts}
 
@@ -281,7 +282,7 @@ def with_prompts(
         else:
             category, prompt = agreed[prompt_key]
             kept.append(replace(picture, prompt=prompt, category=category))
-    problems = [Problem(*owner, "left out: no prompt is known", tuple(names)) for owner, names in unknown.items()]
+    problems = [Problem(*owner, WITHOUT_PROMPT, tuple(names)) for owner, names in unknown.items()]
     problems += [
         Problem(*owner, "left out: made from another prompt than the first model's", tuple(names))
         for owner, names in different.items()

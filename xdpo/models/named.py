@@ -305,6 +305,7 @@ def _load_denoiser(kind: "type[ModelMixin]", model: ResolvedModel, weights: str)
 
 def _load_lora(pipeline: "DiffusionPipeline", names: tuple[str, ...], model: ResolvedModel, weights: str) -> None:
     """Adapt a pipeline's parts of these names. Raises ValueError where not every layer of the file took effect."""
+    from diffusers.utils import logging
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     path = Path(weights)
@@ -316,7 +317,12 @@ def _load_lora(pipeline: "DiffusionPipeline", names: tuple[str, ...], model: Res
     else:
         _, file = _hub_file(weights, (LORA_FILE,), model.revision, "model.lora")
         where = {"weight_name": LORA_FILE, "revision": model.revision}
-    pipeline.load_lora_weights(str(path.parent if path.is_file() else path), use_safetensors=True, **where)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a LoRA of the denoiser alone has nothing for the text encoders, which is no fault
+    try:
+        pipeline.load_lora_weights(str(path.parent if path.is_file() else path), use_safetensors=True, **where)
+    finally:
+        logging.set_verbosity(verbosity)
     adapted = [
         module for name in names for module in getattr(pipeline, name).modules() if isinstance(module, BaseTunerLayer)
     ]

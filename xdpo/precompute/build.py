@@ -349,6 +349,9 @@ def _refuse_small_disk(folder: Path, plan: ExamplePlan) -> None:
         )
 
 
+_UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
+
+
 def _estimate(folder: Path, plan: ExamplePlan, kinds: list[Kind], num_processes: int) -> str:
     """A line with a cache's gigabytes and hours. One batch of each kind is timed, after another that warms up."""
     seconds = 0.0
@@ -363,8 +366,8 @@ def _estimate(folder: Path, plan: ExamplePlan, kinds: list[Kind], num_processes:
             missing = sum(len(kind.records_of(shard)) for shard in unfinished)
             seconds += missing * elapsed / len(one_batch) / num_processes
     latents, text = (kind.num_bytes / 1e9 for kind in kinds)
-    duration = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{seconds / 60:.1f} minutes"
-    time_needed = f"about {duration} from here on {num_processes} processes (one batch timed, decoding included)"
+    size, unit = next((size, unit) for size, unit in _UNITS if seconds >= size or size == 1)
+    time_needed = f"about {seconds / size:.3g} {unit} from here on (one batch timed, decoding included)"
     if (copies := kinds[0].copies) is not None:
         count = len(copies.images.before(int(copies.rows[-1]) + 1))
         time_needed = f"from {count:,} remote files, {'kept' if copies.keep else 'each let go when encoded'}"

@@ -37,9 +37,12 @@ TITLES = {
     "tiny_alignment": "Alignment (tiny)",
     "tiny_appeal": "Appeal (tiny)",
     "tiny_warmth": "Warmth (tiny)",
-    "tiny_heldout_reward": "Held-out reward (tiny)",
-    "tiny_heldout_alignment": "Held-out alignment (tiny)",
-    "tiny_heldout_appeal": "Held-out appeal (tiny)",
+    "tiny_warm_reward": "Warm reward (tiny)",
+    "tiny_heldout_reward": "Reward (tiny, held-out judge)",
+    "tiny_heldout_alignment": "Alignment (tiny, held-out judge)",
+    "tiny_heldout_appeal": "Appeal (tiny, held-out judge)",
+    "tiny_heldout_warmth": "Warmth (tiny, held-out judge)",
+    "tiny_heldout_warm_reward": "Warm reward (tiny, held-out judge)",
     "eval/d": "d of both images",
 }
 BRIEF = 24  # characters up to which a cell of the page is kept on one line

@@ -116,7 +116,7 @@ def _describe(job: Job, missing: list[list[ImageTask]], done: set[str], pipeline
         f"{job.prompt_set.name}: {len(prompts)} of {job.prompt_set.total} prompts, "
         f"{sum(not prompt.text.strip() for prompt in prompts)} empty, "
         f"{truncated} longer than the {pipeline.tokenizer.model_max_length} tokens that are read; "
-        f"{len(tasks) - to_do} images are there, {to_do} to make in {len(missing)} chunks"
+        f"{len(tasks) - to_do} images are there, {to_do} to make in {len(missing)} chunk{'s' * (len(missing) != 1)}"
     )
 
 
@@ -204,7 +204,7 @@ def _sample_fitting(
 
 
 def _quieten_diffusers() -> None:
-    """Suppress warnings of diffusers: on too long prompts (they are counted), and on a LoRA for the denoiser alone."""
+    """Suppress diffusers' warnings on too long prompts, which are counted."""
     from diffusers.utils import logging
 
     logging.set_verbosity_error()

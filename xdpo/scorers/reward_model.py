@@ -81,7 +81,9 @@ class Preparation:
 def load_base(folder: str | Path) -> "tuple[CLIPModel, Preparation]":
     """A CLIP with its processors, from the hub or a folder. Raises ValueError for one that can't be loaded."""
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of reading weights, which takes seconds
     try:
         clip = CLIPModel.from_pretrained(folder, use_safetensors=True)
         preparation = Preparation(CLIPTokenizer.from_pretrained(folder), CLIPImageProcessor.from_pretrained(folder))
@@ -92,6 +94,9 @@ def load_base(folder: str | Path) -> "tuple[CLIPModel, Preparation]":
 
 def save_reward_model(model: RewardModel, preparation: Preparation, record: dict[str, Any], folder: Path) -> None:
     """Write a reward model, whole or not at all. Raises StorageError."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of writing weights, which takes seconds
     with replacing_folder(folder) as aside:
         model.clip.save_pretrained(aside)
         preparation.tokenizer.save_pretrained(aside)

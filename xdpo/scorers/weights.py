@@ -77,7 +77,8 @@ def find_files(scorer: str, files: Mapping[str, WeightFile], folder: str | Path 
         ]
         raise ValueError(
             f"{scorer}: {len(faults)} of {len(files)} files are missing or broken; with the commands below in a folder "
-            "DIR of yours, on any machine, they are found there (--weights DIR)\n" + "\n".join(lines)
+            "DIR of yours, on any machine, they are found there (--weights DIR, or load_scorer(…, weights=DIR))\n"
+            + "\n".join(lines)
         )
     return paths
 
