@@ -8,6 +8,7 @@ combination. One H100 took a quarter of an hour for both bases side by side (--d
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -36,13 +37,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-<<<<<<< HEAD
-    torch.use_deterministic_algorithms(True)  # on a GPU this asks for CUBLAS_WORKSPACE_CONFIG=:4096:8
+    logging.disable_progress_bar()  # of writing weights
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic algorithms need on a GPU
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cuda.matmul.allow_tf32 = True
-=======
-    logging.disable_progress_bar()  # of writing weights
->>>>>>> door
     options.work.mkdir(parents=True, exist_ok=True)
     work, seed, device = options.work, options.seed, options.device
 
