@@ -40,7 +40,7 @@ def main() -> None:
     logging.disable_progress_bar()  # of writing weights
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic algorithms need on a GPU
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.allow_tf32 = True
     options.work.mkdir(parents=True, exist_ok=True)
     work, seed, device = options.work, options.seed, options.device
