@@ -10,7 +10,6 @@ from matplotlib.container import Container
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from xdpo.experiments import measures
 from xdpo.experiments.findings import BOTH_ERRORS, Findings
 from xdpo.loss import KEYS, PairErrors, xdpo_margin
 from xdpo.report.figures import BASELINE_COLOUR, CHOSEN_COLOUR, COLOURS, REJECTED_COLOUR, STYLE, colours_of
@@ -45,7 +44,7 @@ def quality(findings: Findings) -> Figure:
                 axes.axhline(0, color=BASELINE_COLOUR, linewidth=0.8)
                 for method in methods:
                     pairs = findings.curve(method, "pairs").mean(axis=(1, 2))
-                    points = _changes(findings, method, scorer)
+                    points = findings.changes(method, scorer)
                     axes.plot(
                         pairs, [p.value for p in points], marker="o", markersize=4, label=method, **styles[method]
                     )
@@ -60,12 +59,6 @@ def quality(findings: Findings) -> Figure:
         for axes in panels.flat:
             label_lines(axes)
     return figure
-
-
-def _changes(findings: Findings, method: str, quantity: str) -> list[measures.Estimate]:
-    """The change from the base at each point of a method's curve."""
-    curve = findings.curve(method, quantity)
-    return [measures.difference(point, curve[0]) for point in curve]
 
 
 def trade_offs(findings: Findings) -> Figure:
@@ -86,12 +79,13 @@ def trade_offs(findings: Findings) -> Figure:
             for axes, (across, up) in zip(row, columns, strict=True):
                 axes.axhline(0, color=BASELINE_COLOUR, linewidth=0.8)
                 for method in methods:
-                    bought, paid = _changes(findings, method, up), _changes(findings, method, across)
-                    if not np.isfinite([point.value for point in paid]).all():
+                    bought, paid = findings.changes(method, up), findings.curve(method, across)
+                    paid = (paid - paid[0]).mean(axis=(1, 2))
+                    if not np.isfinite(paid).all():
                         continue  # an objective without a reference logs no d
                     reach = [[p.value - p.low for p in bought], [p.high - p.value for p in bought]]
                     look = dict(marker="o", markersize=4, capsize=2, elinewidth=0.7, label=method, **styles[method])
-                    axes.errorbar([p.value for p in paid], [p.value for p in bought], yerr=reach, **look)
+                    axes.errorbar(paid, [p.value for p in bought], yerr=reach, **look)
                 axes.grid(color="#e6e9ee", linewidth=0.7)
         for axes, group in zip(panels[:, 0], rows, strict=True):
             axes.annotate(group, (0, 1), xycoords="axes fraction", xytext=(4, -10), textcoords="offset points")

@@ -86,6 +86,19 @@ class Findings:
         steps = [step for step in self.plan.measured_steps(method) if last is None or step <= last]
         return np.stack([self.of(method, quantity, step) for step in (0, *steps)])
 
+    def changes(self, method: str, quantity: str) -> list[Estimate]:
+        """The change from the base at each point of a method's curve."""
+        which = (method, quantity)
+        if which not in self._changes:
+            curve = self.curve(method, quantity)
+            self._changes[which] = [measures.difference(point, curve[0]) for point in curve]
+        return self._changes[which]
+
+    @cached_property
+    def _changes(self) -> dict[tuple[str, str], list[Estimate]]:
+        """Kept, because several panels draw the same ones and each takes thousands of resamples."""
+        return {}
+
     def logged_curve(self, method: str, key: str) -> tuple[list[int], np.ndarray]:
         """Optimizer steps, and a logged metric at them, (seeds, steps)."""
         series = [
