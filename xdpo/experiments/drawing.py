@@ -98,13 +98,12 @@ def trade_offs(findings: Findings) -> Figure:
 
 
 def _by_group(findings: Findings) -> dict[str, list[str]]:
-    """Group → its methods with curves, the baseline first."""
-    plan, curves = findings.plan, findings.with_curves
-    groups = {plan.methods[name].group: [name for name in curves if name == plan.baseline] for name in curves}
-    for name in curves:
-        if name != plan.baseline:
-            groups[plan.methods[name].group].append(name)
-    return groups
+    """Group → the methods with curves that its table has too, and the baseline."""
+    methods, curves = findings.plan.methods, findings.with_curves
+    return {
+        group: [n for n in curves if n == findings.plan.baseline or group in (methods[n].group, *methods[n].also_in)]
+        for group in dict.fromkeys(methods[name].group for name in curves)
+    }
 
 
 def label_lines(axes: Axes) -> None:
