@@ -30,7 +30,7 @@ from accelerate import PartialState
 
 from xdpo import ending, processes
 from xdpo.arguments import positive
-from xdpo.config import load_config
+from xdpo.config import ConfigError, load_config
 from xdpo.data.columns import IMAGE_COLUMNS, VOTE_COLUMNS, Columns
 from xdpo.data.images import UnreadableImageError, decode_rgb
 from xdpo.data.table import check_images, kind_of, labels_of
@@ -74,8 +74,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def columns_of(mapping: str | None) -> Columns:
-    """The columns that a mapping names, as data.columns does. Raises ConfigError, or ValueError for ranked images."""
-    columns = Columns(load_config(BASE_CONFIG, [f"data.columns={mapping or 'null'}"]).data.columns or {})
+    """The columns that a mapping names, as data.columns does. Raises ValueError."""
+    try:
+        settings = load_config(BASE_CONFIG, [f"data.columns={mapping or 'null'}"])
+    except ConfigError as error:
+        raise ValueError(f"--columns, which is read as data.columns: {error}") from None
+    columns = Columns(settings.data.columns or {})
     if columns.are_ranked:
         raise ValueError("--columns names image, and relabelling needs pairs: ranked images have an order already")
     return columns

@@ -52,7 +52,9 @@ def test_runs_share_the_caches_that_they_can_share(tmp_path):
     assert caches(ROOT / "configs/tiny/seppo.yaml") == (examples, None)
     assert caches(XDPO, "model.reference_decay=0.9") == (examples, None)
     assert caches(ROOT / "configs/tiny/online/xdpo.yaml") == (examples, None)
-    assert caches(XDPO, "data.resolution=32")[0] not in (examples, None)
+    others = [caches(XDPO, "data.resolution=32")[0], caches(XDPO, "filter.min_side=10")[0]]
+    others += [caches(XDPO, "eval.columns={caption: text}")[0], caches(XDPO, "model.t5_tokens=16")[0]]
+    assert len({examples, None, *others}) == 6
     assert caches(XDPO, "data.crop=random") == (None, reference)
     assert caches(XDPO, "cache.examples=mine") == ("mine", reference)
 

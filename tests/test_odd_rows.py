@@ -91,6 +91,8 @@ def test_odd_rows_are_inspected_and_drawn(path, tmp_path, capsys):
     named = [image for image in (*READABLE.values(), *UNREADABLE.values()) if image is not None]
     others = sum(len(image) != len(named[0]) for image in named)
     assert f"; {others} images differ in size from the first one of their name" in out
+    without_names = load_config(ROOT / "configs/base.yaml", [*keys[:3], "data.columns={image_0_uid: none}"])
+    assert load_pairs(without_names.data).misnamed() == 0, "as the note of a cache advises"
     assert Image.open(tmp_path / "sheet.jpg").width > 500
 
 

@@ -115,12 +115,14 @@ class PairTable:
         Only names that the source gives, and images whose sizes it tells.
         """
         import pyarrow as pa
+        import pyarrow.compute as pc
 
         uids = self._present(["image_0_uid", "image_1_uid"])
         if len(uids) < 2:
             return 0
         columns = [self._arrow([name]).column(0).cast(pa.string()) for name in uids]
         names = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
+        names = pc.if_else(pc.equal(names, ""), pa.scalar(None, pa.string()), names)  # an empty name is none
         codes = names.combine_chunks().dictionary_encode().indices.fill_null(-1).to_numpy().reshape(2, -1).T.ravel()
         sizes = np.stack([self.dataset.images.sizes(side, self.end)[self.rows] for side in (0, 1)]).T.ravel()
         known = (codes >= 0) & (sizes >= 0)

@@ -19,6 +19,8 @@ from xdpo.runlog import read_rows
 from xdpo.runs import finished_checkpoints, step_of
 
 ROOT = Path(__file__).resolve().parents[2]
+_ENCODES = {"pipeline", "revision", "family", "vae", "empty_caption", "t5_tokens", "frozen_precision"}
+"""Keys of `model` that decide what images and captions are encoded to."""
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,14 @@ def shared_caches(settings: Config, folder: Path) -> tuple[str, ...]:
     """Overrides by which runs of the same data share caches: those that a config can have and does not name itself."""
     data, overrides = settings.data, []
     if settings.cache.examples is None and data.crop == "center":
-        decides = {**data.model_dump(mode="json"), "dtype": settings.cache.dtype}
-        decides["pipeline"] = [settings.model.pipeline, settings.model.revision]
-        decides |= {"eval": settings.eval.model_dump(mode="json", include={"path", "split", "pairs"})}
-        for key in ("caption_dropout", "num_workers", "max_unreadable_share"):
-            decides.pop(key)
-        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+        sections = {
+            "data": data.model_dump(mode="json", exclude={"caption_dropout", "num_workers", "max_unreadable_share"}),
+            "eval": settings.eval.model_dump(mode="json", include={"path", "split", "columns", "pairs"}),
+            "filter": settings.filter.model_dump(mode="json"),
+            "model": settings.model.model_dump(mode="json", include=_ENCODES),
+            "dtype": settings.cache.dtype,
+        }
+        digest = hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:8]
         overrides.append(f"cache.examples={folder / f'examples-{digest}'}")
     stays = settings.loss.objective.can_reuse_reference and settings.model.reference_decay is None
     if settings.cache.reference is None and stays and not settings.feed.is_online:

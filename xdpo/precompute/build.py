@@ -151,8 +151,8 @@ def build_examples(
         if misnamed:
             say(
                 f"note: {misnamed:,} images differ in size from the first one of their name (image_*_uid), "
-                "which was encoded for all. If this is wrong, encode anew without names: "
-                "data.columns='{image_0_uid: none, image_1_uid: none}'"
+                "which was encoded for all. If this is wrong, add to data.columns that the names are in a column that "
+                "isn't there (image_0_uid: none), and encode anew"
             )
     processes.wait()
 
@@ -367,7 +367,7 @@ def _estimate(folder: Path, plan: ExamplePlan, kinds: list[Kind], num_processes:
             seconds += missing * elapsed / len(one_batch) / num_processes
     latents, text = (kind.num_bytes / 1e9 for kind in kinds)
     size, unit = next((size, unit) for size, unit in _UNITS if seconds >= size or size == 1)
-    time_needed = f"about {seconds / size:.3g} {unit} from here on (one batch timed, decoding included)"
+    time_needed = f"about {seconds / size:,.1f} {unit} from here on (one batch timed, decoding included)"
     if (copies := kinds[0].copies) is not None:
         count = len(copies.images.before(int(copies.rows[-1]) + 1))
         time_needed = f"from {count:,} remote files, {'kept' if copies.keep else 'each let go when encoded'}"
