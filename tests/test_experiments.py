@@ -322,6 +322,8 @@ def write_plan(path, **changes):
         ({"questions": [QUESTION | {"than": "base", "at_equal": "pairs"}]}, "two methods with curves"),
         ({"questions": [QUESTION | {"step": 3}]}, "xdpo is not measured at step 3"),
         ({"questions": [QUESTION | {"quantity": "distance"}]}, "ask whether distance"),
+        ({"questions": [QUESTION | {"kind": "differs", "quantity": "spread"}], "generate": ["--images-per-prompt", 1]},
+         "spread is between images of one prompt"),
     ],
 )  # fmt: skip
 def test_a_plan_that_does_not_fit_together_is_refused_in_words(tmp_path, changes, message):
@@ -468,6 +470,19 @@ def test_a_method_has_one_colour_in_all_figures_and_its_name_beside_its_line(fin
             assert names == {name: style["color"] for name, style in drawing.styles_of(findings).items()}
 
 
+def test_a_page_on_objectives_without_d_has_no_figure_of_it(findings, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "_made_by", lambda findings, command: "")
+    monkeypatch.setattr(page, "_slope_settings", lambda findings: None)
+    assert findings.with_errors == ["dpo", "xdpo"]
+    rows = [{"step": step, "pairs_seen": 2 * step, "pairs_per_second": 1.0} for step in (1, 2, 3, 4)]
+    runs = {(method, seed): FakeRun(f"{method}-seed{seed}", rows) for method, seed in findings.runs}
+    methods = {name: method.model_copy(update={"curves": False}) for name, method in findings.plan.methods.items()}
+    plan = findings.plan.model_copy(update={"methods": methods, "questions": (), "guidances": (1,)})
+    without = replace(findings, plan=plan, runs=runs)
+    (written,) = page.write(without, tmp_path / "page.md", "command")
+    assert "## Pairs" in written.read_text() and "errors over training" not in written.read_text()
+
+
 def test_names_of_lines_that_end_together_stand_above_each_other():
     axes = Figure().subplots()
     for name, end in (("a", 1.0), ("b", 1.01), ("c", 3.0)):
@@ -500,6 +515,29 @@ def test_questions_compare_at_equal_progress(findings):
     assert row[2].text == "pairs at equal Reward (tiny): xdpo − dpo"
 
 
+def test_seconds_are_those_of_a_methods_fastest_run(findings):
+    """A run that records the reference's errors is slower, which says nothing of its method."""
+    rows = [{"step": step, "pairs_seen": 2 * step, "pairs_per_second": 1.0} for step in (1, 2, 3, 4)]
+    slow = [row | {"pairs_per_second": 0.1} for row in rows]
+    runs = {(method, seed): FakeRun(f"{method}-seed{seed}", rows) for method, seed in findings.runs}
+    runs["dpo", 0] = FakeRun("dpo-seed0", slow)
+    timed = replace(findings, runs=runs)
+    assert timed.curve("dpo", "seconds")[..., 0].tolist() == [[0, 0], [4, 4], [8, 8]]
+    at_equal = timed.plan.questions[0].model_copy(update={"at_equal": "seconds"})
+    assert timed.answer(at_equal)[1].value == 1
+
+
+def test_what_was_not_measured_cannot_be_told(findings):
+    differs = findings.plan.questions[2]
+    for quantity, at_equal in (("spread", None), ("spread", "tiny_reward"), ("tiny_reward", "spread"),
+                               ("distance", None), ("eval/loss", None)):  # fmt: skip
+        than = "dpo" if at_equal else "base"
+        asked = differs.model_copy(update={"quantity": quantity, "at_equal": at_equal, "than": than})
+        assert findings.answer(asked)[0].startswith("cannot be told")
+    assert (findings.of("base", "distance") == 0).all() and (findings.of("base", "eval/d") == 0).all()
+    assert np.isnan(findings.of("base", "spread")).all()
+
+
 def test_a_method_that_lacks_a_seed_is_left_out_and_its_questions_stay_open(findings):
     del findings.scores[1]["xdpo-seed1-step4", "tiny_reward"]
     assert findings.methods == ["dpo"]
@@ -517,6 +555,9 @@ def test_a_progress_that_never_rises_is_never_equal():
     up, flat = np.arange(3.0)[:, None, None] * np.ones((3, 2, 4)), np.zeros((3, 2, 4))
     assert np.isnan(measures.difference_at_equal(up, flat, up, up).value)
     assert measures.difference_at_equal(2 * up, up, up, up).value == 2
+    gap = np.where(np.arange(3)[:, None, None] == 1, np.nan, up)
+    for ours, others in ((up, gap), (gap, up)):
+        assert np.isnan(measures.difference_at_equal(up, ours, up, others).value)
 
 
 def test_parts_bring_the_baseline_and_the_tuning_that_they_need(tmp_path):
