@@ -21,8 +21,8 @@ from xdpo.config import ConfigError
 from xdpo.experiments import drawing, measures, page
 from xdpo.experiments.findings import Findings
 from xdpo.experiments.plan import load_plan
-from xdpo.experiments.runs import make_runs, progress, train_all
-from xdpo.experiments.stages import Reproduction, choose
+from xdpo.experiments.runs import enter_root, make_runs, progress, train_all
+from xdpo.experiments.stages import SHARE_WORK, Reproduction, choose
 from xdpo.experiments.tasks import Interrupted, Task, launcher, once, run_all
 
 XDPO, SFT = ROOT / "configs/tiny/xdpo.yaml", ROOT / "configs/tiny/sft.yaml"
@@ -210,19 +210,24 @@ def test_no_jobs_at_all_are_refused(tmp_path):
         run_all([python("a", tmp_path, "")], jobs=0)
 
 
-def test_once_means_until_the_command_or_its_inputs_change(tmp_path):
+def test_once_means_until_the_command_its_inputs_or_its_result_change(tmp_path):
     ran, source = tmp_path / "ran", tmp_path / "input"
     source.write_text("1")
     command = [sys.executable, "-c", f"open({str(ran)!r}, 'a').write('x')"]
 
     def times(*words):
-        assert run_all([once("a", [*command, *words], tmp_path / "a.log", [source])], report=lambda text: None) == {}
+        assert run_all([once("a", [*command, *words], ran, [source])], report=lambda text: None) == {}
         return len(ran.read_text())
 
     assert [times(), times()] == [1, 1]
     assert times("another word") == 2
+    task = once("a", [*command, "another word"], ran, [source])
+    assert task.is_done()
+    ran.unlink()
+    assert not task.is_done()
+    ran.touch()
+    assert task.is_done()
     os.utime(source, ns=(time.time_ns() + 10**9,) * 2)
-    task = once("a", [*command, "another word"], tmp_path / "a.log", [source])
     assert not task.is_done()
     source.unlink()
     assert not task.is_done()
@@ -270,6 +275,42 @@ def test_saying_what_would_run_starts_nothing(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "--go runs it" in printed and printed.count("train_xdpo.py") == 108
     assert not (tmp_path / "out").exists()
+
+
+def test_started_elsewhere_it_works_in_the_repository_on_the_callers_paths(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert enter_root(Path("runs/out")) == [Path("runs/out")]
+    monkeypatch.chdir(tmp_path)
+    assert reproduce.main(["--scale", "tiny", "--only", "sft", "--dry-run", "--output", "out"]) == 0
+    assert Path.cwd() == ROOT
+    assert f"cache.examples={tmp_path / 'out/examples'}" in capsys.readouterr().out
+
+
+def test_preparations_and_scores_run_on_all_processes_where_they_share_work(tmp_path):
+    announced = {program for program in [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]
+                 if f"accelerate launch {program.relative_to(ROOT)}" in program.read_text()}  # fmt: skip
+    assert {ROOT / program for program in SHARE_WORK} == announced
+    plan = load_plan(reproduce.PLANS / "tiny_online.yaml")
+    alone = ("scripts/prepare_data.py", *plan.prepare["examples"][1:])
+    reproduction = Reproduction(plan, tmp_path, num_processes=2)
+    tasks = [*reproduction.preparations(plan.parts(["learnt_reward"])), reproduction.evaluation("tuning", [])]
+    assert all(task.command[: len(launcher(2))] == launcher(2) for task in tasks)
+    other = Reproduction(plan.model_copy(update={"prepare": {"examples": alone}}), tmp_path, num_processes=2)
+    (task,) = other.preparations(plan.parts(["xdpo"]))
+    assert task.command[:2] == (*launcher(1), str(ROOT / alone[0]))
+
+
+def test_a_checkpoint_without_held_out_metrics_is_refused_before_anything_trains(tmp_path):
+    plan = load_plan(reproduce.PLANS / "tiny_flow.yaml")
+
+    def refusal(*overrides):
+        reproduction = Reproduction(plan.model_copy(update={"common": (*plan.common, *overrides)}), tmp_path)
+        with pytest.raises(ConfigError) as error:
+            reproduction.runs(["xdpo"], reproduce.any_values(reproduction))
+        return str(error.value)
+
+    assert "eval.every=80 leaves out step 100, where the plan measures xdpo" in refusal("eval.every=80")
+    assert "eval.every=0, and " in refusal("eval.every=0")
 
 
 QUESTION = {"ask": "?", "method": "xdpo", "than": "dpo"}

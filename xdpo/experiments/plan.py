@@ -71,7 +71,10 @@ class Question(Section):
 
 
 class Plan(Section):
-    """Everything that `scripts/reproduce.py` does at one scale."""
+    """Everything that `scripts/reproduce.py` does at one scale.
+
+    It names files from the repository's folder, but configs from its own.
+    """
 
     title: str
     steps: Annotated[int, Field(gt=0)]  # after which the tables compare all methods
