@@ -136,8 +136,8 @@ class Reproduction:
 
     def _images(self, name: str, model: str, prompts: Sequence[str], guidance: float, inputs: Sequence[Path]) -> Task:
         folder = self.output / "images" / f"guidance{guidance:g}" / name
-        shown, arguments = f"images of {name} at guidance {guidance:g}", ("--guidance", f"{guidance:g}")
-        arguments += self.plan.generate
+        shown = f"images of {name} at guidance {guidance:g}"
+        arguments = ("--guidance", f"{guidance:g}", *self.plan.generate)
         return sampling(shown, model, folder, prompts, arguments, inputs, self.num_processes)
 
     def results(self, guidance: float) -> str:
