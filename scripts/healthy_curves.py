@@ -22,22 +22,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from xdpo.arguments import positive
-from xdpo.experiments.runs import ROOT, Run, make_run, train_all
-from xdpo.experiments.tasks import Interrupted, Task, launcher, once, run_all
+from xdpo.experiments.plan import BASE
+from xdpo.experiments.runs import ROOT, Run, enter_root, make_run, train_all
+from xdpo.experiments.stages import keeping, model_name, sampling, scores_in, scoring
+from xdpo.experiments.tasks import Interrupted, StageError, finish
 from xdpo.files import write_text
 from xdpo.paths import user_path
 from xdpo.report.figures import BASELINE_COLOUR, CHOSEN_COLOUR, COLOURS, REJECTED_COLOUR, STYLE, save
 from xdpo.report.grids import Cell, Grid, percent, title_of, to_markdown
 from xdpo.runs import checkpoint_path
-from xdpo.scores.results import benchmarks_of
-from xdpo.scores.table import ScoreTable
 
 RUNS = {  # title of a column → config
     "works": ROOT / "configs/tiny/xdpo.yaml",
     "over-optimises": ROOT / "configs/tiny/curves/over_optimises.yaml",
     "diverges": ROOT / "configs/tiny/curves/diverges.yaml",
 }
-BASE = "base"
+MAY_DIVERGE = {"diverges"}  # the columns whose runs are drawn as far as they came
 COMMON = (  # half of the embedded default's batch, and only what is drawn
     "train.total_batch_pairs=16",
     "train.micro_batch_pairs=16",
@@ -76,7 +76,12 @@ class Column:
 
     def at_end(self, key: str) -> np.ndarray:
         """The last values, (seeds,)."""
-        return self.logged(key)[1][:, -1]
+        return last(self.logged(key)[1])
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """The optimizer steps that each run made."""
+        return [max((row["step"] for row in rows if "loss" in row), default=0) for rows in self.rows]
 
     def share(self, side: str) -> tuple[list[int], np.ndarray]:
         """d of held-out images, in shares of the reference's error."""
@@ -88,12 +93,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train, measure and draw. Returns the exit status, 130 after a request to stop."""
     options = build_parser().parse_args(arguments)
     try:
+        options.output, options.page = enter_root(options.output, options.page)
+        around_marks(options.page)  # a page without them is told before hours of training
         columns = measure(options)
         figure = options.page.with_suffix("") / "curves"
         written = [*save(draw(columns), figure), options.page]
         command = shlex.join(["python", "scripts/healthy_curves.py", *(arguments or sys.argv[1:])])
         fill(options.page, figure.relative_to(options.page.parent), to_markdown(table(columns)), command)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (Interrupted, KeyboardInterrupt):
@@ -118,13 +125,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def measure(options: argparse.Namespace) -> list[Column]:
-    """Train all runs, and score their images. Raises ValueError if images or scores fail."""
+    """Train all runs, and score their images. Raises StageError if anything fails but a run that may diverge."""
     if options.steps % MEASURED:
         raise ValueError(f"--steps must be a multiple of {MEASURED}, got {options.steps}")
     every = options.steps // MEASURED
     steps = [every * (number + 1) for number in range(MEASURED)]
-    overrides = [*COMMON, f"train.max_steps={options.steps}", f"eval.every={max(1, every // 3)}"]
-    overrides += [f"checkpoint.every={every}", f"checkpoint.keep={options.steps}"]  # a stopped run saves one more
+    overrides = [*COMMON, *keeping(steps), f"eval.every={max(1, every // 3)}"]
     runs = {
         title: [
             make_run(f"{config.stem}-seed{seed}", config, (*overrides, f"seed={seed}"), options.output / "runs")
@@ -133,49 +139,38 @@ def measure(options: argparse.Namespace) -> list[Column]:
         for title, config in RUNS.items()
     }
     every_run = [run for of_title in runs.values() for run in of_title]
-    train_all(every_run, options.jobs)  # a run that ends with numbers that aren't finite is drawn as far as it came
+    refuse_failures(runs, train_all(every_run, options.jobs))
     models = {BASE: every_run[0].settings.model.pipeline}
     inputs: dict[str, tuple[Path, ...]] = {BASE: ()}
     for run in every_run:
         for step in steps:
             checkpoint = checkpoint_path(run.folder, step)
             if checkpoint.is_dir():
-                models[model_of(run, step)] = str(checkpoint)
-                inputs[model_of(run, step)] = (checkpoint / "policy.safetensors",)
-    images = [images_of(name, model, options, inputs[name]) for name, model in models.items()]
+                models[model_name(run, step)] = str(checkpoint)
+                inputs[model_name(run, step)] = (checkpoint / "policy.safetensors",)
+    arguments = ("--sample", str(options.prompts), "--steps", "20", "--guidance", "1", "--batch-size", "20")
+    folder, results = options.output / "images", options.output / "results"
+    images = [
+        sampling(f"images of {name}", model, folder / name, ["tinyprompts"], arguments, inputs[name])
+        for name, model in models.items()
+    ]
     finish(images, options.jobs)
-    results = options.output / "results"
-    command = [*launcher(1), str(ROOT / "evaluate.py"), "--images"]
-    command += [str(options.output / "images" / name) for name in models]
-    command += ["--scorers", ",".join(SCORERS), "--output", str(results)]
-    done = [task.log.with_name(task.log.name + ".done") for task in images]
-    finish([once("scores", command, results.with_name("results.log"), done)], 1)
-    means = means_of(results, list(models))
+    finish([scoring(images, SCORERS, results, "Healthy curves")])
+    means = {which: float(scores.mean()) for which, scores in scores_in(results, list(models), SCORERS).items()}
     return [Column(title, of_title, scores_of(of_title, [0, *steps], means)) for title, of_title in runs.items()]
 
 
-def images_of(name: str, model: str, options: argparse.Namespace, inputs: Sequence[Path]) -> Task:
-    folder = options.output / "images" / name
-    command = [*launcher(1), str(ROOT / "generate.py"), "--model", model, "--output", str(folder)]
-    command += ["--prompts", "tinyprompts", "--sample", str(options.prompts)]
-    command += ["--steps", "20", "--guidance", "1", "--batch-size", "20"]
-    return once(f"images of {name}", command, folder.with_name(name + ".log"), inputs)
-
-
-def finish(tasks: Sequence[Task], jobs: int) -> None:
-    """Run tasks. Raises ValueError if one fails."""
-    for name, end in run_all(tasks, jobs).items():
-        raise ValueError(f"{name} failed:\n{end}")
+def refuse_failures(runs: Mapping[str, Sequence[Run]], failed: Mapping[str, str]) -> None:
+    """Raise StageError for a failed run, unless its numbers were no longer finite in a column of MAY_DIVERGE."""
+    for title, of_title in runs.items():
+        for run in of_title:
+            end = failed.get(run.name)
+            if end is not None and not (title in MAY_DIVERGE and "not finite" in end):
+                raise StageError(f"{run.name} failed:\n{end}")
 
 
 def model_of(run: Run, step: int) -> str:
-    return f"{run.name}-step{step}" if step else BASE
-
-
-def means_of(results: Path, models: Sequence[str]) -> dict[tuple[str, str], float]:
-    """(model, scorer) → mean score over the prompts."""
-    (benchmark,) = benchmarks_of(ScoreTable(results).placed, models, list(SCORERS))
-    return {(model, scorer): float(benchmark.of(model, scorer).mean()) for model in models for scorer in SCORERS}
+    return model_name(run, step) if step else BASE
 
 
 def scores_of(
@@ -265,6 +260,8 @@ def smoothed(
     steps: list[int], values: np.ndarray, statistic: Callable[..., np.ndarray]
 ) -> tuple[list[int], np.ndarray]:
     """A statistic of each WINDOW steps, at their middle. values: (seeds, steps)."""
+    if not steps:
+        return steps, values
     window = min(WINDOW, len(steps))
     smooth = statistic(np.lib.stride_tricks.sliding_window_view(values, window, axis=1), axis=-1)
     return steps[window // 2 : window // 2 + smooth.shape[1]], smooth
@@ -282,22 +279,32 @@ def table(columns: Sequence[Column]) -> Grid:
         ),
         "held-out pairs in the right order": lambda column: spread(column.at_end("eval/implicit_accuracy"), percent),
         "held-out margin": lambda column: spread(column.at_end("eval/margin")),
-        "d of chosen images / reference's error": lambda column: spread(column.share("chosen")[1][:, -1]),
-        "d of rejected images / reference's error": lambda column: spread(column.share("rejected")[1][:, -1]),
+        "d of chosen images / reference's error": lambda column: spread(last(column.share("chosen")[1])),
+        "d of rejected images / reference's error": lambda column: spread(last(column.share("rejected")[1])),
         **{f"{title_of(scorer)}: base → best → last": partial(course, scorer=scorer) for scorer in SCORERS},
     }
     rows = tuple((Cell(label), *(Cell(cell(column)) for column in columns)) for label, cell in cells.items())
     train, seeds = settings[0].train, ", ".join(str(each.seed) for each in settings)
-    note = (
-        f"{train.max_steps} steps of {train.total_batch_pairs} pairs; seeds: {seeds}. Numbers are of the end: "
-        "means over seeds with their range; scores are means."
+    note = f"{train.max_steps} steps of {train.total_batch_pairs} pairs; seeds: {seeds}. "
+    note += "".join(
+        f"“{column.title}” with seed {run.settings.seed} ended after {end}, its numbers no longer finite. "
+        for column in columns
+        for run, end in zip(column.runs, column.ends, strict=True)
+        if end < train.max_steps
     )
+    note += "Numbers are of the end: means over seeds with their range; scores are means."
     return Grid("Curves", ("", *(column.title for column in columns)), rows, note)
 
 
+def last(values: np.ndarray) -> np.ndarray:
+    """Values (seeds,) at the last step; none without steps."""
+    return values[:, -1:].reshape(-1)
+
+
 def last_tenth(values: np.ndarray) -> np.ndarray:
-    """Means (seeds,) over the last tenth of the steps."""
-    return values[:, -max(1, values.shape[1] // 10) :].mean(axis=1)
+    """Means (seeds,) over the last tenth of the steps; none without steps."""
+    ends = values[:, -max(1, values.shape[1] // 10) :]
+    return ends.mean(axis=1) if ends.size else last(values)
 
 
 def course(column: Column, scorer: str) -> str:
@@ -314,19 +321,27 @@ def brief(value: float) -> str:
 
 def spread(values: np.ndarray, shown: Callable[[float], str] = brief) -> str:
     """The mean over seeds, with the range of more than one."""
+    if not len(values):
+        return "not measured"
     text = shown(float(values.mean()))
     if len(values) > 1:
         text += f" [{shown(float(values.min()))}, {shown(float(values.max()))}]"
     return text.replace("-", "−")
 
 
-def fill(page: Path, figure: Path, grid: str, command: str) -> None:
-    """Write the figure's link, the table and the command between the page's marks."""
+def around_marks(page: Path) -> tuple[str, str]:
+    """A page's text before and after its marks; none if the page isn't there. Raises ValueError where a mark lacks."""
     text = page.read_text(encoding="utf-8") if page.is_file() else f"{BEGIN}\n{END}\n"
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"{page} lacks the lines {BEGIN!r} and {END!r}, between which its figure and table stand")
+    return before, after
+
+
+def fill(page: Path, figure: Path, grid: str, command: str) -> None:
+    """Write the figure's link, the table and the command between the page's marks."""
+    before, after = around_marks(page)
     written = f"![Curves of the three runs]({figure}.png)\n\n{grid}\n\n```bash\n{command}\n```"
     page.parent.mkdir(parents=True, exist_ok=True)
     write_text(page, f"{before}{BEGIN}\n\n{written}\n\n{END}{after}")

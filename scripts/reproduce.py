@@ -17,17 +17,13 @@ from pathlib import Path
 from xdpo.experiments import page
 from xdpo.experiments.findings import Findings
 from xdpo.experiments.plan import BASE, Parts, load_plan
-from xdpo.experiments.runs import ROOT, Run, train_all
+from xdpo.experiments.runs import ROOT, Run, enter_root, train_all
 from xdpo.experiments.stages import Reproduction, choose, model_name
-from xdpo.experiments.tasks import Interrupted, Task, print_line, run_all
+from xdpo.experiments.tasks import Interrupted, StageError, Task, finish, print_line
 from xdpo.paths import user_path
 
 PLANS = ROOT / "configs" / "experiments"
 STARTED_AT_ONCE = ("tiny", "tiny_flow", "tiny_online")  # the scales that need no --go
-
-
-class StageError(RuntimeError):
-    """A stage failed as a whole; the message has the end of its log."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,8 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         path = user_path(options.scale)
-        plan = load_plan(path if path.suffix in (".yaml", ".yml") else PLANS / f"{options.scale}.yaml")
         output = options.output or Path("runs") / f"reproduce_{path.stem}"
+        path, output, results = enter_root(path, output, options.page or output / "results.md")
+        plan = load_plan(path if path.suffix in (".yaml", ".yml") else PLANS / f"{options.scale}.yaml")
         reproduction = Reproduction(plan, output, options.processes)
         parts = reproduction.with_finished(plan.parts(options.only))
         if options.dry_run or not (options.go or options.scale in STARTED_AT_ONCE):
@@ -44,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         findings = reproduce(reproduction, parts, options.jobs)
         command = shlex.join(["python", "scripts/reproduce.py", *(arguments or sys.argv[1:])])
-        for written in page.write(findings, options.page or output / "results.md", command):
+        for written in page.write(findings, results, command):
             print(written)
         reproduction.record_finished(parts)
     except (ValueError, OSError, StageError) as error:
@@ -85,7 +82,7 @@ def reproduce(reproduction: Reproduction, parts: Parts, jobs: int) -> Findings:
     plan, processes = reproduction.plan, reproduction.num_processes
     candidates = reproduction.tuning_runs(parts.tuned)  # checks all configs that are tuned
     reproduction.runs(parts.methods, any_values(reproduction))  # and all others
-    finish(reproduction.preparations(parts), 1, 1)
+    finish(reproduction.preparations(parts), 1, processes)
 
     # Tuning: one run for each value, on prompts of its own.
     print_line(f"tuning: {len(candidates)} trainings")
@@ -93,7 +90,7 @@ def reproduce(reproduction: Reproduction, parts: Parts, jobs: int) -> Findings:
     trained = {candidate: run for candidate, run in candidates.items() if run.name not in failed}
     images = [reproduction.images(run, plan.steps, plan.tuning.prompts, plan.guidance) for run in trained.values()]
     finish(images, jobs, processes)
-    finish([reproduction.evaluation("tuning", images)], 1, 1)
+    finish([reproduction.evaluation("tuning", images)], 1, processes)
     names = {candidate: model_name(run, plan.steps) for candidate, run in trained.items()}
     scores = reproduction.scores("tuning", list(names.values()))
     means = {candidate: float(scores[name, plan.score].mean()) for candidate, name in names.items()}
@@ -116,7 +113,7 @@ def reproduce(reproduction: Reproduction, parts: Parts, jobs: int) -> Findings:
         reproduction.evaluation(reproduction.results(guidance), list(images_of.values()))
         for guidance, images_of in by_guidance.items()
     ]
-    finish(evaluations, 1, 1)
+    finish(evaluations, 1, processes)
     results = {
         guidance: reproduction.scores(reproduction.results(guidance), list(images_of))
         for guidance, images_of in by_guidance.items()
@@ -129,12 +126,6 @@ def any_values(reproduction: Reproduction) -> dict[str, str]:
     """A value for each tuned method, where the best ones are not known yet."""
     plan = reproduction.plan
     return dict.fromkeys(plan.tuned, plan.tuning.values[0])
-
-
-def finish(tasks: Sequence[Task], jobs: int, processes: int) -> None:
-    """Run tasks that later stages need. Raises StageError if one fails."""
-    for name, end in run_all(tasks, jobs, processes).items():
-        raise StageError(f"{name} failed:\n{end}")
 
 
 def what_would_run(reproduction: Reproduction, parts: Parts) -> str:

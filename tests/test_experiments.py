@@ -21,8 +21,8 @@ from xdpo.config import ConfigError
 from xdpo.experiments import drawing, measures, page
 from xdpo.experiments.findings import Findings
 from xdpo.experiments.plan import load_plan
-from xdpo.experiments.runs import make_runs, progress, train_all
-from xdpo.experiments.stages import Reproduction, choose
+from xdpo.experiments.runs import enter_root, make_runs, progress, train_all
+from xdpo.experiments.stages import SHARE_WORK, Reproduction, choose
 from xdpo.experiments.tasks import Interrupted, Task, launcher, once, run_all
 
 XDPO, SFT = ROOT / "configs/tiny/xdpo.yaml", ROOT / "configs/tiny/sft.yaml"
@@ -212,19 +212,24 @@ def test_no_jobs_at_all_are_refused(tmp_path):
         run_all([python("a", tmp_path, "")], jobs=0)
 
 
-def test_once_means_until_the_command_or_its_inputs_change(tmp_path):
+def test_once_means_until_the_command_its_inputs_or_its_result_change(tmp_path):
     ran, source = tmp_path / "ran", tmp_path / "input"
     source.write_text("1")
     command = [sys.executable, "-c", f"open({str(ran)!r}, 'a').write('x')"]
 
     def times(*words):
-        assert run_all([once("a", [*command, *words], tmp_path / "a.log", [source])], report=lambda text: None) == {}
+        assert run_all([once("a", [*command, *words], ran, [source])], report=lambda text: None) == {}
         return len(ran.read_text())
 
     assert [times(), times()] == [1, 1]
     assert times("another word") == 2
+    task = once("a", [*command, "another word"], ran, [source])
+    assert task.is_done()
+    ran.unlink()
+    assert not task.is_done()
+    ran.touch()
+    assert task.is_done()
     os.utime(source, ns=(time.time_ns() + 10**9,) * 2)
-    task = once("a", [*command, "another word"], tmp_path / "a.log", [source])
     assert not task.is_done()
     source.unlink()
     assert not task.is_done()
@@ -272,6 +277,42 @@ def test_saying_what_would_run_starts_nothing(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "--go runs it" in printed and printed.count("train_xdpo.py") == 108
     assert not (tmp_path / "out").exists()
+
+
+def test_started_elsewhere_it_works_in_the_repository_on_the_callers_paths(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert enter_root(Path("runs/out")) == [Path("runs/out")]
+    monkeypatch.chdir(tmp_path)
+    assert reproduce.main(["--scale", "tiny", "--only", "sft", "--dry-run", "--output", "out"]) == 0
+    assert Path.cwd() == ROOT
+    assert f"cache.examples={tmp_path / 'out/examples'}" in capsys.readouterr().out
+
+
+def test_preparations_and_scores_run_on_all_processes_where_they_share_work(tmp_path):
+    announced = {program for program in [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]
+                 if f"accelerate launch {program.relative_to(ROOT)}" in program.read_text()}  # fmt: skip
+    assert {ROOT / program for program in SHARE_WORK} == announced
+    plan = load_plan(reproduce.PLANS / "tiny_online.yaml")
+    alone = ("scripts/prepare_data.py", *plan.prepare["examples"][1:])
+    reproduction = Reproduction(plan, tmp_path, num_processes=2)
+    tasks = [*reproduction.preparations(plan.parts(["learnt_reward"])), reproduction.evaluation("tuning", [])]
+    assert all(task.command[: len(launcher(2))] == launcher(2) for task in tasks)
+    other = Reproduction(plan.model_copy(update={"prepare": {"examples": alone}}), tmp_path, num_processes=2)
+    (task,) = other.preparations(plan.parts(["xdpo"]))
+    assert task.command[:2] == (*launcher(1), str(ROOT / alone[0]))
+
+
+def test_a_checkpoint_without_held_out_metrics_is_refused_before_anything_trains(tmp_path):
+    plan = load_plan(reproduce.PLANS / "tiny_flow.yaml")
+
+    def refusal(*overrides):
+        reproduction = Reproduction(plan.model_copy(update={"common": (*plan.common, *overrides)}), tmp_path)
+        with pytest.raises(ConfigError) as error:
+            reproduction.runs(["xdpo"], reproduce.any_values(reproduction))
+        return str(error.value)
+
+    assert "eval.every=80 leaves out step 100, where the plan measures xdpo" in refusal("eval.every=80")
+    assert "eval.every=0, and " in refusal("eval.every=0")
 
 
 QUESTION = {"ask": "?", "method": "xdpo", "than": "dpo"}
@@ -324,6 +365,8 @@ def write_plan(path, **changes):
         ({"questions": [QUESTION | {"than": "base", "at_equal": "pairs"}]}, "two methods with curves"),
         ({"questions": [QUESTION | {"step": 3}]}, "xdpo is not measured at step 3"),
         ({"questions": [QUESTION | {"quantity": "distance"}]}, "ask whether distance"),
+        ({"questions": [QUESTION | {"kind": "differs", "quantity": "spread"}], "generate": ["--images-per-prompt", 1]},
+         "spread is between images of one prompt"),
     ],
 )  # fmt: skip
 def test_a_plan_that_does_not_fit_together_is_refused_in_words(tmp_path, changes, message):
@@ -470,6 +513,19 @@ def test_a_method_has_one_colour_in_all_figures_and_its_name_beside_its_line(fin
             assert names == {name: style["color"] for name, style in drawing.styles_of(findings).items()}
 
 
+def test_a_page_on_objectives_without_d_has_no_figure_of_it(findings, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "_made_by", lambda findings, command: "")
+    monkeypatch.setattr(page, "_slope_settings", lambda findings: None)
+    assert findings.with_errors == ["dpo", "xdpo"]
+    rows = [{"step": step, "pairs_seen": 2 * step, "pairs_per_second": 1.0} for step in (1, 2, 3, 4)]
+    runs = {(method, seed): FakeRun(f"{method}-seed{seed}", rows) for method, seed in findings.runs}
+    methods = {name: method.model_copy(update={"curves": False}) for name, method in findings.plan.methods.items()}
+    plan = findings.plan.model_copy(update={"methods": methods, "questions": (), "guidances": (1,)})
+    without = replace(findings, plan=plan, runs=runs)
+    (written,) = page.write(without, tmp_path / "page.md", "command")
+    assert "## Pairs" in written.read_text() and "errors over training" not in written.read_text()
+
+
 def test_names_of_lines_that_end_together_stand_above_each_other():
     axes = Figure().subplots()
     for name, end in (("a", 1.0), ("b", 1.01), ("c", 3.0)):
@@ -502,6 +558,29 @@ def test_questions_compare_at_equal_progress(findings):
     assert row[2].text == "pairs at equal Reward (tiny): xdpo − dpo"
 
 
+def test_seconds_are_those_of_a_methods_fastest_run(findings):
+    """A run that records the reference's errors is slower, which says nothing of its method."""
+    rows = [{"step": step, "pairs_seen": 2 * step, "pairs_per_second": 1.0} for step in (1, 2, 3, 4)]
+    slow = [row | {"pairs_per_second": 0.1} for row in rows]
+    runs = {(method, seed): FakeRun(f"{method}-seed{seed}", rows) for method, seed in findings.runs}
+    runs["dpo", 0] = FakeRun("dpo-seed0", slow)
+    timed = replace(findings, runs=runs)
+    assert timed.curve("dpo", "seconds")[..., 0].tolist() == [[0, 0], [4, 4], [8, 8]]
+    at_equal = timed.plan.questions[0].model_copy(update={"at_equal": "seconds"})
+    assert timed.answer(at_equal)[1].value == 1
+
+
+def test_what_was_not_measured_cannot_be_told(findings):
+    differs = findings.plan.questions[2]
+    for quantity, at_equal in (("spread", None), ("spread", "tiny_reward"), ("tiny_reward", "spread"),
+                               ("distance", None), ("eval/loss", None)):  # fmt: skip
+        than = "dpo" if at_equal else "base"
+        asked = differs.model_copy(update={"quantity": quantity, "at_equal": at_equal, "than": than})
+        assert findings.answer(asked)[0].startswith("cannot be told")
+    assert (findings.of("base", "distance") == 0).all() and (findings.of("base", "eval/d") == 0).all()
+    assert np.isnan(findings.of("base", "spread")).all()
+
+
 def test_a_method_that_lacks_a_seed_is_left_out_and_its_questions_stay_open(findings):
     del findings.scores[1]["xdpo-seed1-step4", "tiny_reward"]
     assert findings.methods == ["dpo"]
@@ -519,6 +598,9 @@ def test_a_progress_that_never_rises_is_never_equal():
     up, flat = np.arange(3.0)[:, None, None] * np.ones((3, 2, 4)), np.zeros((3, 2, 4))
     assert np.isnan(measures.difference_at_equal(up, flat, up, up).value)
     assert measures.difference_at_equal(2 * up, up, up, up).value == 2
+    gap = np.where(np.arange(3)[:, None, None] == 1, np.nan, up)
+    for ours, others in ((up, gap), (gap, up)):
+        assert np.isnan(measures.difference_at_equal(up, ours, up, others).value)
 
 
 def test_parts_bring_the_baseline_and_the_tuning_that_they_need(tmp_path):

@@ -70,7 +70,8 @@ def trade_offs(findings: Findings) -> Figure:
     plan, styles = findings.plan, styles_of(findings)
     rows = _by_group(findings)
     columns = [(DISTANCE, plan.score), (BOTH_ERRORS, plan.score), (plan.score, plan.alignment), (plan.score, SPREAD)]
-    measured = {quantity for _, quantity in findings.scores[plan.guidance]} | {BOTH_ERRORS}
+    measured = {quantity for _, quantity in findings.scores[plan.guidance]}
+    measured |= {BOTH_ERRORS} if findings.with_errors else set()
     columns = [column for column in columns if set(column) <= measured]
     with rc_context(STYLE):
         figure = Figure(figsize=(3.6 * len(columns), 3.2 * len(rows)), layout="constrained")
@@ -134,9 +135,12 @@ def _labelled(axes: Axes) -> dict[str, Line2D]:
 
 
 def errors(findings: Findings) -> Figure:
-    """d of chosen and of rejected held-out images during training, means over seeds, a panel for each method."""
+    """d of chosen and of rejected held-out images during training, means over seeds, a panel for each method with d.
+
+    There has to be at least one.
+    """
     with rc_context(STYLE):
-        methods = [name for name in findings.methods if findings.logged_curve(name, "eval/d_chosen")[0]]
+        methods = findings.with_errors
         columns = min(6, len(methods))
         rows = -(-len(methods) // columns)
         figure = Figure(figsize=(1.8 * columns + 0.8, 1.6 * rows + 0.6), layout="constrained")

@@ -12,10 +12,13 @@ from xdpo.experiments.plan import BASE, COSTS, Plan, Question
 from xdpo.experiments.runs import Run
 from xdpo.experiments.stages import model_name
 from xdpo.report.curves import progress_by_step
+from xdpo.scores.image_statistics import DISTANCE
 
 BOTH_ERRORS = "eval/d"
 """Mean of d of chosen and of rejected held-out images: how much more than the base's is the policy's bound on the KL
 divergence of held-out images from what it draws."""
+ZERO_FOR_BASE = (*COSTS, DISTANCE, BOTH_ERRORS, "eval/d_chosen", "eval/d_rejected")
+"""Quantities that are zero before training, by what they mean."""
 
 
 @dataclass(frozen=True)
@@ -49,34 +52,42 @@ class Findings:
     def with_curves(self) -> list[str]:
         return [name for name in self.methods if self.plan.methods[name].curves]
 
+    @cached_property
+    def with_errors(self) -> list[str]:
+        """The methods that log d; an objective without a reference has none."""
+        return [name for name in self.methods if self.logged_curve(name, "eval/d_chosen")[0]]
+
     def model(self, method: str, seed: int, step: int | None = None) -> str:
         if (method, seed) not in self.runs:
             return ""
         return model_name(self.runs[method, seed], step or self.plan.steps)
 
     def of(self, method: str, quantity: str, step: int | None = None, guidance: float | None = None) -> np.ndarray:
-        """A quantity of a method, (seeds, prompts). BASE has the same for every seed, and metrics for every prompt.
+        """A quantity of a method, (seeds, prompts); NaN where it was not measured.
 
-        step: None for the plan's steps, 0 for the base. guidance: None for the plan's first.
+        BASE has the same for every seed. Metrics and costs are the same for every prompt. step: None for the plan's
+        steps, 0 for the base. guidance: None for the plan's first.
         """
         scores = self.scores[self.plan.guidance if guidance is None else guidance]
         seeds = self.plan.seeds if method == BASE else self.plan.seeds_of(method)
         prompts = len(scores[BASE, self.plan.score])
-        if method == BASE or step == 0:
-            of_base = scores[BASE, quantity] if (BASE, quantity) in scores else np.zeros(prompts)
-            return np.broadcast_to(of_base, (len(seeds), prompts))
-        if quantity in COSTS or quantity.startswith("eval/"):
-            values = [self._of_run(self.runs[method, seed], quantity, step or self.plan.steps) for seed in seeds]
+        step = self.plan.steps if step is None else step
+        is_base = method == BASE or step == 0
+        if is_base and quantity in ZERO_FOR_BASE:
+            return np.zeros((len(seeds), prompts))
+        if method != BASE and (quantity in COSTS or quantity.startswith("eval/")):
+            values = [self._of_run(method, seed, quantity, step) for seed in seeds]
             return np.broadcast_to(np.array(values)[:, None], (len(seeds), prompts))
-        return np.stack([scores[self.model(method, seed, step), quantity] for seed in seeds])
+        models = [BASE if is_base else self.model(method, seed, step) for seed in seeds]
+        return np.stack([scores.get((model, quantity), np.full(prompts, np.nan)) for model in models])
 
-    @staticmethod
-    def _of_run(run: Run, quantity: str, step: int) -> float:
+    def _of_run(self, method: str, seed: int, quantity: str, step: int) -> float:
         """A metric or a cost of a run at an optimizer step; NaN for a metric that it didn't log there."""
-        rows = run.rows()
+        rows = self.runs[method, seed].rows()
         if quantity in COSTS:
-            spent = progress_by_step(rows)[step]
-            return spent.pairs if quantity == "pairs" else 3600 * spent.hours
+            pairs = progress_by_step(rows)[step].pairs
+            # Not the run's own seconds, which are more where it recorded the reference's errors or shared the machine.
+            return pairs if quantity == "pairs" else pairs * self.seconds_per_pair(method)
         names = ("eval/d_chosen", "eval/d_rejected") if quantity == BOTH_ERRORS else (quantity,)
         found = [[row[name] for row in rows if row["step"] == step and name in row] for name in names]
         return float(np.mean([values[-1] if values else np.nan for values in found]))

@@ -89,13 +89,13 @@ def difference_at_equal(
     """Difference of two curves where the progress of each first is what both reach: the lower of their highest values.
 
     All are (points, seeds, prompts), with the first point before training; the curves are straight between points. NaN
-    where a progress never rises.
+    where a progress never rises or was not measured.
     """
 
     def at_equal(ours: np.ndarray, our_progress: np.ndarray, others: np.ndarray, other_progress: np.ndarray) -> float:
         means = [array.mean(axis=(1, 2)) for array in (ours, our_progress, others, other_progress)]
-        reached = min(means[1].max(), means[3].max())
-        if reached <= max(means[1][0], means[3][0]):
+        reached = np.minimum(means[1].max(), means[3].max())  # unlike min, NaN if either is
+        if not reached > np.maximum(means[1][0], means[3][0]):
             return float("nan")
         one, other = first_reached(means[0], means[1], reached), first_reached(means[2], means[3], reached)
         return float("nan") if one is None or other is None else one - other

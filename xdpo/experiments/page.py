@@ -29,7 +29,7 @@ def write(findings: Findings, page: Path, command: str) -> list[Path]:
     if findings.with_curves:
         written += save(drawing.quality(findings), figures / "quality")
         written += save(drawing.trade_offs(findings), figures / "trade_offs")
-    if findings.methods:
+    if findings.with_errors:
         written += save(drawing.errors(findings), figures / "errors")
     slopes = _slope_settings(findings)
     if slopes is not None:
@@ -61,9 +61,9 @@ def _blocks(findings: Findings, figures: str, command: str, slopes: SlopeSetting
     for guidance in plan.guidances[1:] if findings.methods else ():
         blocks += [f"## At guidance {guidance:g}", to_markdown(at_guidance(findings, guidance))]
     if findings.methods:
+        blocks += ["## Does every objective beat the base?", _against_base(findings)]
+    if findings.with_errors:
         blocks += [
-            "## Does every objective beat the base?",
-            _against_base(findings),
             "## Both errors over training",
             "d is the policy's error minus the reference's on held-out pairs, at the same timesteps and noise in all "
             "runs; lines are means over seeds, bands their range.",
@@ -236,8 +236,8 @@ def efficiency(findings: Findings) -> Grid:
         f"fastest run of each, from caches where there can be any, against {plan.baseline}'s; and the ratio in time, "
         "whose interval is that of the pairs. Objectives with the same passes cost the same: what they differ by is "
         f"how busy the machine was. “At equal”: {title_of(plan.score)} minus {plan.baseline}'s, where the shorter of "
-        "the two trainings ends; seconds are of optimizer steps, with sampling and scoring where these are part of the "
-        "training. The paper says 1.5 and 1.6, without a unit."
+        "the two trainings ends; seconds are pairs times the time of a pair, with sampling and scoring where these are "
+        "part of the training. The paper says 1.5 and 1.6, without a unit."
     )
     return Grid("Efficiency", columns, tuple(rows), note)
 

@@ -1,5 +1,6 @@
 """The plan of a reproduction, a checked YAML file: methods, tuning, measurements and questions."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self
@@ -9,7 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from xdpo.config import Section
 from xdpo.paths import user_path
-from xdpo.scores import image_statistics
+from xdpo.scores.image_statistics import NAMES, SPREAD
 from xdpo.tables import read_text
 
 BASE = "base"
@@ -17,7 +18,7 @@ BASE = "base"
 TUNING = "tuning"
 """The part of a plan that tunes all tuned methods and trains none of the reported runs."""
 COSTS = ("pairs", "seconds")
-"""What a training has spent: pairs seen, and seconds of optimizer steps with their sampling and scoring."""
+"""What a training has spent: pairs seen, and the seconds that its method takes for them, with sampling and scoring."""
 
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -70,7 +71,10 @@ class Question(Section):
 
 
 class Plan(Section):
-    """Everything that `scripts/reproduce.py` does at one scale."""
+    """Everything that `scripts/reproduce.py` does at one scale.
+
+    It names files from the repository's folder, but configs from its own.
+    """
 
     title: str
     steps: Annotated[int, Field(gt=0)]  # after which the tables compare all methods
@@ -138,9 +142,11 @@ class Plan(Section):
         if unknown := [name for name in asked if name not in (BASE, *self.methods)]:
             return f"a question is about {unknown[0]!r}, which is no method of the plan"
         for quantity in filter(None, (question.quantity, question.at_equal)):
-            known = {*self.scorers, *image_statistics.NAMES, *COSTS}
+            known = {*self.scorers, *NAMES, *COSTS}
             if quantity not in known and not quantity.startswith("eval/"):
                 return f"{quantity} is asked for and not among the scorers"
+            if quantity == SPREAD and not self.has_several_images:
+                return f"{SPREAD} is between images of one prompt; add --images-per-prompt 2 to generate"
         if question.kind != "differs" and question.quantity and question.quantity not in self.scorers:
             return f"only of a scorer is it known that more is better; ask whether {question.quantity} differs"
         if question.at_equal and (BASE in asked or any(steps) or not all(self.methods[n].curves for n in asked)):
@@ -156,6 +162,12 @@ class Plan(Section):
     def guidance(self) -> float:
         """The guidance that decides."""
         return self.guidances[0]
+
+    @property
+    def has_several_images(self) -> bool:
+        """Whether each prompt has more than one image."""
+        words = " ".join(self.generate).replace("=", " ").split()
+        return any(pair[0] == "--images-per-prompt" and pair[1] != "1" for pair in itertools.pairwise(words))
 
     @property
     def groups(self) -> list[str]:

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,18 @@ from xdpo.runs import finished_checkpoints, step_of
 ROOT = Path(__file__).resolve().parents[2]
 _ENCODES = {"pipeline", "revision", "family", "vae", "empty_caption", "t5_tokens", "frozen_precision"}
 """Keys of `model` that decide what images and captions are encoded to."""
+
+
+def enter_root(*paths: Path) -> list[Path]:
+    """Work in the repository from here on, where configs and plans name files from. Returns the paths, valid there.
+
+    Started in it, they stay as they are, and so do the commands by which finished work is recognised.
+    """
+    if Path.cwd() == ROOT:
+        return list(paths)
+    absolute = [path.absolute() for path in paths]
+    os.chdir(ROOT)
+    return absolute
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,25 @@ from pathlib import Path
 
 import numpy as np
 
+from xdpo.config import ConfigError
 from xdpo.experiments.plan import BASE, Parts, Plan
 from xdpo.experiments.runs import ROOT, Run, make_run
-from xdpo.experiments.tasks import Task, launcher, once
+from xdpo.experiments.tasks import Task, launcher, marker_of, once
 from xdpo.files import write_text
 from xdpo.runs import checkpoint_path
 from xdpo.scores import image_statistics
 from xdpo.scores.results import benchmarks_of
 from xdpo.scores.table import ScoreTable
+
+SHARE_WORK = (  # programs for preparations that divide their work among processes; others run on one
+    "train_xdpo.py",
+    "generate.py",
+    "evaluate.py",
+    "scripts/cache_examples.py",
+    "scripts/cache_reference.py",
+    "scripts/relabel.py",
+    "scripts/train_reward_model.py",
+)
 
 
 @dataclass(frozen=True)
@@ -51,11 +62,13 @@ class Reproduction:
         """The programs whose results the parts' trainings use."""
         names = {*parts.tuned, *parts.methods}
         used = " ".join([*self.plan.common, *(word for name in names for word in self.plan.methods[name].set)])
-        return [
-            once(name, (*launcher(1), str(ROOT / program), *self._filled(words)), self.output / f"{name}.log", [])
-            for name, (program, *words) in self.plan.prepare.items()
-            if f"{{{name}}}" in used
-        ]
+        tasks = []
+        for name, (program, *words) in self.plan.prepare.items():
+            if f"{{{name}}}" in used:
+                processes = self.num_processes if program in SHARE_WORK else 1
+                command = (*launcher(processes), str(ROOT / program), *self._filled(words))
+                tasks.append(once(name, command, self.output / name, []))
+        return tasks
 
     def tuning_runs(self, tuned: Collection[str]) -> dict[tuple[str, str], Run]:
         """A training for each of these methods and each value. Raises ConfigError."""
@@ -69,7 +82,8 @@ class Reproduction:
     def runs(self, methods: Collection[str], chosen: Mapping[str, str]) -> dict[tuple[str, int], Run]:
         """A training for each of these methods and each seed, at the values `chosen` for the tuned ones.
 
-        Methods without a chosen value are left out. Raises ConfigError.
+        Methods without a chosen value are left out. Raises ConfigError, also where a metric of held-out pairs would be
+        missing that the results are to have.
         """
         runs = {}
         for name in methods:
@@ -77,16 +91,27 @@ class Reproduction:
             if value is None:
                 continue
             for seed in self.plan.seeds_of(name):
-                runs[name, seed] = self._run(f"{name}-seed{seed}", name, value, seed, self.plan.measured_steps(name))
+                run = self._run(f"{name}-seed{seed}", name, value, seed, self.plan.measured_steps(name))
+                self._refuse_unevaluated(name, run)
+                runs[name, seed] = run
         return runs
 
+    def _refuse_unevaluated(self, method: str, run: Run) -> None:
+        every, last = run.settings.eval.every, run.settings.train.max_steps
+        missed = [s for s in self.plan.measured_steps(method) if s != last and every and s % every]
+        if missed:
+            raise ConfigError(
+                f"{run.name}: eval.every={every} leaves out step {missed[0]}, where the plan measures {method}; let it "
+                "divide all checkpoints"
+            )
+        for question in self.plan.questions:
+            asks = [quantity for quantity in (question.quantity, question.at_equal) if quantity]
+            if not every and method in (question.method, question.than) and any(q.startswith("eval/") for q in asks):
+                raise ConfigError(f"{run.name}: eval.every=0, and {question.ask!r} is about held-out pairs")
+
     def _run(self, name: str, method: str, value: str, seed: int, steps: Sequence[int]) -> Run:
-        plan, last = self.plan, max(steps)
-        overrides = [f"train.max_steps={last}", "checkpoint.keep=1"]
-        if len(steps) > 1:  # keep the measured checkpoints
-            every = math.gcd(*steps)
-            # Keep all: a stopped run saves one more checkpoint, and must not remove a measured one for it.
-            overrides = [overrides[0], f"checkpoint.every={every}", f"checkpoint.keep={last}"]
+        plan = self.plan
+        overrides = keeping(steps)
         set_here = (*self._filled(plan.methods[method].set), f"{plan.tuning.key}={value}", f"seed={seed}")
         everywhere = self._filled(plan.common)
         return make_run(name, plan.methods[method].config, (*overrides, *everywhere, *set_here), self.output / "runs")
@@ -111,10 +136,9 @@ class Reproduction:
 
     def _images(self, name: str, model: str, prompts: Sequence[str], guidance: float, inputs: Sequence[Path]) -> Task:
         folder = self.output / "images" / f"guidance{guidance:g}" / name
-        arguments = ("--model", model, "--prompts", *prompts, "--output", str(folder), "--guidance", f"{guidance:g}")
-        command = (*launcher(self.num_processes), str(ROOT / "generate.py"), *arguments, *self.plan.generate)
         shown = f"images of {name} at guidance {guidance:g}"
-        return once(shown, command, folder.with_name(name + ".log"), inputs)
+        arguments = ("--guidance", f"{guidance:g}", *self.plan.generate)
+        return sampling(shown, model, folder, prompts, arguments, inputs, self.num_processes)
 
     def results(self, guidance: float) -> str:
         """The name of the folder of the scores at a guidance."""
@@ -122,28 +146,62 @@ class Reproduction:
 
     def evaluation(self, folder: str, images: Sequence[Task]) -> Task:
         """The scores and report of images, in OUTPUT/`folder`."""
-        output = self.output / folder
-        names = [task.command[task.command.index("--output") + 1] for task in images]
-        command = (*launcher(1), str(ROOT / "evaluate.py"), "--images", *names, "--scorers")
-        command += (",".join(self.plan.scorers), "--output", str(output), "--title", self.plan.title)
-        inputs = [task.log.with_name(task.log.name + ".done") for task in images]
-        return once(f"scores in {output}", command, output.with_name(output.name + ".log"), inputs)
+        return scoring(images, self.plan.scorers, self.output / folder, self.plan.title, self.num_processes)
 
     def scores(self, folder: str, models: Sequence[str]) -> dict[tuple[str, str], np.ndarray]:
         """(model, scorer or statistic of images) → scores (prompts,), with the prompts of all sets in sequence.
 
         Raises ValueError if a model has no scores.
         """
-        rows = [row for row in ScoreTable(self.output / folder).placed if row.placement.model in set(models)]
-        if absent := sorted(set(models) - {row.placement.model for row in rows}):
-            raise ValueError(f"no scores of {absent[0]} in {self.output / folder}")
-        benchmarks = benchmarks_of(rows, list(models), [*self.plan.scorers, *image_statistics.NAMES])
-        return {
-            (model, quantity): np.concatenate([benchmark.of(model, quantity) for benchmark in benchmarks])
-            for model in models
-            for quantity in benchmarks[0].scorers
-            if all(quantity in benchmark.scores for benchmark in benchmarks)
-        }
+        return scores_in(self.output / folder, models, [*self.plan.scorers, *image_statistics.NAMES])
+
+
+def keeping(steps: Sequence[int]) -> list[str]:
+    """Overrides of a training to the last of these optimizer steps, by which the checkpoint of each is kept."""
+    last = max(steps)
+    if len(steps) == 1:
+        return [f"train.max_steps={last}", "checkpoint.keep=1"]
+    # Keep all: a stopped run saves one more checkpoint, and must not remove a measured one for it.
+    return [f"train.max_steps={last}", f"checkpoint.every={math.gcd(*steps)}", f"checkpoint.keep={last}"]
+
+
+def sampling(
+    name: str,
+    model: str,
+    folder: Path,
+    prompts: Sequence[str],
+    arguments: Sequence[str],
+    inputs: Sequence[Path],
+    num_processes: int = 1,
+) -> Task:
+    """The images of a model in `folder`, by generate.py with further arguments. inputs: files of a trained model."""
+    command = (*launcher(num_processes), str(ROOT / "generate.py"), "--model", model, "--prompts", *prompts)
+    return once(name, (*command, "--output", str(folder), *arguments), folder, inputs)
+
+
+def scoring(images: Sequence[Task], scorers: Sequence[str], folder: Path, title: str, num_processes: int = 1) -> Task:
+    """The scores and report of images that `sampling` made, in `folder`; the first model's are the baseline."""
+    names = [task.command[task.command.index("--output") + 1] for task in images]
+    command = (*launcher(num_processes), str(ROOT / "evaluate.py"), "--images", *names, "--scorers", ",".join(scorers))
+    command += ("--output", str(folder), "--title", title)
+    return once(f"scores in {folder}", command, folder, [marker_of(task.log) for task in images])
+
+
+def scores_in(folder: Path, models: Sequence[str], quantities: Sequence[str]) -> dict[tuple[str, str], np.ndarray]:
+    """(model, scorer or statistic of images) → scores (prompts,), with the prompts of all sets in sequence.
+
+    Quantities that some prompt set lacks are left out. Raises ValueError if a model has no scores.
+    """
+    rows = [row for row in ScoreTable(folder).placed if row.placement.model in set(models)]
+    if absent := sorted(set(models) - {row.placement.model for row in rows}):
+        raise ValueError(f"no scores of {absent[0]} in {folder}")
+    benchmarks = benchmarks_of(rows, list(models), list(quantities))
+    return {
+        (model, quantity): np.concatenate([benchmark.of(model, quantity) for benchmark in benchmarks])
+        for model in models
+        for quantity in benchmarks[0].scorers
+        if all(quantity in benchmark.scores for benchmark in benchmarks)
+    }
 
 
 def model_name(run: Run, step: int) -> str:

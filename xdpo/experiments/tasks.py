@@ -26,6 +26,10 @@ class Interrupted(Exception):
     """Raised after SIGINT or SIGTERM, once the running tasks have saved and exited."""
 
 
+class StageError(RuntimeError):
+    """A stage failed as a whole; the message has the end of its log."""
+
+
 @dataclass(frozen=True)
 class Task:
     """A process: its name, its command, the log to which its output is appended, and whether it is done."""
@@ -37,18 +41,27 @@ class Task:
     finish: Callable[[], None] = lambda: None  # called after exit status 0
 
 
-def once(name: str, command: Sequence[str], log: Path, inputs: Sequence[Path]) -> Task:
-    """A task that is done once this exact command has succeeded and none of its `inputs` is newer."""
-    marker = log.with_name(log.name + ".done")
+def once(name: str, command: Sequence[str], result: Path, inputs: Sequence[Path]) -> Task:
+    """A task that makes `result`, a file or folder with the log beside it.
+
+    It is done once this exact command has succeeded, while the result is there and none of its `inputs` is newer.
+    """
+    log = result.with_name(result.name + ".log")
+    marker = marker_of(log)
     text = shlex.join(command) + "\n"
 
     def is_done() -> bool:
-        if not marker.is_file() or marker.read_text(encoding="utf-8") != text:
+        if not result.exists() or not marker.is_file() or marker.read_text(encoding="utf-8") != text:
             return False
         finished = marker.stat().st_mtime_ns
         return all(path.exists() and path.stat().st_mtime_ns <= finished for path in inputs)
 
     return Task(name, tuple(command), log, is_done, lambda: write_text(marker, text))
+
+
+def marker_of(log: Path) -> Path:
+    """The file that holds the command with which a task of `once` was done, and is as old as its result."""
+    return log.with_name(log.name + ".done")
 
 
 def launcher(num_processes: int) -> tuple[str, ...]:
@@ -118,6 +131,12 @@ def run_all(
     if asked:
         raise Interrupted
     return failed
+
+
+def finish(tasks: Sequence[Task], jobs: int = 1, num_processes: int = 1) -> None:
+    """Run tasks that later stages need. Raises StageError if one fails."""
+    for name, end in run_all(tasks, jobs, num_processes).items():
+        raise StageError(f"{name} failed:\n{end}")
 
 
 def _wait_for_earlier_starts(tasks: Sequence[Task], report: Callable[[str], None]) -> None:
