@@ -82,7 +82,7 @@ def reproduce(reproduction: Reproduction, parts: Parts, jobs: int) -> Findings:
     plan, processes = reproduction.plan, reproduction.num_processes
     candidates = reproduction.tuning_runs(parts.tuned)  # checks all configs that are tuned
     reproduction.runs(parts.methods, any_values(reproduction))  # and all others
-    finish(reproduction.preparations(parts), 1, processes)
+    finish(reproduction.preparations(parts))
 
     # Tuning: one run for each value, on prompts of its own.
     print_line(f"tuning: {len(candidates)} trainings")

@@ -22,7 +22,7 @@ from xdpo.experiments import drawing, measures, page
 from xdpo.experiments.findings import Findings
 from xdpo.experiments.plan import load_plan
 from xdpo.experiments.runs import enter_root, make_runs, progress, train_all
-from xdpo.experiments.stages import SHARE_WORK, Reproduction, choose
+from xdpo.experiments.stages import Reproduction, choose
 from xdpo.experiments.tasks import Interrupted, Task, launcher, once, run_all
 
 XDPO, SFT = ROOT / "configs/tiny/xdpo.yaml", ROOT / "configs/tiny/sft.yaml"
@@ -285,21 +285,15 @@ def test_started_elsewhere_it_works_in_the_repository_on_the_callers_paths(tmp_p
     monkeypatch.chdir(tmp_path)
     assert reproduce.main(["--scale", "tiny", "--only", "sft", "--dry-run", "--output", "out"]) == 0
     assert Path.cwd() == ROOT
-    assert f"cache.examples={tmp_path / 'out/examples'}" in capsys.readouterr().out
+    assert f"output_dir={tmp_path / 'out/runs/sft-seed0'}" in capsys.readouterr().out
 
 
-def test_preparations_and_scores_run_on_all_processes_where_they_share_work(tmp_path):
-    announced = {program for program in [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]
-                 if f"accelerate launch {program.relative_to(ROOT)}" in program.read_text()}  # fmt: skip
-    assert {ROOT / program for program in SHARE_WORK} == announced
+def test_scores_are_made_on_all_processes_and_preparations_on_one(tmp_path):
     plan = load_plan(reproduce.PLANS / "tiny_online.yaml")
-    alone = ("scripts/prepare_data.py", *plan.prepare["examples"][1:])
     reproduction = Reproduction(plan, tmp_path, num_processes=2)
-    tasks = [*reproduction.preparations(plan.parts(["learnt_reward"])), reproduction.evaluation("tuning", [])]
-    assert all(task.command[: len(launcher(2))] == launcher(2) for task in tasks)
-    other = Reproduction(plan.model_copy(update={"prepare": {"examples": alone}}), tmp_path, num_processes=2)
-    (task,) = other.preparations(plan.parts(["xdpo"]))
-    assert task.command[:2] == (*launcher(1), str(ROOT / alone[0]))
+    assert reproduction.evaluation("tuning", []).command[: len(launcher(2))] == launcher(2)
+    (reward,) = reproduction.preparations(plan.parts(["learnt_reward"]))
+    assert reward.command[:2] == (*launcher(1), str(ROOT / "scripts/train_reward_model.py"))
 
 
 def test_a_checkpoint_without_held_out_metrics_is_refused_before_anything_trains(tmp_path):
@@ -625,12 +619,9 @@ def test_a_value_is_that_of_the_method_it_is_tuned_as_or_a_multiple():
 
 def test_what_a_method_needs_is_prepared_before_it_trains(tmp_path):
     reproduction = Reproduction(load_plan(reproduce.PLANS / "tiny_online.yaml"), tmp_path)
-    (examples,) = reproduction.preparations(reproduction.plan.parts(["appeal"]))
-    assert f"cache.examples={tmp_path / 'examples'}" in examples.command
+    assert reproduction.preparations(reproduction.plan.parts(["appeal"])) == []
     parts = reproduction.plan.parts(["learnt_reward"])
-    again, reward = reproduction.preparations(parts)
-    assert again.command == examples.command
+    (reward,) = reproduction.preparations(parts)
     assert str(tmp_path / "reward") in reward.command and "1500" in reward.command
     run = reproduction.runs(parts.methods, reproduce.any_values(reproduction))["learnt_reward", 0]
     assert run.settings.online.rewards == (str(tmp_path / "reward/reward_model"),)
-    assert run.settings.cache.examples == str(tmp_path / "examples")

@@ -91,7 +91,7 @@ class Plan(Section):
         dict[str, tuple[str, ...]], Field(default_factory=dict)
     ]  # {name} in `set` or `common` → what fills it
     tuning: Tuning
-    common: tuple[str, ...] = ()  # overrides of all configs; {name} as in `set`
+    common: tuple[str, ...] = ()  # overrides of all configs
     methods: dict[str, Method]
     questions: tuple[Question, ...] = ()
 

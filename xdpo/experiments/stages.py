@@ -25,16 +25,6 @@ from xdpo.scores import image_statistics
 from xdpo.scores.results import benchmarks_of
 from xdpo.scores.table import ScoreTable
 
-SHARE_WORK = (  # programs for preparations that divide their work among processes; others run on one
-    "train_xdpo.py",
-    "generate.py",
-    "evaluate.py",
-    "scripts/cache_examples.py",
-    "scripts/cache_reference.py",
-    "scripts/relabel.py",
-    "scripts/train_reward_model.py",
-)
-
 
 @dataclass(frozen=True)
 class Reproduction:
@@ -60,15 +50,12 @@ class Reproduction:
 
     def preparations(self, parts: Parts) -> list[Task]:
         """The programs whose results the parts' trainings use."""
-        names = {*parts.tuned, *parts.methods}
-        used = " ".join([*self.plan.common, *(word for name in names for word in self.plan.methods[name].set)])
-        tasks = []
-        for name, (program, *words) in self.plan.prepare.items():
-            if f"{{{name}}}" in used:
-                processes = self.num_processes if program in SHARE_WORK else 1
-                command = (*launcher(processes), str(ROOT / program), *self._filled(words))
-                tasks.append(once(name, command, self.output / name, []))
-        return tasks
+        used = " ".join(word for name in {*parts.tuned, *parts.methods} for word in self.plan.methods[name].set)
+        return [
+            once(name, (*launcher(1), str(ROOT / program), *self._filled(words)), self.output / name, [])
+            for name, (program, *words) in self.plan.prepare.items()
+            if f"{{{name}}}" in used
+        ]
 
     def tuning_runs(self, tuned: Collection[str]) -> dict[tuple[str, str], Run]:
         """A training for each of these methods and each value. Raises ConfigError."""
@@ -113,8 +100,7 @@ class Reproduction:
         plan = self.plan
         overrides = keeping(steps)
         set_here = (*self._filled(plan.methods[method].set), f"{plan.tuning.key}={value}", f"seed={seed}")
-        everywhere = self._filled(plan.common)
-        return make_run(name, plan.methods[method].config, (*overrides, *everywhere, *set_here), self.output / "runs")
+        return make_run(name, plan.methods[method].config, (*overrides, *plan.common, *set_here), self.output / "runs")
 
     def _filled(self, words: Sequence[str]) -> list[str]:
         """Words with the folders of preparations in place of their names in braces."""
