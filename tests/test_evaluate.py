@@ -101,8 +101,7 @@ def world(tmp_path):
 
 def placed(folder):
     """The rows of a score table that are not image statistics."""
-    statistics = (*image_statistics.STATISTICS, image_statistics.DISTANCE)
-    return [row for row in ScoreTable(folder).placed if row.key.scorer not in statistics]
+    return [row for row in ScoreTable(folder).placed if row.key.scorer not in image_statistics.NAMES]
 
 
 def scores(world):

@@ -338,6 +338,7 @@ steps: 2
 checkpoints: [1, 2]
 seeds: [1]
 prompts: [mine]
+guidances: [1]
 scorers: [clip]
 score: clip
 alignment: clip

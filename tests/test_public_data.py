@@ -19,8 +19,6 @@ from training_runs import ROOT
 
 from xdpo.config import ConfigError, load_config
 from xdpo.data import DataError, Filters, Split, load_pairs
-from xdpo.data.columns import Columns
-from xdpo.data.ranked import ranked_pairs
 
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 GREYS = ["lime", (200, 200, 200), (120, 120, 120), "red"]  # from the best on
@@ -247,16 +245,12 @@ def test_ranked_images_of_a_row_each_are_grouped_and_filtered_by_size(tmp_path):
     assert [names.tolist() for names in table.image_names()] == [["2/0"], ["0/0"]]
 
 
-def test_ranked_images_without_a_caption_or_a_group_make_no_pairs(tmp_path):
+def test_ranked_images_without_a_caption_make_no_pairs(tmp_path):
     rows = [(BEST_FIRST[0], rank, caption) for rank, caption in ((1, None), (2, None), (1, "a"), (2, "a"))]
     write_ranked(tmp_path / "train.parquet", rows, pa.binary())
     columns = "{image: images, rank: ranks, caption: prompt}"
     keys = ["data.source=parquet", f"data.path={tmp_path}", f"data.columns={columns}"]
     assert len(load_pairs(load_config(ROOT / "configs/base.yaml", keys).data)) == 1
-    grouped = Columns({"image": "i", "rank": "r", "caption": "c", "group": "g"})
-    groups = [None, None, "", "x", "x"]
-    pairs = ranked_pairs(grouped, range(5), range(5), ["a"] * 5, groups, str)
-    assert [(one.image, other.image) for one, other in pairs] == [(3, 4)]
 
 
 def test_ranked_images_that_cannot_be_read_so_are_refused_in_words(tmp_path, monkeypatch):

@@ -61,8 +61,7 @@ def ranked_pairs(
     for row, (files, values, caption, group) in enumerate(zip(images, numbers, captions, groups, strict=True)):
         is_group = isinstance(files, list)
         files, values = (files, [] if values is None else values) if is_group else ([files], [values])
-        is_alone = is_group or caption is None or (columns.given.get("group") is not None and group in (None, ""))
-        key = row if is_alone else (str(group), caption)  # rows without a caption or a group don't belong together
+        key = row if is_group or caption is None else (str(group), caption)  # without a caption none belong together
         if not isinstance(values, list) or len(values) != len(files):
             raise DataError(f"{where(row)} must hold {len(files)} numbers, one for each of {columns.given['image']}")
         for file, value in zip(files, values, strict=True):
