@@ -87,9 +87,7 @@ class Plan(Section):
     score: str  # decides the tuning, the curves and the questions
     alignment: str
     baseline: str
-    prepare: Annotated[
-        dict[str, tuple[str, ...]], Field(default_factory=dict)
-    ]  # {name} in `set` or `common` → what fills it
+    prepare: Annotated[dict[str, tuple[str, ...]], Field(default_factory=dict)]  # {name} in `set` → what fills it
     tuning: Tuning
     common: tuple[str, ...] = ()  # overrides of all configs
     methods: dict[str, Method]
