@@ -65,6 +65,10 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--vae", type=expanded, help="hub id or folder of an autoencoder that takes the place of the model's"
     )
+    model.add_argument("--base-revision", help="hub revision of a pipeline (default: its main branch's)")
+    model.add_argument(
+        "--t5-tokens", type=positive, help="how many tokens of a prompt T5 reads (default: as the pipeline or the run)"
+    )
     what = parser.add_argument_group("prompts and images")
     what.add_argument("--prompts", required=True, nargs="+", help=f"{', '.join(PROMPT_SETS)}, or files of your own")
     what.add_argument("--prompts-path", help="file or folder of the one set in --prompts, in place of the cache")
@@ -167,7 +171,7 @@ def make_missing(options: argparse.Namespace, settings: SamplingSettings, state:
             )
             for name in options.prompts
         ]
-        replacing = {"unet": options.unet, "lora": options.lora, "vae": options.vae}
+        replacing = {key: getattr(options, key) for key in ("unet", "lora", "vae", "base_revision", "t5_tokens")}
         model = models.resolve_model(*models.read_model_spec(options.model, **replacing))
         family = families.family_of_pipeline(model.base)
     settings = settings_of_family(settings, options, family)

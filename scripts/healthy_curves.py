@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from xdpo.arguments import positive
 from xdpo.experiments.plan import BASE
 from xdpo.experiments.runs import ROOT, Run, enter_root, make_run, train_all
-from xdpo.experiments.stages import keeping, model_name, sampling, scores_in, scoring
+from xdpo.experiments.stages import base_model, keeping, model_name, sampling, scores_in, scoring
 from xdpo.experiments.tasks import Interrupted, StageError, finish
 from xdpo.files import write_text
 from xdpo.paths import user_path
@@ -140,13 +140,13 @@ def measure(options: argparse.Namespace) -> list[Column]:
     }
     every_run = [run for of_title in runs.values() for run in of_title]
     refuse_failures(runs, train_all(every_run, options.jobs))
-    models = {BASE: every_run[0].settings.model.pipeline}
+    models = {BASE: base_model(every_run[0].settings)}
     inputs: dict[str, tuple[Path, ...]] = {BASE: ()}
     for run in every_run:
         for step in steps:
             checkpoint = checkpoint_path(run.folder, step)
             if checkpoint.is_dir():
-                models[model_name(run, step)] = str(checkpoint)
+                models[model_name(run, step)] = [str(checkpoint)]
                 inputs[model_name(run, step)] = (checkpoint / "policy.safetensors",)
     arguments = ("--sample", str(options.prompts), "--steps", "20", "--guidance", "1", "--batch-size", "20")
     folder, results = options.output / "images", options.output / "results"

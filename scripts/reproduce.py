@@ -102,8 +102,7 @@ def reproduce(reproduction: Reproduction, parts: Parts, jobs: int) -> Findings:
     failed |= train_all(list(runs.values()), jobs, processes)
     by_guidance: dict[float, dict[str, Task]] = {guidance: {} for guidance in plan.guidances if runs}
     for guidance, images_of in by_guidance.items():
-        pipeline = next(iter(candidates.values())).settings.model.pipeline
-        images_of[BASE] = reproduction.base_images(pipeline, guidance)
+        images_of[BASE] = reproduction.base_images(next(iter(candidates.values())), guidance)
     for (method, _), run in runs.items():
         for step, guidance in plan.measurements(method) if run.name not in failed else ():
             images_of_run = reproduction.images(run, step, plan.prompts, guidance)
@@ -138,8 +137,7 @@ def what_would_run(reproduction: Reproduction, parts: Parts) -> str:
     for run in tuning:
         lines += commands(reproduction, run, [(plan.steps, plan.guidance)], plan.tuning.prompts)
     lines.append(f"# Methods: {len(runs)} trainings, with the best {plan.tuning.key} in place of the first one")
-    pipeline = tuning[0].settings.model.pipeline
-    bases = [reproduction.base_images(pipeline, guidance) for guidance in plan.guidances if runs]
+    bases = [reproduction.base_images(tuning[0], guidance) for guidance in plan.guidances if runs]
     lines += [shlex.join(task.command) for task in bases]
     for (method, _), run in runs.items():
         lines += commands(reproduction, run, plan.measurements(method), plan.prompts)

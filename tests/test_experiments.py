@@ -17,12 +17,12 @@ import sweep
 from matplotlib.figure import Figure
 from training_runs import ROOT, SMALL_RUN
 
-from xdpo.config import ConfigError
+from xdpo.config import ConfigError, load_config
 from xdpo.experiments import drawing, measures, page
 from xdpo.experiments.findings import Findings
 from xdpo.experiments.plan import load_plan
 from xdpo.experiments.runs import enter_root, make_runs, progress, train_all
-from xdpo.experiments.stages import Reproduction, choose
+from xdpo.experiments.stages import Reproduction, base_model, choose
 from xdpo.experiments.tasks import Interrupted, Task, launcher, once, run_all
 
 XDPO, SFT = ROOT / "configs/tiny/xdpo.yaml", ROOT / "configs/tiny/sft.yaml"
@@ -625,3 +625,13 @@ def test_what_a_method_needs_is_prepared_before_it_trains(tmp_path):
     assert str(tmp_path / "reward") in reward.command and "1500" in reward.command
     run = reproduction.runs(parts.methods, reproduce.any_values(reproduction))["learnt_reward", 0]
     assert run.settings.online.rewards == (str(tmp_path / "reward/reward_model"),)
+
+
+def test_the_base_is_sampled_with_what_its_training_reads():
+    """With other captions or another autoencoder it would not be what the trained models started from."""
+    reproduction = Reproduction(load_plan(reproduce.PLANS / "tiny_flow.yaml"), Path("out"))
+    run = reproduction.tuning_runs(["xdpo"])["xdpo", "1e-5"]
+    command = " ".join(reproduction.base_images(run, 4).command)
+    assert "--model assets/tiny/flow_pipeline --t5-tokens 32 --prompts tinyprompts " in command
+    settings = load_config(run.config, ["model.pipeline=a/b", "model.revision=main", "model.vae=c/d"])
+    assert base_model(settings) == ["a/b", "--base-revision", "main", "--vae", "c/d", "--t5-tokens", "32"]

@@ -256,6 +256,7 @@ def test_images_of_a_run_and_of_a_named_model_are_made_with_their_tokens(run, sd
     spec.write_text(f"base: {sd3}\nt5_tokens: 12\n")
     base = resolve_model(*read_model_spec(str(spec)))
     assert base.identity["t5_tokens"] == 12 and load_model(base).caption_choices == {"T5 tokens": 12}
+    assert resolve_model(*read_model_spec(sd3, t5_tokens=12)).identity == base.identity
 
 
 # --- what can't be sampled or trained ----------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xdpo.config import ConfigError
+from xdpo.config import Config, ConfigError
 from xdpo.experiments.plan import BASE, Parts, Plan
 from xdpo.experiments.runs import ROOT, Run, make_run
 from xdpo.experiments.tasks import Task, launcher, marker_of, once
@@ -114,13 +114,15 @@ class Reproduction:
         """The images of a run's model after `step` optimizer steps."""
         checkpoint = checkpoint_path(run.folder, step)
         inputs = (checkpoint / "policy.safetensors",)
-        return self._images(model_name(run, step), str(checkpoint), prompts, guidance, inputs)
+        return self._images(model_name(run, step), [str(checkpoint)], prompts, guidance, inputs)
 
-    def base_images(self, pipeline: str, guidance: float) -> Task:
-        """The images of the model before training."""
-        return self._images(BASE, pipeline, self.plan.prompts, guidance, ())
+    def base_images(self, run: Run, guidance: float) -> Task:
+        """The images of the model that a run starts from."""
+        return self._images(BASE, base_model(run.settings), self.plan.prompts, guidance, ())
 
-    def _images(self, name: str, model: str, prompts: Sequence[str], guidance: float, inputs: Sequence[Path]) -> Task:
+    def _images(
+        self, name: str, model: Sequence[str], prompts: Sequence[str], guidance: float, inputs: Sequence[Path]
+    ) -> Task:
         folder = self.output / "images" / f"guidance{guidance:g}" / name
         shown = f"images of {name} at guidance {guidance:g}"
         arguments = ("--guidance", f"{guidance:g}", *self.plan.generate)
@@ -151,17 +153,30 @@ def keeping(steps: Sequence[int]) -> list[str]:
     return [f"train.max_steps={last}", f"checkpoint.every={math.gcd(*steps)}", f"checkpoint.keep={last}"]
 
 
+def base_model(settings: Config) -> list[str]:
+    """The model that a training starts from, as generate.py's --model takes it, and what has to be said of it besides.
+
+    Its images show what training changed only if autoencoder and captions are those of the training.
+    """
+    model = settings.model
+    besides = {"--base-revision": model.revision, "--vae": model.vae, "--t5-tokens": model.t5_tokens}
+    return [model.pipeline, *(str(word) for item in besides.items() if item[1] is not None for word in item)]
+
+
 def sampling(
     name: str,
-    model: str,
+    model: Sequence[str],
     folder: Path,
     prompts: Sequence[str],
     arguments: Sequence[str],
     inputs: Sequence[Path],
     num_processes: int = 1,
 ) -> Task:
-    """The images of a model in `folder`, by generate.py with further arguments. inputs: files of a trained model."""
-    command = (*launcher(num_processes), str(ROOT / "generate.py"), "--model", model, "--prompts", *prompts)
+    """The images of a model in `folder`, by generate.py with further arguments.
+
+    model: what follows --model. inputs: files of a trained model.
+    """
+    command = (*launcher(num_processes), str(ROOT / "generate.py"), "--model", *model, "--prompts", *prompts)
     return once(name, (*command, "--output", str(folder), *arguments), folder, inputs)
 
 

@@ -13,6 +13,7 @@ from xdpo.images.folder import SETTINGS
 from xdpo.images.reading import Picture, Problem
 
 UNKNOWN = "unknown"
+T5_TOKENS, AS_THE_PIPELINE = "T5 tokens", "as the pipeline"
 MAY_DIFFER = ("Made by", "Revision", "Date")  # models are compared, whenever their images were made
 _SAMPLING = {
     "Seed": "seed",
@@ -34,16 +35,23 @@ class Making:
 
 
 def makings_of(pictures: Iterable[Picture]) -> list[Making]:
-    """A Making for each prompt set and model, models in the order in which they first occur."""
+    """A Making for each prompt set and model, models in the order in which they first occur.
+
+    How many tokens T5 read of the prompts is a fact only where somebody chose it: most models have no T5.
+    """
     grouped: dict[tuple[str, str], list[Picture]] = defaultdict(list)
     for picture in pictures:
         grouped[picture.prompt_set, picture.model].append(picture)
     sets = dict.fromkeys(prompt_set for prompt_set, _ in grouped)
+    facts = {key: _facts(group) for key, group in grouped.items()}
+    if all(each[T5_TOKENS] == AS_THE_PIPELINE for each in facts.values()):
+        for each in facts.values():
+            del each[T5_TOKENS]
     return [
-        Making(model, prompt_set, _facts(group))
-        for each in sets
-        for (prompt_set, model), group in grouped.items()
-        if prompt_set == each
+        Making(model, prompt_set, each)
+        for wanted in sets
+        for (prompt_set, model), each in facts.items()
+        if prompt_set == wanted
     ]
 
 
@@ -74,6 +82,7 @@ def _facts(pictures: Sequence[Picture]) -> dict[str, str]:
         "Made by": _listed(picture.source for picture in pictures),
         "Revision": _listed(picture.revision for picture in pictures),
         **sampling,
+        T5_TOKENS: str(saved["settings"].get("model.t5_tokens", AS_THE_PIPELINE)),
         "Size": _size(first.path),
         "File": _file_format(pictures, saved["settings"].get("file.quality")),
         "Images a prompt": str(max(Counter(picture.key for picture in pictures).values())),

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field, StrictInt, ValidationError, model_validator
@@ -87,30 +87,28 @@ class ResolvedModel:
         return same
 
 
-def read_model_spec(
-    name: str, *, unet: str | None = None, lora: str | None = None, vae: str | None = None
-) -> tuple[str, ModelSpec]:
+def read_model_spec(name: str, **replacing: str | int | None) -> tuple[str, ModelSpec]:
     """A user's name for a model → (display name, spec). Raises ValueError, with the choices, for what is no model.
 
     name: a YAML file or the name of one in configs/models, a pipeline folder, a run folder, its export or a checkpoint
-    of it, or a hub id. `unet` and `lora` replace or adapt the UNet of a pipeline, `vae` the autoencoder of any model.
+    of it, or a hub id. replacing: fields of ModelSpec, where not None, in place of those that the name stands for.
     """
     path, shipped = Path(name), sorted(file.stem for file in MODEL_CONFIGS.glob("*.yaml"))
     if name in shipped:  # even if a folder has that name, such as this package's, which is ./xdpo
         path = MODEL_CONFIGS / f"{name}.yaml"
     if path.suffix in (".yaml", ".yml"):
-        return path.stem, _spec_from_yaml(path, unet=unet, lora=lora, vae=vae)
+        return path.stem, _spec_from_yaml(path, **replacing)
     if path.is_file():
         raise ValueError(f"model: {name!r} {describe_file(path)}")
     folder = path.resolve()
     if (folder / "model_index.json").is_file():
-        return folder.name, _spec(name, base=name, unet=unet, lora=lora, vae=vae)
+        return folder.name, _spec(name, base=name, **replacing)
     if (folder / "config.yaml").is_file():
-        return folder.name, _spec(name, run=name, unet=unet, lora=lora, vae=vae)
+        return folder.name, _spec(name, run=name, **replacing)
     if (folder.parent / "config.yaml").is_file() and folder.name == "export":
-        return folder.parent.name, _spec(name, run=name, unet=unet, lora=lora, vae=vae)
+        return folder.parent.name, _spec(name, run=name, **replacing)
     if (folder / "policy.safetensors").is_file():
-        return f"{folder.parent.parent.name}_{folder.name}", _spec(name, run=name, unet=unet, lora=lora, vae=vae)
+        return f"{folder.parent.parent.name}_{folder.name}", _spec(name, run=name, **replacing)
     if folder.is_dir():
         raise ValueError(
             f"model: {name!r} is no pipeline folder (model_index.json), run folder (config.yaml) or checkpoint "
@@ -122,7 +120,7 @@ def read_model_spec(
             f"model: no folder {name!r} here; choose from {', '.join(shipped)}, or give a folder, a YAML file or a hub "
             "id of the form owner/name" + (f"; did you mean {near[0]!r}?" if near else "")
         )
-    return name.replace("/", "_"), _spec(name, base=name, unet=unet, lora=lora, vae=vae)
+    return name.replace("/", "_"), _spec(name, base=name, **replacing)
 
 
 def resolve_model(name: str, spec: ModelSpec) -> ResolvedModel:
@@ -181,7 +179,7 @@ def load_model(model: ResolvedModel) -> "DiffusionPipeline":
         raise ValueError(f"model {model.name!r}: {problem}") from error
 
 
-def _spec(label: str, **fields: str | None) -> ModelSpec:
+def _spec(label: str, **fields: Any) -> ModelSpec:
     try:
         return ModelSpec(**fields)
     except ValidationError as error:
@@ -192,7 +190,7 @@ def _spec(label: str, **fields: str | None) -> ModelSpec:
         raise ValueError(f"model {label}: {problems}") from None
 
 
-def _spec_from_yaml(path: Path, **replacing: str | None) -> ModelSpec:
+def _spec_from_yaml(path: Path, **replacing: str | int | None) -> ModelSpec:
     try:
         fields, repeated_keys = parse_yaml(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
