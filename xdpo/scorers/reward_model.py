@@ -85,7 +85,8 @@ def load_base(folder: str | Path) -> "tuple[CLIPModel, Preparation]":
 
     logging.disable_progress_bar()  # of reading weights, which takes seconds
     try:
-        clip = CLIPModel.from_pretrained(folder, use_safetensors=True)
+        # In full precision whatever the file's is: AdamW would train half-precision weights to nothing.
+        clip = CLIPModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
         preparation = Preparation(CLIPTokenizer.from_pretrained(folder), CLIPImageProcessor.from_pretrained(folder))
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"no CLIP in transformers' format at {folder}: {str(error).splitlines()[0]}") from error
