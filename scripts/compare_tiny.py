@@ -95,7 +95,8 @@ def main() -> None:
     rows = tiny_prompts(options.prompts)
     prompts = [prompt for _, prompt in rows]
 
-    base_spec = ModelSpec(base=settings.model.pipeline, t5_tokens=settings.model.t5_tokens)
+    model = settings.model
+    base_spec = ModelSpec(base=model.pipeline, base_revision=model.revision, vae=model.vae, t5_tokens=model.t5_tokens)
     base = load_model(resolve_model("base", base_spec))
     trained = load_model(resolve_model(*read_model_spec(str(options.run))))
     with torch.inference_mode():

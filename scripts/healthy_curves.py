@@ -1,6 +1,6 @@
 """Train the runs of docs/healthy_curves.md in the embedded world, measure them, and draw the page's figure and table.
 
-    python scripts/healthy_curves.py --jobs 2                 half an hour or more on two cores
+    python scripts/healthy_curves.py --jobs 2                 twenty minutes on two quiet cores
     python scripts/healthy_curves.py --seeds 0 --steps 40 --prompts 20 --page runs/curves.md     a trial of it
 
 Each config of RUNS is trained with every seed, sampled at four steps and scored by the embedded judges. The page's

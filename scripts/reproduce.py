@@ -100,6 +100,8 @@ def reproduce(reproduction: Reproduction, parts: Parts, jobs: int) -> Findings:
     runs = reproduction.runs(parts.methods, chosen)
     print_line(f"methods: {len(runs)} trainings")
     failed |= train_all(list(runs.values()), jobs, processes)
+    timed = reproduction.timed_runs(parts.methods, chosen)
+    failed |= train_all(list(timed.values()), 1, processes)
     by_guidance: dict[float, dict[str, Task]] = {guidance: {} for guidance in plan.guidances if runs}
     for guidance, images_of in by_guidance.items():
         images_of[BASE] = reproduction.base_images(next(iter(candidates.values())), guidance)
@@ -118,7 +120,8 @@ def reproduce(reproduction: Reproduction, parts: Parts, jobs: int) -> Findings:
         for guidance, images_of in by_guidance.items()
     }
     tuning = {candidate: means.get(candidate, float("nan")) for candidate in candidates}
-    return Findings(plan, candidates, tuning, chosen, runs, results, failed)
+    timed = {method: run for method, run in timed.items() if run.name not in failed}
+    return Findings(plan, candidates, tuning, chosen, runs, results, failed, timed)
 
 
 def any_values(reproduction: Reproduction) -> dict[str, str]:
@@ -141,7 +144,11 @@ def what_would_run(reproduction: Reproduction, parts: Parts) -> str:
     lines += [shlex.join(task.command) for task in bases]
     for (method, _), run in runs.items():
         lines += commands(reproduction, run, plan.measurements(method), plan.prompts)
-    trains = [run.settings.train for run in [*tuning, *runs.values()]]
+    timed = reproduction.timed_runs(parts.methods, any_values(reproduction))
+    if timed:
+        lines.append("# Speeds, with nothing else on the machine")
+        lines += [shlex.join(run.task(reproduction.num_processes).command) for run in timed.values()]
+    trains = [run.settings.train for run in [*tuning, *runs.values(), *timed.values()]]
     pairs = sum(train.max_steps * train.total_batch_pairs for train in trains)
     sets = sum(len(plan.measurements(method)) for method, _ in runs) + len(bases)
     lines.append(

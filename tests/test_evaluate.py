@@ -154,16 +154,18 @@ def test_models_whose_images_were_made_with_other_settings_are_told_apart(world,
     assert "| 2026-01-02 to 2026-01-04 |" in (world.output / "report.md").read_text()
 
 
-def test_how_much_of_a_prompt_was_read_tells_models_apart(world, capsys):
+def test_what_read_the_prompt_and_what_decoded_the_image_tell_models_apart(world, capsys):
     for name in ("sd15", "xdpo"):
         folder = world.folder / "images" / name
         make_model(folder, MODELS[name], settings=MADE)
-        settings = {"model.t5_tokens": 32} if name == "xdpo" else {}
+        settings = {"model.t5_tokens": 32, "model.vae": "sha256:ab"} if name == "xdpo" else {}
         (folder / "mine" / "settings.json").write_text(json.dumps({"settings": settings, "starts": []}))
     assert world.run() == 0
-    told = "mine: images made with different t5 tokens (as the pipeline: sd15; 32: xdpo)"
+    told = (
+        "mine: images made with different t5 tokens (as the pipeline: sd15; 32: xdpo), autoencoder (as the pipeline: "
+    )
     assert told in capsys.readouterr().err
-    assert "| 32 ≠ |" in (world.output / "report.md").read_text()
+    assert "| 32 ≠ | sha256:ab ≠ |" in (world.output / "report.md").read_text()
 
 
 def test_signs_of_reward_hacking_are_measured_once_and_reported(world, capsys):

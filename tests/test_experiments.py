@@ -456,15 +456,23 @@ def test_slopes_are_those_of_the_formulas():
 class FakeRun:
     """What findings ask of a run."""
 
-    def __init__(self, name, rows):
-        self.name, self.rows = name, lambda: rows
+    def __init__(self, name, rows, reference_moves=False):
+        self.name, self.rows, self.reference_moves = name, lambda: rows, reference_moves
 
 
 @pytest.fixture
 def findings(tmp_path):
     plan = load_plan(write_plan(tmp_path / "plan.yaml"))
-    logged = [
-        {"step": step, "pairs_seen": 2 * step, "pairs_per_second": 1.0, "eval/d_chosen": d, "eval/d_rejected": 3 * d}
+    logged = [{"step": 0, "eval/policy_error": 3.0}]
+    logged += [
+        {
+            "step": step,
+            "pairs_seen": 2 * step,
+            "pairs_per_second": 1.0,
+            "eval/d_chosen": d,
+            "eval/d_rejected": 3 * d,
+            "eval/policy_error": 3 + 2 * d,
+        }
         for step, d in ((2, 0.5), (4, -0.002))
     ]
     runs = {(method, seed): FakeRun(f"{method}-seed{seed}", logged) for method in plan.methods for seed in plan.seeds}
@@ -477,7 +485,7 @@ def findings(tmp_path):
         }
         for guidance in plan.guidances
     }
-    return Findings(plan, {}, {}, {"dpo": "1"}, runs, scores, {})
+    return Findings(plan, {}, {}, {"dpo": "1"}, runs, scores, {}, {})
 
 
 def test_questions_are_answered_by_the_sign_of_an_interval(findings):
@@ -552,16 +560,44 @@ def test_questions_compare_at_equal_progress(findings):
     assert row[2].text == "pairs at equal Reward (tiny): xdpo − dpo"
 
 
-def test_seconds_are_those_of_a_methods_fastest_run(findings):
-    """A run that records the reference's errors is slower, which says nothing of its method."""
-    rows = [{"step": step, "pairs_seen": 2 * step, "pairs_per_second": 1.0} for step in (1, 2, 3, 4)]
-    slow = [row | {"pairs_per_second": 0.1} for row in rows]
-    runs = {(method, seed): FakeRun(f"{method}-seed{seed}", rows) for method, seed in findings.runs}
-    runs["dpo", 0] = FakeRun("dpo-seed0", slow)
-    timed = replace(findings, runs=runs)
-    assert timed.curve("dpo", "seconds")[..., 0].tolist() == [[0, 0], [4, 4], [8, 8]]
-    at_equal = timed.plan.questions[0].model_copy(update={"at_equal": "seconds"})
-    assert timed.answer(at_equal)[1].value == 1
+def test_seconds_are_those_of_a_run_that_had_the_machine_to_itself(findings):
+    """The measured runs record the reference's errors for others, resume, or share the machine."""
+    at_equal = findings.plan.questions[0].model_copy(update={"at_equal": "seconds"})
+    assert findings.answer(at_equal)[0].startswith("cannot be told")
+    alone = [{"step": step, "pairs_per_second": speed} for step, speed in enumerate((0.1, 0.1, 0.5, 1.0, 0.5, 1.0))]
+    timed = {"dpo": FakeRun("timed-dpo", alone), "xdpo": FakeRun("timed-xdpo", [{"pairs_per_second": 1.0}] * 6)}
+    findings = replace(findings, timed=timed)
+    assert findings.curve("dpo", "seconds")[..., 0].tolist() == [[0, 0], [6, 6], [12, 12]]
+    # xdpo has 5 after 8 s, dpo 2 + 2·(8 − 6)/6.
+    assert findings.answer(at_equal)[1].value == pytest.approx(5 - (2 + 2 / 3))
+
+
+def test_errors_are_differences_from_the_base_also_where_the_reference_moves(findings):
+    rows = findings.runs["dpo", 0].rows()
+    runs = {(method, seed): FakeRun(f"{method}-seed{seed}", rows, method == "dpo") for method, seed in findings.runs}
+    moving = replace(findings, runs=runs)
+    assert moving.with_errors == ["xdpo"]
+    assert np.isnan(moving.of("dpo", "eval/d_chosen", 2)).all() and (moving.of("xdpo", "eval/d_chosen", 2) == 0.5).all()
+    assert (moving.of("dpo", "eval/d", 2) == 1).all()  # 4 − 3 of the policy's own errors
+
+
+def test_a_metric_of_three_runs_has_students_interval():
+    runs = np.array([1.0, 2.0, 3.0])[:, None] * np.ones((3, 7))
+    found = measures.difference(runs, np.zeros((3, 7)))
+    half = 4.302653 * 1 / np.sqrt(3)  # Student's t with two degrees of freedom
+    assert (found.value, found.low, found.high) == pytest.approx((2, 2 - half, 2 + half), rel=1e-6)
+    assert np.isnan(measures.difference(runs[:1], np.zeros((1, 7))).low)
+    assert measures.difference(runs[:2] * 0 + 5, np.zeros((2, 7))) == measures.Estimate(5.0, 5.0, 5.0)
+
+
+def test_a_statistic_that_is_often_undefined_has_no_interval():
+    scores = np.arange(3.0)[:, None] * np.ones((3, 4))
+
+    def undefined_above_one(values):
+        return values.mean() if values.mean() <= 1 else np.nan
+
+    found = measures.estimate(undefined_above_one, scores)
+    assert found.value == 1 and np.isnan([found.low, found.high]).all()
 
 
 def test_what_was_not_measured_cannot_be_told(findings):
@@ -622,9 +658,30 @@ def test_what_a_method_needs_is_prepared_before_it_trains(tmp_path):
     assert reproduction.preparations(reproduction.plan.parts(["appeal"])) == []
     parts = reproduction.plan.parts(["learnt_reward"])
     (reward,) = reproduction.preparations(parts)
-    assert str(tmp_path / "reward") in reward.command and "1500" in reward.command
+    assert str(tmp_path / "reward") in reward.command and "assets/tiny/clip" in reward.command
     run = reproduction.runs(parts.methods, reproduce.any_values(reproduction))["learnt_reward", 0]
     assert run.settings.online.rewards == (str(tmp_path / "reward/reward_model"),)
+
+
+def test_speeds_are_measured_on_runs_that_nothing_was_recorded_for(tmp_path):
+    reproduction = Reproduction(load_plan(reproduce.PLANS / "tiny_online.yaml"), tmp_path)
+    timed = reproduction.timed_runs(["xdpo", "online_xdpo", "appeal"], reproduce.any_values(reproduction))
+    assert list(timed) == ["xdpo", "online_xdpo"]  # which a question compares at equal seconds
+    assert timed["xdpo"].settings.cache.reference == str(tmp_path / "timed/xdpo")
+    assert timed["online_xdpo"].settings.cache.reference is None
+    assert timed["online_xdpo"].settings.train.max_steps == 3 * timed["online_xdpo"].settings.online.every
+    assert timed["xdpo"].settings.train.max_steps == 60 and timed["xdpo"].settings.eval.every == 0
+
+
+def test_methods_that_start_from_different_models_have_no_base_to_be_compared_with(tmp_path):
+    plan = load_plan(reproduce.PLANS / "tiny_flow.yaml")
+    other = plan.methods["xdpo"].model_copy(update={"set": ("model.t5_tokens=16",)})
+    plan = plan.model_copy(update={"methods": plan.methods | {"xdpo": other}})
+    reproduction = Reproduction(plan, tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"xdpo starts from assets/tiny/flow_pipeline --t5-tokens 16, and diffusion_dpo"
+    ):
+        reproduction.runs(["diffusion_dpo", "xdpo"], reproduce.any_values(reproduction))
 
 
 def test_the_base_is_sampled_with_what_its_training_reads():

@@ -1,6 +1,6 @@
 """The results of a finished reproduction: scores as arrays, logged metrics by seed, answers to the plan's questions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,7 +27,7 @@ class Findings:
 
     candidates: (method, value) → the tuning's training. tuning: (method, value) → its mean score on the tuning's
     prompts, NaN if it failed. scores: guidance → (model's name or BASE, quantity) → (prompts,). failed: run → the end
-    of its log.
+    of its log. timed: method → the run that its speed was measured with.
     """
 
     plan: Plan
@@ -37,6 +37,7 @@ class Findings:
     runs: Mapping[tuple[str, int], Run]
     scores: Mapping[float, Mapping[tuple[str, str], np.ndarray]]
     failed: Mapping[str, str]
+    timed: Mapping[str, Run]
 
     @cached_property
     def methods(self) -> list[str]:
@@ -54,8 +55,13 @@ class Findings:
 
     @cached_property
     def with_errors(self) -> list[str]:
-        """The methods that log d; an objective without a reference has none."""
-        return [name for name in self.methods if self.logged_curve(name, "eval/d_chosen")[0]]
+        """The methods that log d from the base; an objective without a reference has none."""
+        return [
+            name
+            for name in self.methods
+            if self.logged_curve(name, "eval/d_chosen")[0]
+            and not any(self.runs[name, seed].reference_moves for seed in self.plan.seeds_of(name))
+        ]
 
     def model(self, method: str, seed: int, step: int | None = None) -> str:
         if (method, seed) not in self.runs:
@@ -83,14 +89,17 @@ class Findings:
 
     def _of_run(self, method: str, seed: int, quantity: str, step: int) -> float:
         """A metric or a cost of a run at an optimizer step; NaN for a metric that it didn't log there."""
-        rows = self.runs[method, seed].rows()
+        run = self.runs[method, seed]
+        rows = run.rows()
         if quantity in COSTS:
             pairs = progress_by_step(rows)[step].pairs
             # Not the run's own seconds, which are more where it recorded the reference's errors or shared the machine.
             return pairs if quantity == "pairs" else pairs * self.seconds_per_pair(method)
-        names = ("eval/d_chosen", "eval/d_rejected") if quantity == BOTH_ERRORS else (quantity,)
-        found = [[row[name] for row in rows if row["step"] == step and name in row] for name in names]
-        return float(np.mean([values[-1] if values else np.nan for values in found]))
+        if quantity == BOTH_ERRORS:  # from the policy's own errors: the reference may have moved away from the base
+            return _logged(rows, "eval/policy_error", step) - _logged(rows, "eval/policy_error", 0)
+        if quantity.startswith("eval/d_") and run.reference_moves:
+            return float("nan")
+        return _logged(rows, quantity, step)
 
     def curve(self, method: str, quantity: str, last: int | None = None) -> np.ndarray:
         """A quantity (points, seeds, prompts) at step 0 and at the method's measured steps, up to `last` if given."""
@@ -120,13 +129,14 @@ class Findings:
         return steps, np.array([[values[step] for step in steps] for values in series])
 
     def seconds_per_pair(self, method: str) -> float:
-        """Seconds of optimizer steps per pair in the method's fastest run, tuning runs included.
+        """Seconds of optimizer steps per pair, sampling and scoring included where they are part of the training.
 
-        The fastest run counts, because slower ones record the reference's errors for later runs or share the machine.
+        They are means over the last two thirds of a run that had the machine to itself. NaN if there was none.
         """
-        runs = [run for (name, _), run in [*self.candidates.items(), *self.runs.items()] if name == method]
-        speeds = [[row["pairs_per_second"] for row in run.rows() if "pairs_per_second" in row] for run in runs]
-        return min(float(np.mean(1 / np.array(each))) for each in speeds if len(each) >= self.plan.steps)
+        if method not in self.timed:
+            return float("nan")
+        speeds = [row["pairs_per_second"] for row in self.timed[method].rows() if "pairs_per_second" in row]
+        return float(np.mean(1 / np.array(speeds[len(speeds) // 3 :])))
 
     def speed_up(self, method: str) -> Estimate:
         """The baseline's pairs to its score after the plan's steps, divided by the method's pairs to that score."""
@@ -150,8 +160,8 @@ class Findings:
             values = self.of(question.method, quantity, question.step, question.guidance)
             others = self.of(question.than, quantity, question.than_step or question.step, question.guidance)
             difference = measures.difference(values, others)
-        if not np.isfinite(difference.value):
-            return "cannot be told: it was not measured, or never equal", difference
+        if not np.isfinite([difference.value, difference.low, difference.high]).all():
+            return "cannot be told: it was not measured, on one seed alone, or never equal", difference
         words = {
             "better": {1: "yes", 0: "not resolved", -1: "no, it is worse"},
             "differs": {1: "yes, higher", 0: "no difference resolved", -1: "yes, lower"},
@@ -161,3 +171,9 @@ class Findings:
 
     def can_answer(self, question: Question) -> bool:
         return all(name in (BASE, *self.methods) for name in (question.method, question.than))
+
+
+def _logged(rows: Sequence[Mapping[str, float]], metric: str, step: int) -> float:
+    """A metric's last value at an optimizer step, NaN without one."""
+    found = [row[metric] for row in rows if row["step"] == step and metric in row]
+    return found[-1] if found else float("nan")

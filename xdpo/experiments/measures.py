@@ -1,17 +1,20 @@
 """Statistics of many runs' scores, with intervals: differences, win rates, pairs to reach a score.
 
 An array of scores is (seeds, prompts). Intervals are 95 % percentile bootstraps that draw both seeds and prompts with
-replacement, so that they cover other seeds and other prompts.
+replacement, so that they cover other seeds and other prompts. What is the same for all prompts, such as a metric of a
+run, has the interval of Student's t over seeds: a bootstrap of three values would cover 75 %.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t
 
 from xdpo.report.curves import first_reached
 
 RESAMPLES = 2000
+MAY_BE_UNDEFINED = 0.05  # share of the resamples; with more, a statistic has no interval
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,10 @@ class Estimate:
 
 
 def estimate(statistic: Callable[..., float], *arrays: np.ndarray, seed: int = 0) -> Estimate:
-    """A statistic of paired arrays (…, seeds, prompts), with its interval over the resamples in which it is finite."""
+    """A statistic of paired arrays (…, seeds, prompts), with its interval over the resamples in which it is finite.
+
+    The interval is NaN where that is too few of them.
+    """
     rng = np.random.default_rng(seed)
     seeds, prompts = arrays[0].shape[-2:]
     drawn = []
@@ -38,7 +44,8 @@ def estimate(statistic: Callable[..., float], *arrays: np.ndarray, seed: int = 0
         drawn.append(statistic(*(array[..., rows, :][..., columns] for array in arrays)))
     values = np.array(drawn)
     finite = values[np.isfinite(values)]
-    low, high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (np.nan, np.nan)
+    is_defined = len(finite) >= (1 - MAY_BE_UNDEFINED) * RESAMPLES
+    low, high = np.quantile(finite, [0.025, 0.975]) if is_defined else (np.nan, np.nan)
     return Estimate(float(statistic(*arrays)), float(low), float(high))
 
 
@@ -55,7 +62,17 @@ def paired(scores: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 def difference(scores: np.ndarray, others: np.ndarray) -> Estimate:
     """Mean of the differences, paired by seed and prompt."""
-    return estimate(lambda a, b: (a - b).mean(), *paired(scores, others))
+    ours, others = paired(scores, others)
+    if all((array == array[:, :1]).all() for array in (ours, others)):
+        return over_seeds(ours[:, 0] - others[:, 0])
+    return estimate(lambda a, b: (a - b).mean(), ours, others)
+
+
+def over_seeds(values: np.ndarray) -> Estimate:
+    """The mean of a value for each seed, with Student's 95 % interval; one seed has none, which is NaN."""
+    mean, error = float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else np.nan
+    half = float(t.ppf(0.975, len(values) - 1)) * error if error else error  # of equal values 0
+    return Estimate(mean, mean - half, mean + half)
 
 
 def win_rate(scores: np.ndarray, others: np.ndarray) -> Estimate:

@@ -11,6 +11,7 @@ from xdpo.experiments import drawing, measures
 from xdpo.experiments.findings import BOTH_ERRORS, Findings
 from xdpo.experiments.measures import Estimate
 from xdpo.experiments.plan import BASE, COSTS, Plan, Question
+from xdpo.experiments.stages import TIMED_ROUNDS, TIMED_STEPS
 from xdpo.files import write_text
 from xdpo.provenance import git_commit, library_versions
 from xdpo.report.figures import save
@@ -85,7 +86,9 @@ def _what_is_here(findings: Findings) -> str:
     """The paragraph on what all results have in common, and on the parts of the plan that are missing."""
     plan = findings.plan
     text = (
-        "Intervals are 95 % bootstraps that draw seeds and prompts anew. Every method has the same data, batch and "
+        "Intervals are 95 % bootstraps that draw seeds and prompts anew, which are rather too narrow with few seeds; "
+        "those of metrics on held-out pairs are Student's over seeds, on pairs that are the same for all. Every method "
+        "has the same data, batch and "
         f"schedule, and is compared after {plan.steps} optimizer steps where nothing else is said; methods with curves "
         f"go on. The seeds are {', '.join(map(str, plan.seeds))}, or the first so many of them. The scores are of "
         f"{len(findings.scores[plan.guidance][BASE, plan.score])} prompts ({', '.join(plan.prompts)}), sampled at "
@@ -134,7 +137,8 @@ def questions(findings: Findings) -> Grid:
         "prompts cannot tell whether there is a difference; it does not mean that there is none. “At equal” compares "
         "two trainings where the quantity first reaches the lower of their highest values; the curves are straight "
         f"between checkpoints. {title_of(BOTH_ERRORS)}: mean of d over chosen and rejected held-out images, by which "
-        "the policy's bound on the KL divergence of held-out images from its own exceeds the base's."
+        "the policy's bound on the KL divergence of held-out images from its own exceeds the base's. d of chosen and "
+        "of rejected images is not said of methods whose reference moves away from the base."
     )
     return Grid("Questions", ("question", "answer", "difference in", "difference [95 %]"), tuple(rows), note)
 
@@ -219,9 +223,12 @@ def efficiency(findings: Findings) -> Grid:
         speed_up = findings.speed_up(name)
         cost = findings.seconds_per_pair(name) / findings.seconds_per_pair(plan.baseline)
         in_time = Estimate(speed_up.value / cost, speed_up.low / cost, speed_up.high / cost)
+        times = (Cell(f"{cost:.2f}", cost), _times(in_time)) if np.isfinite(cost) else (Cell(""), Cell(""))
         equal = (findings.difference_at_equal(name, plan.baseline, plan.score, spent) for spent in COSTS)
-        differences = [Cell("" if name == plan.baseline else _signed(each)) for each in equal]
-        rows.append((Cell(name), _times(speed_up), Cell(f"{cost:.2f}", cost), _times(in_time), *differences))
+        differences = [
+            Cell(_signed(each) if name != plan.baseline and np.isfinite(each.value) else "") for each in equal
+        ]
+        rows.append((Cell(name), _times(speed_up), *times, *differences))
     columns = (
         "method",
         "pairs: times fewer",
@@ -232,12 +239,13 @@ def efficiency(findings: Findings) -> Grid:
     )
     note = (
         f"Pairs seen until the {title_of(plan.score)} of {plan.baseline} after {plan.steps} steps is reached, its own "
-        "over the method's, by straight lines between checkpoints, 0 where it never is; the time of a pair in the "
-        f"fastest run of each, from caches where there can be any, against {plan.baseline}'s; and the ratio in time, "
-        "whose interval is that of the pairs. Objectives with the same passes cost the same: what they differ by is "
-        f"how busy the machine was. “At equal”: {title_of(plan.score)} minus {plan.baseline}'s, where the shorter of "
+        "over the method's, by straight lines between checkpoints, 0 where it never is; the time of a pair against "
+        f"{plan.baseline}'s, each in {TIMED_ROUNDS} rounds of sampling, or {TIMED_STEPS} steps for one, with "
+        "nothing else on the machine and encoded examples from a cache; and the ratio in time, whose interval is that "
+        "of the pairs. Times are of the methods that a question compares at equal seconds. "
+        f"“At equal”: {title_of(plan.score)} minus {plan.baseline}'s, where the shorter of "
         "the two trainings ends; seconds are pairs times the time of a pair, with sampling and scoring where these are "
-        "part of the training. The paper says 1.5 and 1.6, without a unit."
+        "part of the training, and without what was prepared before it. The paper says 1.5 and 1.6, without a unit."
     )
     return Grid("Efficiency", columns, tuple(rows), note)
 
@@ -298,9 +306,9 @@ def tuning(findings: Findings) -> Grid:
         at_end = findings.chosen.get(method) in (plan.tuning.values[0], plan.tuning.values[-1])
         rows.append((*cells, Cell("yes" if at_end else "")))
     note = (
-        f"Mean {title_of(plan.score)} on {', '.join(Path(name).stem for name in plan.tuning.prompts)}, which nothing "
-        f"else uses, at guidance {plan.guidance:g} after {plan.steps} steps with seed {plan.tuning.seed}; bold is what "
-        "was taken. Methods that are not listed take the value of the method that they vary, or a multiple of it."
+        f"Mean {title_of(plan.score)} on {', '.join(Path(name).stem for name in plan.tuning.prompts)}, which decides "
+        f"nothing else, at guidance {plan.guidance:g} after {plan.steps} steps with seed {plan.tuning.seed}; bold is "
+        "what was taken. Methods that are not listed take the value of the method that they vary, or a multiple of it."
     )
     columns = (f"{plan.tuning.key} =", *plan.tuning.values, "at the end of the range")
     return Grid("Tuning", columns, tuple(rows), note)
@@ -308,12 +316,15 @@ def tuning(findings: Findings) -> Grid:
 
 def _slope_settings(findings: Findings) -> SlopeSettings | None:
     """The slope settings of the xDPO methods; None without such methods."""
-    first = {n: findings.runs[n, findings.plan.seeds[0]].settings for n in findings.methods}
+    plan = findings.plan
+    first = {n: findings.runs[n, plan.seeds[0]].settings for n in findings.methods}
     names = [n for n, settings in first.items() if "reward" in settings.loss.objective.keys]
     if not names:
         return None
     loss = first[names[0]].loss
-    ends = np.concatenate([findings.of(n, f"eval/d_{side}") for n in names for side in ("chosen", "rejected")])
+    ends = np.concatenate(
+        [findings.of(n, f"eval/d_{side}", plan.last_step(n)) for n in names for side in ("chosen", "rejected")]
+    )
     if not np.isfinite(ends).all():
         return None
     reference = float(findings.of(names[0], "eval/reference_error").mean())

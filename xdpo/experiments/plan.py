@@ -176,6 +176,12 @@ class Plan(Section):
         """The methods that are tuned."""
         return [name for name, method in self.methods.items() if method.tuned_as is None]
 
+    @property
+    def timed(self) -> list[str]:
+        """The methods that a question compares at equal seconds."""
+        asked = {name for q in self.questions if q.at_equal == "seconds" for name in (q.method, q.than)}
+        return [name for name in self.methods if name in asked]
+
     def parts(self, only: Sequence[str] = ()) -> Parts:
         """The parts of these groups and methods, with the baseline and what they are tuned as; all if none is named.
 

@@ -67,6 +67,15 @@ class Run:
             return False
         return not changed_keys(load_config(self.folder / "config.yaml"), self.settings)
 
+    @property
+    def reference_moves(self) -> bool:
+        """Whether the reference that d is measured against isn't the base model all the time."""
+        from xdpo.learner import reference_moves
+
+        settings = self.settings
+        plays = settings.loss.samples_rejected and settings.self_play.reference != "base"
+        return plays or reference_moves(settings)
+
     def rows(self) -> list[dict]:
         """The rows logged so far."""
         return read_rows(self.folder / "metrics.jsonl")

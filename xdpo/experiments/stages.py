@@ -2,11 +2,13 @@
 
 OUTPUT/{preparation}                         what some trainings need, such as a reward model
 OUTPUT/runs/{run}, OUTPUT/runs/cache         trainings; caches of examples and of the reference's errors
+OUTPUT/runs/timed-{method}, OUTPUT/timed     short trainings that measure speeds, and what they recorded
 OUTPUT/images/guidance{g}/{run}-step{step}   generate.py's folders, and …/base
 OUTPUT/tuning, OUTPUT/results/guidance{g}    evaluate.py's folders
 OUTPUT/parts.json                            the parts of the plan that were finished
 """
 
+import itertools
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -24,6 +26,9 @@ from xdpo.runs import checkpoint_path
 from xdpo.scores import image_statistics
 from xdpo.scores.results import benchmarks_of
 from xdpo.scores.table import ScoreTable
+
+TIMED_ROUNDS = 3  # of sampling, in the run by which a method's speed is measured
+TIMED_STEPS = 20  # in each of them where nothing is sampled
 
 
 @dataclass(frozen=True)
@@ -70,9 +75,9 @@ class Reproduction:
         """A training for each of these methods and each seed, at the values `chosen` for the tuned ones.
 
         Methods without a chosen value are left out. Raises ConfigError, also where a metric of held-out pairs would be
-        missing that the results are to have.
+        missing that the results are to have, and where methods start from different models.
         """
-        runs = {}
+        runs: dict[tuple[str, int], Run] = {}
         for name in methods:
             value = self.plan.value_of(name, chosen)
             if value is None:
@@ -81,6 +86,30 @@ class Reproduction:
                 run = self._run(f"{name}-seed{seed}", name, value, seed, self.plan.measured_steps(name))
                 self._refuse_unevaluated(name, run)
                 runs[name, seed] = run
+        bases = {name: " ".join(base_model(run.settings)) for (name, _), run in runs.items()}
+        for (first, shared), (name, base) in itertools.pairwise(bases.items()):
+            if base != shared:
+                raise ConfigError(
+                    f"{name} starts from {base}, and {first} from {shared}; all methods of a plan are compared with one base"
+                )
+        return runs
+
+    def timed_runs(self, methods: Collection[str], chosen: Mapping[str, str]) -> dict[str, Run]:
+        """A short training for each of these methods that is compared at equal seconds, to be run one by one.
+
+        Each computes the reference's errors itself, as a training does that nobody has run before.
+        """
+        runs = {}
+        for name in self.plan.timed:
+            value = self.plan.value_of(name, chosen)
+            if name not in methods or value is None:
+                continue
+            which = (f"timed-{name}", name, value, self.plan.tuning.seed)
+            settings = self._run(*which, [self.plan.steps]).settings
+            overrides = ["eval.every=0"]
+            if settings.cache.reference is not None:
+                overrides.append(f"cache.reference={self.output / 'timed' / name}")
+            runs[name] = self._run(*which, [TIMED_ROUNDS * _steps_of_a_round(settings)], *overrides)
         return runs
 
     def _refuse_unevaluated(self, method: str, run: Run) -> None:
@@ -96,11 +125,12 @@ class Reproduction:
             if not every and method in (question.method, question.than) and any(q.startswith("eval/") for q in asks):
                 raise ConfigError(f"{run.name}: eval.every=0, and {question.ask!r} is about held-out pairs")
 
-    def _run(self, name: str, method: str, value: str, seed: int, steps: Sequence[int]) -> Run:
+    def _run(self, name: str, method: str, value: str, seed: int, steps: Sequence[int], *besides: str) -> Run:
         plan = self.plan
         overrides = keeping(steps)
         set_here = (*self._filled(plan.methods[method].set), f"{plan.tuning.key}={value}", f"seed={seed}")
-        return make_run(name, plan.methods[method].config, (*overrides, *plan.common, *set_here), self.output / "runs")
+        everything = (*overrides, *plan.common, *set_here, *besides)
+        return make_run(name, plan.methods[method].config, everything, self.output / "runs")
 
     def _filled(self, words: Sequence[str]) -> list[str]:
         """Words with the folders of preparations in place of their names in braces."""
@@ -142,6 +172,13 @@ class Reproduction:
         Raises ValueError if a model has no scores.
         """
         return scores_in(self.output / folder, models, [*self.plan.scorers, *image_statistics.NAMES])
+
+
+def _steps_of_a_round(settings: Config) -> int:
+    """Optimizer steps from one sampling by the policy to the next."""
+    if settings.feed.is_online:
+        return settings.online.every
+    return settings.self_play.every if settings.loss.samples_rejected else TIMED_STEPS
 
 
 def keeping(steps: Sequence[int]) -> list[str]:

@@ -13,7 +13,8 @@ from xdpo.images.folder import SETTINGS
 from xdpo.images.reading import Picture, Problem
 
 UNKNOWN = "unknown"
-T5_TOKENS, AS_THE_PIPELINE = "T5 tokens", "as the pipeline"
+AS_THE_PIPELINE = "as the pipeline"
+_CHOICES = {"T5 tokens": "model.t5_tokens", "Autoencoder": "model.vae"}  # facts that are told where somebody chose one
 MAY_DIFFER = ("Made by", "Revision", "Date")  # models are compared, whenever their images were made
 _SAMPLING = {
     "Seed": "seed",
@@ -37,16 +38,17 @@ class Making:
 def makings_of(pictures: Iterable[Picture]) -> list[Making]:
     """A Making for each prompt set and model, models in the order in which they first occur.
 
-    How many tokens T5 read of the prompts is a fact only where somebody chose it: most models have no T5.
+    How many tokens T5 read of the prompts, and which other autoencoder decoded, are facts only where somebody chose it.
     """
     grouped: dict[tuple[str, str], list[Picture]] = defaultdict(list)
     for picture in pictures:
         grouped[picture.prompt_set, picture.model].append(picture)
     sets = dict.fromkeys(prompt_set for prompt_set, _ in grouped)
     facts = {key: _facts(group) for key, group in grouped.items()}
-    if all(each[T5_TOKENS] == AS_THE_PIPELINE for each in facts.values()):
-        for each in facts.values():
-            del each[T5_TOKENS]
+    for choice in _CHOICES:
+        if all(each[choice] == AS_THE_PIPELINE for each in facts.values()):
+            for each in facts.values():
+                del each[choice]
     return [
         Making(model, prompt_set, each)
         for wanted in sets
@@ -82,7 +84,7 @@ def _facts(pictures: Sequence[Picture]) -> dict[str, str]:
         "Made by": _listed(picture.source for picture in pictures),
         "Revision": _listed(picture.revision for picture in pictures),
         **sampling,
-        T5_TOKENS: str(saved["settings"].get("model.t5_tokens", AS_THE_PIPELINE)),
+        **{choice: str(saved["settings"].get(key) or AS_THE_PIPELINE) for choice, key in _CHOICES.items()},
         "Size": _size(first.path),
         "File": _file_format(pictures, saved["settings"].get("file.quality")),
         "Images a prompt": str(max(Counter(picture.key for picture in pictures).values())),
