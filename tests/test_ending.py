@@ -191,6 +191,7 @@ sys.exit(train_xdpo.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_gradients_lie_in_the_buckets_that_are_exchanged_from_the_first_pass_on(small_pipeline, small_pairs, tmp_path):
     """Otherwise they are there twice, 3.4 GB of Stable Diffusion 1.5's; a bucket that DDP left behind counts too."""
     options = ("train.micro_batch_pairs=1", "train.max_steps=3", "train.total_batch_pairs=8")  # 4 micro-steps a step

@@ -102,6 +102,7 @@ def test_a_run_exports_its_adapter_in_kohyas_names_with_its_alpha(run, pipelines
     assert same(draw(loaded), expected)
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_whole_checkpoint_from_its_moving_average_and_other_autoencoder(run, small_pipeline, tmp_path):
     """With cached examples, whose runs have no encoders otherwise."""
     formats = "export.formats=[diffusers,single_file]"

@@ -207,6 +207,7 @@ def test_what_was_cropped_is_told_in_pixels_of_the_resized_image():
     assert size_and_crop(Image.new("RGB", (16, 24)), 32, offset=(0.5, 0.25)).tolist() == [24, 16, 4, 0]
 
 
+@pytest.mark.slow
 def test_each_image_of_a_pair_is_told_its_own_size(run_xl, xl_pipeline, uneven_pairs, tmp_path):
     options = (f"data.path={uneven_pairs}", "loss.name=diffusion_dpo", "model.trainable=lora", "model.lora_rank=2")
     caches = [f"cache.examples={tmp_path / 'cache'}", "cache.dtype=fp32"]
