@@ -90,7 +90,8 @@ class Reproduction:
         for (first, shared), (name, base) in itertools.pairwise(bases.items()):
             if base != shared:
                 raise ConfigError(
-                    f"{name} starts from {base}, and {first} from {shared}; all methods of a plan are compared with one base"
+                    f"{name} starts from {base}, and {first} from {shared}; all methods of a plan are compared with "
+                    "one base"
                 )
         return runs
 
