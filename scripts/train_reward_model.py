@@ -2,8 +2,8 @@
 
     accelerate launch scripts/train_reward_model.py --config configs/xdpo_sd15.yaml \\
         --base laion/CLIP-ViT-H-14-laion2B-s32B-b79K --output runs/reward
-    python scripts/train_reward_model.py --config configs/tiny/xdpo.yaml --base scratch --output runs/tiny/reward \\
-        --steps 1500 --batch 64 --learning-rate 1e-3            the embedded world, in minutes
+    python scripts/train_reward_model.py --config configs/tiny/xdpo.yaml --base assets/tiny/clip \\
+        --output runs/tiny/reward --steps 300 --batch 64 --learning-rate 3e-4           the embedded world, in minutes
 
 The loss is Bradley–Terry's, −log σ(r(x_w, c) − r(x_l, c)). A tie is half of it in either direction, and a pair weighs
 1 / pairs of its prompt, both as in PickScore. --recipe clip trains a whole CLIP as PickScore was trained (4,000 steps
@@ -41,9 +41,7 @@ if TYPE_CHECKING:
 def main(arguments: list[str] | None = None) -> int:
     """Train and measure. Returns the exit status."""
     parser = config_parser(__doc__ or "")
-    parser.add_argument(
-        "--base", required=True, help="a CLIP in transformers' format, by hub id or folder; scratch: a small new one"
-    )
+    parser.add_argument("--base", required=True, help="a CLIP in transformers' format, by hub id or folder")
     parser.add_argument("--recipe", choices=("clip", "head"), default="clip", help="default: clip")
     parser.add_argument("--output", type=user_path, required=True, help="folder of checkpoints and the result")
     parser.add_argument("--steps", type=positive, default=4000, help="optimizer steps (default: 4000)")
@@ -124,10 +122,12 @@ def train(settings: Config, options: argparse.Namespace, accelerator: "Accelerat
     from xdpo import data, noise, precompute, runs
     from xdpo.data import Split
     from xdpo.files import only_run
+    from xdpo.scorers.reward_model import RewardModel, load_base
 
     folder: Path = options.output
     torch.manual_seed(settings.seed)
-    model, preparation = build(options, settings)
+    clip, preparation = load_base(user_path(options.base))
+    model = RewardModel(clip, options.recipe)
     table = precompute.load_table(settings, accelerator, Split.TRAIN, in_order=False, keep_ties=True)
     held_out = precompute.load_table(settings, accelerator, Split.HELD_OUT, in_order=True)
     ties = int(table.tied.sum())
@@ -207,33 +207,6 @@ def bradley_terry(margin: "Tensor", tied: "Tensor", weights: "Tensor") -> "Tenso
     from xdpo.loss import negative_log_sigmoid
 
     return (weights * negative_log_sigmoid(margin, 0.5 * tied)).mean()
-
-
-def build(options: argparse.Namespace, settings: Config) -> "tuple[RewardModel, Preparation]":
-    """The base with its processors, ready to train."""
-    from xdpo.scorers.reward_model import RewardModel, load_base
-
-    clip, preparation = small_clip(settings) if options.base == "scratch" else load_base(user_path(options.base))
-    return RewardModel(clip, options.recipe), preparation
-
-
-def small_clip(settings: Config) -> tuple:
-    """A CLIP of half a million random weights for images of data.resolution, with the pipeline's tokenizer."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
-
-    from xdpo.scorers.reward_model import Preparation
-
-    tokenizer = CLIPTokenizer.from_pretrained(settings.model.pipeline, subfolder="tokenizer")
-    side, layers = settings.data.resolution, {"num_hidden_layers": 3, "num_attention_heads": 4}
-    text = {"vocab_size": len(tokenizer), "hidden_size": 96, "intermediate_size": 192, **layers}
-    text |= {"max_position_embeddings": tokenizer.model_max_length, "eos_token_id": tokenizer.eos_token_id}
-    vision = {"hidden_size": 96, "intermediate_size": 192, "image_size": side, "patch_size": side // 8, **layers}
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96))
-    size = {"height": side, "width": side}
-    processor = CLIPImageProcessor(
-        size={"shortest_edge": side}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
-    return clip, Preparation(tokenizer, processor)
 
 
 def rewards_of(model, batch: PairBatch, device) -> "Tensor":

@@ -1,9 +1,9 @@
 """Train the embedded CLIP: `python scripts/train_tiny_clip.py`.
 
 It learns which caption belongs to which drawn scene, among the others of its batch (Radford et al., arXiv 2103.00020).
-The scenes have the flaws that the base's training images have, and none is a held-out one. It is what a reward model
-of the embedded pairs starts from (scripts/train_reward_model.py), as PickScore starts from a CLIP. The same command
-goes on where it was stopped.
+The scenes have the flaws that the base's training images have, and none is a held-out one; half of the captions say
+what spoils the picture. It is what a reward model of the embedded pairs starts from (scripts/train_reward_model.py), as
+PickScore starts from a CLIP. The same command goes on where it was stopped.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from xdpo.tiny.world import IMAGE_SIZE
 
 
 def small_clip(tokenizer: CLIPTokenizer, side: int) -> tuple[CLIPModel, Preparation]:
-    """A CLIP of half a million random weights for images of `side` pixels, with its processors."""
-    layers = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
+    """A CLIP of 0.4 million random weights for images of `side` pixels, with its processors."""
+    layers = {"hidden_size": 80, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4}
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length, **ends, **layers}
     vision = {"image_size": side, "patch_size": side // 8, **layers}
@@ -35,7 +35,7 @@ def small_clip(tokenizer: CLIPTokenizer, side: int) -> tuple[CLIPModel, Preparat
     processor = CLIPImageProcessor(
         size={"shortest_edge": side}, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96))
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=80))
     return clip, Preparation(tokenizer, processor)
 
 
@@ -54,7 +54,8 @@ def contrastive(logits: Tensor) -> Tensor:
 
 def train(options: argparse.Namespace) -> tuple[CLIPModel, Preparation]:
     """A CLIP trained on drawn scenes; its log has the share of held-back images that find their caption."""
-    images, captions = draw_training_set(options.work / f"images_{options.images}.npz", options.images, options.seed)
+    path = options.work / f"images_{options.images}.npz"
+    images, captions = draw_training_set(path, options.images, options.seed, named=0.5)
     tokenizer = CLIPTokenizer.from_pretrained(options.pipeline, subfolder="tokenizer")
     ids = clip_ids(tokenizer, captions)
     torch.manual_seed(options.seed)
@@ -80,6 +81,14 @@ def train(options: argparse.Namespace) -> tuple[CLIPModel, Preparation]:
     return clip.cpu(), preparation
 
 
+def save_clip(clip: CLIPModel, preparation: Preparation, folder: Path) -> None:
+    """Write a CLIP with its processors, in half precision."""
+    with replacing_folder(folder) as aside:
+        clip.half().save_pretrained(aside)
+        preparation.tokenizer.save_pretrained(aside)
+        preparation.image_processor.save_pretrained(aside)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=user_path, default=Path("runs/tiny_clip"), help="checkpoints and logs")
@@ -96,10 +105,7 @@ def main() -> None:
     logging.disable_progress_bar()  # of writing weights
     options.work.mkdir(parents=True, exist_ok=True)
     clip, preparation = train(options)
-    with replacing_folder(options.out) as aside:
-        clip.half().save_pretrained(aside)
-        preparation.tokenizer.save_pretrained(aside)
-        preparation.image_processor.save_pretrained(aside)
+    save_clip(clip, preparation, options.out)
     print(f"saved the CLIP to {options.out}")
 
 

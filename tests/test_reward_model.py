@@ -9,6 +9,7 @@ import train_reward_model as program
 from conftest import encoded_image, forget_accelerators, pick_a_pic_row, write_pick_a_pic
 from PIL import Image
 from safetensors.torch import load_file
+from train_tiny_clip import contrastive, save_clip, similarities, small_clip
 from training_runs import ROOT, SMALL_RUN
 from transformers import CLIPModel
 
@@ -29,8 +30,19 @@ def pairs(tmp_path_factory):
     return write_pick_a_pic(tmp_path_factory.mktemp("reward") / "pairs.parquet", rows)
 
 
+@pytest.fixture(scope="module")
+def base(small_pipeline, tmp_path_factory):
+    """A folder of a small CLIP with random weights, in half precision, as published ones may be."""
+    from transformers import CLIPTokenizer
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip") / "clip"
+    save_clip(*small_clip(CLIPTokenizer.from_pretrained(small_pipeline, subfolder="tokenizer"), 16), folder)
+    return folder
+
+
 @pytest.fixture
-def train(pairs, small_pipeline, tmp_path, monkeypatch):
+def train(pairs, small_pipeline, base, tmp_path, monkeypatch):
     """Train in this process: train("name", argument, …) → (exit status, output folder)."""
     monkeypatch.chdir(ROOT)
 
@@ -39,7 +51,7 @@ def train(pairs, small_pipeline, tmp_path, monkeypatch):
         output = tmp_path / name
         paths = [f"model.pipeline={small_pipeline}", f"data.path={pairs}", "output_dir=none", f"eval.path={pairs}"]
         options = ["--config", "configs/base.yaml", *SMALL_RUN, *paths, "--output", str(output)]
-        given = {"--base": "scratch", "--steps": "6", "--batch": "4", "--learning-rate": "3e-3"}
+        given = {"--base": str(base), "--steps": "6", "--batch": "4", "--learning-rate": "3e-3"}
         given |= {"--checkpoint-every": "3", "--warmup-steps": "1"}
         overrides = [word for word in arguments if "=" in word]
         flags = [word for word in arguments if "=" not in word]
@@ -58,6 +70,7 @@ def test_it_learns_which_image_is_preferred_and_scores_as_evaluate_does(train, c
     record = json.loads((folder / "reward_model" / "reward_model.json").read_text())
     assert status == 0 and record["held_out"]["accuracy"] == 1.0 and record["held_out"]["pairs"] == 16
     assert record["held_out"]["interval"][1] == 1.0 and "100.0%" in capsys.readouterr().out
+    assert {weight.dtype for weight in weights_of(folder).values()} == {torch.float32}  # the base's file has float16
 
     scorer = load_scorer(str(folder / "reward_model"))
     images = [Image.new("RGB", (20, 24), colour) for colour in ("darkred", "darkblue")]
@@ -218,3 +231,17 @@ def test_a_damaged_reward_model_is_named(train):
     (folder / "reward_model" / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="reward_model"):
         load_scorer(str(folder / "reward_model"))
+
+
+def test_a_clip_is_taught_by_the_two_cross_entropies_of_its_scaled_cosines(base):
+    clip = CLIPModel.from_pretrained(base, dtype=torch.float32).eval()
+    pixels, ids = torch.rand(3, 3, 16, 16), torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]])
+    with torch.no_grad():
+        clip.logit_scale.fill_(math.log(20))
+        logits = similarities(clip, pixels, ids)
+        torch.testing.assert_close(logits, clip(input_ids=ids, pixel_values=pixels).logits_per_image)
+        clip.logit_scale.fill_(math.log(200))
+        torch.testing.assert_close(similarities(clip, pixels, ids), 5 * logits)  # 100 at most
+    of_two = torch.tensor([[2.0, 0.0], [1.0, 3.0]])
+    rows, columns = math.log(1 + math.exp(-2)), (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(-3))) / 2
+    assert contrastive(of_two).item() == pytest.approx((rows + columns) / 2)

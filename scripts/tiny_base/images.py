@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from tiny_base.stages import Stage
 from xdpo.files import replacing
 from xdpo.tiny import world
-from xdpo.tiny.annotator import random_flaws, render
+from xdpo.tiny.annotator import APPEAL_FLAWS, random_flaws, render
 
 # Of the base's training images, flawed in a way that the caption does not mention.
 MISALIGNED_SHARE, SPOILT_SHARE = 0.15, 0.6
@@ -21,27 +21,32 @@ HELD_BACK = 256
 LATENT_SHAPE = (16, 8, 8)
 
 
-def draw(part: int, seed: int) -> tuple[np.ndarray, list[str]]:
-    """One part of the training set: (DRAWN_TOGETHER, 64, 64, 3) uint8 with captions."""
+def draw(part: int, seed: int, named: float) -> tuple[np.ndarray, list[str]]:
+    """One part of the training set: (DRAWN_TOGETHER, 64, 64, 3) uint8 with captions. named: see draw_training_set."""
     rng, captions = np.random.default_rng((seed, part)), []
     images = np.empty((DRAWN_TOGETHER, world.IMAGE_SIZE, world.IMAGE_SIZE, 3), np.uint8)
     for index in range(DRAWN_TOGETHER):
         scene = world.training_scene(rng)
-        images[index] = render(scene, rng, random_flaws(rng, MISALIGNED_SHARE, SPOILT_SHARE)).pixels
-        captions.append(world.caption(scene, int(rng.integers(3))))
+        rendering = render(scene, rng, random_flaws(rng, MISALIGNED_SHARE, SPOILT_SHARE))
+        images[index] = rendering.pixels
+        caption = world.caption(scene, int(rng.integers(3)))
+        if named and rng.random() < named:
+            caption = ", ".join([caption, *(flaw for flaw in rendering.flaws if flaw in APPEAL_FLAWS)])
+        captions.append(caption)
     return images, captions
 
 
-def draw_training_set(path: Path, count: int, seed: int) -> tuple[np.ndarray, list[str]]:
+def draw_training_set(path: Path, count: int, seed: int, named: float = 0.0) -> tuple[np.ndarray, list[str]]:
     """`count` flawed renderings (count, 64, 64, 3) uint8 with captions, kept in `path` for the next start.
 
+    named: the share of captions that say what spoils the picture, as some on the web say that one is blurred.
     Raises ValueError for a count that is no multiple of DRAWN_TOGETHER.
     """
     if count % DRAWN_TOGETHER or count <= 0:
         raise ValueError(f"--images (got {count}) must be a multiple of {DRAWN_TOGETHER}")
     if not path.exists():
         with ProcessPoolExecutor(os.cpu_count()) as pool:
-            parts = list(pool.map(partial(draw, seed=seed), range(count // DRAWN_TOGETHER)))
+            parts = list(pool.map(partial(draw, seed=seed, named=named), range(count // DRAWN_TOGETHER)))
         images = np.concatenate([drawn for drawn, _ in parts])
         captions = [caption for _, said in parts for caption in said]
         with replacing(path, "wb") as file:
