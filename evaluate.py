@@ -349,7 +349,14 @@ def print_tables(options: argparse.Namespace, table: "ScoreTable") -> int:
     if not table.placed:
         raise ValueError(f"no scores in {options.output}; run evaluate.py with --images and this --output first")
     models = list(dict.fromkeys(row.placement.model for row in table.placed))
-    scorers = [name for name in PAPER_SCORERS if any(row.key.scorer == name for row in table.placed)]
+    versions = {(row.key.scorer, row.key.version) for row in table.placed}
+    scorers = [name for name in PAPER_SCORERS if any(scorer == name for scorer, _ in versions)]
+    for name in scorers:
+        if len(of_name := sorted(version for scorer, version in versions if scorer == name)) > 1:
+            raise ValueError(
+                f"the scores by {name} are of several versions ({'; '.join(of_name)}) and don't compare; run "
+                "evaluate.py with --images of all models again"
+            )
     benchmarks = benchmarks_of(table.placed, models, scorers)
     if options.table2:
         print(grids.to_text(published.table2(benchmarks)) + "\n")

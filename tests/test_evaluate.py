@@ -20,7 +20,7 @@ from xdpo.files import file_sha256, is_own
 from xdpo.images.reading import Picture, of_one_colour
 from xdpo.report import thumbnails
 from xdpo.scores import image_statistics, scoring
-from xdpo.scores.table import ScoreTable
+from xdpo.scores.table import Placement, ScoreKey, ScoreTable
 
 # A scorer of one's own: the mean of the red channel. It writes down how many images each call had.
 RED = """
@@ -705,6 +705,17 @@ def test_tables_without_scores_and_a_call_without_images_are_refused(world, caps
     assert "run evaluate.py with --images" in capsys.readouterr().err
     assert evaluate.main(["--output", str(world.output)]) == 1
     assert "give --images" in capsys.readouterr().err
+
+
+def test_tables_of_scores_by_several_versions_of_a_scorer_are_refused(world, capsys):
+    world.output.mkdir()
+    table = ScoreTable(world.output)
+    keys = [ScoreKey("a fox", sha, "clip", version) for sha, version in (("a", "1"), ("b", "2"))]
+    table.add(dict.fromkeys(keys, 0.5))
+    placements = [Placement("mine", model, "cats", "00000", 0, "cats/00000.png") for model in ("sd15", "xdpo")]
+    table.close(zip(placements, keys, strict=True), replaced=[])
+    assert evaluate.main(["--output", str(world.output), "--table2"]) == 1
+    assert "the scores by clip are of several versions (1; 2) and don't compare" in capsys.readouterr().err
 
 
 def test_a_corrupted_score_table_is_named_before_anything_is_scored(world, capsys):
