@@ -137,24 +137,26 @@ def _labelled(axes: Axes) -> dict[str, Line2D]:
 def errors(findings: Findings) -> Figure:
     """d of chosen and of rejected held-out images during training, means over seeds, a panel for each method with d.
 
-    There has to be at least one.
+    There has to be at least one. All panels have one scale, linear up to the largest d of the method that stays
+    nearest to the base, and logarithmic beyond.
     """
     with rc_context(STYLE):
-        methods = findings.with_errors
+        methods, sides = findings.with_errors, {"chosen": CHOSEN_COLOUR, "rejected": REJECTED_COLOUR}
+        curves = {(m, side): findings.logged_curve(m, f"eval/d_{side}") for m in methods for side in sides}
+        largest = [max(np.abs(curves[method, side][1]).max() for side in sides) for method in methods]
         columns = min(6, len(methods))
         rows = -(-len(methods) // columns)
         figure = Figure(figsize=(1.8 * columns + 0.8, 1.6 * rows + 0.6), layout="constrained")
-        panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True).flat)
+        panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
         for axes, method in zip(panels, methods, strict=False):
+            axes.set_yscale("symlog", linthresh=min(largest) or 1.0)
             axes.axhline(0, color=BASELINE_COLOUR, linewidth=0.8)
-            for side, colour in (("chosen", CHOSEN_COLOUR), ("rejected", REJECTED_COLOUR)):
-                steps, values = findings.logged_curve(method, f"eval/d_{side}")
+            for side, colour in sides.items():
+                steps, values = curves[method, side]
                 axes.plot(steps, values.mean(axis=0), color=colour, label=side)
                 axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
             axes.set_title(method, fontsize=8)
             axes.tick_params(labelsize=7)
-            axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-            axes.yaxis.get_offset_text().set_fontsize(7)
         for axes in panels[len(methods) :]:
             axes.set_visible(False)
         figure.supxlabel("optimizer step", fontsize=8)
