@@ -137,8 +137,8 @@ def _labelled(axes: Axes) -> dict[str, Line2D]:
 def errors(findings: Findings) -> Figure:
     """d of chosen and of rejected held-out images during training, means over seeds, a panel for each method with d.
 
-    There has to be at least one. All panels have one scale, linear up to the largest d of the method that stays
-    nearest to the base, and logarithmic beyond.
+    There has to be at least one. All panels have one scale. Where methods differ by more than a factor of ten, it is
+    linear up to the largest d of the method that stays nearest to the base, and logarithmic beyond.
     """
     with rc_context(STYLE):
         methods, sides = findings.with_errors, {"chosen": CHOSEN_COLOUR, "rejected": REJECTED_COLOUR}
@@ -149,7 +149,8 @@ def errors(findings: Findings) -> Figure:
         figure = Figure(figsize=(1.8 * columns + 0.8, 1.6 * rows + 0.6), layout="constrained")
         panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
         for axes, method in zip(panels, methods, strict=False):
-            axes.set_yscale("symlog", linthresh=min(largest) or 1.0)
+            if max(largest) > 10 * min(largest) > 0:
+                axes.set_yscale("symlog", linthresh=min(largest))
             axes.axhline(0, color=BASELINE_COLOUR, linewidth=0.8)
             for side, colour in sides.items():
                 steps, values = curves[method, side]
