@@ -21,7 +21,7 @@ HELD_BACK = 256
 LATENT_SHAPE = (16, 8, 8)
 
 
-def draw(part: int, seed: int, named: float) -> tuple[np.ndarray, list[str]]:
+def draw(part: int, seed: int, named: float = 0.0) -> tuple[np.ndarray, list[str]]:
     """One part of the training set: (DRAWN_TOGETHER, 64, 64, 3) uint8 with captions. named: see draw_training_set."""
     rng, captions = np.random.default_rng((seed, part)), []
     images = np.empty((DRAWN_TOGETHER, world.IMAGE_SIZE, world.IMAGE_SIZE, 3), np.uint8)
