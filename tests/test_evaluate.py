@@ -158,7 +158,7 @@ def test_what_read_the_prompt_and_what_decoded_the_image_tell_models_apart(world
     for name in ("sd15", "xdpo"):
         folder = world.folder / "images" / name
         make_model(folder, MODELS[name], settings=MADE)
-        settings = {"model.t5_tokens": 32, "model.vae": "sha256:ab"} if name == "xdpo" else {}
+        settings = {"model.base": "a/b"} | ({"model.t5_tokens": 32, "model.vae": "sha256:ab"} if name == "xdpo" else {})
         (folder / "mine" / "settings.json").write_text(json.dumps({"settings": settings, "starts": []}))
     assert world.run() == 0
     told = (
@@ -166,6 +166,9 @@ def test_what_read_the_prompt_and_what_decoded_the_image_tell_models_apart(world
     )
     assert told in capsys.readouterr().err
     assert "| 32 ≠ | sha256:ab ≠ |" in (world.output / "report.md").read_text()
+    (world.folder / "images" / "sd15" / "mine" / "settings.json").unlink()  # images of another program
+    assert world.run() == 0
+    assert "t5 tokens (unknown: sd15; 32: xdpo)" in capsys.readouterr().err
 
 
 def test_signs_of_reward_hacking_are_measured_once_and_reported(world, capsys):

@@ -46,7 +46,7 @@ def makings_of(pictures: Iterable[Picture]) -> list[Making]:
     sets = dict.fromkeys(prompt_set for prompt_set, _ in grouped)
     facts = {key: _facts(group) for key, group in grouped.items()}
     for choice in _CHOICES:
-        if all(each[choice] == AS_THE_PIPELINE for each in facts.values()):
+        if all(each[choice] in (AS_THE_PIPELINE, UNKNOWN) for each in facts.values()):
             for each in facts.values():
                 del each[choice]
     return [
@@ -80,11 +80,12 @@ def _facts(pictures: Sequence[Picture]) -> dict[str, str]:
     saved = _read_settings(first.path.parents[len(Path(first.name).parts) - 1] / SETTINGS)
     sampling = {fact: _listed(p.settings.get(key) for p in pictures) for fact, key in _SAMPLING.items()}
     dates = saved["dates"]
+    not_chosen = AS_THE_PIPELINE if saved["settings"] else UNKNOWN
     return {
         "Made by": _listed(picture.source for picture in pictures),
         "Revision": _listed(picture.revision for picture in pictures),
         **sampling,
-        **{choice: str(saved["settings"].get(key) or AS_THE_PIPELINE) for choice, key in _CHOICES.items()},
+        **{choice: str(saved["settings"].get(key) or not_chosen) for choice, key in _CHOICES.items()},
         "Size": _size(first.path),
         "File": _file_format(pictures, saved["settings"].get("file.quality")),
         "Images a prompt": str(max(Counter(picture.key for picture in pictures).values())),
