@@ -1,9 +1,10 @@
 """Check what this project claims of GPUs on the one at hand: a table, gpu_report.md and gpu_report.json.
 
-    python scripts/check_gpu.py            random weights of Stable Diffusion 1.5's size: 30 GB of disk for a while
+    python scripts/check_gpu.py            random weights of the published models' sizes: 60 GB of disk for a while
     python scripts/check_gpu.py --quick    a quarter of its width at 256 pixels: speed and memory are not judged
     python scripts/check_gpu.py --device cpu --tiny    the same code on next to no weights, without a GPU
     python scripts/check_gpu.py --only speed    one part, when something in it was changed
+    python scripts/check_gpu.py --only fp16 sdxl    the claims in which one of these words stands
 
 Each claim "holds", "DOES NOT HOLD", with the two numbers that were compared and what to try, or is "not possible here".
 One that does not hold makes the exit status 1. It needs no network, and other versions than those of requirements.txt
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     sizes.add_argument("--quick", dest="size", action="store_const", const="quick", default="true", help="minutes")
     sizes.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="a minute or two on a CPU")
     parser.add_argument(
-        "--only", choices=PARTS, nargs="+", default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}"
+        "--only", nargs="+", default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}; or words of a claim"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     parser.add_argument("--output", type=user_path, default=Path("runs"), help="folder of the report (default: runs)")
@@ -86,9 +87,21 @@ def check(options: argparse.Namespace) -> int:
 
 
 def rows_of(parts: Sequence[str] = PARTS) -> tuple["Row", ...]:
-    """The rows of the named parts, in the table's order."""
-    modules = [importlib.import_module(f"gpu_checks.{part}") for part in PARTS if part in parts]
-    return tuple(row for module in modules for row in module.ROWS)
+    """The rows of the named parts, and those whose claim contains one of the other texts, in the table's order.
+
+    Raises ValueError for a text that no claim contains.
+    """
+    rows_by_part = {part: importlib.import_module(f"gpu_checks.{part}").ROWS for part in PARTS}
+    words = [part for part in parts if part not in PARTS]
+    for word in words:
+        if not any(word in row.claim for rows in rows_by_part.values() for row in rows):
+            raise ValueError(f"--only: {word!r} is none of {', '.join(PARTS)}, and no claim contains it")
+    return tuple(
+        row
+        for part, rows in rows_by_part.items()
+        for row in rows
+        if part in parts or any(word in row.claim for word in words)
+    )
 
 
 if __name__ == "__main__":

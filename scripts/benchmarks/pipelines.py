@@ -5,16 +5,21 @@ import multiprocessing
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from xdpo.families import PipelineParts, check_pipeline_folder
+from xdpo.families import PipelineParts, check_pipeline_folder, pipeline_with
 from xdpo.families.stable_diffusion import STABLE_DIFFUSION
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+    from transformers import PreTrainedTokenizerBase
 
 TOKENS = 77
 LATENT_CHANNELS = 4
@@ -160,12 +165,9 @@ def pipeline_folder(name: str, working: Path) -> str:
 
 def save_pipeline(name: str, folder: Path) -> None:
     """Build one of PIPELINES with random weights and write it as a pipeline's folder."""
-    from diffusers import PNDMScheduler, StableDiffusionPipeline
+    from diffusers import PNDMScheduler
 
     torch.manual_seed(0)
-    folder.mkdir(parents=True)
-    tokenizer = _tokenizer(folder)
-    parts = build_networks(PIPELINES[name])
     scheduler = PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -174,17 +176,23 @@ def save_pipeline(name: str, folder: Path) -> None:
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    StableDiffusionPipeline(
-        **parts.modules,
-        tokenizer=tokenizer,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
+    save_parts(build_networks(PIPELINES[name]), scheduler, folder)
 
 
-def _tokenizer(folder: Path):
+def save_parts(parts: PipelineParts, scheduler: "SchedulerMixin", folder: Path) -> None:
+    """Write networks as a pipeline's folder, with tokenizers of a few words."""
+    from transformers import T5EncoderModel
+
+    folder.mkdir(parents=True)
+    tokenizers = {}
+    for name in parts.family.tokenizers:
+        encoder = parts.modules[name.replace("tokenizer", "text_encoder")]
+        tokenizers[name] = _t5_tokenizer() if isinstance(encoder, T5EncoderModel) else _clip_tokenizer(folder)
+    parts = replace(parts, tokenizers=tokenizers, scheduler=scheduler)
+    pipeline_with(parts, parts.denoiser).save_pretrained(folder)
+
+
+def _clip_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """A CLIP tokenizer of WORDS."""
     from transformers import CLIPTokenizer
 
@@ -192,3 +200,11 @@ def _tokenizer(folder: Path):
     vocabulary.write_text(json.dumps({word: number for number, word in enumerate(WORDS)}), encoding="utf-8")
     merges.write_text("#version: 0.2\n", encoding="utf-8")
     return CLIPTokenizer(str(vocabulary), str(merges), model_max_length=TOKENS)
+
+
+def _t5_tokenizer() -> "PreTrainedTokenizerBase":
+    """A T5 tokenizer of the printable characters."""
+    from transformers import T5TokenizerFast
+
+    pieces = [(character, -2.0) for character in ("▁", *_CHARACTERS)]
+    return T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *pieces], extra_ids=0)

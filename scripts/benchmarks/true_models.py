@@ -1,18 +1,19 @@
 """The families' models and the scorers at their true shapes, from their published configs.
 
-They are for counting, within `pipelines.without_contents`.
+They are for counting, within `pipelines.without_contents`; `save_model` writes one with random weights, for a GPU.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
 from torch import nn
 
-from benchmarks.pipelines import PIPELINES, TOKENS, build_networks
+from benchmarks.pipelines import PIPELINES, TOKENS, build_networks, save_parts
 from xdpo.batch import Tokens
 from xdpo.families import PipelineParts
 from xdpo.families.flux import FLUX
@@ -23,6 +24,9 @@ from xdpo.scorers.blip import PROMPT_LENGTH, ImageRewardNetwork, blip_networks
 from xdpo.scorers.clip import clip_network, clip_vision_network, image_embeddings, text_embeddings
 from xdpo.scorers.metrics import ARCHITECTURES, METRICS
 from xdpo.scorers.pixels import SIDE
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 END = 2  # the end token of CLIP's configs here: where the pooled state is read, which costs nothing
 T5_XXL = {"d_model": 4096, "d_ff": 10_240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32_128}
@@ -39,6 +43,7 @@ class Model:
     build: Callable[[], PipelineParts]
     tokens: dict[str, int] = field(default_factory=lambda: {"input_ids": TOKENS})  # of a caption, for each tokenizer
     t5: str | None = None  # its tokenizer's name
+    scheduler: Callable[[], "SchedulerMixin"] | None = None  # of its pipeline; None: it is not for `save_model`
 
     def captions(self, count: int = 1) -> Tokens:
         """Token ids of `count` captions, all zero."""
@@ -152,10 +157,30 @@ def flux_dev() -> PipelineParts:
     return _parts(FLUX._replace(predict=partial(FLUX.predict, guidance=3.5)), modules)
 
 
+def _diffusion_scheduler() -> "SchedulerMixin":
+    from diffusers import EulerDiscreteScheduler
+
+    return EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
+    )
+
+
+def _flow_scheduler(**choices: Any) -> "SchedulerMixin":
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(shift=3.0, **choices)
+
+
 _THREE = {"tokenizer": TOKENS, "tokenizer_2": TOKENS, "tokenizer_3": 256}
 TRUE_MODELS: dict[str, Model] = {
     "sd15": of_shapes("Stable Diffusion 1.5", PIPELINES["sd15"]),
-    "sdxl": Model("Stable Diffusion XL", 1024, stable_diffusion_xl, {"tokenizer": TOKENS, "tokenizer_2": TOKENS}),
+    "sdxl": Model(
+        "Stable Diffusion XL",
+        1024,
+        stable_diffusion_xl,
+        {"tokenizer": TOKENS, "tokenizer_2": TOKENS},
+        scheduler=_diffusion_scheduler,
+    ),
     "sd35_medium": Model(
         "Stable Diffusion 3.5 medium",
         1024,
@@ -169,6 +194,7 @@ TRUE_MODELS: dict[str, Model] = {
         ),
         _THREE,
         "tokenizer_3",
+        _flow_scheduler,
     ),
     "sd35_large": Model(
         "Stable Diffusion 3.5 large",
@@ -182,10 +208,37 @@ TRUE_MODELS: dict[str, Model] = {
         ),
         _THREE,
         "tokenizer_3",
+        _flow_scheduler,
     ),
-    "flux": Model("FLUX.1-dev", 1024, flux_dev, {"tokenizer": TOKENS, "tokenizer_2": 512}, "tokenizer_2"),
+    "flux": Model(
+        "FLUX.1-dev",
+        1024,
+        flux_dev,
+        {"tokenizer": TOKENS, "tokenizer_2": 512},
+        "tokenizer_2",
+        partial(_flow_scheduler, use_dynamic_shifting=True),
+    ),
 }
 """The published models, at their true shapes."""
+
+
+def save_model(model: Model, folder: Path, device: str) -> None:
+    """Write a model with random bf16 weights as a pipeline's folder; they are drawn on `device`.
+
+    A training reads them as float32 all the same, unless its config keeps them in bf16.
+    """
+    torch.manual_seed(0)
+    if model.scheduler is None:
+        raise ValueError(f"{model.name} has no scheduler here")
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            parts = model.build()
+    finally:
+        torch.set_default_dtype(default)
+    save_parts(parts, model.scheduler(), folder)
+
 
 COUNTABLE = {name: of_shapes(name, shapes) for name, shapes in PIPELINES.items()} | TRUE_MODELS
 

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import shutil
 import traceback
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -15,7 +16,8 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 from benchmarks.modes import BASE_CONFIG
 from benchmarks.pairs import make_pairs, write_parquet
-from benchmarks.pipelines import save_pipeline
+from benchmarks.pipelines import PIPELINES, save_pipeline
+from benchmarks.true_models import TRUE_MODELS, save_model
 
 from gpu_checks import children
 from gpu_checks.rows import NotPossible
@@ -80,9 +82,17 @@ class Context:
         return found
 
     def pipeline(self, name: str | None = None) -> str:
-        """The folder of one of PIPELINES with random weights, by default of the size's."""
+        """The folder of one of PIPELINES or TRUE_MODELS with random weights, by default of the size's pipeline.
+
+        Of TRUE_MODELS, which are large, only the last one is kept.
+        """
         name, folder = name or self.size.pipeline, self.working / (name or self.size.pipeline)
-        self.share(folder, lambda: children.run(save_pipeline, name, folder))
+        if name in PIPELINES:
+            self.share(folder, lambda: children.run(save_pipeline, name, folder))
+        elif not folder.is_dir():
+            for other in TRUE_MODELS.keys() - PIPELINES.keys():
+                shutil.rmtree(self.working / other, ignore_errors=True)
+            children.run(save_model, TRUE_MODELS[name], folder, self.device.type)
         return str(folder)
 
     def pairs(self) -> str:

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from benchmarks import counting
 from benchmarks.modes import ROOT
-from benchmarks.true_models import COUNTABLE
+from benchmarks.true_models import COUNTABLE, TRUE_MODELS
 
 from gpu_checks import children
 from gpu_checks.children import Launch
@@ -24,25 +24,30 @@ from xdpo.runlog import read_rows
 OUTSIDE_GIB = 1.0  # of a card that its driver and CUDA's context take, before anything is allocated
 COUNT_TOLERANCE = 0.1
 DATA_WAIT_SHARE = 0.05
+MODEL_PASSES = 2  # of the families' models, whose passes take seconds
 STEPS = 3  # evaluation and samples after the second; the fourth is a resumed run's
 LESS = "compute.gradient_checkpointing=true, fewer train.micro_batch_pairs, optim.name=adamw8bit, model.trainable=lora"
 
 
 @dataclass(frozen=True)
 class Limited:
-    """A config, overrides, and the card that it shall fit, in GiB. package: what must be installed for it."""
+    """A config, overrides, and the card that it shall fit, in GiB.
+
+    package: what must be installed. model: one of TRUE_MODELS, at its true size alone; None: the size's pipeline.
+    """
 
     config: str
     overrides: tuple[str, ...]
     card_gib: int
     package: str | None = None
+    model: str | None = None
 
     @property
     def limit_gb(self) -> float:
         return (self.card_gib - OUTSIDE_GIB) * 2**30 / 1e9
 
     def __str__(self) -> str:
-        return " ".join([self.config, *self.overrides])
+        return " ".join([self.config, *self.overrides, *([f"({self.model})"] if self.model else [])])
 
 
 LIMITED = (
@@ -50,6 +55,12 @@ LIMITED = (
     Limited("xdpo_sd15_lora", (), 24),
     Limited("xdpo_sd15_lora", ("train.micro_batch_pairs=2",), 16),
     Limited("xdpo_sd15", ("optim.name=adamw8bit",), 16, package="bitsandbytes"),
+    Limited("xdpo_sdxl_lora", (), 24, model="sdxl"),
+    Limited("xdpo_sdxl_lora", ("model.frozen_precision=bf16",), 16, model="sdxl"),
+    Limited("xdpo_sd35_lora", (), 40, model="sd35_medium"),
+    Limited("xdpo_sd35_lora", (), 40, model="sd35_large"),
+    Limited("xdpo_flux_lora", (), 80, model="flux"),
+    Limited("xdpo_sdxl", (), 80, model="sdxl"),
 )
 
 
@@ -64,10 +75,13 @@ class Taken:
 def overrides(context: Context, limited: Limited) -> list[str]:
     size = context.size
     settings = load_config(ROOT / "configs" / f"{limited.config}.yaml", list(limited.overrides))
+    passes = MODEL_PASSES if limited.model else size.passes
+    resolution = [f"data.resolution={TRUE_MODELS[limited.model].resolution}"] if limited.model else []
     return context.overrides(
         f"output_dir={context.working / 'limited'}",
         f"data.num_workers={size.workers}",
-        f"train.total_batch_pairs={size.passes * settings.train.micro_batch_pairs}",
+        *resolution,
+        f"train.total_batch_pairs={passes * settings.train.micro_batch_pairs}",
         "eval.every=2",
         "eval.pairs=4",
         "eval.draws=1",
@@ -75,11 +89,14 @@ def overrides(context: Context, limited: Limited) -> list[str]:
         "samples.num_inference_steps=2",
         "checkpoint.keep=1",
         *limited.overrides,
+        pipeline=limited.model,
     )
 
 
 def take(context: Context, limited: Limited) -> Taken:
-    """Train and resume under the limit. Raises NotPossible without the package, or on a smaller card."""
+    """Train and resume under the limit. Raises NotPossible without the package, on a smaller card, at another size."""
+    if limited.model and not context.is_judged:
+        raise NotPossible("it is for a GPU and the true size")
     if _missing(limited):
         raise NotPossible(f"{limited.package} is not installed")
     if context.on_gpu and torch.cuda.get_device_properties(0).total_memory / 1e9 < limited.limit_gb:
@@ -108,14 +125,17 @@ def take(context: Context, limited: Limited) -> Taken:
 
 
 def counted_gb(context: Context, limited: Limited) -> float:
-    """The highest peak of any phase, counted; of all configs at once, as each takes half a minute of one core."""
+    """The highest peak of any phase, counted; of all configs at once, as each takes half a minute of one core.
+
+    Those of a model are counted together too, after its trainings.
+    """
 
     def count_all() -> dict[Limited, float]:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            possible = [each for each in LIMITED if not _missing(each)]
+            possible = [each for each in LIMITED if each.model == limited.model and not _missing(each)]
             return dict(zip(possible, pool.map(partial(_count, context), possible), strict=True))
 
-    return context.share("counted", count_all)[limited]
+    return context.share(("counted", limited.model), count_all)[limited]
 
 
 def _missing(limited: Limited) -> bool:
@@ -125,7 +145,7 @@ def _missing(limited: Limited) -> bool:
 def _count(context: Context, limited: Limited) -> float:
     precision = [] if context.on_gpu else ["compute.precision=fp32"]
     settings = load_config(ROOT / "configs" / f"{limited.config}.yaml", [*overrides(context, limited), *precision])
-    return children.run(_highest_peak_gb, settings, context.size.pipeline)
+    return children.run(_highest_peak_gb, settings, limited.model or context.size.pipeline)
 
 
 def _highest_peak_gb(settings: Config, pipeline: str) -> float:
