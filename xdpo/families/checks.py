@@ -4,7 +4,7 @@ Only configs, vocabularies and the headers of safetensors files are read.
 """
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -270,8 +270,9 @@ def _compare(family: Family, part: Path, name: str, build: Callable[[], nn.Modul
     try:
         actual = {_modern(weight): shape for path in files for weight, shape in read_header(path).items()}
         module = build()
+        twins = _twins(module, actual.keys())
         expected = {_modern(weight): tuple(value.shape) for weight, value in module.state_dict().items()}
-        expected = {weight: shape for weight, shape in expected.items() if weight not in _twins(module, actual)}
+        expected = {weight: shape for weight, shape in expected.items() if weight not in twins}
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:
         return [f"{name}: {error}"]
     if lacking := sorted(expected.keys() - actual.keys()):
@@ -289,12 +290,12 @@ def _compare(family: Family, part: Path, name: str, build: Callable[[], nn.Modul
     return []
 
 
-def _twins(module: nn.Module, actual: Collection[str]) -> set[str]:
+def _twins(module: nn.Module, actual: Set[str]) -> set[str]:
     """Weights that are other weights of the module too, one of which is in its file: T5's embeddings have two names."""
     names: dict[int, set[str]] = {}
     for name, weight in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(weight), set()).add(_modern(name))
-    return set().union(*(same - {*actual} for same in names.values() if same & {*actual}))
+    return set().union(*(same - actual for same in names.values() if same & actual))
 
 
 def _missing_shards(part: Path, files: list[Path]) -> list[str]:
