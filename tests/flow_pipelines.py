@@ -37,7 +37,7 @@ def t5_encoder(tokenizer, width):
     return T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes))
 
 
-def autoencoder():
+def autoencoder(latent_channels=4):
     """16-pixel images have (4, 2, 2) latents, as those of the large models: an eighth of the side."""
     from diffusers import AutoencoderKL
 
@@ -46,7 +46,7 @@ def autoencoder():
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(8, 8, 8, 8),
         norm_num_groups=4,
-        latent_channels=4,
+        latent_channels=latent_channels,
         sample_size=16,
         scaling_factor=1.5,
         shift_factor=0.06,

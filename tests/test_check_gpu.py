@@ -4,17 +4,24 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import check_gpu
+import flow_pipelines
 import pytest
 import torch
-from benchmarks import steps
-from gpu_checks import children, memory, rows, speed
+from benchmarks import steps, true_models
+from gpu_checks import children, losses, memory, rows, speed
 from gpu_checks.children import Launch
 from gpu_checks.context import SIZES, Context
 from gpu_checks.rows import Finding, NotPossible, Row, Verdict
+
+from xdpo.config import ModelConfig, NoiseConfig
+from xdpo.families import load_parts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,6 +91,49 @@ def test_a_check_that_is_stopped_leaves_what_it_found(check, tmp_path):
 def test_one_part_has_the_rows_of_its_own():
     assert check_gpu.rows_of(["speed"]) == speed.ROWS
     assert check_gpu.rows_of(["speed", "memory"]) == (*memory.ROWS, *speed.ROWS)
+
+
+def test_words_choose_the_claims_that_contain_them_and_a_word_in_none_is_refused(capsys):
+    claims = [row.claim for row in check_gpu.rows_of(["fp16: ", "data_wait_share"])]
+    assert claims[-1] == "data_wait_share of xdpo_sd15" and len(claims) == 5
+    assert all(claim.startswith("fp16: ") for claim in claims[:4])
+    assert check_gpu.rows_of(["losses", "fp16: "]) == losses.ROWS
+    assert check_gpu.main(["--only", "xdlp_sd15"]) == 1
+    assert "--only: 'xdlp_sd15' is none of losses, memory, speed" in capsys.readouterr().err
+
+
+def test_a_switch_alone_is_timed_on_caches_that_are_filled_for_it(context, monkeypatch):
+    order = []
+    monkeypatch.setattr(speed, "times", lambda _: order.append("all") or {(speed.TRAINED, 1): [2.0]})
+    monkeypatch.setattr(speed, "times_with", lambda *_: order.append("switched") or [1.0])
+    found = speed.check_switch(context, "compute.channels_last", nullcontext)
+    assert order == ["all", "switched"]
+    assert (found.verdict, found.measured, found.expected) == (Verdict.HOLDS, "4", "at least 2")  # pairs/s
+
+
+@pytest.mark.slow
+def test_a_large_model_is_written_as_a_pipeline_that_loads(monkeypatch, tmp_path):
+    small = {"intermediate_size": 16, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    for sizes in (true_models.CLIP_L, true_models.CLIP_G):
+        for name, value in small.items():
+            monkeypatch.setitem(sizes, name, value)
+    for name, value in {"d_ff": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8, "vocab_size": 200}.items():
+        monkeypatch.setitem(true_models.T5_XXL, name, value)
+    monkeypatch.setattr(true_models, "_vae", lambda latent_channels, **_: flow_pipelines.autoencoder(latent_channels))
+    build = partial(
+        true_models.stable_diffusion_35,
+        num_layers=1,
+        num_attention_heads=2,
+        caption_projection_dim=128,
+        pos_embed_max_size=8,
+    )
+    model = replace(true_models.TRUE_MODELS["sd35_medium"], build=build)
+    true_models.save_model(model, tmp_path / "model", "cpu")
+    parts = load_parts(ModelConfig(pipeline=str(tmp_path / "model")))
+    tokens, _ = parts.tokenize("a word")
+    assert {name: len(ids) for name, ids in tokens.items()} == model.tokens
+    assert parts.denoiser.dtype == torch.float32 == torch.get_default_dtype()
+    assert parts.process(NoiseConfig()).shift == 3
 
 
 def test_what_is_not_possible_here_fails_nothing(check):
@@ -157,6 +207,12 @@ def test_memory_that_runs_out_is_an_infinite_peak_beside_the_limit(context, monk
         memory.check_fits(context, memory.LIMITED[0])
 
 
+def test_large_models_are_for_the_true_size_alone(tmp_path):
+    large = next(limited for limited in memory.LIMITED if limited.model)
+    with pytest.raises(NotPossible, match="true size"):
+        memory.take(Context(SIZES["tiny"], tmp_path, on_gpu=False), large)
+
+
 def test_a_training_that_fails_is_told_with_what_it_said(monkeypatch, tmp_path):
     ended = SimpleNamespace(join=lambda *_: None, kill=lambda: None, exitcode=1)
     monkeypatch.setattr(Launch, "start", lambda launch: ended)
@@ -180,5 +236,6 @@ def test_every_row_runs_on_a_cpu_and_none_fails(tmp_path):
     assert {row["verdict"] for row in record["rows"]} == {"holds", "not possible here"}
     assert all(row["measured"] and row["expected"] for row in record["rows"] if row["verdict"] == "holds")
     impossible = [claim for claim, row in found.items() if row["verdict"] == "not possible here"]
-    assert all("fp16" in claim or "8bit" in claim or "NCCL" in claim for claim in impossible)
+    large = [f"({name})" for name in true_models.TRUE_MODELS]
+    assert all(any(word in claim for word in ("fp16", "8bit", "NCCL", *large)) for claim in impossible)
     assert (record["run_on"], record["size"], record["cards"]) == ("cpu", "tiny", [])

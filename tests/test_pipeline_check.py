@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from xdpo.config import ModelConfig
-from xdpo.families import check_model, check_pipeline_folder, load_parts, part_checksum
+from xdpo.families import check_model, check_pipeline_folder, checks, load_parts, part_checksum
 from xdpo.models import read_model_spec, resolve_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,6 +145,13 @@ def test_no_weight_is_read_by_the_check(pipeline, monkeypatch):
     monkeypatch.setattr("safetensors.torch.load_file", lambda *_, **__: pytest.fail("weights were loaded"))
     monkeypatch.setattr("torch.nn.Module.load_state_dict", lambda *_, **__: pytest.fail("weights were loaded"))
     check_pipeline_folder(str(pipeline))
+
+
+def test_the_names_of_a_parts_weights_are_compared_once(pipeline, monkeypatch):
+    compared, twins = [], checks._twins
+    monkeypatch.setattr(checks, "_twins", lambda module, actual: compared.append(module) or twins(module, actual))
+    check_pipeline_folder(str(pipeline))
+    assert len(compared) == 3  # UNet, autoencoder and text encoder; for each weight it takes minutes of a large model
 
 
 @pytest.mark.parametrize("script", ["cache_examples", "cache_reference"])

@@ -94,9 +94,9 @@ def check_micro_batch(context: Context, mode: str) -> Finding:
 
 def check_switch(context: Context, switch: str, within: Callable[[Context], AbstractContextManager]) -> Finding:
     """Pairs per second with a switch of `compute` beside those without."""
+    plain = pairs_per_second(times(context)[TRAINED, 1])  # first: it fills the caches
     with within(context):
         switched = pairs_per_second(times_with(context, f"{switch}=true"))
-    plain = pairs_per_second(times(context)[TRAINED, 1])
     return at_least(switched, plain, f"{switch}=false", judged=context.is_judged)
 
 
