@@ -45,6 +45,8 @@ from xdpo.runlog import read_rows
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "tiny" / "xdpo.yaml"
 PAIRS = 851_293  # of Pick-a-Pic v2 without ties
+# Distinct images: the rows of Diffusion-KTO's list of them (jacklishufan/pick-a-pick-kto-processed). Captions: those
+# of Diffusion-DPO's paper.
 IMAGES_A_PAIR, CAPTIONS_A_PAIR = 928_068 / 851_293, 58_960 / 851_293
 RECORDS_A_SHARD = 1024  # of images, as at the true size: 128 MiB of both orientations, mean and deviation, in float16
 LATENT_SHAPE, TEXT_SHAPE = (1, 1, 8, 8, 8), (32, 96)  # the embedded model's
