@@ -259,7 +259,7 @@ def grid(options: argparse.Namespace) -> int:
         for title, folder in folders.items()
     }
     shown = [
-        picture_of(row, title, folders[title] / options.prompts)
+        picture_of(row, title, options.prompts, folders[title] / options.prompts)
         for title, rows in rows_by_title.items()
         for row in (rows[prompt] for prompt in prompts)
     ]

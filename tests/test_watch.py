@@ -1,9 +1,11 @@
 """What a run says of its held-out pairs while it trains."""
 
+from types import SimpleNamespace
+
 import pytest
 from training_runs import rows_of
 
-from xdpo.watch import WARNED, warn_of_both_errors
+from xdpo.watch import WARNED, Watch, warn_of_both_errors
 
 
 def evaluations(*differences):
@@ -42,6 +44,15 @@ def test_three_evaluations_in_a_row_with_both_errors_above_are_warned_of_once():
 
 def test_an_objective_without_a_reference_has_nothing_to_compare_with():
     assert warn_of_both_errors([{"eval/policy_error": 1.0}] * 5) is None
+
+
+def test_the_log_is_read_once_and_then_remembered(tmp_path, monkeypatch):
+    first, *others = evaluations((0.01, 0.02), (0.01, 0.1), (0.02, 0.25), (0.02, 0.3))
+    reads = []
+    monkeypatch.setattr("xdpo.watch.read_rows", lambda path: reads.append(path) or [{"step": 1, "loss": 0.7}, first])
+    watching = Watch(None, None, tmp_path, SimpleNamespace(path=tmp_path / "metrics.jsonl"))
+    warnings = [watching._warn(metrics) for metrics in others]
+    assert len(reads) == 1 and [bool(warning) for warning in warnings] == [False, True, False]
 
 
 def test_a_run_that_unlearns_warns_once_in_its_log_and_on_the_console_also_if_resumed(run, small_pairs, capsys):

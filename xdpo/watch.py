@@ -28,6 +28,7 @@ class Watch:
     def __init__(self, learner: Learner, held_out_pairs: Pairs | None, folder: Path, log: RunLog):
         self.learner, self.held_out_pairs, self.folder, self.log = learner, held_out_pairs, folder, log
         self.longest_seconds = 0.0
+        self._evaluations: list[Mapping[str, float]] | None = None  # the log's, read once, and those since
 
     def evaluate_and_sample(self, step_number: int) -> None:
         """Do what is due after an optimizer step; 0 is before the first. Every process calls it."""
@@ -36,7 +37,7 @@ class Watch:
         is_last = step_number == settings.train.max_steps
         if pairs and (step_number % settings.eval.every == 0 or is_last):
             metrics = evaluate(self.learner, pairs)
-            warning = log.is_main and warn_of_both_errors([*read_rows(log.path), metrics])
+            warning = self._warn(metrics) if log.is_main else None
             log.row(step_number, metrics | ({WARNED: 1.0} if warning else {}))
             log.say(
                 f"step {step_number}: held-out implicit accuracy {metrics['eval/implicit_accuracy']:.3f}, "
@@ -51,6 +52,14 @@ class Watch:
                 log.say(f"step {step_number}: samples in {sheet}")
             processes.wait()
         self.longest_seconds = max(self.longest_seconds, time.perf_counter() - started)
+
+    def _warn(self, metrics: Mapping[str, float]) -> str | None:
+        """What `warn_of_both_errors` says after another evaluation."""
+        if self._evaluations is None:
+            self._evaluations = [row for row in read_rows(self.log.path) if "eval/d_chosen" in row]
+        warning = warn_of_both_errors([*self._evaluations, metrics])
+        self._evaluations.append({**metrics, WARNED: 1.0} if warning else metrics)
+        return warning
 
 
 def warn_of_both_errors(rows: Sequence[Mapping[str, float]]) -> str | None:

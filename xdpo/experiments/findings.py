@@ -90,7 +90,7 @@ class Findings:
     def _of_run(self, method: str, seed: int, quantity: str, step: int) -> float:
         """A metric or a cost of a run at an optimizer step; NaN for a metric that it didn't log there."""
         run = self.runs[method, seed]
-        rows = run.rows()
+        rows = self._rows_of(run)
         if quantity in COSTS:
             pairs = progress_by_step(rows)[step].pairs
             # Not the run's own seconds, which are more where it recorded the reference's errors or shared the machine.
@@ -119,10 +119,20 @@ class Findings:
         """Kept, because several panels draw the same ones and each takes thousands of resamples."""
         return {}
 
+    def _rows_of(self, run: Run) -> list[dict]:
+        """A run's log, read once: each figure asks for it with every quantity, seed and step."""
+        if run.name not in self._logs:
+            self._logs[run.name] = run.rows()
+        return self._logs[run.name]
+
+    @cached_property
+    def _logs(self) -> dict[str, list[dict]]:
+        return {}
+
     def logged_curve(self, method: str, key: str) -> tuple[list[int], np.ndarray]:
         """Optimizer steps, and a logged metric at them, (seeds, steps)."""
         series = [
-            {row["step"]: row[key] for row in self.runs[method, seed].rows() if key in row}
+            {row["step"]: row[key] for row in self._rows_of(self.runs[method, seed]) if key in row}
             for seed in self.plan.seeds_of(method)
         ]
         steps = sorted(set.intersection(*map(set, series)))

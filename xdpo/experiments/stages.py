@@ -231,8 +231,9 @@ def scores_in(folder: Path, models: Sequence[str], quantities: Sequence[str]) ->
 
     Quantities that some prompt set lacks are left out. Raises ValueError if a model has no scores.
     """
-    rows = [row for row in ScoreTable(folder).placed if row.placement.model in set(models)]
-    if absent := sorted(set(models) - {row.placement.model for row in rows}):
+    named = set(models)
+    rows = [row for row in ScoreTable(folder).placed if row.placement.model in named]
+    if absent := sorted(named - {row.placement.model for row in rows}):
         raise ValueError(f"no scores of {absent[0]} in {folder}")
     benchmarks = benchmarks_of(rows, list(models), list(quantities))
     return {

@@ -87,7 +87,7 @@ def open_image_folder(folder: Path, settings: Mapping[str, Any], made_with: Mapp
 def save_image(path: Path, image: Image.Image, quality: int = 75) -> str:
     """Write a PNG, or by its suffix a JPEG of that quality, whole or not at all. Returns the file's sha256.
 
-    Raises StorageError.
+    What was left aside is for `open_image_folder` to sweep. Raises StorageError.
     """
     buffer = io.BytesIO()
     if path.suffix.lower() in (".jpg", ".jpeg"):
@@ -96,7 +96,7 @@ def save_image(path: Path, image: Image.Image, quality: int = 75) -> str:
         image.save(buffer, "PNG")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, "wb") as file:
+    with replacing(path, "wb", sweeps=False) as file:
         file.write(buffer.getbuffer())
     return hashlib.sha256(buffer.getbuffer()).hexdigest()
 

@@ -173,7 +173,7 @@ def _read_set(folder: Path, model: str) -> tuple[list[Picture], list[Problem]]:
     pictures = []
     for name, row in sorted(rows.items()):
         if name in on_disk:
-            pictures.append(picture_of(row, model, folder))
+            pictures.append(picture_of(row, model, prompt_set, folder))
     problems = [
         Problem(model, prompt_set, "listed in the manifest but missing", tuple(sorted(set(rows) - on_disk))),
         Problem(model, prompt_set, "left out: not in the manifest", tuple(sorted(on_disk - set(rows)))),
@@ -183,9 +183,9 @@ def _read_set(folder: Path, model: str) -> tuple[list[Picture], list[Problem]]:
     return _without_clashes(pictures), [problem for problem in problems if problem.names]
 
 
-def picture_of(row: ListedImage | ManifestRow, model: str, folder: Path) -> Picture:
+def picture_of(row: ListedImage | ManifestRow, model: str, prompt_set: str, folder: Path) -> Picture:
     """The image that a line of the manifest in a prompt set's folder describes."""
-    picture = _picture(model, folder.resolve().name, folder, Path(row.file).as_posix(), row.category)
+    picture = _picture(model, prompt_set, folder, Path(row.file).as_posix(), row.category)
     return replace(
         picture,
         prompt=row.prompt,

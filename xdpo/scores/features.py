@@ -108,43 +108,61 @@ def drift(
     vectors: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
     for (prompt_set, model, _), group in pictures.items():
         vectors[prompt_set, model] += [features[str(p.sha256)] for p in group if p.sha256 in features]
+    gaussian, polynomial = GAUSSIAN.to(expected), POLYNOMIAL.to(expected)
     return [
-        Drift(*owner, len(found), len(expected), gaussian_mmd(sample, expected), polynomial_mmd(sample, expected))
+        Drift(*owner, len(found), len(expected), gaussian(sample), polynomial(sample))
         for owner, found in vectors.items()
         if len(found) > 1
         for sample in [np.stack(found)]
     ]
 
 
-def gaussian_mmd(first: np.ndarray, second: np.ndarray) -> float:
-    """1000 × the squared maximum mean discrepancy of two samples (N, D), (M, D) with a Gaussian kernel of width 10.
+@dataclass(frozen=True)
+class Discrepancy:
+    """1000 × the squared maximum mean discrepancy of two samples (N, D), (M, D) with a kernel.
 
-    CMMD's estimate, in which every vector is also compared with itself: 0 for equal samples, never below.
+    is_biased: every vector is also compared with itself, so that equal samples have 0 and none have less; else it is
+    around 0 for samples of one distribution, also below.
     """
 
-    def kernel(products: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        distances = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * products
-        return np.exp(-distances / (2 * MMD_SIGMA**2))
+    kernel: Kernel
+    is_biased: bool
 
-    within = (
-        _kernel_sum(first, first, kernel) / len(first) ** 2 + _kernel_sum(second, second, kernel) / len(second) ** 2
-    )
-    return MMD_SCALE * (within - 2 * _kernel_sum(first, second, kernel) / (len(first) * len(second)))
+    def __call__(self, first: np.ndarray, second: np.ndarray) -> float:
+        return self.to(second)(first)
+
+    def to(self, second: np.ndarray) -> Callable[[np.ndarray], float]:
+        """The discrepancy of any sample from this one, which is compared with itself once."""
+        within = self._within(second)
+
+        def of(first: np.ndarray) -> float:
+            between = _kernel_sum(first, second, self.kernel) / (len(first) * len(second))
+            return MMD_SCALE * (self._within(first) + within - 2 * between)
+
+        return of
+
+    def _within(self, sample: np.ndarray) -> float:
+        total, count = _kernel_sum(sample, sample, self.kernel), len(sample)
+        if self.is_biased:
+            return total / count**2
+        own = sum(self.kernel(each @ each.T, each, each).item() for each in np.asarray(sample, np.float64)[:, None])
+        return (total - own) / (count * (count - 1))
 
 
-def polynomial_mmd(first: np.ndarray, second: np.ndarray) -> float:
-    """1000 × the squared maximum mean discrepancy with KID's kernel (x·y / D + 1)³, without bias: around 0 for samples
-    of one distribution, also below (Bińkowski et al. 2018)."""
+def _gaussian(products: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    distances = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * products
+    return np.exp(-distances / (2 * MMD_SIGMA**2))
 
-    def kernel(products: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return (products / a.shape[1] + 1) ** 3
 
-    def within(sample: np.ndarray) -> float:
-        own = ((np.asarray(sample, np.float64) ** 2).sum(1) / sample.shape[1] + 1) ** 3
-        return (_kernel_sum(sample, sample, kernel) - own.sum()) / (len(sample) * (len(sample) - 1))
+def _polynomial(products: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (products / a.shape[1] + 1) ** 3
 
-    between = _kernel_sum(first, second, kernel) / (len(first) * len(second))
-    return MMD_SCALE * (within(first) + within(second) - 2 * between)
+
+GAUSSIAN = Discrepancy(_gaussian, is_biased=True)
+"""CMMD's estimate: a Gaussian kernel of width 10."""
+
+POLYNOMIAL = Discrepancy(_polynomial, is_biased=False)
+"""KID's: the kernel (x·y / D + 1)³ (Bińkowski et al. 2018)."""
 
 
 def _kernel_sum(first: np.ndarray, second: np.ndarray, kernel: Kernel) -> float:

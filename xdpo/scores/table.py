@@ -99,7 +99,7 @@ class ScoreTable:
         kept = [(at, key) for at, key in self._placed.values() if (at.prompt_set, at.model, key.scorer) not in outdated]
         self._placed = {_slot(placement, key): (placement, key) for placement, key in [*kept, *images]}
         shown = {key for _, key in self._placed.values()}
-        rest = [(None, key, score) for key, score in sorted(self.scores.items()) if key not in shown]
+        rest = [(None, key, self.scores[key]) for key in sorted(self.scores.keys() - shown)]
         _write(self.folder / TABLE, [*self.placed, *rest])
         self._unsaved = {}
         if (self.folder / PARTS).is_dir():
