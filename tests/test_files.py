@@ -1,6 +1,7 @@
 """Files are written whole or not at all, beside any number of other writers; what storage does is said in words."""
 
 import errno
+import hashlib
 import os
 import threading
 import time
@@ -168,3 +169,13 @@ def test_a_lock_on_a_full_disk_is_refused_in_words_and_binds_nothing(tmp_path):
     with pytest.raises(files.StorageError, match="the disk is full"), files.only_writer(tmp_path / "run", "a training"):
         pytest.fail("went on without a lock")
     assert files.is_untouched(tmp_path / "run")
+
+
+def test_a_checksum_is_kept_until_the_file_changes(tmp_path, monkeypatch):
+    path, read = tmp_path / "weights", []
+    path.write_bytes(b"one")
+    monkeypatch.setattr(files, "file_sha256", lambda of: read.append(of) or hashlib.sha256(of.read_bytes()).hexdigest())
+    assert files.kept_sha256(path) == files.kept_sha256(path) == hashlib.sha256(b"one").hexdigest()
+    assert read == [path]
+    path.write_bytes(b"longer")
+    assert files.kept_sha256(path) == hashlib.sha256(b"longer").hexdigest()

@@ -127,7 +127,7 @@ def test_a_shorter_run_lengthened_equals_the_whole(make, of_one_process):
 def test_a_finished_folder_is_left_alone_and_no_model_loaded(make, monkeypatch, capsys):
     _, folder = make("done", "--limit", "3")
     first = (folder / "tinyprompts" / "single_object" / "00000.png").stat().st_mtime_ns
-    monkeypatch.setattr(models, "load_model", lambda model: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("a model was loaded"))
 
     assert make("done", "--limit", "3")[0] == 0
     assert (folder / "tinyprompts" / "single_object" / "00000.png").stat().st_mtime_ns == first
@@ -181,7 +181,7 @@ def test_several_sets_go_to_a_folder_each_and_jpegs_have_their_quality(make):
 
 def test_other_settings_are_refused_by_name_before_a_model_is_loaded(make, monkeypatch, capsys, v_prediction_pipeline):
     make("images", "--limit", "2")
-    monkeypatch.setattr(models, "load_model", lambda model: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("a model was loaded"))
     changes = {
         "sampling.seed: 0 there, 1 asked for": ["--seed", "1"],
         "sampling.batch_size: 4 there, 2 asked for": ["--batch-size", "2"],
@@ -221,7 +221,7 @@ def test_bad_input_is_refused_in_a_few_lines_before_weights_are_loaded(
         pytest.skip("this machine has a GPU")
     (tmp_path / "tinyprompts").mkdir()
     (tmp_path / "tinyprompts" / "thesis.tex").write_text("")
-    monkeypatch.setattr(models, "load_model", lambda model: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("weights were loaded"))
 
     assert make("images", *options)[0] == 1
     error = capsys.readouterr().err
@@ -263,7 +263,7 @@ def test_its_own_output_gives_its_prompts_and_is_no_model(make, tmp_path, capsys
 
 def test_a_start_that_failed_binds_its_folder_to_nothing(make, monkeypatch, capsys):
     with monkeypatch.context() as patched:
-        patched.setattr(models, "load_model", lambda model: (_ for _ in ()).throw(ValueError("can't load")))
+        patched.setattr(models, "load_model", lambda *_: (_ for _ in ()).throw(ValueError("can't load")))
         assert make("images", "--limit", "2", "--seed", "1")[0] == 1
     status, folder = make("images", "--limit", "2", "--seed", "2")
 
@@ -375,6 +375,27 @@ def loaded(name, **options):
     return load_model(resolve_model(*read_model_spec(str(name), **options)))
 
 
+def assert_loaded_as_cast(model, precision):
+    """A model that is loaded in a precision, and one that is cast to it from float32, are the same to the bit."""
+    settings, dtype = sampling.SamplingSettings(precision=precision), sampling.DTYPES[precision]
+    cast, as_wanted = (
+        sampling.prepare_pipeline(load_model(model, loaded_as), settings, torch.device("cpu"))
+        for loaded_as in (torch.float32, dtype)
+    )
+    assert cast.components.keys() == as_wanted.components.keys()
+    for name, module in cast.components.items():
+        if isinstance(module, torch.nn.Module):
+            weights, others = module.state_dict(), as_wanted.components[name].state_dict()
+            assert weights.keys() == others.keys() and {dtype} == {each.dtype for each in others.values()}
+            assert all(torch.equal(weight, others[key]) for key, weight in weights.items()), name
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("pipeline", ["small_pipeline", "sd3", "flux"])
+def test_a_model_is_loaded_in_the_precision_it_is_sampled_in(request, pipeline, precision):
+    assert_loaded_as_cast(resolve_model(*read_model_spec(request.getfixturevalue(pipeline))), precision)
+
+
 RUNS = {
     "full": [],
     "lora": ["model.trainable=lora", "model.lora_rank=4", "model.lora_alpha=16"],
@@ -404,6 +425,9 @@ def test_a_run_its_export_and_its_last_checkpoint_are_one_model(small_pipeline, 
     assert torch.equal(prediction(loaded(small_pipeline, **{kind: str(run / "export")})), exported)
     revisions = {resolve_model(*read_model_spec(str(path))).revision for path in (run, run / "export")}
     assert len(revisions) == 1 and revisions.pop().startswith("sha256:")
+
+    for path in (run, run / "checkpoints" / "step_00000002"):
+        assert_loaded_as_cast(resolve_model(*read_model_spec(str(path))), "bf16")
 
 
 def test_a_run_without_an_export_names_its_checkpoints(small_pipeline, small_pairs, tmp_path, make, capsys):

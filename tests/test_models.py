@@ -11,7 +11,7 @@ from tolerances import assert_same_output
 from xdpo.batch import stack
 from xdpo.config import ComputeConfig, ModelConfig
 from xdpo.families import check_pipeline_folder, load_parts, pipeline_with
-from xdpo.models import adapter_off, make_policy, make_reference, trainable_parameters
+from xdpo.models import adapter_layers, adapter_off, make_policy, make_reference, trainable_parameters
 from xdpo.runs import weights_checksum
 
 INPUTS = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.randn(2, 8, 16)
@@ -67,7 +67,7 @@ def test_lora_trains_adapters_alone_and_is_its_own_reference_bit_for_bit_with_th
     names = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
     assert names and all("lora_" in name for name in names)
     assert not torch.allclose(predict(policy), base)
-    with adapter_off(policy):
+    with adapter_off(adapter_layers(policy)):
         assert torch.equal(predict(policy), base)
     assert not torch.allclose(predict(policy), base)
 
@@ -170,7 +170,7 @@ def test_with_its_adapter_off_a_model_in_bf16_is_its_base_in_bf16(small_pipeline
             for parameter in trainable_parameters(policy):
                 parameter.add_(0.05)
         assert not torch.equal(predict(policy), base)
-        with adapter_off(policy):
+        with adapter_off(adapter_layers(policy)):
             assert torch.equal(predict(policy), base)
     checksum = weights_checksum(policy)
     with torch.no_grad():

@@ -27,7 +27,15 @@ from xdpo.data.images import size_and_crop
 from xdpo.families import check_model, load_parts, part_checksum, pipeline_with
 from xdpo.learner import RecordedErrors, build_learner
 from xdpo.loss import OBJECTIVES
-from xdpo.models import adapter_off, load_model, make_policy, make_reference, read_model_spec, resolve_model
+from xdpo.models import (
+    adapter_layers,
+    adapter_off,
+    load_model,
+    make_policy,
+    make_reference,
+    read_model_spec,
+    resolve_model,
+)
 from xdpo.noisy import NoisyBatchMaker
 from xdpo.reference import Frozen
 
@@ -429,7 +437,7 @@ def test_an_adapter_that_is_off_leaves_the_base_to_the_bit(xl_pipeline):
         for parameter in models.trainable_parameters(policy):
             parameter.add_(0.05)
         assert not torch.allclose(parts.family.predict(policy, *inputs), base)
-        with adapter_off(policy):
+        with adapter_off(adapter_layers(policy)):
             assert torch.equal(parts.family.predict(policy, *inputs), base)
 
 

@@ -19,7 +19,7 @@ from tolerances import ERROR, assert_same_but_for_rounding, assert_same_figures,
 from training_runs import BITSANDBYTES, ROOT, assert_same_run, command, policy_of, rows_of, slow_but
 
 import train_xdpo
-from xdpo import families, files, find_batch, learner, models, precompute, reference, runs, step
+from xdpo import families, files, find_batch, learner, models, precompute, reference, runs, step, training
 from xdpo.cache import ReferenceCache
 from xdpo.config import dump_config, load_config
 from xdpo.data import PairDataset
@@ -218,6 +218,20 @@ def test_the_reference_computed_ahead_is_the_one_that_training_computes(run, sma
     assert "12 batches, 0 of them computed now" in ended.stdout
     _, cached = run("cached", *ahead)
     assert checksum_of(plain) == checksum_of(cached)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "of_main", "of_others"),
+    [
+        ([], True, True),
+        (["cache.examples=c"], True, False),
+        (["cache.examples=c", "samples.every=0"], False, False),
+        (["cache.examples=c", "samples.every=0", "export.formats=[diffusers, single_file]"], True, False),
+    ],
+)
+def test_encoders_are_loaded_by_the_processes_that_use_them(overrides, of_main, of_others):
+    settings = load_config(ROOT / "configs" / "xdpo_sdxl.yaml", overrides)
+    assert [training.needs_encoders(settings, is_main) for is_main in (True, False)] == [of_main, of_others]
 
 
 def test_samples_are_drawn_from_caches_too(run, tmp_path):

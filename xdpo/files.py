@@ -6,6 +6,7 @@ written aside has a name that ends in `.part` and is unique across machines; a l
 
 import errno
 import fcntl
+import functools
 import glob
 import hashlib
 import os
@@ -59,15 +60,18 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
+def replacing(path: Path, mode: str = "w", *, sweeps: bool = True) -> Iterator[IO]:
     """Open a file that is written aside and replaces `path` once all of it is on the disk.
 
-    Raises StorageError where it can't be written; what was there before is then intact.
+    sweeps: look through the folder for what killed processes left aside of this file; not where the folder was swept
+    before and gets thousands of files, each of which would list all the others. Raises StorageError where it can't be
+    written; what was there before is then intact.
     """
     aside = aside_of(path)
     try:
         with writing(path):
-            sweep(path.parent, f"{glob.escape(path.name)}.*{PART}", older_than=STALE_SECONDS)
+            if sweeps:
+                sweep(path.parent, f"{glob.escape(path.name)}.*{PART}", older_than=STALE_SECONDS)
             with aside.open(mode, encoding=None if "b" in mode else "utf-8") as file:
                 yield file
                 file.flush()
@@ -244,6 +248,17 @@ def file_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def kept_sha256(path: Path) -> str:
+    """The same, kept as long as size and modification time stay: for weights, whose bytes take a minute to read."""
+    status = path.stat()
+    return _kept_sha256(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _kept_sha256(path: Path, size: int, modified_ns: int) -> str:
+    return file_sha256(path)
 
 
 def system_error(error: Exception) -> OSError | None:

@@ -47,10 +47,8 @@ def base_model(settings: Config, parts: families.PipelineParts, device: torch.de
     if settings.model.trainable == "lora" and settings.compute.compile:
         # The graph that training compiles contains the adapter; a new adapter adds 0.
         return AdapterOff(models.make_policy(parts, settings.model, settings.compute).to(device))
-    model = settings.model.model_copy(update={"trainable": "full"})  # without its adapter LoRA's policy is this copy
-    network = models.make_reference(parts, model, settings.compute)
-    assert network is not None, "a full fine-tune has one"
-    return Frozen(network.to(device))
+    # Without its adapter LoRA's policy is this too. Nothing else runs the parts' denoiser here, so it isn't copied.
+    return Frozen(models.as_reference(parts.family, parts.denoiser, settings.compute).to(device))
 
 
 def fill_split(

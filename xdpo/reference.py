@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from xdpo.cache import ReferenceCache
-from xdpo.models import adapter_off
+from xdpo.models import adapter_layers, adapter_off
 from xdpo.noisy import NoisyBatch, residuals, weighted_mean
 
 
@@ -91,6 +91,7 @@ class AdapterOff(Reference):
 
     def __init__(self, policy: nn.Module):
         self.policy = policy
+        self.layers = adapter_layers(policy)
 
     @contextmanager
     def running(self) -> Iterator[nn.Module]:
@@ -98,7 +99,7 @@ class AdapterOff(Reference):
             with _zero_adapter(self.policy):
                 yield self.policy
         else:
-            with torch.no_grad(), adapter_off(self.policy):
+            with torch.no_grad(), adapter_off(self.layers):
                 yield self.policy
 
 

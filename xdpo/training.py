@@ -73,7 +73,7 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
         accelerator.print(f"margin weights: {margin_weights.train}")
     if held_out_pairs and accelerator.is_main_process:
         note_shared_pairs(train_pairs, held_out_pairs)
-    parts = families.load_parts(settings.model, encoders=needs_encoders(settings))
+    parts = families.load_parts(settings.model, encoders=needs_encoders(settings, accelerator.is_main_process))
     processes.wait()  # some may still be downloading
     if options.find_batch:
         return find_batch(settings, accelerator, parts, train_pairs, margin_weights)
@@ -83,10 +83,14 @@ def run(settings: Config, accelerator: Accelerator, options: argparse.Namespace)
         return train(settings, accelerator, folder, resume_from, parts, train_pairs, held_out_pairs, margin_weights)
 
 
-def needs_encoders(settings: Config) -> bool:
-    """Whether a run encodes examples, decodes images of sample sheets or online rounds, or exports a whole pipeline."""
-    draws = settings.samples.every > 0 or settings.feed.is_online
-    return not settings.cache.examples or draws or settings.exports_encoders
+def needs_encoders(settings: Config, is_main: bool) -> bool:
+    """Whether a process encodes examples, decodes images of rounds or sample sheets, or exports a whole pipeline.
+
+    is_main: whether it is the process that draws the sheets and exports.
+    """
+    if not settings.cache.examples or settings.feed.is_online:
+        return True
+    return is_main and (settings.samples.every > 0 or settings.exports_encoders)
 
 
 def note_shared_pairs(train_pairs: Pairs, held_out_pairs: Pairs) -> None:

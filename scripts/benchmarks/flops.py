@@ -22,7 +22,7 @@ from xdpo.arguments import positive
 from xdpo.batch import Tokens
 from xdpo.config import ComputeConfig, ModelConfig
 from xdpo.families import PipelineParts
-from xdpo.models import adapter_off, make_policy
+from xdpo.models import adapter_layers, adapter_off, make_policy
 from xdpo.report.grids import Cell, Grid
 
 CACHES = {
@@ -148,7 +148,7 @@ def count_parts(networks: PipelineParts, caption: Tokens, resolution: int, lora_
     denoiser.requires_grad_(False).disable_gradient_checkpointing()
     make_policy(networks, ModelConfig(trainable="lora", lora_rank=lora_rank), ComputeConfig())
     lora = count_tflop(forward_backward)
-    with adapter_off(denoiser):
+    with adapter_off(adapter_layers(denoiser)):
         adapter_off_forward = count_tflop(forward)
     denoiser.enable_gradient_checkpointing()
     return PartCosts(

@@ -27,7 +27,7 @@ from xdpo.families.pipeline_files import Unreachable, describe_file, fetch, read
 from xdpo.families.stable_diffusion import STABLE_DIFFUSION
 from xdpo.families.stable_diffusion_3 import STABLE_DIFFUSION_3
 from xdpo.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
-from xdpo.files import file_sha256
+from xdpo.files import kept_sha256
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -237,8 +237,8 @@ def _problems(pipeline: str, revision: str | None, folder: Path) -> list[str]:
     return problems
 
 
-def load_parts(config: ModelConfig, *, encoders: bool = True) -> PipelineParts:
-    """Load a pipeline from a hub id or a folder; safetensors only, float32 but for the parts of `held_in_bf16`.
+def load_parts(config: ModelConfig, *, encoders: bool = True, dtype: torch.dtype = torch.float32) -> PipelineParts:
+    """Load a pipeline from a hub id or a folder; safetensors only, in `dtype` but for the parts of `held_in_bf16`.
 
     encoders: load the autoencoder and the text encoders too; cached examples need neither. A part that exists only as a
     variant (fp16, …) is loaded from that, and a note is printed. Raises ValueError where the pipeline can't be loaded
@@ -260,7 +260,7 @@ def load_parts(config: ModelConfig, *, encoders: bool = True) -> PipelineParts:
     if problems := [] if is_local else weight_problems(family, folder, own):
         raise ValueError(f"model.pipeline: could not load {config.pipeline!r}:\n  " + "\n  ".join(problems))
     halved = held_in_bf16(family, config)
-    dtypes = {part: torch.bfloat16 if part in halved else torch.float32 for part in loaded}
+    dtypes = {part: torch.bfloat16 if part in halved else dtype for part in loaded}
     options: dict[str, Any] = {"use_safetensors": True}
     folders = {part: folder / part for part in loaded}
     if "vae" not in own and "vae" in loaded:
@@ -324,7 +324,7 @@ def part_checksum(config: ModelConfig, *names: str) -> str:
         part = folder / name if name in own else _autoencoder_folder(str(config.vae), weights=True)
         files = [path for path in sorted(part.iterdir()) if path.suffix in (".json", ".txt")]
         for path in [*files, *weight_paths(part)[1]]:
-            digest.update(f"{name}/{path.name} {file_sha256(path)}\n".encode())
+            digest.update(f"{name}/{path.name} {kept_sha256(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 

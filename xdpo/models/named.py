@@ -15,7 +15,7 @@ from xdpo.config import ComputeConfig, FilePath, ModelConfig, Section, Text, loa
 from xdpo.families import PipelineParts, check_model, family_of_pipeline, load_parts, part_checksum, pipeline_with
 from xdpo.families.checks import check_denoiser
 from xdpo.families.pipeline_files import Unreachable, describe_file, fetch, weight_paths
-from xdpo.files import file_sha256
+from xdpo.files import kept_sha256
 from xdpo.models.lora import LORA_FILE, check_lora, layers_adapted
 from xdpo.models.policy import make_policy
 
@@ -142,7 +142,7 @@ def resolve_model(name: str, spec: ModelSpec) -> ResolvedModel:
         if kind == denoiser or path.suffix != ".safetensors":
             raise ValueError(f"{label} {describe_file(path)}")
         _check_fit(kind, path, base, label)
-        return ResolvedModel(name, base, base_revision, kind, source, None, f"sha256:{file_sha256(path)}")
+        return ResolvedModel(name, base, base_revision, kind, source, None, f"sha256:{kept_sha256(path)}")
     files = (f"{denoiser}/config.json", "config.json") if kind == denoiser else (LORA_FILE,)
     if path.is_dir():
         file = next((path / file for file in files if (path / file).is_file()), None)
@@ -158,17 +158,19 @@ def resolve_model(name: str, spec: ModelSpec) -> ResolvedModel:
     return ResolvedModel(name, base, base_revision, kind, source, subfolder, commit)
 
 
-def load_model(model: ResolvedModel) -> "DiffusionPipeline":
-    """The family's pipeline of a resolved model: float32, on the CPU, no safety checker.
+def load_model(model: ResolvedModel, dtype: torch.dtype = torch.float32) -> "DiffusionPipeline":
+    """The family's pipeline of a resolved model: on the CPU, no safety checker.
 
-    Raises ValueError where weights can't be loaded or don't fit the base.
+    dtype: of the weights. In float32 FLUX takes 67 GB of the machine's memory; where its files already have the dtype
+    that is asked for they are mapped, and take next to none. Raises ValueError where weights can't be loaded or don't
+    fit the base.
     """
-    parts = load_parts(model.base)
+    parts = load_parts(model.base, dtype=dtype)
     try:
         if model.weights is None:
             return pipeline_with(parts, parts.denoiser)
         if model.kind == parts.family.denoiser:
-            return pipeline_with(parts, _load_denoiser(type(parts.denoiser), model, model.weights))
+            return pipeline_with(parts, _load_denoiser(type(parts.denoiser), model, model.weights, dtype))
         if model.kind == "checkpoint":
             return pipeline_with(parts, _load_checkpoint(parts, Path(model.weights), model.base))
         pipeline = pipeline_with(parts, parts.denoiser)
@@ -261,7 +263,7 @@ def _local_revision(folder: Path, depth: str = "") -> str:
     weights = sorted(folder.glob(f"{depth}*.safetensors")) or sorted(folder.glob(f"{depth}*.bin"))
     for path in [*weights, *sorted(folder.glob(f"{depth}*.json"))]:
         if path.name != "optimizer.safetensors":  # of a checkpoint: not part of the model
-            total.update(path.relative_to(folder).as_posix().encode() + bytes.fromhex(file_sha256(path)))
+            total.update(path.relative_to(folder).as_posix().encode() + bytes.fromhex(kept_sha256(path)))
     return f"sha256:{total.hexdigest()}"
 
 
@@ -284,14 +286,14 @@ def _hub_file(repository: str, files: tuple[str, ...], revision: str | None, key
     ) from problem
 
 
-def _load_denoiser(kind: "type[ModelMixin]", model: ResolvedModel, weights: str) -> "ModelMixin":
-    """The denoiser that replaces the base's, float32; from a variant (fp16, …) where a folder has nothing else."""
+def _load_denoiser(kind: "type[ModelMixin]", model: ResolvedModel, weights: str, dtype: torch.dtype) -> "ModelMixin":
+    """The denoiser that replaces the base's; from a variant (fp16, …) where a folder has nothing else."""
     folder = Path(weights)
     where = {"variant": weight_paths(folder)[0]} if folder.is_dir() else {"revision": model.revision}
     denoiser, report = kind.from_pretrained(
         weights,
         subfolder=model.subfolder,
-        dtype=torch.float32,
+        dtype=dtype,
         use_safetensors=True,
         output_loading_info=True,
         **where,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from xdpo.config import Config
 from xdpo.families import PipelineParts
@@ -40,10 +40,11 @@ def export_model(
     if not is_main:
         return final
     denoiser, family = unwrap(policy), parts.family
-    weights = {name: weight.detach().cpu() for name, weight in trainable_weights(denoiser).items()}
+    weights: dict[str, Tensor] = {**trainable_weights(denoiser)}
     if ema is not None:
         names = [name for name, parameter in denoiser.named_parameters() if parameter.requires_grad]
-        weights = {**weights, **{n: p.detach().cpu() for n, p in zip(names, ema.shadow_params, strict=True)}}
+        weights |= dict(zip(names, ema.shadow_params, strict=True))
+    weights = {name: weight.detach().cpu() for name, weight in weights.items()}
     with replacing_folder(final) as aside:
         encoders = {part: module for part, module in parts.modules.items() if part != family.denoiser}
         write_model(aside, settings.export.formats, folder.resolve().name, family, denoiser, encoders, weights)

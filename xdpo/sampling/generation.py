@@ -92,7 +92,7 @@ def make_missing_images(jobs: Sequence[Job], state: PartialState, allow_oom_halv
     if any(missing):
         _quieten_diffusers()
         with processes.one_first(state.is_main_process):
-            pipeline = models.load_model(jobs[0].model)
+            pipeline = models.load_model(jobs[0].model, sampling.DTYPES[jobs[0].settings.precision])
         sampling.prepare_pipeline(pipeline, jobs[0].settings, state.device)
         for job, chunks, done in zip(jobs, missing, finished, strict=True):
             if state.is_main_process:

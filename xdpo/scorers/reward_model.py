@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from xdpo.files import file_sha256, reading, replacing_folder, write_text
+from xdpo.files import kept_sha256, reading, replacing_folder, write_text
 from xdpo.scorers import REWARD_MODEL_RECORD as RECORD
 from xdpo.scorers.interface import Scorer, as_rgb, full_precision
 
@@ -110,7 +110,7 @@ def save_reward_model(model: RewardModel, preparation: Preparation, record: dict
 def reward_model_version(folder: str | Path) -> str:
     """A version that changes whenever a file of the model does."""
     files = sorted(path for path in Path(folder).iterdir() if path.suffix in (".json", ".safetensors", ".txt"))
-    return f"reward model {' '.join(file_sha256(path)[:8] for path in files)}"
+    return f"reward model {' '.join(kept_sha256(path)[:8] for path in files)}"
 
 
 def load_reward_model(folder: str | Path, device: str | torch.device = "cpu") -> Scorer:

@@ -1,6 +1,5 @@
 """The weight files of the metrics: find them in a folder or download them at a fixed revision, and check them."""
 
-import functools
 import json
 import pickle
 import urllib.request
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from xdpo.files import file_sha256, reading, replacing
+from xdpo.files import kept_sha256, reading, replacing
 
 SIZES_FILE = "sizes.json"
 
@@ -130,15 +129,9 @@ def is_cut_short(path: Path) -> bool:
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file in hex; kept as long as size and modification time stay the same."""
-    status = path.stat()
-    return _digest(path, status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=64)
-def _digest(path: Path, size: int, modified_ns: int) -> str:
+    """sha256 of a file in hex, as `kept_sha256`; a system error names the file."""
     with reading(path):
-        return file_sha256(path)
+        return kept_sha256(path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
