@@ -346,10 +346,11 @@ def print_tables(options: argparse.Namespace, table: "ScoreTable") -> int:
     from xdpo.report import grids, published
     from xdpo.scores.results import benchmarks_of
 
-    if not table.placed:
+    placed = table.placed
+    if not placed:
         raise ValueError(f"no scores in {options.output}; run evaluate.py with --images and this --output first")
-    models = list(dict.fromkeys(row.placement.model for row in table.placed))
-    versions = {(row.key.scorer, row.key.version) for row in table.placed}
+    models = list(dict.fromkeys(row.placement.model for row in placed))
+    versions = {(row.key.scorer, row.key.version) for row in placed}
     scorers = [name for name in PAPER_SCORERS if any(scorer == name for scorer, _ in versions)]
     for name in scorers:
         if len(of_name := sorted(version for scorer, version in versions if scorer == name)) > 1:
@@ -357,7 +358,7 @@ def print_tables(options: argparse.Namespace, table: "ScoreTable") -> int:
                 f"the scores by {name} are of several versions ({'; '.join(of_name)}) and don't compare; run "
                 "evaluate.py with --images of all models again"
             )
-    benchmarks = benchmarks_of(table.placed, models, scorers)
+    benchmarks = benchmarks_of(placed, models, scorers)
     if options.table2:
         print(grids.to_text(published.table2(benchmarks)) + "\n")
     if options.table3:

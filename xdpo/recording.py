@@ -64,7 +64,9 @@ def fill_split(
     recorded = Recorded(reference, cache, accelerator.device)
     batches = training_batches(settings, accelerator.num_processes, len(pairs), split)
     # The first process decides: while others record, their own lists would differ.
-    unrecorded = [number for number, positions in enumerate(batches) if cache.get(positions, CPU) is None]
+    unrecorded = None
+    if accelerator.is_main_process:
+        unrecorded = [number for number, positions in enumerate(batches) if cache.get(positions, CPU) is None]
     missing = [batches[number] for number in processes.agree(unrecorded)]
     if missing:
         cache.check_writable()

@@ -94,9 +94,10 @@ def keys_of(pictures: Sequence[Picture], versions: Mapping[str, str]) -> list[tu
 
 def close(table: ScoreTable, keys: Sequence[tuple[Picture, ScoreKey]], scorers: Sequence[str]) -> None:
     """Put the pictures' scores in the places of all that these scorers gave earlier, and write the table."""
+    owners = {(picture.prompt_set, picture.model) for picture, _ in keys}
     table.close(
         [(_placement(picture), key) for picture, key in keys if key in table.scores],
-        replaced={(picture.prompt_set, picture.model, scorer) for picture, _ in keys for scorer in scorers},
+        replaced={(*owner, scorer) for owner in owners for scorer in scorers},
     )
 
 
