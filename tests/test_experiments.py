@@ -453,6 +453,15 @@ def test_slopes_are_those_of_the_formulas():
         np.testing.assert_allclose(drawing.reward_slope(d, settings, 0.1, form), expected, rtol=1e-12)
 
 
+def test_how_a_form_bends_is_said_at_the_errors_that_trainings_with_it_reached():
+    reached = {(100.0, "eq9"): (0.0, 0.02), (6.0, "appendix_c"): (-0.1, 0.0)}
+    grid = page.bend(({"beta": 1000.0, "eta": 0.05}, 0.1, reached))
+    assert [[cell.text for cell in row] for row in grid.rows] == [
+        ["6", "appendix_c", "-0.1 to 0", f"−{100 * (1 - (0.05 + np.exp(-0.6)) / 1.05):.1f} % to +0.0 %"],
+        ["100", "eq9", "0 to 0.02", f"+0.0 % to −{100 * (1 - (0.05 + np.exp(-2)) / 1.05):.1f} %"],
+    ]
+
+
 class FakeRun:
     """What findings ask of a run."""
 

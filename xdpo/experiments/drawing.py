@@ -1,6 +1,6 @@
 """Figures of a reproduction: quality against pairs and what it is bought with, both errors, slopes of reward forms."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -166,22 +166,19 @@ def errors(findings: Findings) -> Figure:
     return figure
 
 
-def slopes(
-    settings: Mapping[str, float], reference_error: float, seen: tuple[float, float], exponents: Sequence[float]
-) -> Figure:
+def slopes(settings: Mapping[str, float], reference_error: float, seen: Mapping[float, tuple[float, float]]) -> Figure:
     """Slope of each reward form at an image whose error differs by d from the reference's, relative to d = 0.
 
-    settings: beta and eta; γ is 1/n. seen: the range of d at the end of training, which is shaded. The left panel shows
-    d near that range, the right one up to n·d = 2. There is a row of panels for each exponent.
+    settings: beta and eta; γ is 1/n. seen: by exponent, the range of d at the end of training, which is shaded. The
+    left panel shows d near that range, the right one up to n·d = 2. There is a row of panels for each exponent.
     """
     with rc_context(STYLE):
-        figure = Figure(figsize=(9, 2.3 * len(exponents) + 0.5), layout="constrained")
-        panels = figure.subplots(len(exponents), 2, squeeze=False)
-        reach = 1.5 * max(map(abs, seen))
-        for row, n in zip(panels, exponents, strict=True):
-            for axes, limit in zip(row, (reach, 2 / n), strict=True):
+        figure = Figure(figsize=(9, 2.3 * len(seen) + 0.5), layout="constrained")
+        panels = figure.subplots(len(seen), 2, squeeze=False)
+        for row, (n, reached) in zip(panels, seen.items(), strict=True):
+            for axes, limit in zip(row, (1.5 * max(map(abs, reached)), 2 / n), strict=True):
                 _slope_panel(axes, {**settings, "n": n, "gamma": 1 / n}, reference_error, limit)
-                axes.axvspan(*seen, color=BASELINE_COLOUR, alpha=0.25, linewidth=0)
+                axes.axvspan(*reached, color=BASELINE_COLOUR, alpha=0.25, linewidth=0)
                 axes.set_title(f"n = {n:g}, γ = 1/n", fontsize=9)
         panels[-1][0].set_xlabel("d = policy's error − reference's; shaded: reached in training")
         panels[-1][1].set_xlabel("the same, further out")

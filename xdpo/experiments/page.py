@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +17,10 @@ from xdpo.provenance import git_commit, library_versions
 from xdpo.report.figures import save
 from xdpo.report.grids import Cell, Grid, number, percent, title_of, to_markdown
 
-SLOPE_EXPONENTS = (6.0, 100.0, 400.0)
-DRAWN_EXPONENTS = SLOPE_EXPONENTS[:2]  # at 400 the exponents of Eq. 10 meet the loss's limit
+DRAWN_EXPONENTS = (6.0, 100.0)  # at 400 the exponents of Eq. 10 meet the loss's limit
 
-SlopeSettings = tuple[dict[str, float], float, tuple[float, float]]
+SlopeSettings = tuple[dict[str, float], float, dict[tuple[float, str], tuple[float, float]]]
+"""β and η, the reference's error, and by n and reward form the range of d at the ends of the runs."""
 """β and η by name, the reference's error, and the range of d at the end of training."""
 
 
@@ -34,7 +34,9 @@ def write(findings: Findings, page: Path, command: str) -> list[Path]:
         written += save(drawing.errors(findings), figures / "errors")
     slopes = _slope_settings(findings)
     if slopes is not None:
-        written += save(drawing.slopes(*slopes, DRAWN_EXPONENTS), figures / "slopes")
+        settings, reference, seen = slopes
+        drawn = {n: _joined(seen, n) for n in DRAWN_EXPONENTS if any(n == other for other, _ in seen)}
+        written += save(drawing.slopes(settings, reference, drawn), figures / "slopes")
     text = "\n\n".join(_blocks(findings, figures.name, command, slopes)) + "\n"
     page.parent.mkdir(parents=True, exist_ok=True)
     write_text(page, text)
@@ -274,23 +276,21 @@ def _against_base(findings: Findings) -> str:
 
 
 def bend(slopes: SlopeSettings) -> Grid:
-    """How much the power term changed the slope at the errors that training reached."""
-    settings, _, seen = slopes
+    """How much the power term changed the slope at the errors that trainings with it reached."""
+    settings, reference, seen = slopes
     rows = []
-    for n in SLOPE_EXPONENTS:
+    for (n, form), reached in sorted(seen.items()):
         with_exponent = {**settings, "n": n, "gamma": 1 / n}
-        cells = [Cell(f"{n:g}", n)]
-        for form in ("appendix_c", "eq9"):
-            low, high, start = (
-                drawing.reward_slope(np.array([d]), with_exponent, 0.1, form)[0] for d in (*seen, 0.0)
-            )  # these two forms don't depend on the reference's error
-            cells.append(Cell(f"{percent(low / start - 1, sign=True)} to {percent(high / start - 1, sign=True)}"))
-        rows.append(tuple(cells))
+        low, high, start = (
+            drawing.reward_slope(np.array([d]), with_exponent, reference, form)[0] for d in (*reached, 0.0)
+        )
+        change = f"{percent(low / start - 1, sign=True)} to {percent(high / start - 1, sign=True)}"
+        rows.append((Cell(f"{n:g}", n), Cell(form), Cell(f"{reached[0]:.2g} to {reached[1]:.2g}"), Cell(change)))
     note = (
         f"Change of the slope against d = 0, where all forms have Diffusion-DPO's; γ = 1/n, η = {settings['eta']:g}; d "
-        f"from {seen[0]:.2g} to {seen[1]:.2g}, means over held-out pairs at the ends of the runs."
+        "are means over held-out pairs at the ends of the runs, and 0."
     )
-    return Grid("Bend", ("n", "slope, appendix_c", "slope, eq9"), tuple(rows), note)
+    return Grid("Bend", ("n", "reward", "d", "slope"), tuple(rows), note)
 
 
 def tuning(findings: Findings) -> Grid:
@@ -315,20 +315,29 @@ def tuning(findings: Findings) -> Grid:
 
 
 def _slope_settings(findings: Findings) -> SlopeSettings | None:
-    """The slope settings of the xDPO methods; None without such methods."""
+    """The slope settings of the xDPO methods; None without such methods, or where one's last d is none."""
     plan = findings.plan
     first = {n: findings.runs[n, plan.seeds[0]].settings for n in findings.methods}
     names = [n for n, settings in first.items() if "reward" in settings.loss.objective.keys]
     if not names:
         return None
-    loss = first[names[0]].loss
-    ends = np.concatenate(
-        [findings.of(n, f"eval/d_{side}", plan.last_step(n)) for n in names for side in ("chosen", "rejected")]
-    )
-    if not np.isfinite(ends).all():
+    ends: dict[tuple[float, str], list[float]] = {}
+    for name in names:
+        loss = first[name].loss.model_dump()
+        for side in ("chosen", "rejected"):
+            values = findings.of(name, f"eval/d_{side}", plan.last_step(name))
+            ends.setdefault((float(loss["n"]), str(loss["reward"])), []).extend(values.ravel().tolist())
+    seen = {key: (min(*values, 0.0), max(*values, 0.0)) for key, values in ends.items()}
+    if not np.isfinite([*seen.values()]).all():
         return None
     reference = float(findings.of(names[0], "eval/reference_error").mean())
-    return loss.model_dump(include={"beta", "eta"}), reference, (min(float(ends.min()), 0.0), float(ends.max()))
+    return first[names[0]].loss.model_dump(include={"beta", "eta"}), reference, seen
+
+
+def _joined(seen: Mapping[tuple[float, str], tuple[float, float]], n: float) -> tuple[float, float]:
+    """The range of d over all reward forms with this n."""
+    ranges = [reached for (other, _), reached in seen.items() if other == n]
+    return min(low for low, _ in ranges), max(high for _, high in ranges)
 
 
 def _interval(estimate: Estimate) -> str:
