@@ -283,7 +283,7 @@ def build_learner(
     No reference is made where all of its errors are recorded. Networks are moved to the training's device.
     """
     process = parts.process(settings.noise).to(accelerator.device)
-    parts.denoiser.to(accelerator.device)  # before it is copied: in a machine's memory every process would hold two
+    parts.denoiser.to(accelerator.device)  # before a reference is copied from it, for which the machine may lack memory
     network, base_network = None, None
     if settings.loss.needs_reference and not recorded.is_complete:
         network = models.make_reference(parts, settings.model, settings.compute)

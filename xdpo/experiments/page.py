@@ -21,7 +21,6 @@ DRAWN_EXPONENTS = (6.0, 100.0)  # at 400 the exponents of Eq. 10 meet the loss's
 
 SlopeSettings = tuple[dict[str, float], float, dict[tuple[float, str], tuple[float, float]]]
 """β and η, the reference's error, and by n and reward form the range of d at the ends of the runs."""
-"""β and η by name, the reference's error, and the range of d at the end of training."""
 
 
 def write(findings: Findings, page: Path, command: str) -> list[Path]:

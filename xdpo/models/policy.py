@@ -104,8 +104,8 @@ def adapter_layers(denoiser: nn.Module) -> "list[BaseTunerLayer]":
 def adapter_off(layers: "Sequence[BaseTunerLayer]") -> Iterator[None]:
     """A context in which a LoRA policy runs without its adapter, as its own reference. layers: its `adapter_layers`.
 
-    Only their flag is set. `disable_adapters` walks through all modules and switches every weight's requires_grad too:
-    44 ms of XL's UNet in every micro-step, off and on again.
+    Only their flag is set. `disable_adapters` walks through all modules, of which XL's UNet has thousands, and switches
+    every weight's requires_grad too, in every micro-step.
     """
     for layer in layers:
         layer._disable_adapters = True

@@ -128,11 +128,8 @@ class Discrepancy:
     kernel: Kernel
     is_biased: bool
 
-    def __call__(self, first: np.ndarray, second: np.ndarray) -> float:
-        return self.to(second)(first)
-
     def to(self, second: np.ndarray) -> Callable[[np.ndarray], float]:
-        """The discrepancy of any sample from this one, which is compared with itself once."""
+        """The discrepancy of any first sample from this second one, which is compared with itself once."""
         within = self._within(second)
 
         def of(first: np.ndarray) -> float:
