@@ -537,13 +537,17 @@ def test_a_page_on_objectives_without_d_has_no_figure_of_it(findings, tmp_path, 
     assert "## Pairs" in written.read_text() and "errors over training" not in written.read_text()
 
 
-def test_names_of_lines_that_end_together_stand_above_each_other():
+def test_names_of_lines_that_end_together_stand_above_each_other_beside_the_panel():
     axes = Figure().subplots()
-    for name, end in (("a", 1.0), ("b", 1.01), ("c", 3.0)):
+    for name, end in (("a", 1.0), ("b", 1.01), ("c", 3.0), ("d", 3.01)):
         axes.plot([0, 1], [0, end], label=name)
     drawing.label_lines(axes)
-    heights = {text.get_text(): text.xy[1] for text in axes.texts}
-    assert heights["a"] == 1 and heights["b"] > 1.1 and heights["c"] == 3
+    names = {text.get_text(): text for text in axes.texts}
+    assert {name: text.xy for name, text in names.items()} == {"a": (1, 1), "b": (1, 1.01), "c": (1, 3), "d": (1, 3.01)}
+    low, high = axes.get_ylim()
+    heights = {name: text.xyann[1] for name, text in names.items()}
+    assert heights["a"] == 1 and heights["d"] == high and all(text.xyann[0] > 1 for text in names.values())
+    assert heights["b"] - heights["a"] == heights["d"] - heights["c"] == pytest.approx((high - low) / 15)
 
 
 def test_further_guidances_have_a_table_of_their_own(findings):

@@ -108,23 +108,27 @@ def _by_group(findings: Findings) -> dict[str, list[str]]:
 
 
 def label_lines(axes: Axes) -> None:
-    """Write each line's label beside its last point, in its colour; further up where an earlier label is in the way.
+    """Write the lines' labels to the right of the panel, each in its line's colour and tied to the line's last point.
 
-    To be called when everything is drawn, as it depends on the axes' limits.
+    A label is as high as that point, or as near to it as the other labels leave room. To be called when everything is
+    drawn, as it depends on the axes' limits.
     """
-    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    ends = [
-        (line.get_xdata()[-1], line.get_ydata()[-1], label, line.get_color()) for label, line in _labelled(axes).items()
-    ]
-    written: list[tuple[float, float]] = []
-    for x, y, label, colour in sorted(ends, key=lambda end: end[1]):
-        place = y
-        for other_x, other_y in written:  # from below
-            if abs(other_x - x) < 0.3 * (right - left) and abs(other_y - place) < (high - low) / 15:
-                place = other_y + (high - low) / 15
-        written.append((x, place))
-        where = dict(xytext=(6, 0), textcoords="offset points", va="center", annotation_clip=False)
-        axes.annotate(label, (x, place), fontsize=7.5, color=colour, **where)
+    low, high = axes.get_ylim()
+    gap = (high - low) / 15
+    lines = sorted(_labelled(axes).items(), key=lambda labelled: labelled[1].get_ydata()[-1])
+    heights: list[float] = []
+    for _, line in lines:  # from below, each above the one before
+        heights.append(max(line.get_ydata()[-1], heights[-1] + gap if heights else low))
+    ceiling = high
+    for index in reversed(range(len(heights))):
+        heights[index] = min(heights[index], ceiling)
+        ceiling = heights[index] - gap
+    beside = axes.get_yaxis_transform()  # across in parts of the panel's width, up in data
+    for (label, line), height in zip(lines, heights, strict=True):
+        end, colour = (line.get_xdata()[-1], line.get_ydata()[-1]), line.get_color()
+        tie = dict(arrowstyle="-", color=colour, linewidth=0.6, alpha=0.6, shrinkA=0, shrinkB=0)
+        where = dict(xytext=(1.03, height), textcoords=beside, va="center", annotation_clip=False)
+        axes.annotate(label, end, fontsize=7.5, color=colour, arrowprops=tie, **where)
 
 
 def _labelled(axes: Axes) -> dict[str, Line2D]:
