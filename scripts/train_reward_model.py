@@ -3,14 +3,14 @@
     accelerate launch scripts/train_reward_model.py --config configs/xdpo_sd15.yaml \\
         --base laion/CLIP-ViT-H-14-laion2B-s32B-b79K --output runs/reward
     python scripts/train_reward_model.py --config configs/tiny/xdpo.yaml --base assets/tiny/clip \\
-        --output runs/tiny/reward --steps 300 --batch 64 --learning-rate 3e-4           the embedded world, in minutes
+        --output runs/tiny/reward --recipe head --steps 300 --batch 64                  the embedded world, in minutes
 
 The loss is Bradley–Terry's, −log σ(r(x_w, c) − r(x_l, c)). A tie is half of it in either direction, and a pair weighs
 1 / pairs of its prompt, both as in PickScore. --recipe clip trains a whole CLIP as PickScore was trained (4,000 steps
-of 128 pairs, 3e-6 with 500 steps of warm-up and linear decay); --recipe head trains a small network on CLIP's frozen
-embeddings. Pairs are those of the config's data section, and accuracy is measured on those of its eval section, without
-ties. The same command resumes a run that was stopped. The scorer is the folder reward_model in the output: evaluate.py
---scorers and online.rewards take its path.
+of 128 pairs, 3e-6 with 500 steps of warm-up and linear decay). --recipe head trains a small network on CLIP's frozen
+embeddings, which a few thousand pairs suffice for. Pairs are those of the config's data section, and accuracy is
+measured on those of its eval section, without ties. The same command resumes a run that was stopped. The scorer is the
+folder reward_model in the output: evaluate.py --scorers and online.rewards take its path.
 """
 
 import argparse
@@ -38,18 +38,24 @@ if TYPE_CHECKING:
     from xdpo.scorers.reward_model import Preparation, RewardModel
 
 
+LEARNING_RATES = {"clip": 3e-6, "head": 3e-4}  # of --recipe
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Train and measure. Returns the exit status."""
     parser = config_parser(__doc__ or "")
     parser.add_argument("--base", required=True, help="a CLIP in transformers' format, by hub id or folder")
-    parser.add_argument("--recipe", choices=("clip", "head"), default="clip", help="default: clip")
+    parser.add_argument("--recipe", choices=tuple(LEARNING_RATES), default="clip", help="default: clip")
     parser.add_argument("--output", type=user_path, required=True, help="folder of checkpoints and the result")
     parser.add_argument("--steps", type=positive, default=4000, help="optimizer steps (default: 4000)")
     parser.add_argument("--batch", type=positive, default=128, help="pairs of an optimizer step (default: 128)")
-    parser.add_argument("--learning-rate", type=float, default=3e-6, help="after the warm-up (default: 3e-6)")
+    rates = " or ".join(f"{rate:g} for {recipe}" for recipe, rate in LEARNING_RATES.items())
+    parser.add_argument("--learning-rate", type=float, help=f"after the warm-up (default: {rates})")
     parser.add_argument("--warmup-steps", type=count, default=500, help="at most an eighth of the steps (default: 500)")
     parser.add_argument("--checkpoint-every", type=positive, default=200, help="default: 200 steps")
     options = parser.parse_intermixed_args(arguments)
+    if options.learning_rate is None:
+        options.learning_rate = LEARNING_RATES[options.recipe]
     try:
         settings = load_config(options.config, options.overrides)
         from xdpo import ending

@@ -9,13 +9,14 @@ combination. One H100 took a quarter of an hour for both bases side by side (--d
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
 from tiny_base.denoisers import train_denoiser, train_encoders
 from tiny_base.diffusion import Diffusion
 from tiny_base.flow import Flow
-from tiny_base.images import draw_training_set, encode_all, train_autoencoder
+from tiny_base.images import draw, draw_training_set, encode_all, train_autoencoder
 from transformers.utils import logging
 
 from xdpo.files import replacing_folder
@@ -45,7 +46,9 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     work, seed, device = options.work, options.seed, options.device
 
-    images, captions = draw_training_set(work / f"images_{options.images}.npz", options.images, seed)
+    images, captions = draw_training_set(
+        work / f"images_{options.images}.npz", options.images, partial(draw, seed=seed)
+    )
     vae = train_autoencoder(work, images, options.vae_steps, batch=32, seed=seed, device=device)
     latents = encode_all(vae, images, device)
     base = (Flow if options.flow else Diffusion)(captions, latents.shape[1], seed, device)

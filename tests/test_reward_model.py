@@ -2,20 +2,34 @@
 
 import json
 import math
+import re
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 import train_reward_model as program
 from conftest import encoded_image, forget_accelerators, pick_a_pic_row, write_pick_a_pic
 from PIL import Image
 from safetensors.torch import load_file
-from train_tiny_clip import contrastive, save_clip, similarities, small_clip
+from tiny_base.images import draw
+from train_tiny_clip import (
+    WRONG_CLAIMS,
+    contrastive,
+    full_caption,
+    ranked,
+    save_clip,
+    similarities,
+    small_clip,
+    wrong_captions,
+)
 from training_runs import ROOT, SMALL_RUN
 from transformers import CLIPModel
 
 from xdpo import runs
 from xdpo.scorers.loading import load_scorer, scorer_version
 from xdpo.scorers.reward_model import RewardModel
+from xdpo.tiny import world
 
 REDS, BLUES = ["red", "crimson", "tomato", "salmon"], ["blue", "navy", "royalblue", "teal"]
 
@@ -192,7 +206,9 @@ def test_a_head_is_trained_on_frozen_embeddings(train, tmp_path):
     status, folder = train("head", "--base", str(base / "reward_model"), "--recipe", "head")
     after = load_file(folder / "reward_model" / "model.safetensors")
     assert status == 0 and all(torch.equal(before[name], after[name]) for name in before)
-    assert set(weights_of(folder)) == {f"head.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
+    assert set(weights_of(folder)) == {
+        f"head.{layer}.{kind}" for layer in ("hidden", "output") for kind in ("weight", "bias")
+    }
     images = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     assert len(set(load_scorer(str(folder / "reward_model")).score(images, ["a photo of 1"] * 2))) == 2
 
@@ -245,3 +261,36 @@ def test_a_clip_is_taught_by_the_two_cross_entropies_of_its_scaled_cosines(base)
     of_two = torch.tensor([[2.0, 0.0], [1.0, 3.0]])
     rows, columns = math.log(1 + math.exp(-2)), (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(-3))) / 2
     assert contrastive(of_two).item() == pytest.approx((rows + columns) / 2)
+    with_wrong = torch.tensor([[2.0, 0.0, 1.5], [1.0, 3.0, -1.0]])  # a wrong caption, which belongs to no image
+    rows = (math.log(1 + math.exp(-2) + math.exp(-0.5)) + math.log(1 + math.exp(-2) + math.exp(-4))) / 2
+    assert contrastive(with_wrong).item() == pytest.approx((rows + columns) / 2)
+
+
+def test_wrong_captions_are_ranked_by_the_likelihood_of_plackett_and_luce():
+    ranks = torch.tensor([[3.0, 1.0, 0.5], [0.0, 0.0, 0.0]])
+    first = math.log(1 + math.exp(-2) + math.exp(-2.5)) + math.log(1 + math.exp(-0.5))
+    assert ranked(ranks).item() == pytest.approx((first + math.log(3) + math.log(2)) / 2)
+
+
+def test_the_captions_of_the_clip_say_what_is_shown_and_wrong_ones_differ_in_more_and_more_claims():
+    _, captions = draw(0, seed=0, misaligned_share=0, describe=full_caption)
+    flaws = Counter(claims(caption)[-1] for caption in captions)
+    assert len(flaws) == 13 and 350 < flaws[None] < 450
+    rng, changed = np.random.default_rng(0), Counter()
+    for caption in captions:
+        before = right = claims(caption)
+        for wrong, number in zip(wrong_captions(caption, rng), WRONG_CLAIMS, strict=True):
+            differ = [index for index, claim in enumerate(claims(wrong)) if claim != right[index]]
+            assert len(differ) == number, (caption, wrong)
+            assert {index for index, claim in enumerate(before) if claim != right[index]} < set(differ)
+            before = claims(wrong)
+            changed.update(differ)
+    assert set(changed) == set(range(9))
+
+
+def claims(caption):
+    """What a full caption says: the flaw last."""
+    text, flaw = re.fullmatch(r"(.*?)(?:, ((?:slight|clear|strong) .*))?", caption).groups()
+    scene = world.parse(text)
+    things = [claim for thing in scene.things for claim in (thing.shape, thing.colour, thing.size)]
+    return [scene.background, *things, *([scene.relation] if scene.relation in world.RELATIONS else []), flaw]

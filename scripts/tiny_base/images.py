@@ -1,8 +1,8 @@
 """Drawn scenes as training images, and the autoencoder that makes latents of them."""
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from tiny_base.stages import Stage
 from xdpo.files import replacing
 from xdpo.tiny import world
-from xdpo.tiny.annotator import APPEAL_FLAWS, random_flaws, render
+from xdpo.tiny.annotator import Rendering, random_flaws, render
 
 # Of the base's training images, flawed in a way that the caption does not mention.
 MISALIGNED_SHARE, SPOILT_SHARE = 0.15, 0.6
@@ -21,32 +21,41 @@ HELD_BACK = 256
 LATENT_SHAPE = (16, 8, 8)
 
 
-def draw(part: int, seed: int, named: float = 0.0) -> tuple[np.ndarray, list[str]]:
-    """One part of the training set: (DRAWN_TOGETHER, 64, 64, 3) uint8 with captions. named: see draw_training_set."""
+def plain_caption(scene: world.Scene, rendering: Rendering, rng: np.random.Generator) -> str:
+    """What the picture should show, in one of the three sentence forms; of flaws it says nothing."""
+    return world.caption(scene, int(rng.integers(3)))
+
+
+def draw(
+    part: int,
+    seed: int,
+    misaligned_share: float = MISALIGNED_SHARE,
+    describe: Callable[[world.Scene, Rendering, np.random.Generator], str] = plain_caption,
+) -> tuple[np.ndarray, list[str]]:
+    """One part of a training set: flawed renderings (DRAWN_TOGETHER, 64, 64, 3) uint8 with captions."""
     rng, captions = np.random.default_rng((seed, part)), []
     images = np.empty((DRAWN_TOGETHER, world.IMAGE_SIZE, world.IMAGE_SIZE, 3), np.uint8)
     for index in range(DRAWN_TOGETHER):
         scene = world.training_scene(rng)
-        rendering = render(scene, rng, random_flaws(rng, MISALIGNED_SHARE, SPOILT_SHARE))
+        rendering = render(scene, rng, random_flaws(rng, misaligned_share, SPOILT_SHARE))
         images[index] = rendering.pixels
-        caption = world.caption(scene, int(rng.integers(3)))
-        if named and rng.random() < named:
-            caption = ", ".join([caption, *(flaw for flaw in rendering.flaws if flaw in APPEAL_FLAWS)])
-        captions.append(caption)
+        captions.append(describe(scene, rendering, rng))
     return images, captions
 
 
-def draw_training_set(path: Path, count: int, seed: int, named: float = 0.0) -> tuple[np.ndarray, list[str]]:
-    """`count` flawed renderings (count, 64, 64, 3) uint8 with captions, kept in `path` for the next start.
+def draw_training_set(
+    path: Path, count: int, draw_part: Callable[[int], tuple[np.ndarray, list[str]]]
+) -> tuple[np.ndarray, list[str]]:
+    """`count` images (count, 64, 64, 3) uint8 with captions, kept in `path` for the next start.
 
-    named: the share of captions that say what spoils the picture, as some on the web say that one is blurred.
+    draw_part: `draw` with its seed, which other processes call with the numbers of parts.
     Raises ValueError for a count that is no multiple of DRAWN_TOGETHER.
     """
     if count % DRAWN_TOGETHER or count <= 0:
         raise ValueError(f"--images (got {count}) must be a multiple of {DRAWN_TOGETHER}")
     if not path.exists():
         with ProcessPoolExecutor(os.cpu_count()) as pool:
-            parts = list(pool.map(partial(draw, seed=seed, named=named), range(count // DRAWN_TOGETHER)))
+            parts = list(pool.map(draw_part, range(count // DRAWN_TOGETHER)))
         images = np.concatenate([drawn for drawn, _ in parts])
         captions = [caption for _, said in parts for caption in said]
         with replacing(path, "wb") as file:

@@ -8,6 +8,7 @@ FOLDER/reward_model.json                       recipe, data, accuracy on held-ou
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,11 +30,25 @@ RECIPES = ("clip", "head")
 _HEAD_WIDTH = 256
 
 
+class Head(nn.Module):
+    """A small network on an image's and a prompt's embeddings and their product: one number."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.hidden, self.output = nn.Linear(3 * width, _HEAD_WIDTH), nn.Linear(_HEAD_WIDTH, 1)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        """(…) of unit embeddings (…, W)."""
+        # Numbers of a unit embedding are about 1/√W. At 1, the head learns at the rates of any network.
+        image, text = (math.sqrt(image.shape[-1]) * embedding for embedding in (image, text))
+        return self.output(nn.functional.gelu(self.hidden(torch.cat([image, text, image * text], dim=-1)))).squeeze(-1)
+
+
 class RewardModel(nn.Module):
     """A reward r(x, c) of image x and prompt c: higher is better, and only differences for one prompt mean anything.
 
     recipe clip: exp(logit_scale) · cos(image, text), everything trained (PickScore, arXiv 2305.01569, §3). recipe head:
-    a small network on the image's and the text's unit embeddings and their product, CLIP frozen.
+    a Head on the unit embeddings of a frozen CLIP.
     """
 
     def __init__(self, clip: "CLIPModel", recipe: str):
@@ -43,8 +58,7 @@ class RewardModel(nn.Module):
         self.clip, self.head = clip, None
         if recipe == "head":
             clip.requires_grad_(False)
-            width = clip.config.projection_dim
-            self.head = nn.Sequential(nn.Linear(3 * width, _HEAD_WIDTH), nn.GELU(), nn.Linear(_HEAD_WIDTH, 1))
+            self.head = Head(clip.config.projection_dim)
 
     def forward(self, pixels: Tensor, token_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Rewards (S, B) of S images, (S, B, 3, R, R), for each of B prompts, (B, L) ids and mask."""
@@ -53,7 +67,7 @@ class RewardModel(nn.Module):
         text = self._unit(self.clip.get_text_features(input_ids=token_ids, attention_mask=attention_mask))
         if self.head is None:
             return self.clip.logit_scale.exp() * (image * text).sum(-1)
-        return self.head(torch.cat([image, text.expand_as(image), image * text], dim=-1)).squeeze(-1)
+        return self.head(image, text.expand_as(image))
 
     @staticmethod
     def _unit(embeddings: Any) -> Tensor:

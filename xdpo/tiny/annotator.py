@@ -15,6 +15,7 @@ from xdpo.tiny.world import COLOURS, IMAGE_SIZE, RELATIONS, Placement, Scene, dr
 
 ALIGNMENT_FLAWS = ("swapped colour", "missing object", "wrong relation")
 APPEAL_FLAWS = ("washed out", "blur", "pixelation", "watermark")
+LEAST_SEVERITY = 0.3  # of a flaw of appeal; 1 spoils a picture wholly
 
 WARM_COLOURS = ("red", "orange", "yellow", "pink")
 
@@ -92,7 +93,7 @@ def render(scene: Scene, rng: np.random.Generator, flaws: tuple[str, ...] = ()) 
             drawn = {0: (drawn[0][0], centres[1]), 1: (drawn[1][0], centres[0])}
             relation_holds = False
         elif flaw in APPEAL_FLAWS:
-            severity = float(rng.uniform(0.3, 1.0))
+            severity = float(rng.uniform(LEAST_SEVERITY, 1.0))
             appeal *= 1 - severity
             spoilt.append((flaw, severity))
         else:
