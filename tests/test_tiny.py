@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import make_tiny_pairs
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -319,6 +320,31 @@ def test_a_part_of_the_training_set_depends_on_the_seed_and_its_number_alone():
     others, _ = draw(4, seed=0)
     assert np.array_equal(images, again) and not np.array_equal(images, others)
     assert not any(world.is_held_out(world.parse(caption)) for caption in captions)
+
+
+def test_the_shipped_test_pairs_are_drawn_again_with_their_utilities():
+    rows, gaps, _ = make_tiny_pairs.draw_pairs(300, 8, make_tiny_pairs.held_out_scene, ANNOTATORS["reader"])
+    labels = np.array([row["label_0"] for row in rows])
+    shipped = pq.read_table(PAIRS / "test.parquet", columns=["caption", "label_0"]).to_pylist()
+    assert shipped == [{name: row[name] for name in ("caption", "label_0")} for row in rows]
+    assert np.array_equal(np.abs(gaps) < ANNOTATORS["reader"].tie_width, labels == 0.5)
+    agree, oppose = make_tiny_pairs.agreement(gaps, rows), make_tiny_pairs.agreement(-gaps, rows)
+    assert np.array_equal(agree, 1 - oppose) and len(agree) == 267 and agree.mean() > 0.85
+    assert make_tiny_pairs.agreement(labels - 0.5, rows).all()
+
+
+def test_scorers_are_ranked_beside_the_utility_of_the_pairs(monkeypatch, capsys, tmp_path):
+    arguments = ["make_tiny_pairs.py", "--test", "40", "--out", str(tmp_path / "none"), "--rank"]
+    monkeypatch.setattr("sys.argv", [*arguments, "tiny_reward"])
+    make_tiny_pairs.main()
+    first, second = capsys.readouterr().out.splitlines()
+    assert re.match(r"\d\d choices; with the noiseless utility agree \d\d\.\d% \[", first)
+    assert re.match(r"tiny_reward \d\d\.\d% \[.*\], minus the utility's [+-]\d\.\d% \[", second)
+    assert not (tmp_path / "none").exists()
+    monkeypatch.setattr("sys.argv", [*arguments, "tiny_rewards"])
+    with pytest.raises(SystemExit, match="2"):
+        make_tiny_pairs.main()
+    assert "unknown scorer 'tiny_rewards'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
