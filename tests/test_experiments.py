@@ -556,8 +556,8 @@ def test_further_guidances_have_a_table_of_their_own(findings):
     assert [cell.text for cell in grid.rows[2][3:]] == ["100.0 %", "100.0 %"]
 
 
-def asking(findings, question):
-    return replace(findings, plan=findings.plan.model_copy(update={"questions": (question,)}))
+def asking(findings, *questions):
+    return replace(findings, plan=findings.plan.model_copy(update={"questions": questions}))
 
 
 def test_questions_compare_at_equal_progress(findings):
@@ -629,6 +629,21 @@ def test_a_method_that_lacks_a_seed_is_left_out_and_its_questions_stay_open(find
     assert findings.methods == ["dpo"]
     rows = page.questions(findings).rows
     assert [row[1].text for row in rows] == ["not answered: a method failed"] * 3
+
+
+def test_questions_about_what_was_not_run_are_left_out_unless_others_go_on_from_them(findings):
+    for name, seed in list(findings.runs):
+        if name == "xdpo":
+            del findings.runs[name, seed]
+    of_dpo = findings.plan.questions[0].model_copy(update={"method": "dpo", "than": "base"})
+    of_xdpo = of_dpo.model_copy(update={"method": "xdpo"})
+
+    def asked(*questions):
+        named = [question.model_copy(update={"ask": ask}) for ask, question in questions]
+        return [(row[0].text, row[1].text) for row in page.questions(asking(findings, *named)).rows]
+
+    found = asked(("A?", of_xdpo), ("… B?", of_xdpo), ("C?", of_xdpo), ("… D?", of_dpo), ("E?", of_dpo))
+    assert found == [("C?", "not answered: not run"), ("… D?", "yes"), ("E?", "yes")]
 
 
 def test_seeds_that_only_one_of_two_methods_has_are_left_out():

@@ -1,5 +1,6 @@
 """The results of a reproduction as a Markdown page with figures."""
 
+import itertools
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -97,7 +98,9 @@ def _what_is_here(findings: Findings) -> str:
     )
     missing = [name for name in plan.methods if not any(method == name for method, _ in findings.runs)]
     if missing:
-        text += f"\n\nParts of the plan that were not run: {', '.join(missing)}."
+        text += (
+            f"\n\nParts of the plan that were not run: {', '.join(missing)}. Questions about them alone are left out."
+        )
     return text
 
 
@@ -116,11 +119,21 @@ def _made_by(findings: Findings, command: str) -> str:
 
 
 def questions(findings: Findings) -> Grid:
-    """Each question, its answer, and the difference that decides it."""
-    rows = []
+    """Each question, its answer, and the difference that decides it.
+
+    A question and those that go on from it with "…" are left out together, where parts that were not run leave all of
+    them without an answer.
+    """
+    rows: list[tuple[Cell, ...]] = []
+    begun = {BASE} | {name for name, _ in findings.runs}
+    groups: list[list[Question]] = []
     for question in findings.plan.questions:
+        if not groups or not question.ask.startswith("…"):
+            groups.append([])
+        groups[-1].append(question)
+    were_run = [group for group in groups if any({question.method, question.than} <= begun for question in group)]
+    for question in itertools.chain(*were_run):
         if not findings.can_answer(question):
-            begun = {BASE} | {name for name, _ in findings.runs}
             why = "a method failed" if {question.method, question.than} <= begun else "not run"
             rows.append((Cell(question.ask), Cell(f"not answered: {why}"), Cell(""), Cell("")))
             continue
