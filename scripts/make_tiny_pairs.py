@@ -12,6 +12,7 @@ intervals: `--test 5000 --rank runs/tiny/reward/reward_model tiny_reward`.
 
 import argparse
 import io
+import os
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -21,6 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import notes concern torchvision, not used here
 
 from xdpo.files import replacing
 from xdpo.paths import user_path
