@@ -38,7 +38,10 @@ RANKING_WEIGHT = 0.5
 
 
 def full_caption(scene: world.Scene, rendering: Rendering, rng: np.random.Generator) -> str:
-    """What the picture shows, in one of the three sentence forms, and what spoils it: "…, strong blur"."""
+    """What the picture shows, in one of the three sentence forms, and what spoils it: "…, strong blur".
+
+    The rendering has one flaw of appeal or none.
+    """
     end = ""
     for flaw in rendering.flaws:
         share = (1 - rendering.appeal - LEAST_SEVERITY) / (1 - LEAST_SEVERITY)
@@ -74,7 +77,7 @@ def small_clip(tokenizer: CLIPTokenizer, side: int) -> tuple[CLIPModel, Preparat
 
 
 def similarities(clip: CLIPModel, pixels: Tensor, ids: Tensor) -> Tensor:
-    """Scaled cosines (B, B) of B images (rows) and B captions; the scale is at most 100, as in the paper."""
+    """Scaled cosines (B, C) of B images and C captions; the scale is at most 100, as in the paper."""
     logits = clip(input_ids=ids, pixel_values=pixels).logits_per_image
     scale = clip.logit_scale.exp()
     return logits * (scale.clamp(max=100) / scale)
